@@ -1,0 +1,70 @@
+# Two commands set everything up: `make demo` and `make test`.  Both work in .venv, which they make; a
+# stamp named after the content of constraints.txt and pyproject.toml says what is installed there, so
+# running them again installs nothing until one of the two changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo stop test lint bench install install-test browser lock clean
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := .venv/bin
+LOCK := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+RUNTIME := .venv/ddiff-runtime-$(LOCK)
+TESTS := .venv/ddiff-test-$(LOCK)
+
+help:  ## say what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(RUNTIME)  ## from nothing to a served cascade: data, six stages, evaluation, report, endpoint
+	$(BIN)/ddiff run --recipe demo --serve --host $(HOST) --port $(PORT)
+
+stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
+	$(BIN)/ddiff stop --run runs/demo
+
+test: lint browser  ## the whole suite, as CI runs it
+	$(BIN)/pytest
+
+lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(TESTS)  ## measure the data path and the training step against others; figures in runs/bench
+	mkdir -p runs/bench
+	$(BIN)/python -m tests.benchmarks.data --json runs/bench/data.json
+	$(BIN)/python -m tests.benchmarks.train_step --json runs/bench/train_step.json
+
+install: $(RUNTIME)  ## .venv with what training and serving need
+
+install-test: $(TESTS)  ## .venv with what the tests need besides
+
+browser:  ## a headless Chromium for tests/browser, where apt-get can bring one
+	@if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then exit 0; fi; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core) \
+	    >/dev/null 2>&1 || echo "chromium could not be installed; the tests in tests/browser will be skipped"; \
+	else echo "no chromium here; the tests in tests/browser will be skipped"; fi
+
+lock: $(TESTS)  ## pin what is installed now
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+[[:alnum:].]+$$//' | grep -E '^[^@ ]+==' > constraints.txt
+
+clean:  ## remove .venv and everything that was run
+	rm -rf .venv runs
+
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "no python3 found; install Python 3.11 or name it: make PYTHON=..."; exit 2; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+
+$(RUNTIME): | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(TESTS): | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(RUNTIME) $@

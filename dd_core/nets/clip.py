@@ -1,0 +1,92 @@
+"""CLIP: one space for images and captions, by open_clip's models behind our contract.
+
+Images come in [-1, 1] at any square size and are resized to what the tower reads; captions come as
+tokens of open_clip's tokenizer.  Embeddings have unit length.
+"""
+
+from typing import NamedTuple
+
+import open_clip.model
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from dd_core.spec import Spec
+
+
+class ClipNetSpec(Spec):
+    """Size of the two towers."""
+
+    embedding_width: int = Field(512, ge=1)
+    image_size: int = Field(224, ge=8)
+    patch_size: int = Field(16, ge=1)
+    image_width: int = Field(768, multiple_of=8)
+    image_layers: int = Field(12, ge=1)
+    context_length: int = Field(77, ge=3)
+    text_width: int = Field(512, multiple_of=8)
+    text_layers: int = Field(12, ge=1)
+    head_width: int = Field(64, ge=8)
+    vocab_size: int = 49408
+    quick_gelu: bool = False
+    """The activation of OpenAI's own weights."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of each channel in [0, 1], subtracted before the image tower."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ReadCaption(NamedTuple):
+    """What the text tower makes of a caption."""
+
+    states: Float[Tensor, " b l w"]
+    """One per token, after the final norm."""
+    embedding: Float[Tensor, " b d"]
+
+
+class Clip(nn.Module):
+    """An image tower and a text tower.  Source: Radford et al. 2021 (arXiv:2103.00020), section 2."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ClipNetSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        vision = open_clip.model.CLIPVisionCfg(
+            layers=spec.image_layers,
+            width=spec.image_width,
+            head_width=spec.head_width,
+            patch_size=spec.patch_size,
+            image_size=spec.image_size,
+        )
+        text = open_clip.model.CLIPTextCfg(
+            context_length=spec.context_length,
+            vocab_size=spec.vocab_size,
+            width=spec.text_width,
+            heads=spec.text_width // spec.head_width,
+            layers=spec.text_layers,
+        )
+        self.towers = open_clip.model.CLIP(spec.embedding_width, vision, text, quick_gelu=spec.quick_gelu)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    def embed_image(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
+        """Images in [-1, 1] -> unit vectors."""
+        size = self.spec.image_size
+        if image.shape[-1] != size:
+            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+        features: Tensor = self.towers.encode_image(((image + 1) / 2 - self.mean) / self.std)
+        return F.normalize(features.float(), dim=-1)
+
+    def read(self, tokens: Int[Tensor, " b l"]) -> ReadCaption:
+        """Captions -> a state per token and a unit vector for the whole."""
+        towers = self.towers
+        x = towers.token_embedding(tokens) + towers.positional_embedding
+        states = towers.ln_final(towers.transformer(x, attn_mask=towers.attn_mask))
+        ends = states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(-1)]
+        return ReadCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1))
+
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """What cosines are multiplied by before the softmax; at most 100, as published."""
+        return self.towers.logit_scale.exp().clamp(max=100)

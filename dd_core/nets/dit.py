@@ -1,0 +1,193 @@
+"""A transformer over patches, with convolutions where pixels are: the backbone for small budgets.
+
+Pixels are folded into patches of `stem`, residual convolutions work there, a further fold by 2 leads to
+the grid where a transformer does most of the work, told sigma by adaptive norms and the caption by keys
+and values beside the image's own; then back up, with a skip connection.
+
+Sources: Peebles & Xie 2023 (arXiv:2212.09748, adaLN-zero), Hoogeboom et al. 2023 (arXiv:2301.11093, the
+transformer in the middle of a U), Nichol et al. 2022 (arXiv:2112.10741, section 2.1, caption as extra keys).
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from dd_core.denoiser import Conditioning
+from dd_core.nets.attention import attend
+from dd_core.spec import Spec
+
+
+class DiTSpec(Spec):
+    """Size of the transformer and of the convolutions around it."""
+
+    kind: Literal["dit"] = "dit"
+    image_size: int = Field(64, ge=8)
+    stem: int = Field(4, ge=1)
+    """Pixels folded into one position of the convolutions."""
+    conv_width: int = Field(96, multiple_of=8)
+    conv_blocks: int = Field(2, ge=0)
+    """Residual blocks on the way down, and as many on the way up."""
+    width: int = Field(256, multiple_of=8)
+    layers: int = Field(6, ge=1)
+    head_width: int = Field(64, ge=8)
+    text_width: int = Field(0, ge=0)
+    """Of the caption's states; 0: the network is not told a caption."""
+    text_layers: int = Field(1, ge=0)
+    """Layers of its own over the caption's states, both directions, before the image asks them."""
+    embedding_width: int = Field(0, ge=0)
+    """Of the image embedding; 0: not told."""
+
+
+class Modulation(nn.Module):
+    """What a block is told: n vectors per sample, all zero at the start (adaLN-zero)."""
+
+    def __init__(self, told: int, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(told, count * width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, told: Float[Tensor, " b t"]) -> tuple[Tensor, ...]:
+        return self.linear(told)[:, None].chunk(self.count, dim=-1)
+
+
+class Attention(nn.Module):
+    """Self-attention whose keys and values may be joined by those of a caption."""
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.context = nn.Linear(context_width, 2 * width) if context_width else None
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, " b n d"], context: Float[Tensor, " b l c"] | None = None
+    ) -> Float[Tensor, " b n d"]:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.context is not None and context is not None:
+            more_k, more_v = self.context(context).chunk(2, dim=-1)
+            k, v = torch.cat([more_k, k], 1), torch.cat([more_v, v], 1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and a two-layer network, both scaled, shifted and gated by what the block is told."""
+
+    def __init__(self, width: int, heads: int, told: int, context_width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attention = Attention(width, heads, context_width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        self.modulation = Modulation(told, width, 6)
+
+    def forward(
+        self, x: Float[Tensor, " b n d"], told: Float[Tensor, " b t"], context: Float[Tensor, " b l c"] | None
+    ) -> Float[Tensor, " b n d"]:
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(told)
+        x = x + gate * self.attention(self.norms[0](x) * (1 + scale) + shift, context)
+        return x + gate_mlp * self.mlp(self.norms[1](x) * (1 + scale_mlp) + shift_mlp)
+
+
+class TextBlock(nn.Module):
+    """A plain pre-norm transformer block over the caption's states."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attention = Attention(width, heads, 0)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Float[Tensor, " b l d"]) -> Float[Tensor, " b l d"]:
+        x = x + self.attention(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+class ConvBlock(nn.Module):
+    """A residual block of two convolutions, told sigma by a scale and a shift."""
+
+    def __init__(self, width: int, told: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(width // 16 or 1, width)
+        self.enter = nn.Conv2d(width, width, 3, padding=1)
+        self.leave = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = Modulation(told, width, 2)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Float[Tensor, " b c h w"], told: Float[Tensor, " b t"]) -> Float[Tensor, " b c h w"]:
+        shift, scale = (part[:, 0, :, None, None] for part in self.modulation(told))
+        return x + self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
+
+
+class DiT(nn.Module):
+    """Network of a diffusion model: noisy image, log sigma and conditioning -> what it predicts."""
+
+    def __init__(self, spec: DiTSpec, *, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.spec = spec
+        grid, heads = spec.image_size // spec.stem // 2, spec.width // spec.head_width
+        self.fold = nn.PixelUnshuffle(spec.stem)
+        self.enter = nn.Conv2d(in_channels * spec.stem**2, spec.conv_width, 3, padding=1)
+        self.told = nn.Sequential(nn.Linear(256, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
+        self.down = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
+        self.to_grid = nn.Conv2d(spec.conv_width, spec.width, 2, stride=2)
+        self.places = nn.Parameter(0.02 * torch.randn(1, grid**2, spec.width))
+        self.blocks = nn.ModuleList(
+            Block(spec.width, heads, spec.width, spec.text_width and spec.width) for _ in range(spec.layers)
+        )
+        self.from_grid = nn.Linear(spec.width, 4 * spec.conv_width)
+        self.join = nn.Conv2d(2 * spec.conv_width, spec.conv_width, 1)
+        self.up = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
+        self.leave = nn.Conv2d(spec.conv_width, out_channels * spec.stem**2, 3, padding=1)
+        self.unfold = nn.PixelShuffle(spec.stem)
+        if spec.text_width:
+            self.text_in = nn.Linear(spec.text_width, spec.width)
+            self.text_blocks = nn.ModuleList(TextBlock(spec.width, heads) for _ in range(spec.text_layers))
+            self.text_out = nn.LayerNorm(spec.width)
+        if spec.embedding_width:
+            self.embedding = nn.Linear(spec.embedding_width, spec.width)
+
+    def read(self, states: Float[Tensor, " b l t"]) -> Float[Tensor, " b l d"]:
+        """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
+        x = self.text_in(states)
+        for block in self.text_blocks:
+            x = block(x)
+        return self.text_out(x)
+
+    def forward(
+        self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, " b o h w"]:
+        if cond.image is not None:
+            x = torch.cat([x, cond.image], 1)
+        told = self.told(wave(log_sigma / 4, 256))
+        if self.spec.embedding_width and cond.image_embedding is not None:
+            told = told + self.embedding(cond.image_embedding)
+        told = F.silu(told)
+        h = self.enter(self.fold(x))
+        for block in self.down:
+            h = block(h, told)
+        skip, tokens = h, self.to_grid(h)
+        size = tokens.shape[-2:]
+        tokens = tokens.flatten(2).transpose(1, 2) + self.places
+        for block in self.blocks:
+            tokens = block(tokens, told, cond.text)
+        h = self.from_grid(tokens).transpose(1, 2).unflatten(2, size)
+        h = self.join(torch.cat([F.pixel_shuffle(h, 2), skip], 1))
+        for block in self.up:
+            h = block(h, told)
+        return self.unfold(self.leave(h))
+
+
+def wave(values: Float[Tensor, " b"], width: int) -> Float[Tensor, " b d"]:
+    """Sines and cosines of a number at geometrically spaced frequencies, 1 to 1000."""
+    steps = torch.arange(width // 2, device=values.device, dtype=torch.float32)
+    angles = values.float()[:, None] * torch.exp(math.log(1000.0) * steps / (width // 2))
+    return torch.cat([angles.cos(), angles.sin()], -1)

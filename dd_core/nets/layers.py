@@ -1,0 +1,254 @@
+"""What image networks are made of: normalisation told the noise level, residual blocks, attention.
+
+Every block maps features `b c h w` to features `b c h w`, kept in memory with channels innermost
+(channels_last), and is told the same two things: the noise level and, if it attends, the caption.
+"""
+
+import math
+from typing import Literal, NamedTuple, TypeVar, assert_never
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Resample = Literal["same", "down", "up"]
+EPSILON = 1e-5
+M = TypeVar("M", bound=nn.Module)
+
+
+class Told(NamedTuple):
+    """What every block of one network hears; the same for all of them."""
+
+    level: Float[Tensor, " b e"]
+    """SiLU of the embedded noise level, with all that is added to it."""
+    text: Float[Tensor, " b l d"] | None = None
+
+
+class Shared(NamedTuple):
+    """What all blocks of one network have in common."""
+
+    level_width: int
+    groups: int
+    scale_shift: bool = True
+    dropout: float = 0.0
+    head_width: int = 64
+    text_width: int = 0
+
+
+def sinusoids(values: Float[Tensor, " b"], width: int) -> Float[Tensor, " b w"]:
+    """Cosines, then sines, of `values` at width / 2 frequencies from 1 down to 1 / 10000, float32.
+
+    Source: the timestep embedding of Ho et al. 2020 (arXiv:2006.11239) in the order of ADM.
+    """
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def modulated_norm(
+    x: Float[Tensor, " b c h w"],
+    gain: Float[Tensor, " b c"],
+    offset: Float[Tensor, " b c"],
+    *,
+    groups: int,
+    silu: bool,
+) -> Float[Tensor, " b c h w"]:
+    """SiLU(GroupNorm(x) * gain + offset), in the dtype of x, its statistics in float32.
+
+    PyTorch's own GroupNorm on the CPU takes 28 times as long backwards with channels innermost as
+    with pixels innermost, while convolutions want the opposite; so the CPU, when it is not
+    compiling, gets a pair of passes of its own.  Elsewhere the three library calls are the best.
+
+    Source: Wu & He 2018 (arXiv:1803.08494); gain and offset per sample as in Dhariwal & Nichol 2021
+    (arXiv:2105.05233), section 3, "AdaGN".
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _ModulatedNorm.apply(x, gain.float(), offset.float(), groups, silu)
+    return plain_modulated_norm(x, gain, offset, groups=groups, silu=silu)
+
+
+def plain_modulated_norm(
+    x: Float[Tensor, " b c h w"],
+    gain: Float[Tensor, " b c"],
+    offset: Float[Tensor, " b c"],
+    *,
+    groups: int,
+    silu: bool,
+) -> Float[Tensor, " b c h w"]:
+    """`modulated_norm` as its formula reads, out of library calls."""
+    with torch.autocast("cuda", enabled=False):  # there it would write the norm out in float32
+        unit = F.group_norm(x, groups, eps=EPSILON)
+        z = torch.addcmul(offset.to(x)[:, :, None, None], unit, gain.to(x)[:, :, None, None])
+        return F.silu(z) if silu else z
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """Works on `b n c`, n pixels of c channels: everything is a row operation there."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> Tensor:
+        unit, scale = _normalized(x, groups)
+        gain, offset = gain[:, None], offset[:, None]
+        z = torch.addcmul(offset.to(unit), unit, gain.to(unit))
+        ctx.save_for_backward(unit, scale, gain, offset)
+        ctx.silu, ctx.groups = silu, groups  # type: ignore[attr-defined]
+        return _as_image(F.silu(z, inplace=True) if silu else z, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        unit, scale, gain, offset = ctx.saved_tensors  # type: ignore[attr-defined]
+        dz = _as_rows(grad)
+        if ctx.silu:  # type: ignore[attr-defined]
+            z = torch.addcmul(offset.to(unit), unit, gain.to(unit))
+            dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
+        scratch = dz * unit
+        d_offset = dz.sum(1, keepdim=True, dtype=torch.float32)
+        d_gain = scratch.sum(1, keepdim=True, dtype=torch.float32)
+        pixels, groups = unit.shape[1], ctx.groups  # type: ignore[attr-defined]
+        lean = -scale * _group_mean(gain * d_offset, groups) / pixels
+        turn = -scale * _group_mean(gain * d_gain, groups) / pixels
+        torch.addcmul(lean.to(unit), unit, turn.to(unit), out=scratch)
+        dx = scratch.addcmul_(dz, (scale * gain).to(unit))
+        return _as_image(dx, grad), d_gain[:, 0], d_offset[:, 0], None, None
+
+
+def _normalized(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Rows of zero mean and unit variance in each group, and 1 / standard deviation as `b 1 c`."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    if pixels >= 1024:
+        ones, zeros = torch.ones(channels), torch.zeros(channels)
+        unit, _, rstd = torch.native_group_norm(x, ones, zeros, batch, channels, pixels, groups, EPSILON)
+        return _as_rows(unit), rstd.repeat_interleave(channels // groups, dim=1)[:, None]
+    rows = _as_rows(x)  # for small maps the library's loop is not vectorised: 10 times these lines
+    mean = _group_mean(rows.sum(1, keepdim=True, dtype=torch.float32), groups) / pixels
+    square = _group_mean((rows * rows).sum(1, keepdim=True, dtype=torch.float32), groups) / pixels
+    scale = torch.rsqrt((square - mean**2).clamp_min(0) + EPSILON)
+    return torch.addcmul(-mean * scale, rows, scale).to(x.dtype), scale
+
+
+def _group_mean(values: Tensor, groups: int) -> Tensor:
+    """Mean over the channels of each group, given back to each of its channels: `b 1 c` to `b 1 c`."""
+    return (
+        values.unflatten(2, (groups, -1))
+        .mean(3, keepdim=True)
+        .expand(-1, -1, -1, values.shape[2] // groups)
+        .flatten(2)
+    )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def _as_image(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Norm(nn.Module):
+    """Group normalisation with an affine map per channel, a further one per sample, and SiLU."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: Float[Tensor, " b c h w"],
+        scale_shift: Float[Tensor, " b 2*c"] | None = None,
+        *,
+        silu: bool = True,
+    ) -> Float[Tensor, " b c h w"]:
+        gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+        if scale_shift is not None:
+            scale, shift = scale_shift.float().chunk(2, dim=1)
+            gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+        return modulated_norm(x, gain, offset, groups=self.groups, silu=silu)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, told the noise level in between, beside a shortcut; may halve or double the size.
+
+    The second convolution starts at zero, so that a new block passes its input on.
+
+    Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 3; resampling as in BigGAN.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, shared: Shared, *, resample: Resample = "same"
+    ) -> None:
+        super().__init__()
+        self.resample: Resample = resample
+        self.scale_shift = shared.scale_shift
+        self.norm_in = Norm(in_channels, shared.groups)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.level = nn.Linear(shared.level_width, out_channels * (2 if shared.scale_shift else 1))
+        self.norm_out = Norm(out_channels, shared.groups)
+        self.dropout = nn.Dropout(shared.dropout)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b o h2 w2"]:
+        h = self.conv_in(resampled(self.norm_in(x), self.resample))
+        level = self.level(told.level)
+        h = self.norm_out(h, level) if self.scale_shift else self.norm_out(h + level[:, :, None, None])
+        return self.shortcut(resampled(x, self.resample)) + self.conv_out(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every pixel and, where there is a caption, at its tokens: one softmax over both.
+
+    Rows of `qkv` are ordered query, key, value, each of them head by head.
+
+    Source: Nichol et al. 2022 (arXiv:2112.10741), section 2.1.
+    """
+
+    def __init__(self, channels: int, shared: Shared) -> None:
+        super().__init__()
+        self.head_width = shared.head_width
+        self.norm = Norm(channels, shared.groups)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.text = nn.Linear(shared.text_width, 2 * channels) if shared.text_width else None
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h w"]:
+        rows = self.norm(x, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+        query, key, value = self._heads(self.qkv(rows), 3)
+        if self.text is not None and told.text is not None:
+            text_key, text_value = self._heads(self.text(told.text), 2)
+            key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        out = self.out(seen.transpose(1, 2).flatten(2))
+        return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _heads(self, rows: Float[Tensor, " b n pc"], parts: int) -> tuple[Tensor, ...]:
+        """Each part as `b heads n head_width`."""
+        return rows.unflatten(2, (parts, -1, self.head_width)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def resampled(x: Float[Tensor, " b c h w"], how: Resample) -> Float[Tensor, " b c h2 w2"]:
+    """The same, halved by averaging or doubled by repetition."""
+    match how:
+        case "same":
+            return x
+        case "down":
+            return F.avg_pool2d(x, 2)
+        case "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        case _:
+            assert_never(how)
+
+
+def zeroed(module: M) -> M:
+    """The module with all its parameters set to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,212 @@
+"""The autoencoder: an image to a few numbers per patch and back, the first stage of latent diffusion.
+
+Two players: the model reconstructs, by absolute error, a perceptual distance and a weak pull of the
+latents towards the normal distribution; the discriminator, from `disc_start` on, tells crops of real
+images from reconstructed ones, and the model is trained to deceive it.
+
+Source: Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G.  Where the published code
+departs from what it says, this file does as follows:
+- Its log variance of the pixels is in no optimizer and stays 0: here it is not there.
+- Its losses are sums over the values of an image; here they are divided by that number, all alike, so
+  that learning rate and clipping do not depend on the size of the crop.  `kl_weight` and `disc_weight`
+  keep their published meaning.
+- The balance with the discriminator is computed only from `disc_start` on, and its gradients are used
+  again for the step: nothing is walked backwards twice.
+"""
+
+from pathlib import Path
+from typing import Literal, Self, assert_never
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dd_core import images, losses
+from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
+from dd_core.nets.perceptual import ClipFeatures, PatchGan, PatchGanSpec, PerceptualDistance, load_lpips
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_of
+
+
+class AutoencoderSpec(Spec):
+    """Image <-> latent; the defaults are the published f8 z4 but for the perceptual distance."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    net: AutoencoderNetSpec = AutoencoderNetSpec()
+    image_size: int = Field(256, ge=8)
+    crop: int = Field(256, ge=8)
+    """Side of the random crops that it trains on, in pixels."""
+    crops_per_image: int = Field(1, ge=1)
+    """Crops of each image that is read; more of them when reading is slower than training."""
+    kl_weight: float = Field(1e-6, ge=0)
+    perceptual: Literal["clip", "lpips", "none"] = "clip"
+    """Features of the parent CLIP, LPIPS from `lpips_weights`, or pixels alone."""
+    perceptual_weight: float = Field(1.0, ge=0)
+    lpips_weights: str = ""
+    """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
+    discriminator: PatchGanSpec = PatchGanSpec()
+    disc_weight: float = Field(0.5, ge=0)
+    disc_start: int = Field(50_001, ge=0)
+    """Batches of training before the discriminator takes part."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.crop > self.image_size:
+            raise ValueError(f"crop {self.crop} is larger than image_size {self.image_size}")
+        for name, side in (("crop", self.crop), ("image_size", self.image_size)):
+            if side % self.net.factor:
+                raise ValueError(f"{name} {side} must be a multiple of the net's factor {self.net.factor}")
+        if self.perceptual == "lpips" and not self.lpips_weights:
+            raise ValueError('perceptual "lpips" needs lpips_weights, a path; or use "clip"')
+        return self
+
+
+class AutoencoderStage(Stage):
+    """Trains the model in phase "model" and the discriminator in phase "discriminator", in turn.
+
+    Args:
+        spec: What to build.
+        clip: The parent, if the perceptual distance is that of CLIP.
+
+    Raises:
+        ValueError: The parent is missing, or the LPIPS weights cannot be used.
+    """
+
+    model: Autoencoder
+    phases = ("model", "discriminator")
+    batches: Tensor
+    """Batches that the model was trained on.  A buffer, so that a resumed run lets the discriminator in
+    at the same batch as an unbroken one."""
+
+    def __init__(self, spec: AutoencoderSpec, clip: Trained | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = Autoencoder(spec.net)
+        self.discriminator = PatchGan(spec.discriminator)
+        self.register_buffer("batches", torch.tensor(0))
+        self.freeze(perceptual_of(spec, clip))
+
+    def players(self, phase: str) -> list[nn.Parameter]:
+        """The parameters that a phase trains."""
+        assert phase in self.phases, phase
+        return list((self.model if phase == "model" else self.discriminator).parameters())
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        image = crops(images.to_unit(batch.image), self.spec.crop, self.spec.crops_per_image)
+        if phase == "discriminator":
+            return self.judge(image)
+        playing = bool(self.batches >= self.spec.disc_start)
+        posterior = self.model.posterior(image)
+        x0_hat = self.model.generate(posterior.draw(torch.randn_like(posterior.mean)))
+        if self.training:
+            self.model.observe(posterior.mean)
+            self.batches += 1
+        values = image[0].numel()
+        kl = losses.kl_to_normal(posterior.mean, posterior.logvar).mean() / values
+        if playing and torch.is_grad_enabled():
+            total, parts = self.deceive(x0_hat, image)
+        else:
+            total, parts = self.reconstruction(x0_hat, image)
+        error = (x0_hat.detach().clamp(-1, 1) - image).square().mean()
+        parts |= {"kl": kl.detach() * values, "psnr": 10 * torch.log10(4 / error.clamp(min=1e-12))}
+        return Losses(total + self.spec.kl_weight * kl, parts)
+
+    def reconstruction(
+        self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Absolute error and perceptual distance."""
+        l1 = (x0_hat - image).abs().mean()
+        distance: PerceptualDistance = self.frozen[0]
+        perceptual = distance(x0_hat, image).mean()
+        parts = {"l1": l1.detach(), "perceptual": perceptual.detach()}
+        return l1 + self.spec.perceptual_weight * perceptual, parts
+
+    def deceive(
+        self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Reconstruction and deception, balanced where they meet: at the decoder's last layer.
+
+        Both losses are walked backwards to the reconstructed image once; what they ask of it together is
+        then handed on to the model by a loss that is linear in the image and has the value of both.
+        """
+        leaf = x0_hat.detach().requires_grad_()
+        reconstruction, parts = self.reconstruction(leaf, image)
+        still = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        deception = -functional_call(self.discriminator, still, (leaf,)).mean()
+        (pull,) = torch.autograd.grad(reconstruction, leaf)
+        (push,) = torch.autograd.grad(deception, leaf)
+        last, values = self.model.decoder.conv_out.weight, image[0].numel()
+        (pull_last,) = torch.autograd.grad(x0_hat, last, values * pull, retain_graph=True)
+        (push_last,) = torch.autograd.grad(x0_hat, last, push, retain_graph=True)
+        balance = self.spec.disc_weight * losses.adaptive_weight(pull_last, push_last)
+        value = (reconstruction + balance / values * deception).detach()
+        linear = (x0_hat * (pull + balance / values * push)).sum()
+        parts |= {"deception": deception.detach(), "balance": balance}
+        return value + linear - linear.detach(), parts
+
+    def judge(self, image: Float[Tensor, " b 3 h w"]) -> Losses:
+        """The discriminator's loss; zero until it takes part."""
+        if not self.batches > self.spec.disc_start:  # the model's phase has counted this batch already
+            idle = sum((weight.sum() for weight in self.discriminator.parameters()), torch.tensor(0.0)) * 0
+            return Losses(idle, {})
+        with torch.no_grad():
+            posterior = self.model.posterior(image)
+            x0_hat = self.model.generate(posterior.draw(torch.randn_like(posterior.mean)))
+        real, fake = self.discriminator(image), self.discriminator(x0_hat)
+        parts = {"real": real.detach().mean(), "fake": fake.detach().mean()}
+        return Losses(losses.hinge(real, fake), parts)
+
+
+class Pixels(nn.Module):
+    """No perceptual distance: zero for every pair."""
+
+    def forward(
+        self, image: Float[Tensor, " b 3 h w"], reference: Float[Tensor, " b 3 h w"]
+    ) -> Float[Tensor, " b"]:
+        return torch.zeros(len(image), device=image.device)
+
+
+def perceptual_of(spec: AutoencoderSpec, clip: Trained | None) -> nn.Module:
+    """The perceptual distance that a spec names."""
+    match spec.perceptual:
+        case "clip":
+            if clip is None:
+                raise ValueError(
+                    "autoencoder: needs the parent 'clip'; train it first or set perceptual: none"
+                )
+            return ClipFeatures(clip_of(clip))
+        case "lpips":
+            return load_lpips(Path(spec.lpips_weights))
+        case "none":
+            return Pixels()
+        case _:
+            assert_never(spec.perceptual)
+
+
+def autoencoder_of(trained: Trained) -> Autoencoder:
+    """A trained autoencoder, ready to use.
+
+    Raises:
+        ValueError: It is another stage.
+    """
+    if not isinstance(trained.spec, AutoencoderSpec):
+        raise ValueError(f"the parent 'autoencoder' is a {type(trained.spec).__name__}")
+    model = Autoencoder(trained.spec.net)
+    model.load_state_dict(trained.weights)
+    return model.eval().requires_grad_(False)
+
+
+def crops(image: Float[Tensor, " b 3 h w"], side: int, count: int) -> Float[Tensor, " n 3 side side"]:
+    """`count` random squares of every image, from the device's global generator."""
+    image = image.repeat_interleave(count, dim=0)
+    height, width = image.shape[2:]
+    device, along = image.device, torch.arange(side, device=image.device)
+    rows = torch.randint(height - side + 1, (len(image), 1), device=device) + along
+    columns = torch.randint(width - side + 1, (len(image), 1), device=device) + along
+    each = torch.arange(len(image), device=device)[:, None, None]
+    return (
+        image.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
+    )

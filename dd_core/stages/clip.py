@@ -1,0 +1,104 @@
+"""CLIP, the contrastive image-text model: parent of half the other stages, judge of re-ranking."""
+
+from pathlib import Path
+from typing import Literal
+
+import open_clip
+import torch
+from torch import Tensor
+
+from dd_core import images, losses
+from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+
+
+class ClipSpec(Spec):
+    """An image tower and a text tower, trained on the pairs or taken from elsewhere."""
+
+    kind: Literal["clip"] = "clip"
+    net: ClipNetSpec = ClipNetSpec()
+    pretrained: str = ""
+    """Weights to take instead of training: an open_clip name such as ViT-L-14/openai, or MODEL:FILE."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the prepared images that it trains on."""
+        return self.net.image_size
+
+
+class ClipStage(Stage):
+    """Trains both towers so that a caption is nearest to its own image."""
+
+    model: Clip
+
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = Clip(spec.net)
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        image = self.model.embed_image(images.to_unit(batch.image))
+        text = self.model.read(batch.tokens).embedding
+        same = (batch.tokens[:, None] == batch.tokens[None]).all(-1)
+        loss = losses.info_nce(image, text, self.model.logit_scale(), same)
+        hit = same[torch.arange(len(image)), (image @ text.T).argmax(1)].float().mean()
+        return Losses(loss, {"retrieval": hit})
+
+
+def clip_of(trained: Trained) -> Clip:
+    """The towers of a trained CLIP, ready to use.
+
+    Raises:
+        ValueError: The parent is not a CLIP.
+    """
+    if not isinstance(trained.spec, ClipSpec):
+        raise ValueError(f"the parent 'clip' is a {type(trained.spec).__name__}, it must be a CLIP")
+    clip = Clip(trained.spec.net)
+    clip.load_state_dict(trained.weights)
+    return clip.eval().requires_grad_(False)
+
+
+def published(spec: ClipSpec) -> Trained:
+    """A CLIP that somebody else has trained, by open_clip's name or from a file.
+
+    Args:
+        spec: `pretrained` says which: `ViT-B-32/openai` (downloaded by open_clip into its cache) or
+            `ViT-B-32:path/to/weights.safetensors`; the rest of the spec is replaced by what it is.
+
+    Raises:
+        ValueError: open_clip does not know the model, or the file is missing or does not fit.
+    """
+    name, separator, file = spec.pretrained.partition(":")
+    name, _, tag = name.partition("/")
+    config = open_clip.get_model_config(name)
+    if config is None or "timm_model_name" in config["vision_cfg"] or "hf_model_name" in config["text_cfg"]:
+        raise ValueError(f"clip.pretrained: open_clip has no plain CLIP named {name!r}")
+    if separator and not Path(file).is_file():
+        raise ValueError(f"clip.pretrained: there is no file {file!r}")
+    quick_gelu = bool(config.get("quick_gelu")) or tag == "openai"
+    try:
+        towers = open_clip.create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
+    except (RuntimeError, KeyError, OSError) as error:
+        raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    preprocess = open_clip.get_model_preprocess_cfg(towers)
+    net = ClipNetSpec(
+        embedding_width=config["embed_dim"],
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        image_width=vision["width"],
+        image_layers=vision["layers"],
+        context_length=text["context_length"],
+        text_width=text["width"],
+        text_layers=text["layers"],
+        head_width=vision.get("head_width", 64),
+        vocab_size=text["vocab_size"],
+        quick_gelu=quick_gelu,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )
+    clip = Clip(net)
+    clip.towers.load_state_dict(towers.state_dict())
+    weights: dict[str, Tensor] = clip.state_dict()
+    return Trained(spec.but(net=net), weights)

@@ -1,0 +1,121 @@
+"""The upsampler: a small image -> the same image at several times the size.
+
+Trained on crops: the crop is made small by averaging, roughened by blur and noise as the base's
+pictures are rough, and the network, told the small crop, learns the large one.  It is not told the
+caption.
+
+Sources: Ho et al. 2021 (arXiv:2106.15282, cascades, noise on the small image), Ramesh et al. 2022
+(arXiv:2204.06125, section 2.1, crops, no attention, no caption).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from dd_core import edits, images, losses
+from dd_core.cascade import CascadeState, Draw
+from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser, Parameterization
+from dd_core.guidance import Rows, classifier_free, clip_x0
+from dd_core.nets.unet import UNet, UNetSpec
+from dd_core.noise import SeededNoise, karras_sigmas, spread
+from dd_core.samplers import SamplingSpec, begin, edited
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+
+
+class UpsamplerSpec(Spec):
+    """Upsampler: small image -> image_size x image_size RGB."""
+
+    kind: Literal["upsampler"] = "upsampler"
+    net: UNetSpec
+    image_size: int = Field(256, ge=16)
+    factor: int = Field(4, ge=2)
+    """How many times larger the image becomes."""
+    crop: int = Field(64, ge=16)
+    """Side of the crops of the large image that it trains on."""
+    predicts: Parameterization = "x0"
+    log_sigma_mean: float = -1.0
+    log_sigma_std: float = Field(1.4, gt=0)
+    weight_range: tuple[float, float] = (0.05, 5.0)
+    roughness: float = Field(0.1, ge=0)
+    """Largest deviation of the noise on the small image in training; each crop draws its own."""
+    sigma_min: float = Field(0.02, gt=0)
+    sigma_max: float = Field(20.0, gt=0)
+
+
+class UpsamplerStage(Stage):
+    """Trains the upsampler on random crops."""
+
+    model: NetworkDenoiser
+
+    def __init__(self, spec: UpsamplerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = denoiser_of(spec)
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        spec = self.spec
+        x0 = images.to_unit(crops(batch.image, spec.crop, spec.factor))
+        small = F.avg_pool2d(x0, spec.factor)
+        level = spec.roughness * torch.rand_like(small[:, 0, 0, 0])
+        small = small + spread(level, small) * torch.randn_like(small)
+        cond = Conditioning(image=enlarged(small, spec.factor))
+        sigma = torch.exp(spec.log_sigma_mean + spec.log_sigma_std * torch.randn_like(level))
+        x0_mse = losses.x0_mse(self.model, x0, sigma, cond)
+        weight = sigma.pow(-2).clamp(*spec.weight_range)
+        return Losses((weight * x0_mse).mean(), {"x0_mse": x0_mse.detach().mean()})
+
+
+class UpsamplerHop:
+    """Small image -> large image; with a hole in the state, an edit."""
+
+    def __init__(self, trained: Trained, *, device: torch.device | str) -> None:
+        assert isinstance(trained.spec, UpsamplerSpec)
+        self.spec, self.device = trained.spec, torch.device(device)
+        self.model = denoiser_of(trained.spec)
+        self.model.load_state_dict(trained.weights)
+        self.model.eval().requires_grad_(False).to(self.device)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        if state.image is None:
+            raise ValueError("the upsampler is told a small image, but CascadeState.image is None")
+        spec, noise = self.spec, SeededNoise(state.seeds)
+        sigmas = karras_sigmas(how.num_steps, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
+        large = enlarged(state.image.to(self.device), spec.factor)
+        x = spec.sigma_max * noise(large)
+        if state.known is not None and state.hole is not None:
+            known, hole = state.known.to(self.device), state.hole.to(self.device)
+            sampling = edited(begin(how, x + known, sigmas, noise), edits.inpaint(known, hole))
+        else:
+            sampling = begin(how, x, sigmas, noise)
+        cond = Conditioning(image=large)
+        return Draw(sampling, Rows(cond, cond, scale=torch.ones(len(x))))
+
+    def denoiser(self, rows: Rows) -> Denoiser:
+        return clip_x0(classifier_free(self.model, rows))
+
+    def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
+        return state._replace(image=images.quantised(x0.float().cpu()))
+
+
+def denoiser_of(spec: UpsamplerSpec) -> NetworkDenoiser:
+    """The network of an upsampler, seen as a denoiser."""
+    return NetworkDenoiser(UNet(spec.net, in_channels=3, out_channels=3), spec.predicts)
+
+
+def crops(image: Tensor, size: int, factor: int) -> Tensor:
+    """One random crop per image, its corner on the grid of the small image."""
+    room = (image.shape[-1] - size) // factor + 1
+    corners = (torch.randint(room, (len(image), 2)) * factor).tolist()
+    return torch.stack(
+        [one[:, y : y + size, x : x + size] for one, (y, x) in zip(image, corners, strict=True)]
+    )
+
+
+def enlarged(small: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 H W"]:
+    """The small image at the large size, bilinear, as the network is told it."""
+    return F.interpolate(small, scale_factor=factor, mode="bilinear")

@@ -1,0 +1,91 @@
+"""What went wrong, for the person and for the script: one line and one exit code for every error."""
+
+import errno
+import traceback
+from enum import IntEnum
+
+
+class Code(IntEnum):
+    """Exit codes of every `ddiff` command."""
+
+    DONE = 0
+    CONFIGURATION = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NOT_FINITE = 5
+    PREEMPTED = 6
+    INTERNAL = 70
+
+
+class StoppedError(RuntimeError):
+    """The process was told to end; what was finished is kept."""
+
+
+class PortTakenError(RuntimeError):
+    """Something else listens where the endpoint should."""
+
+
+def code_of(error: BaseException) -> Code:
+    """The exit code of an error; the modules named here are loaded already where one was raised."""
+    from dd_core.sealed import SealError  # noqa: PLC0415 an error must not cost the import of torch
+    from workflows.files import DamagedError, MissingShardError  # noqa: PLC0415
+
+    match error:
+        case StoppedError() | KeyboardInterrupt():
+            return Code.PREEMPTED
+        case SealError():
+            return Code.CHECKPOINT
+        case MissingShardError() | DamagedError():
+            return Code.DATA
+        case PortTakenError() | ValueError() | FileNotFoundError() | NotADirectoryError():
+            return Code.CONFIGURATION
+        case OSError():
+            return Code.INTERNAL
+        case _:
+            return code_of_training(error)
+
+
+def code_of_training(error: BaseException) -> Code:
+    """The rest: errors of modules that only a command which trains has loaded."""
+    from dd_core.training import DataEndedError, DivergedError  # noqa: PLC0415
+    from workflows.feed import DataError  # noqa: PLC0415
+    from workflows.pairs import TooManyRejectsError  # noqa: PLC0415
+    from workflows.training import PreemptedError  # noqa: PLC0415
+
+    match error:
+        case DivergedError():
+            return Code.NOT_FINITE
+        case TooManyRejectsError() | DataEndedError() | DataError():
+            return Code.DATA
+        case PreemptedError():
+            return Code.PREEMPTED
+        case _:
+            return Code.INTERNAL
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that a worker raised, out of the wrappers that Ray puts round it."""
+    while (inner := getattr(error, "cause", None)) and isinstance(inner, BaseException):
+        error = inner
+    return error
+
+
+def line_of(error: BaseException) -> str:
+    """What, where and what to do, in one line."""
+    match error:
+        case KeyboardInterrupt():
+            return "stopped; run the same command again to continue"
+        case OSError(errno=errno.ENOSPC):
+            where = error.filename or "the disk of the run"
+            return f"no space left on {where}; free some and run the same command again to continue"
+        case OSError() if error.filename:
+            return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if code_of(error) is not Code.INTERNAL:
+        return text
+    return f"{type(error).__name__}: {text:.300}; run again with -v for the traceback"
+
+
+def trace_of(error: BaseException) -> str:
+    """The whole traceback."""
+    return "".join(traceback.format_exception(error))

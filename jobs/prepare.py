@@ -1,0 +1,93 @@
+"""`ddiff data`: make, prepare, check and count training data."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from jobs.environment import ray_cluster
+from workflows.files import located
+from workflows.pairs import PairsSpec, TooManyRejectsError, usable_pairs
+from workflows.prepare import prepare_pairs, prepared
+from workflows.shapes import ShapesSpec, write_shards
+
+
+def write_shapes(
+    out: Path, *, pairs: int, seed: int, image_format: Literal["png", "jpg"]
+) -> dict[str, Any]:
+    """Tars of the embedded world."""
+    paths = write_shards(ShapesSpec(pairs=pairs, seed=seed, image_format=image_format), out)
+    return {"pairs": pairs, "shards": len(paths), "bytes": sum(path.stat().st_size for path in paths), "out": out}
+
+
+def sides(text: str) -> tuple[int, ...]:
+    """`64,256` -> (64, 256)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--sizes {text}: write sides in pixels with commas, such as 64,256") from None
+
+
+def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
+    """The Ray Data job, and what came out of it."""
+    located(spec.shards)  # a wrong address is said before Ray is started
+    with ray_cluster(verbose=verbose):
+        done = prepare_pairs(spec)
+    names = ("kept", "rejected", "rejects", "damaged_shards")
+    return {"out": str(done.directory), "digest": done.digest} | {name: done.facts[name] for name in names}
+
+
+def check_shards(shards: Sequence[str], *, max_rejected: float) -> dict[str, Any]:
+    """Read and decode every sample without writing anything.
+
+    Raises:
+        MissingShardError: A name leads nowhere.
+        TooManyRejectsError: More are rejected than allowed.
+    """
+    spec = PairsSpec(shards=tuple(shards), destination="nowhere", max_reject_fraction=max_rejected)
+    rejects: Counter[str] = Counter()
+    found = located(shards)
+    kept = sum(1 for shard in found for _ in usable_pairs(shard.url, spec, rejects))
+    total = kept + rejects.total()
+    if rejects.total() > max_rejected * total:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejects.most_common())
+        raise TooManyRejectsError(
+            f"{rejects.total():,} of {total:,} samples would be rejected ({reasons}), {max_rejected:.0%} are "
+            "allowed; mend the shards or raise --max-rejected"
+        )
+    return {"shards": len(found), "kept": kept, "rejected": rejects.total(), "rejects": dict(rejects)}
+
+
+def stats_of(directory: Path) -> dict[str, Any]:
+    """Counts of prepared data.
+
+    Raises:
+        DestinationError: The directory holds no finished data.
+    """
+    done = prepared(directory)
+    tables = [pq.read_table(file, columns=["caption", "reject"]) for file in done.files]
+    captions = [
+        caption
+        for table in tables
+        for caption, reject in zip(table["caption"].to_pylist(), table["reject"].to_pylist(), strict=True)
+        if not reject
+    ]
+    words = Counter(itertools.chain.from_iterable(caption.lower().split() for caption in captions))
+    lengths = sorted(len(caption) for caption in captions)
+    return {
+        "kept": done.facts["kept"],
+        "rejected": done.facts["rejected"],
+        "rejects": done.facts["rejects"],
+        "damaged_shards": len(done.facts["damaged_shards"]),
+        "files": len(done.files),
+        "bytes": sum(Path(file).stat().st_size for file in done.files),
+        "sizes": done.facts["sizes"],
+        "distinct_captions": len(set(captions)),
+        "caption_characters_median": lengths[len(lengths) // 2] if lengths else 0,
+        "distinct_words": len(words),
+        "commonest_words": dict(words.most_common(10)),
+        "digest": done.digest,
+    }

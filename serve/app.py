@@ -1,0 +1,250 @@
+"""The application: one deployment for each hop, one for HTTP, started from a spec.
+
+    ddiff serve --cascade DIR            `run(ServeSpec(cascade=DIR))`
+    import_path: serve.app:build         in the config of Ray Serve; `args` are the fields of ServeSpec
+
+A cascade that is already running is replaced replica by replica.
+"""
+
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import ray.serve
+from pydantic import Field
+from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
+from ray.serve.handle import DeploymentHandle
+
+from dd_core.cascade import CascadeSpec
+from dd_core.sealed import MANIFEST
+from dd_core.spec import SafeName, Spec
+from serve.ingress import Api
+from serve.links import ReplicaLink
+from serve.painter import Painter
+from serve.replicas import HopReplica, opened
+
+log = logging.getLogger(__name__)
+APPLICATION = "ddiff"
+
+
+class ServeError(RuntimeError):
+    """The cascade cannot be put on the air; the message says what to do."""
+
+
+class ReplicaSpec(Spec):
+    """What a replica of a hop may use, and how many there are."""
+
+    num_cpus: float = Field(0.5, ge=0)
+    """Reserved in Ray."""
+    num_gpus: float = Field(0, ge=0)
+    """Reserved in Ray; with any the hop lives on the GPU."""
+    threads: int = Field(0, ge=0)
+    """Of PyTorch on the CPU; 0: as many as num_cpus, at least one."""
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    busy_requests: float = Field(8, gt=0)
+    """Requests in progress per replica above which another replica is started."""
+    max_rows: int = Field(8, ge=1)
+    """Samples in progress at once; what fits the memory of the device."""
+    max_waiting: int = Field(64, ge=0)
+    """Samples that may wait for them; more are told to come back later."""
+
+
+class ServeSpec(Spec):
+    """A cascade on the air."""
+
+    cascade: str
+    """Directory of the cascade."""
+    digest: str = ""
+    """Serve this cascade only; empty: whatever is in the directory."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    timeout_s: float = Field(120, gt=0)
+    """Longest time for one request."""
+    startup_s: float = Field(300, gt=0)
+    """Longest time until every hop has drawn its first image."""
+    max_body_bytes: int = Field(64_000, ge=1)
+    ingress_replicas: int = Field(1, ge=1)
+    hop: ReplicaSpec = ReplicaSpec()
+    """For the hops that `hops` does not name."""
+    hops: dict[SafeName, ReplicaSpec] = Field(default_factory=dict)
+    """Stage -> its replicas."""
+
+
+@ray.serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_surge_percent=100)
+@ray.serve.ingress()
+class Ingress:
+    """HTTP for one cascade; the application is built in the replica, where the handles work."""
+
+    def __init__(
+        self,
+        spec: ServeSpec,
+        cascade: CascadeSpec,
+        digest: str,
+        created: int,
+        hops: dict[str, DeploymentHandle],
+    ) -> None:
+        links = {stage: ReplicaLink(stage, handle) for stage, handle in hops.items()}
+        self.api = Api(
+            Painter(cascade, digest, links),
+            created=created,
+            timeout_s=spec.timeout_s,
+            max_body_bytes=spec.max_body_bytes,
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.api.app()
+
+
+def build(args: dict[str, Any]) -> ray.serve.Application:
+    """The application that a config of Ray Serve imports; `args` are the fields of ServeSpec.
+
+    Raises:
+        ValueError: A replica spec for a stage that is no hop, or that can have no replica.
+        dd_core.sealed.SealError: The cascade is damaged, unfinished or another one.
+    """
+    spec = ServeSpec.model_validate(args)
+    directory = Path(spec.cascade).resolve()
+    cascade, digest = opened(directory, spec.digest)
+    stages = {hop.stage for hop in cascade.hops}
+    if strangers := spec.hops.keys() - stages:
+        raise ValueError(f"hops: {min(strangers)} is no hop of {cascade.name}; it has {', '.join(stages)}")
+    hops = {
+        stage: deployment(spec.hops.get(stage, spec.hop), stage, str(directory), digest)
+        for stage in sorted(stages)
+    }
+    created = int((directory / MANIFEST).stat().st_mtime)
+    ingress = Ingress.options(num_replicas=spec.ingress_replicas)  # type: ignore[attr-defined]
+    return ingress.bind(spec, cascade, digest, created, hops)
+
+
+def deployment(spec: ReplicaSpec, stage: str, directory: str, digest: str) -> ray.serve.Application:
+    """A hop with its own replicas.
+
+    The engine bounds its queue itself, so Serve hands it a few requests more than it takes: they are
+    refused there at once, and only when every replica is full.
+    """
+    options = {
+        "name": stage,
+        "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
+        "max_ongoing_requests": spec.max_rows + spec.max_waiting + 16,
+        "max_queued_requests": spec.max_rows + spec.max_waiting,
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=spec.min_replicas,
+            max_replicas=max(spec.min_replicas, spec.max_replicas),
+            target_ongoing_requests=spec.busy_requests,
+        ),
+        "max_surge_percent": 100,
+        "health_check_period_s": 2,
+        "max_constructor_retry_count": 3,
+    }
+    limits = {"max_rows": spec.max_rows, "max_waiting": spec.max_waiting, "threads": spec.threads}
+    return HopReplica.options(**options).bind(directory, stage, digest=digest, **limits)  # type: ignore[attr-defined]
+
+
+def run(spec: ServeSpec, *, blocking: bool = False) -> str:
+    """Serve a cascade from this machine and return its address once every hop has drawn an image.
+
+    Ray is started if it is not running.  A Serve that is already running keeps its own address.
+
+    Args:
+        spec: What and how.
+        blocking: Return after a signal only, with everything stopped.
+
+    Raises:
+        ServeError: The port is taken, or the hops do not come up in time.
+        ValueError, dd_core.sealed.SealError: As `build` does.
+    """
+    application = build(spec.model_dump())
+    _, digest = opened(Path(spec.cascade), spec.digest)
+    url = f"http://{spec.host}:{spec.port}"
+    if not serving(url):
+        refuse_taken_port(spec.host, spec.port)
+    ray.serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=HTTPOptions(host=spec.host, port=spec.port),
+        logging_config={"enable_access_log": False},
+    )
+    target = ray.serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    ray.serve.run_many([target], wait_for_applications_running=False)
+    await_ready(url, digest, spec.startup_s)
+    log.info("serving %s at %s", digest[:12], url)
+    if blocking:
+        wait()
+    return url
+
+
+def wait() -> None:
+    """Until Ctrl-C or SIGTERM; then stop serving, letting requests in progress finish."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+    ray.serve.shutdown()
+
+
+def serving(url: str) -> bool:
+    """Whether one of ours answers there already: this run will replace what it serves."""
+    try:
+        with urllib.request.urlopen(f"{url}/health/live", timeout=2) as response:  # noqa: S310 - http only
+            return bool(json.load(response) == {"status": "live"})
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Serve would try for ever to listen where somebody else does.
+
+    Raises:
+        ServeError: Somebody does.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(
+                f"port {port} of {host}: {error.strerror}; stop what listens there or choose another port"
+            ) from None
+
+
+def await_ready(url: str, digest: str, timeout_s: float) -> None:
+    """Until the cascade with this digest answers.
+
+    Raises:
+        ServeError: It cannot, or did not in time; the message says what is missing.
+    """
+    until, reason = time.monotonic() + timeout_s, ""
+    while time.monotonic() < until:
+        if not (reason := missing(url, digest)):
+            return
+        state = ray.serve.status().applications[APPLICATION]
+        if state.status == "DEPLOY_FAILED":
+            raise ServeError(f"the cascade cannot be served: {cause(state.message)}")
+        time.sleep(0.2)
+    raise ServeError(f"{url} is not ready after {timeout_s:g} s: {reason}; `serve status` says more")
+
+
+def missing(url: str, digest: str) -> str:
+    """Why the cascade with this digest does not answer there yet, or nothing."""
+    try:
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=10) as response:  # noqa: S310
+            found = str(response.headers.get("x-model-version"))
+    except urllib.error.HTTPError as error:
+        return error.read().decode(errors="replace")[:300]
+    except OSError as error:
+        return str(error)
+    return "" if found == digest else f"cascade {found[:12]} answers, not {digest[:12]}"
+
+
+def cause(message: str) -> str:
+    """The line that matters of what Serve says about a replica whose constructor failed."""
+    errors = [line.strip() for line in message.splitlines() if "Error: " in line]
+    return errors[-1] if errors else message[:300]

@@ -1,0 +1,138 @@
+"""The painter: an order for images, sent down the cascade hop after hop.  Knows neither Ray nor HTTP."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.text import tokens
+
+
+class HopLostError(RuntimeError):
+    """A hop cannot be reached.
+
+    Args:
+        message: Which one and why.
+        again: Whether the same request may do better later; False if it seems to be what kills replicas.
+    """
+
+    def __init__(self, message: str, *, again: bool) -> None:
+        super().__init__(message)
+        self.again = again
+
+
+class Link(Protocol):
+    """One hop as it is reached from here."""
+
+    async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
+        """The state after the hop; cancelling the caller cancels the work.
+
+        Raises:
+            BusyError: Too many are there already.
+            TimeoutError: timeout_s passed first.
+            HopLostError: It cannot be reached.
+        """
+        ...
+
+    async def ready(self) -> str:
+        """The digest of the cascade that it serves; an error or no answer if it cannot."""
+        ...
+
+
+class Order(NamedTuple):
+    """What is to be painted: one image per seed."""
+
+    prompt: str
+    negative: str
+    """What the images should not be; empty is the empty caption."""
+    seeds: Sequence[int]
+    steps: int | None
+    """Of the hops that follow the request; None is theirs."""
+    effort: float
+    """Multiplies their number of steps where `steps` is None."""
+    scale: float | None
+
+
+class Painter:
+    """Paints with one cascade.
+
+    Args:
+        cascade: Its hops and how each is sampled.
+        digest: Which cascade the links must serve.
+        links: One per stage.
+    """
+
+    def __init__(self, cascade: CascadeSpec, digest: str, links: Mapping[str, Link]) -> None:
+        self.cascade, self.digest, self.links = cascade, digest, links
+
+    async def paint(self, order: Order, timeout_s: float) -> list[Tensor]:
+        """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
+
+        Raises:
+            BusyError, TimeoutError, HopLostError: As the links do.
+        """
+        plan = self.plan(order)
+        until = asyncio.get_running_loop().time() + timeout_s
+        async with asyncio.timeout_at(until):
+            tasks = [asyncio.create_task(self.image(order, seed, plan, until)) for seed in order.seeds]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def image(self, order: Order, seed: int, plan: Sequence[SamplingSpec], until: float) -> Tensor:
+        """One image through every hop."""
+        length = self.cascade.context_length
+        caption = torch.tensor(tokens([order.prompt], length))
+        negative = torch.tensor(tokens([order.negative], length)) if order.negative else None
+        state = CascadeState(seeds=[seed], tokens=caption, negative=negative)
+        clock = asyncio.get_running_loop().time
+        for hop, how in zip(self.cascade.hops, plan, strict=True):
+            state = await self.links[hop.stage].advance(state, how, until - clock())
+        if state.image is None:
+            raise ValueError(f"cascade {self.cascade.name} ends without an image: its last hop draws none")
+        return state.image
+
+    def plan(self, order: Order) -> list[SamplingSpec]:
+        """How each hop is sampled for an order."""
+        return [chosen(hop, order) for hop in self.cascade.hops]
+
+    def cut(self, order: Order) -> list[str]:
+        """The texts of an order that are longer than the model reads."""
+        texts = {"prompt": order.prompt, "negative_prompt": order.negative}
+        return [name for name, text in texts.items() if too_long(text, self.cascade.context_length)]
+
+    async def unready(self, timeout_s: float) -> dict[str, str]:
+        """Stage -> why it cannot serve now; empty when all can."""
+        answers = await asyncio.gather(*(self.answer(link, timeout_s) for link in self.links.values()))
+        return {stage: why for stage, why in zip(self.links, answers, strict=True) if why}
+
+    async def answer(self, link: Link, timeout_s: float) -> str:
+        """Why a link cannot serve now, or nothing."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                digest = await link.ready()
+        except TimeoutError:
+            return "no answer yet"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the hop is not ready
+            return type(error).__name__
+        return "" if digest == self.digest else f"serves cascade {digest[:12]}, not {self.digest[:12]}"
+
+
+def chosen(hop: HopSpec, order: Order) -> SamplingSpec:
+    """The sampling of a hop: its own, changed by the order where the hop follows it."""
+    if not hop.follows_request:
+        return hop.how
+    steps = order.steps or min(250, max(1, round(hop.how.num_steps * order.effort)))
+    scale = hop.how.guidance_scale if order.scale is None else order.scale
+    return hop.how.but(num_steps=steps, guidance_scale=scale)
+
+
+def too_long(text: str, context_length: int) -> bool:
+    """Whether tokens are lost: with one place more, that place would be used."""
+    return tokens([text], context_length + 1)[0] != [*tokens([text], context_length)[0], 0]

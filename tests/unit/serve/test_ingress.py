@@ -1,0 +1,377 @@
+"""The wire: every request gets images, or an error that the official client understands."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
+from dd_core.samplers import SamplingSpec
+from serve.engine import BusyError, Engine
+from serve.ingress import Api
+from serve.openai_api import GenerationRequest
+from serve.painter import HopLostError, Painter, chosen, too_long
+from tests.unit.serve.gaussian import GaussianHop
+
+DIGEST = "ab" * 32
+BASE = SamplingSpec(num_steps=3, guidance_scale=1.0)
+LAST = SamplingSpec(num_steps=2, guidance_scale=1.0)
+CASCADE = CascadeSpec(
+    name="demo",
+    hops=(HopSpec(stage="base", how=BASE, follows_request=True), HopSpec(stage="upsampler", how=LAST)),
+    context_length=16,
+    image_size=4,
+)
+URL = "/v1/images/generations"
+
+
+class EngineLink:
+    """A hop in this process: its engine, without Ray in between."""
+
+    def __init__(self, hop: GaussianHop) -> None:
+        self.hop, self.engine = hop, Engine(hop, max_rows=8, max_waiting=8)
+        self.running: asyncio.Task[None] | None = None
+        self.hows: list[SamplingSpec] = []
+        self.failing: Exception | None = None
+
+    async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
+        self.running = self.running or asyncio.create_task(self.engine.run())
+        self.hows.append(how)
+        if self.failing:
+            raise self.failing
+        return await self.engine.submit(state, how, timeout_s=timeout_s)
+
+    async def ready(self) -> str:
+        if self.failing:
+            raise self.failing
+        return DIGEST
+
+
+class Served:
+    """The application over two hops, and its client."""
+
+    def __init__(self, timeout_s: float = 20) -> None:
+        self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
+        painter = Painter(CASCADE, DIGEST, self.links)
+        api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
+        self.client = TestClient(api.app(), raise_server_exceptions=False)
+
+    def post(self, **body: Any) -> Any:
+        return self.client.post(URL, json={"prompt": "a red circle"} | body)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    one = Served()
+    with one.client:
+        yield one
+
+
+def pngs(answer: Any) -> list[bytes]:
+    assert answer.status_code == 200, answer.text
+    return [base64.b64decode(item["b64_json"]) for item in answer.json()["data"]]
+
+
+def refused(answer: Any, status: int, param: str | None = None) -> str:
+    """The message of an error, whose form is checked."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["type"] == ("invalid_request_error" if status < 429 else "server_error")
+    assert answer.headers["x-request-id"]
+    return error["message"]
+
+
+def test_a_seed_is_an_image_however_many_are_asked_for(served: Served) -> None:
+    together = served.post(seed=7, n=3)
+    alone = [served.post(seed=seed) for seed in (7, 8, 9)]
+    assert pngs(together) == [pngs(one)[0] for one in alone]
+    assert [item["seed"] for item in together.json()["data"]] == [7, 8, 9]
+    assert len(set(pngs(together))) == 3
+
+
+def test_without_a_seed_the_answer_names_one_that_repeats_the_image(served: Served) -> None:
+    first = served.post()
+    assert first.headers["x-seed"] == str(first.json()["data"][0]["seed"])
+    assert pngs(served.post(seed=int(first.headers["x-seed"]))) == pngs(first)
+
+
+def test_seeds_run_over_the_top_back_to_zero(served: Served) -> None:
+    assert [item["seed"] for item in served.post(seed=2**32 - 1, n=2).json()["data"]] == [2**32 - 1, 0]
+
+
+def test_a_png_says_what_paints_it_again(served: Served) -> None:
+    answer = served.post(
+        prompt="ein Kreis, größer als ☃", seed=3, num_inference_steps=4, negative_prompt="blue"
+    )
+    text = Image.open(io.BytesIO(pngs(answer)[0])).text  # type: ignore[attr-defined]
+    assert text["prompt"] == "ein Kreis, größer als ☃"
+    assert (text["negative_prompt"], text["seed"], text["bundle"]) == ("blue", "3", DIGEST)
+    hows = {stage: SamplingSpec(**how) for stage, how in json.loads(text["sampling"]).items()}
+    assert hows == {"base": BASE.but(num_steps=4), "upsampler": LAST}
+    assert answer.headers["x-model-version"] == DIGEST
+
+
+def test_a_request_changes_the_hop_that_follows_it_and_no_other(served: Served) -> None:
+    served.post(num_inference_steps=5, guidance_scale=2)
+    assert served.links["base"].hows[-1] == BASE.but(num_steps=5, guidance_scale=2.0)
+    assert served.links["upsampler"].hows[-1] == LAST
+    served.post(quality="high")
+    assert served.links["base"].hows[-1] == BASE.but(num_steps=6)
+
+
+def test_a_negative_prompt_changes_a_guided_image(served: Served) -> None:
+    plain = pngs(served.post(seed=1, guidance_scale=3))
+    assert pngs(served.post(seed=1, guidance_scale=3, negative_prompt="")) == plain
+    assert pngs(served.post(seed=1, guidance_scale=3, negative_prompt="blue")) != plain
+
+
+@pytest.mark.parametrize(
+    ("form", "magic"), [("png", b"\x89PNG"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")]
+)
+def test_the_file_has_the_format_that_was_asked_for(served: Served, form: str, magic: bytes) -> None:
+    answer = served.post(output_format=form)
+    assert pngs(answer)[0].startswith(magic)
+    assert answer.json()["output_format"] == form
+
+
+def test_everything_the_client_can_leave_open_may_be_null(served: Served) -> None:
+    optional = GenerationRequest.model_fields.keys() - {"prompt"}
+    assert len(pngs(served.post(**dict.fromkeys(optional)))) == 1
+
+
+def test_what_says_nothing_about_the_image_is_taken_and_ignored(served: Served) -> None:
+    answer = served.post(
+        seed=4, moderation="low", user="u", safety_identifier="s", background="opaque", stream=False
+    )
+    assert pngs(answer) == pngs(served.post(seed=4))
+    assert answer.json()["safety_identifier"] == "s"
+
+
+UNABLE: list[tuple[str, Any]] = [
+    ("size", "1024x1024"),
+    ("response_format", "url"),
+    ("background", "transparent"),
+    ("output_format", "gif"),
+    ("output_compression", 50),
+    ("stream", True),
+    ("partial_images", 2),
+    ("style", "vivid"),
+    ("n", 0),
+    ("n", 11),
+    ("n", "3"),
+    ("n", True),
+    ("prompt", ""),
+    ("prompt", " \n"),
+    ("prompt", "a" * 1001),
+    ("prompt", "nul \0"),
+    ("prompt", None),
+    ("seed", -1),
+    ("seed", 2**32),
+    ("guidance_scale", 51),
+    ("num_inference_steps", 251),
+    ("negative_prompt", "a" * 1001),
+    ("quality", "best"),
+    ("mask", "x"),
+]
+
+
+@pytest.mark.parametrize(("param", "value"), UNABLE, ids=str)
+def test_what_cannot_be_honoured_is_refused_by_name(served: Served, param: str, value: Any) -> None:
+    message = refused(served.post(**{param: value}), 400, param)
+    assert message.startswith(f"{param}: ")
+
+
+def test_an_unknown_model_is_404_and_the_known_one_is_listed(served: Served) -> None:
+    message = refused(served.post(model="dall-e-3"), 404, "model")
+    assert message == "model: there is no 'dall-e-3'; demo is served"
+    listed = served.client.get("/v1/models").json()
+    entry = {"id": "demo", "object": "model", "created": 1_700_000_000, "owned_by": "ddiff"}
+    assert listed == {"object": "list", "data": [entry]}
+    assert served.client.get("/v1/models/demo").json() == entry
+    refused(served.client.get("/v1/models/other"), 404, "model")
+    assert len(pngs(served.post(model="demo", size="4x4"))) == 1
+
+
+def test_a_prompt_longer_than_the_context_is_cut_and_says_so(served: Served) -> None:
+    fits, cut = " ".join(["red"] * 14), " ".join(["red"] * 15)
+    assert not too_long(fits, 16)
+    assert too_long(cut, 16)
+    assert "x-prompt-truncated" not in served.post(prompt=fits).headers
+    assert served.post(prompt=cut).headers["x-prompt-truncated"] == "prompt"
+    both = served.post(prompt=cut, negative_prompt=cut)
+    assert both.headers["x-prompt-truncated"] == "prompt, negative_prompt"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", URL, 405),
+        ("POST", "/v1/models", 405),
+        ("POST", "/v1/models/", 405),
+    ],
+)
+def test_wrong_addresses_get_json_too(served: Served, method: str, path: str, status: int) -> None:
+    answer = served.client.request(method, path)
+    refused(answer, status)
+    assert status != 405 or answer.headers["allow"]
+
+
+def test_a_body_over_the_cap_is_413_announced_or_not(served: Served) -> None:
+    body = json.dumps({"prompt": "a" * 30_000}).encode()
+    headers = {"content-type": "application/json"}
+    refused(served.client.post(URL, content=body, headers=headers), 413)
+    refused(served.client.post(URL, content=iter([body[:15_000], body[15_000:]]), headers=headers), 413)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 9000,
+        b'{"prompt": "\\ud800"}',
+        b'{"\\ud800": 1}',
+        b'{"n": 1e999}',
+    ]
+    + [b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"],
+)
+def test_a_body_that_is_no_request_is_400(served: Served, body: bytes) -> None:
+    answer = served.client.post(URL, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5
+)
+FIELDS = {name: ANYTHING for name in GenerationRequest.model_fields if name != "num_inference_steps"}
+LIKELY = {
+    "n": st.integers(-1, 3),
+    "size": st.sampled_from(["auto", "4x4", "256x256"]),
+    "seed": st.integers(-1, 2**32),
+    "guidance_scale": st.floats(-1, 60),
+    "quality": st.sampled_from(["low", "hd", "ultra"]),
+    "output_format": st.sampled_from(["png", "jpeg", "webp", "gif"]),
+    "num_inference_steps": st.integers(-1, 6),
+    "negative_prompt": st.text(max_size=20),
+}
+BODIES = st.fixed_dictionaries({"prompt": st.text(max_size=20)}, optional=LIKELY) | st.fixed_dictionaries(
+    {}, optional=FIELDS
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES)
+def test_any_json_gets_its_images_or_a_reason(served: Served, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    answer = served.client.post(URL, content=content, headers={"content-type": "application/json"})
+    if answer.status_code == 200:
+        assert len(pngs(answer)) == (body.get("n") or 1)
+    else:
+        assert answer.status_code in (400, 404)
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "header"),
+    [
+        (BusyError("full"), 429, "busy", ("retry-after", "1")),
+        (TimeoutError(), 504, "deadline_exceeded", ("x-should-retry", "false")),
+        (HopLostError("no replica", again=True), 503, "unavailable", ("retry-after", "2")),
+        (HopLostError("two died", again=False), 500, "replica_died", ("x-should-retry", "false")),
+        (FloatingPointError(), 500, "not_finite", ("x-should-retry", "false")),
+    ],
+)
+def test_each_failure_of_a_hop_says_whether_to_come_back(
+    error: Exception, status: int, code: str, header: tuple[str, str]
+) -> None:
+    one = Served()
+    with one.client:
+        one.links["upsampler"].failing = error
+        answer = one.post(n=2)
+    refused(answer, status)
+    assert answer.json()["error"]["code"] == code
+    assert answer.headers[header[0]] == header[1]
+
+
+def test_a_fault_of_ours_shows_nothing_of_the_inside_and_logs_no_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one = Served()
+    with one.client, caplog.at_level(logging.DEBUG):
+        one.links["base"].failing = RuntimeError("/secret/path says: a red circle")
+        answer = one.post()
+    message = refused(answer, 500)
+    assert message == f"internal error; the server's log has it as {answer.headers['x-request-id']}"
+    assert answer.headers["x-request-id"] in caplog.text
+    assert "RuntimeError" in caplog.text
+    assert "red circle" not in caplog.text
+
+
+@pytest.mark.parametrize("patience", ["0.2", "5", "-1", "nan", "inf", "soon"])
+def test_the_deadline_is_the_shorter_of_the_server_s_and_the_client_s(patience: str) -> None:
+    one = Served(timeout_s=0.4)
+    with one.client:
+        one.links["base"].hop.gate.clear()
+        answer = one.client.post(URL, json={"prompt": "a"}, headers={"x-stainless-read-timeout": patience})
+        one.links["base"].hop.gate.set()
+        assert refused(answer, 504) == f"not finished in {'0.2' if patience == '0.2' else '0.4'} s"
+        assert one.post().status_code == 200
+
+
+def test_one_failing_image_of_several_stops_the_others() -> None:
+    one = Served(timeout_s=20)
+    with one.client:
+        one.links["upsampler"].failing = BusyError("full")
+        refused(one.post(n=8, num_inference_steps=3), 429)
+        time.sleep(0.1)
+        assert one.links["base"].engine.load() == 0
+
+
+def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
+    one = Served()
+    with one.client:
+        ready = one.client.get("/health/ready")
+        assert ready.json() == {"status": "ready", "model": "demo", "version": DIGEST}
+        one.links["upsampler"].failing = RuntimeError()
+        message = refused(one.client.get("/health/ready"), 503)
+        assert message == "not ready: upsampler: RuntimeError"
+        assert one.client.get("/health/live").json() == {"status": "live"}
+
+
+def test_a_replica_of_another_cascade_is_not_ready() -> None:
+    one = Served()
+    one.links["base"].__class__ = type("Other", (EngineLink,), {"ready": other_digest})
+    with one.client:
+        assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text
+
+
+async def other_digest(_: EngineLink) -> str:
+    return "cd" * 32
+
+
+def test_effort_never_asks_for_more_steps_than_a_request_may() -> None:
+    order = Api(Painter(CASCADE, DIGEST, {}), created=0, timeout_s=1, max_body_bytes=1).order(
+        GenerationRequest(prompt="a", quality="max")
+    )
+    assert (
+        chosen(HopSpec(stage="base", how=BASE.but(num_steps=100), follows_request=True), order).num_steps
+        == 250
+    )

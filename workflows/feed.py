@@ -1,0 +1,205 @@
+"""What a training run reads, and in which order: row k of a run is a function of (data, seed, k) alone.
+
+An epoch is a permutation of the row groups of all files, drawn from (seed, epoch); eight
+consecutive groups are a mix, and the rows of a mix are permuted by (seed, epoch, mix).  Rejected
+rows are in no mix.  Epochs follow each other without a seam, so step s of a run trains on the rows
+[s * batch, (s + 1) * batch), and rank r of n on the r-th n-th of them: whoever knows the step
+knows what has been read, and a restart, on any number of workers, reads exactly the rest.
+
+Runs without Ray and without torch, so that the processes that read start at once.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+GROUPS_PER_MIX = 8
+TASK_BYTES = 32 * 2**20
+"""Decoded images of one read task."""
+
+
+class DataError(RuntimeError):
+    """The prepared data cannot be used; the message names the file and what to do."""
+
+
+class Pieces(NamedTuple):
+    """The row groups of all files that have a usable row; entry i of each array is row group i."""
+
+    files: tuple[str, ...]
+    file: NDArray[np.int32]
+    group: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    """Usable ones."""
+
+
+class Pick(NamedTuple):
+    """Some rows of one mix, in the order in which they are wanted."""
+
+    groups: tuple[tuple[str, int], ...]
+    """File and row group of each piece of the mix."""
+    seed: tuple[int, int, int]
+    rows: NDArray[np.int64]
+    """Places in the permuted mix."""
+    positions: NDArray[np.int64]
+    """The same rows, counted from the beginning of the run."""
+
+
+class Share(NamedTuple):
+    """What one rank reads in a stretch of a run."""
+
+    first_step: int
+    steps: int
+    batch_size: int
+    """Over all ranks."""
+    rank: int
+    ranks: int
+
+    def positions(self) -> NDArray[np.int64]:
+        """Of every row, counted from the beginning of the run, in order."""
+        own = self.batch_size // self.ranks
+        starts = (self.first_step + np.arange(self.steps)) * self.batch_size + self.rank * own
+        return (starts[:, None] + np.arange(own)).ravel()
+
+
+def survey(files: Sequence[str], columns: Sequence[str]) -> Pieces:
+    """Find the usable rows of prepared files.
+
+    Raises:
+        DataError: A file lacks a column, or there is no usable row at all.
+    """
+    found: list[tuple[int, int, int]] = []
+    for number, url in enumerate(files):
+        with fsspec.open(url, "rb") as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            for column in (*columns, "reject"):
+                if column not in parquet.schema_arrow.names:
+                    raise DataError(
+                        f"{url} has no column {column!r}, it has {', '.join(parquet.schema_arrow.names)}; "
+                        f"prepare the pairs with this size"
+                    )
+            for group in range(parquet.num_row_groups):
+                usable = pc.sum(pc.equal(parquet.read_row_group(group, ["reject"])["reject"], "")).as_py() or 0
+                if usable:
+                    found.append((number, group, usable))
+    if not found:
+        raise DataError(f"no usable pair in {len(files)} files of prepared data; look at their column 'reject'")
+    file_of, group_of, rows = np.array(found).T
+    return Pieces(tuple(files), file_of.astype(np.int32), group_of.astype(np.int32), rows.astype(np.int64))
+
+
+class Order:
+    """The order of a whole run.
+
+    Args:
+        pieces: From `survey`.
+        seed: Of the run.
+    """
+
+    def __init__(self, pieces: Pieces, seed: int) -> None:
+        self.pieces, self.seed, self.rows = pieces, seed, int(pieces.rows.sum())
+        self.epoch = lru_cache(maxsize=4)(self._epoch)
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The permuted pieces of an epoch, and where each mix begins (the end of the last included)."""
+        permuted = np.random.default_rng((self.seed, epoch)).permutation(len(self.pieces.rows))
+        stops = np.cumsum(self.pieces.rows[permuted])
+        ends = np.append(stops[GROUPS_PER_MIX - 1 : -1 : GROUPS_PER_MIX], stops[-1])
+        return permuted, np.concatenate([[0], ends])
+
+    def picks(self, positions: NDArray[np.int64]) -> list[Pick]:
+        """Where the rows at these ascending positions lie, one entry for each mix."""
+        found: list[Pick] = []
+        epochs = positions // self.rows
+        for epoch in np.unique(epochs).tolist():
+            permuted, edges = self.epoch(epoch)
+            wanted = positions[epochs == epoch]
+            places = wanted - epoch * self.rows
+            mixes = np.searchsorted(edges, places, side="right") - 1
+            for mix in np.unique(mixes).tolist():
+                inside = mixes == mix
+                pieces = permuted[mix * GROUPS_PER_MIX : (mix + 1) * GROUPS_PER_MIX].tolist()
+                groups = tuple(
+                    (self.pieces.files[self.pieces.file[i]], int(self.pieces.group[i])) for i in pieces
+                )
+                rows = places[inside] - edges[mix]
+                found.append(Pick(groups, (self.seed, epoch, mix), rows, wanted[inside]))
+        return found
+
+
+def tasks(order: Order, share: Share, image_size: int) -> list[list[Pick]]:
+    """The reads of one rank, each of whole steps and about TASK_BYTES of decoded images."""
+    own = share.batch_size // share.ranks
+    rows = steps_per_task(own, image_size) * own
+    positions = share.positions()
+    return [order.picks(positions[start : start + rows]) for start in range(0, len(positions), rows)]
+
+
+def steps_per_task(own: int, image_size: int) -> int:
+    """Whole steps of one read, for a rank that trains on `own` images in each."""
+    return max(1, TASK_BYTES // (own * 3 * image_size**2))
+
+
+def read(picks: Sequence[Pick], image_size: int) -> Iterator[pa.Table]:
+    """The rows of one task as one table: image (bytes of uint8 [3, s, s]), tokens, position."""
+    yield pa.concat_tables([picked(pick, image_size) for pick in picks])
+
+
+def picked(pick: Pick, image_size: int) -> pa.Table:
+    """Some rows of one mix, decoded."""
+    column = f"image{image_size}"
+    table = pa.concat_tables([usable(url, group, (column, "tokens")) for url, group in pick.groups])
+    permutation = np.random.default_rng(pick.seed).permutation(len(table))
+    table = table.take(pa.array(permutation[pick.rows]))
+    images = [decoded(data, image_size) for data in table[column].to_pylist()]
+    return pa.table(
+        {
+            "image": pa.array(images, pa.binary(3 * image_size**2)),
+            "tokens": table["tokens"].combine_chunks(),
+            "position": pa.array(pick.positions),
+        }
+    )
+
+
+def usable(url: str, group: int, columns: Sequence[str]) -> pa.Table:
+    """The rows of a row group that were not rejected.
+
+    Raises:
+        DataError: The file is gone, cut or changed.
+    """
+    try:
+        with fsspec.open(url, "rb") as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            table = parquet.read_row_group(group, columns=[*columns, "reject"])
+    except (OSError, pa.ArrowInvalid) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{url}, row group {group}: {first}; prepare the data again") from None
+    return table.filter(pc.equal(table["reject"], "")).select(list(columns))
+
+
+def decoded(data: bytes, image_size: int) -> bytes:
+    """An image file of our own making as the bytes of uint8 [3, s, s]."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert pixels.shape == (image_size, image_size, 3), pixels.shape
+    return pixels.transpose(2, 0, 1).tobytes()
+
+
+def prepared_files(data: Path) -> list[str]:
+    """The Parquet files of a prepared directory.
+
+    Raises:
+        DataError: It is not there or not finished.
+    """
+    files = sorted(str(path) for path in data.glob("part-*.parquet"))
+    if not (data / "manifest.json").exists() or not files:
+        raise DataError(f"{data} is no finished prepared data; run `ddiff data prepare --out {data}`")
+    return files

@@ -1,0 +1,220 @@
+"""Where shards lie: addresses expanded and checked, and reads that survive a failing store.
+
+Any store that fsspec knows (local, http, s3, gs).  A name that matches nothing is refused before
+work starts; a file that fails, shrinks or changes while it is read is found out.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import braceexpand
+import fsspec
+
+VERSION_FIELDS = (
+    "ETag",
+    "etag",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "updated",
+    "Content-MD5",
+)
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class MissingShardError(ValueError):
+    """A name among the shards leads nowhere."""
+
+
+class DamagedError(ValueError):
+    """A file breaks off, cannot be read, or is not what it should be, from some byte on."""
+
+
+class Found(NamedTuple):
+    """A file of a store, as it is now."""
+
+    url: str
+    size: int | None
+    """Bytes; None where the store does not tell."""
+    version: str
+    """Changes when the file does, as far as the store tells (ETag, time, size)."""
+
+
+def expand(shards: Sequence[str]) -> list[str]:
+    """Every shard that the names mean, in their order, each once.
+
+    Args:
+        shards: Addresses; `{00000..00099}` and `{a,b}` are expanded, `*`, `?` and `[...]` matched
+            against the store, a directory stands for its `*.tar`.
+
+    Raises:
+        MissingShardError: If a name matches nothing or a named file does not exist.
+    """
+    return [found.url for found in located(shards)]
+
+
+def located(shards: Sequence[str]) -> list[Found]:
+    """`expand`, with size and version of each file."""
+    names = [name for pattern in shards for name in braces(pattern)]
+    if not names:
+        raise MissingShardError("no shards are named; name at least one, such as 'data/{00000..00099}.tar'")
+    with ThreadPoolExecutor(16) as pool:
+        groups = list(pool.map(matched, names))
+    missing = [name for name, group in zip(names, groups, strict=True) if not group]
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise MissingShardError(
+            f"{missing[0]} does not exist or matches no file{more}; check the shards' address"
+        )
+    return list({found.url: found for group in groups for found in group}.values())
+
+
+def braces(pattern: str) -> list[str]:
+    """Brace ranges and lists written out."""
+    try:
+        return list(braceexpand.braceexpand(pattern, escape=False))
+    except ValueError:
+        raise MissingShardError(f"{pattern} has an unclosed brace") from None
+
+
+def matched(name: str) -> list[Found]:
+    """The files that one name, directory or glob means; empty if there are none."""
+    fs, path = opened(name)
+    try:
+        if any(sign in path for sign in "*?["):
+            paths = sorted(fs.glob(path))
+            return [found_in(fs, path) for path in paths if not fs.isdir(path)]
+        if not is_web(fs) and fs.isdir(path):
+            return [found_in(fs, path) for path in sorted(fs.glob(f"{path.rstrip('/')}/*.tar"))]
+        return [found_in(fs, path)]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)
+        raise MissingShardError(f"{name} cannot be looked up: {one_line(error)}") from error
+
+
+def opened(url: str) -> tuple[Any, str]:
+    """The store of an address, without what it remembers of earlier listings, and the path in it."""
+    try:
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise MissingShardError(f"{url} cannot be opened: {one_line(error)}") from None
+    return fs, str(path)
+
+
+def is_web(fs: Any) -> bool:
+    """True for http, where a path is a page and nothing is a directory."""
+    return bool({"http", "https"} & set([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol))
+
+
+def found_in(fs: Any, path: str) -> Found:
+    """What the store says of a file now."""
+    info = fs.info(path)
+    facts = {name: str(info[name]) for name in VERSION_FIELDS if info.get(name) is not None}
+    facts["size"] = str(info.get("size"))
+    version = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    local = "file" in fs.protocol or fs.protocol == "file"
+    return Found(path if local else fs.unstrip_protocol(path), info.get("size"), version)
+
+
+def fingerprint(files: Iterable[Found]) -> str:
+    """sha256 over addresses, sizes and versions: equal if the source has not changed."""
+    return hashlib.sha256(json.dumps([list(file) for file in files]).encode()).hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, control characters shown."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)[:300]
+
+
+class ShardFile:
+    """Sequential reads that survive a failing store: re-opened at the byte where it failed."""
+
+    def __init__(self, url: str, *, attempts: int = 6, pause_s: float = 0.1) -> None:
+        self.url, self.attempts, self.pause_s = url, attempts, pause_s
+        self.file: Any = None
+        self.position = 0
+        self.reopened = 0
+        self.about: Found | None = None
+
+    def read(self, count: int) -> bytes:
+        """Exactly `count` bytes, fewer only at the end of the file.
+
+        Raises:
+            DamagedError: If the file is gone, was replaced, or fails at every attempt.
+        """
+        data = b""
+        for attempt in range(self.attempts):
+            try:
+                return self.attempt(count, data)
+            except Partial as partial:
+                data, failure = partial.data, partial.failure
+            if isinstance(failure, FINAL):
+                break
+            self.close()
+            self.reopened += 1
+            time.sleep(self.pause_s * 2**attempt)
+        raise DamagedError(f"{self.url} cannot be read at byte {self.position:,}: {one_line(failure)}")
+
+    def attempt(self, count: int, data: bytes) -> bytes:
+        """One try to complete `data` to `count` bytes."""
+        try:
+            if self.file is None:
+                self.open()
+            while len(data) < count and (more := self.file.read(count - len(data))):
+                data = data + more if data else more
+                self.position += len(more)
+            size = self.about.size if self.about else None
+            if len(data) < count and size is not None and self.position < size:
+                raise ConnectionError(f"the stream ended before its {size:,} bytes")
+        except DamagedError:
+            raise
+        except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)
+            raise Partial(data, error) from error
+        return data
+
+    def open(self) -> None:
+        """To the same byte of the same file."""
+        fs, path = opened(self.url)
+        about = found_in(fs, path)
+        if self.about is not None and about.version != self.about.version:
+            raise DamagedError(f"{self.url} was replaced while it was read")
+        self.about = about
+        self.file = fs.open(path, "rb")
+        if self.position:
+            forward(self.file, self.position)
+
+    def unchanged(self) -> None:
+        """Raises DamagedError if the file is not the one that was opened."""
+        self.close()
+        self.read(0)
+
+    def close(self) -> None:
+        """Let go of the store; the next read opens again."""
+        if self.file is not None:
+            self.file.close()
+        self.file = None
+
+
+class Partial(Exception):  # noqa: N818 a signal between read and attempt
+    """A try failed; `data` had arrived."""
+
+    def __init__(self, data: bytes, failure: Exception) -> None:
+        super().__init__(str(failure))
+        self.data, self.failure = data, failure
+
+
+def forward(file: Any, position: int) -> None:
+    """Seek, or read up to the position where a stream (http without ranges) cannot."""
+    try:
+        file.seek(position)
+    except (ValueError, OSError, NotImplementedError):
+        while position > 0 and (passed := len(file.read(min(position, 2**20)))):
+            position -= passed

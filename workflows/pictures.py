@@ -1,0 +1,153 @@
+"""Pictures that show what a run has learned: painted prompts, a sampling step by step, reconstructions.
+
+Everything here is made from the bundles in a run directory, on one device, without Ray or HTTP.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from dd_core import bundle, images
+from dd_core.bundle import Cascade
+from dd_core.cascade import CascadeState, run
+from dd_core.denoiser import Denoiser
+from dd_core.noise import SeededNoise
+from dd_core.samplers import Sampling
+from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
+from dd_core.text import tokens
+
+NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
+"""Of the forward strip: sigma, in units of the image's range of [-1, 1]."""
+
+
+class Painted(NamedTuple):
+    """A prompt, painted: the picture after each hop that ends in one, the smallest first."""
+
+    prompt: str
+    seed: int
+    pngs: tuple[bytes, ...]
+
+
+class Frame(NamedTuple):
+    """One question of a sampler: what it asked about and what the network saw in it."""
+
+    sigma: float
+    noisy: bytes
+    estimate: bytes
+
+
+class Rebuilt(NamedTuple):
+    """An image before and after the autoencoder."""
+
+    original: bytes
+    rebuilt: bytes
+    psnr: float
+    """Peak signal to noise, in decibels, over the range of [-1, 1]."""
+
+
+@torch.no_grad()
+def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0, batch: int = 8) -> list[Painted]:
+    """Every prompt painted once, the first with `seed`, the next with `seed + 1`, ..."""
+    result: list[Painted] = []
+    for start in range(0, len(prompts), batch):
+        some = list(prompts[start : start + batch])
+        seeds = [seed + start + number for number in range(len(some))]
+        stages = [state.image for state in states(cascade, some, seeds) if state.image is not None]
+        rows = [tuple(images.png(image[row : row + 1]) for image in stages) for row in range(len(some))]
+        result += [Painted(*one) for one in zip(some, seeds, rows, strict=True)]
+    return result
+
+
+def states(cascade: Cascade, prompts: list[str], seeds: list[int]) -> Iterator[CascadeState]:
+    """What travels down the cascade, after each hop."""
+    state = CascadeState(seeds=seeds, tokens=torch.tensor(tokens(prompts, cascade.spec.context_length)))
+    for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
+        state = run(hop, state, link.how)
+        yield state
+
+
+@torch.no_grad()
+def trajectory(cascade: Cascade, prompt: str, *, seed: int, frames: int = 9) -> list[Frame]:
+    """The first hop that makes an image, step by step; some of its questions, the last one included.
+
+    The noisy image is shown as x / sqrt(1 + sigma**2), as the network sees it.
+    """
+    state = CascadeState(seeds=[seed], tokens=torch.tensor(tokens([prompt], cascade.spec.context_length)))
+    for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
+        draw = hop.start(state, link.how)
+        asked, x0 = answered(draw.sampling, hop.denoiser(draw.rows))
+        state = hop.finish(state, x0)
+        if state.image is not None:
+            break
+    picked = np.unique(np.linspace(0, len(asked) - 1, min(frames, len(asked))).round().astype(int))
+    return [shown(*asked[index]) for index in picked]
+
+
+def answered(sampling: Sampling, denoise: Denoiser) -> tuple[list[tuple[float, Tensor, Tensor]], Tensor]:
+    """Drive a sampler and keep every question with its answer."""
+    asked: list[tuple[float, Tensor, Tensor]] = []
+    try:
+        query = next(sampling)
+        while True:
+            answer = denoise(query.x, query.levels())
+            asked.append((float(query.levels()[0]), query.x, answer.x0))
+            query = sampling.send(answer)
+    except StopIteration as end:
+        return asked, end.value
+
+
+def shown(sigma: float, x: Float[Tensor, " 1 3 h w"], x0: Float[Tensor, " 1 3 h w"]) -> Frame:
+    """One question as two pictures."""
+    return Frame(sigma, images.png((x / (1 + sigma**2) ** 0.5).float().cpu()), images.png(x0.float().cpu()))
+
+
+def noising(image: Float[Tensor, " 1 3 h w"], *, seed: int = 0) -> list[tuple[float, bytes]]:
+    """The forward process: one image under more and more noise, as the network sees it."""
+    eps = SeededNoise([seed])(image)
+    return [(sigma, images.png((image + sigma * eps) / (1 + sigma**2) ** 0.5)) for sigma in NOISE_LEVELS]
+
+
+@torch.no_grad()
+def reconstructions(autoencoder: Path, originals: Float[Tensor, " b 3 h w"]) -> list[Rebuilt]:
+    """Images through the autoencoder and back."""
+    trained = bundle.load(autoencoder).trained
+    assert isinstance(trained.spec, AutoencoderSpec)
+    model = autoencoder_of(trained)
+    back = torch.cat([model.reconstruct(one[None]).float().clamp(-1, 1) for one in originals])
+    mse = (back - originals).square().flatten(1).mean(1)
+    psnr = 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the range of [-1, 1] is 2, its square 4
+    return [
+        Rebuilt(images.png(was[None]), images.png(now[None]), float(decibels))
+        for was, now, decibels in zip(originals, back, psnr, strict=True)
+    ]
+
+
+def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " b 3 h w"], list[str]]:
+    """The last usable images of prepared data in [-1, 1], with their captions."""
+    part = sorted(data.glob("part-*.parquet"))[-1]
+    table = pq.read_table(part, columns=[f"image{size}", "caption", "reject"])
+    rows = [row for row in table.to_pylist() if not row["reject"]][-count:]
+    pixels = [np.asarray(Image.open(io.BytesIO(row[f"image{size}"])).convert("RGB")) for row in rows]
+    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return images.to_unit(stacked), [row["caption"] for row in rows]
+
+
+def prepared_captions(data: Path, count: int) -> list[str]:
+    """The last captions of prepared data."""
+    part = sorted(data.glob("part-*.parquet"))[-1]
+    rows = pq.read_table(part, columns=["caption", "reject"]).to_pylist()
+    return [row["caption"] for row in rows if not row["reject"]][-count:]
+
+
+def prepared_sizes(data: Path) -> list[int]:
+    """Sides of the images in prepared data."""
+    names = pq.read_schema(sorted(data.glob("part-*.parquet"))[0]).names
+    return sorted(int(name.removeprefix("image")) for name in names if name.startswith("image"))

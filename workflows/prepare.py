@@ -1,0 +1,220 @@
+"""Raw tars in, prepared Parquet files and a manifest out: the Ray Data job.
+
+One task a shard reads, verifies, decodes, tokenises and writes (workflows.parts); what comes back to
+the driver is how far it is.  The same job run again goes on where it was cut.  The manifest is
+written last; a source that is worse than the spec allows gets none, but `refused.json` with the same
+facts.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray.data
+from pydantic import ValidationError
+
+from dd_core import sealed
+from workflows.files import Found, fingerprint, located, one_line
+from workflows.pairs import PairsSpec, TooManyRejectsError, check_census, pairs_schema
+from workflows.parts import UNFINISHED, DestinationError, Part, read_json, resumed, write_json, write_part
+from workflows.progress import SampleProgress
+
+LAYOUT = 1
+"""Changes when the same source and spec would give other files."""
+TOKENIZER = "open_clip SimpleTokenizer"
+REFUSED = "refused.json"
+
+
+class Prepared(NamedTuple):
+    """A finished destination."""
+
+    directory: Path
+    files: tuple[str, ...]
+    """Paths of the Parquet files, for workflows.source."""
+    facts: dict[str, Any]
+    """Of the manifest: kept, rejected, rejects, damaged_shards, parts, sizes, context_length, ..."""
+    digest: str
+
+
+def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
+    """Prepare every shard of the spec; what an earlier run finished is not done again.
+
+    Ray must have been started, or is started with its defaults.
+
+    Raises:
+        MissingShardError: If a named shard does not exist; nothing has been written.
+        DestinationError: If the destination holds other files or cannot be written to.
+        TooManyRejectsError: After refused.json was written, with the facts and no manifest.
+    """
+    source, directory = located(spec.shards), local(spec.destination)
+    facts = facts_of(spec, source)
+    if done := finished(directory, facts["source"]):
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)  # a run that was cut after its last line
+        judge(spec, done.facts)
+        return done
+    parts = resumed(directory, facts["source"])
+    with shown(source, parts, progress=progress) as bar:
+        for part in written(spec, directory, source, parts, bar):
+            parts[part.shard] = part
+    facts |= totals([parts[shard] for shard in range(len(source))])
+    try:
+        judge(spec, facts)
+    except TooManyRejectsError:
+        write_json(directory / REFUSED, facts)
+        raise
+    (directory / REFUSED).unlink(missing_ok=True)
+    sealed.seal(directory, {part.file: part.sha256 for part in parts.values()}, facts)
+    shutil.rmtree(directory / UNFINISHED)
+    return prepared(directory)
+
+
+def prepared(directory: Path | str) -> Prepared:
+    """Open a finished destination; its files are verified page by page when they are read.
+
+    Raises:
+        DestinationError: If it is not finished, or a file is missing or has another size.
+    """
+    directory = local(str(directory))
+    body = read_json(directory / sealed.MANIFEST)
+    try:
+        digest, parts = body.pop("digest"), [Part(**part) for part in body["parts"]]
+    except (KeyError, TypeError, ValidationError):
+        raise DestinationError(f"{directory} holds no finished data; run `ddiff data prepare`") from None
+    if sealed.digest_of(body) != digest:
+        raise DestinationError(f"{directory}/{sealed.MANIFEST} is damaged; prepare the data again")
+    for part in parts:
+        path = directory / part.file
+        if not path.is_file() or path.stat().st_size != part.bytes:
+            raise DestinationError(f"{path} is missing or has changed; prepare the data again")
+    return Prepared(directory, tuple(str(directory / part.file) for part in parts), body, digest)
+
+
+def finished(directory: Path, source: str) -> Prepared | None:
+    """What stands there, if it is whole and from the same source."""
+    try:
+        found = prepared(directory)
+    except DestinationError:
+        return None
+    return found if found.facts["source"] == source else None
+
+
+def local(destination: str) -> Path:
+    """The directory of an address."""
+    if "://" in destination and not destination.startswith("file://"):
+        raise DestinationError(f"{destination}: prepare into a directory that all workers see, then copy it")
+    return Path(destination.removeprefix("file://")).absolute()
+
+
+def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
+    """What is known before the work: `source` changes when anything that shapes the files does."""
+    how = spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
+    shaping = json.dumps([LAYOUT, how, fingerprint(source)], sort_keys=True)
+    schema = pairs_schema(spec.sizes, spec.context_length)
+    return {
+        "source": hashlib.sha256(shaping.encode()).hexdigest(),
+        "shards": [found.url for found in source],
+        "spec": how,
+        "sizes": list(spec.sizes),
+        "context_length": spec.context_length,
+        "tokenizer": TOKENIZER,
+        "schema": {field.name: str(field.type) for field in schema},
+    }
+
+
+def totals(parts: Sequence[Part]) -> dict[str, Any]:
+    """The census over all parts."""
+    rejects: Counter[str] = Counter()
+    for part in parts:
+        rejects.update(part.rejects)
+    return {
+        "kept": sum(part.kept for part in parts),
+        "rejected": rejects.total(),
+        "rejects": dict(rejects.most_common()),
+        "damaged_shards": [{"shard": part.url, "reason": part.damage} for part in parts if part.damage],
+        "parts": [part.model_dump(mode="json") for part in parts],
+    }
+
+
+def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
+    """Raises TooManyRejectsError if the census is worse than the spec allows."""
+    unreadable = sum(bool(part["damage"]) and not part["kept"] for part in facts["parts"])
+    counts = Counter({"": facts["kept"]} | facts["rejects"])
+    check_census(spec, counts, unreadable=unreadable, shards=len(facts["parts"]))
+
+
+def written(
+    spec: PairsSpec,
+    directory: Path,
+    source: Sequence[Found],
+    known: dict[int, Part],
+    bar: SampleProgress | None,
+) -> Iterator[Part]:
+    """Write the parts that are missing, one Ray task each, and hand out each as it is done.
+
+    Raises:
+        DestinationError: If a part cannot be written (no space, no right).
+    """
+    todo = [{"shard": shard, "url": found.url} for shard, found in enumerate(source) if shard not in known]
+    if not todo:
+        return
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
+    with ray.data.DataContext.current(context):
+        reports = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            partial(reported, spec=spec, directory=directory), batch_size=1
+        )
+        read = dict.fromkeys(range(len(source)), 0)
+        for report in reports.iter_rows():
+            if report["error"]:
+                raise DestinationError(f"{directory} cannot be written to: {report['error']}")
+            if bar is not None:
+                bar.advance(report["rows"], report["position"] - read[report["shard"]])
+            read[report["shard"]] = report["position"]
+            if report["part"]:
+                yield Part.model_validate_json(report["part"])
+
+
+def reported(
+    batch: dict[str, np.ndarray], *, spec: PairsSpec, directory: Path
+) -> Iterator[dict[str, np.ndarray]]:
+    """What a task runs: a report for every row group of its shard, and one with the part at the end."""
+    shard, url = int(batch["shard"][0]), str(batch["url"][0])
+    error = ""
+    try:
+        for rows, position, part in write_part(directory, shard, url, spec):
+            yield report(shard, rows, position, part.model_dump_json() if part else "", "")
+    except OSError as failure:
+        error = one_line(failure)
+    if error:
+        yield report(shard, 0, 0, "", error)
+
+
+def report(shard: int, rows: int, position: int, part: str, error: str) -> dict[str, np.ndarray]:
+    """One row for the driver."""
+    values = {"shard": shard, "rows": rows, "position": position, "part": part, "error": error}
+    return {name: np.array([value]) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def shown(
+    source: Sequence[Found], known: dict[int, Part], *, progress: bool
+) -> Iterator[SampleProgress | None]:
+    """The bar of a run, ahead by what is known; None if nobody is to see it."""
+    if not progress:
+        yield None
+        return
+    sizes = [found.size or 0 for found in source]
+    total = sum(sizes) if all(sizes) else 0
+    samples = sum(part.rows for part in known.values())
+    with SampleProgress(
+        "prepare", total, samples=samples, position=sum(sizes[shard] for shard in known)
+    ) as bar:
+        yield bar

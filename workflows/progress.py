@@ -1,0 +1,88 @@
+"""How far a long job is: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 10.0
+
+
+class SampleProgress:
+    """Samples done and bytes read of a source whose bytes are known and whose samples are not.
+
+    Args:
+        title: What is done.
+        total_bytes: Of the whole source; 0 if the store does not tell, then there is no time left.
+        samples: Done in an earlier run.
+        position: Bytes read in an earlier run.
+        console: Where to; standard error if not given.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total_bytes: int,
+        *,
+        samples: int = 0,
+        position: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self.title, self.total, self.samples, self.position = title, total_bytes, samples, position
+        self.first = (samples, position)
+        self.start = self.spoken = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[samples]:,} samples, {task.fields[rate]:,.0f}/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task(title, total=total_bytes or None, samples=samples, rate=0.0)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        if not self.console.is_terminal:
+            self.speak()
+
+    def advance(self, samples: int, size: int) -> None:
+        """So many more samples, and bytes of the source."""
+        self.samples += samples
+        self.position += size
+        self.bar.update(self.task, completed=self.position, samples=self.samples, rate=self.rate())
+        if not self.console.is_terminal and time.monotonic() - self.spoken > LINE_EVERY_S:
+            self.speak()
+
+    def rate(self) -> float:
+        """Samples per second of this run."""
+        return (self.samples - self.first[0]) / max(time.monotonic() - self.start, 1e-6)
+
+    def speak(self) -> None:
+        """One plain line."""
+        self.spoken = time.monotonic()
+        line = f"{self.title}: {self.samples:,} samples, {self.rate():,.0f}/s"
+        if self.total:
+            line += f", {min(1.0, self.position / self.total):.0%}"
+            read = self.position - self.first[1]
+            if read > 0 and self.position < self.total:
+                left = (self.total - self.position) / read * (self.spoken - self.start)
+                line += f", {left:,.0f} s left"
+        self.console.print(line, highlight=False, soft_wrap=True)

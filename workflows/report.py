@@ -1,0 +1,266 @@
+"""report.html: what a run has learned, on one page that needs nothing but itself.
+
+Pictures are painted here from the bundles of the run; figures come from the journals, from the facts
+in the bundles and from summary.json.  What a run does not have yet is said in its place.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dd_core import bundle, sealed
+from dd_core.bundle import Cascade
+from workflows import pictures
+from workflows.curves import chart
+from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
+from workflows.tracking import curves
+
+SCORES = ("all", "one_object", "two_object", "unseen")
+ATTRIBUTES = ("colour", "shape", "size", "place", "background")
+
+
+class Section(NamedTuple):
+    """One chapter of the page."""
+
+    title: str
+    note: str
+    body: str
+
+
+def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Path:
+    """Write `report.html` into a run directory.
+
+    Args:
+        run: The directory of the run.
+        prompts: What to paint at every size; without any, captions of the prepared data.
+        seed: Of the first picture; the next has the next one.
+
+    Returns:
+        The file; it is replaced whole.
+
+    Raises:
+        sealed.SealError: The cascade is there but damaged.
+        FileNotFoundError: There is no such run.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
+    summary = summary_of(run)
+    cascade = bundle.load_cascade(run / "cascade") if (run / "cascade").exists() else None
+    known = prompts or captions(run, 16)
+    parts = [
+        painted_section(cascade, known, seed),
+        judged_section(run, summary),
+        trajectory_section(cascade, known, seed),
+        noising_section(run),
+        training_section(run),
+        reconstruction_section(run),
+        time_section(run, summary),
+        origin_section(run, cascade),
+    ]
+    page = document(run.name, summary, [part for part in parts if part is not None])
+    draft = run / ".report.html"
+    draft.write_text(page)
+    os.replace(draft, run / "report.html")
+    return run / "report.html"
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """What the run said about itself at its end; empty before."""
+    path = run / "summary.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def captions(run: Path, count: int) -> list[str]:
+    """Captions of the prepared data; none before it is prepared."""
+    data = run / "data" / "prepared"
+    return pictures.prepared_captions(data, count) if (data / sealed.MANIFEST).exists() else []
+
+
+def painted_section(cascade: Cascade | None, prompts: Sequence[str], seed: int) -> Section | None:
+    """Every prompt as the base draws it and as the upsampler finishes it."""
+    if cascade is None or not prompts:
+        return None
+    cells = []
+    for one in pictures.painted(cascade, prompts, seed=seed):
+        *small, large = one.pngs
+        inset = f'<img class="inset" alt="" src="{png(small[-1])}">' if small else ""
+        picture = f'<div class="pair"><img alt="{quoted(one.prompt)}" src="{png(large)}">{inset}</div>'
+        cells.append(figure(picture, f"{quoted(one.prompt)}<br>seed {one.seed}"))
+    sizes = f"{cascade.spec.image_size} px"
+    note = f"Painted at {sizes}; inset, at its own size, what the base made of the caption."
+    return Section("Pictures", note, f'<div class="grid">{"".join(cells)}</div>')
+
+
+def judged_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
+    """What the oracle found true of pictures painted through the endpoint."""
+    oracle = summary.get("oracle")
+    if not oracle:
+        return None
+    intervals = oracle.get("intervals", {})
+    rows = [score_row(name, oracle[name], intervals.get(name)) for name in SCORES if name in oracle]
+    rows += [score_row(name, oracle[name], intervals.get(name)) for name in ATTRIBUTES if name in oracle]
+    note = (
+        f"{oracle['n']:,} captions that training never saw, painted over HTTP and read back by geometry "
+        "alone. A picture counts for “all” only if every attribute of every object is right and none is too many."
+    )
+    head = "<tr><th>right</th><th></th><th class=number>share</th><th class=number>95 % interval</th></tr>"
+    return Section("Judged by the oracle", note, f"<table>{head}{''.join(rows)}</table>{judged_grid(run)}")
+
+
+def score_row(name: str, share: float, interval: Sequence[float] | None) -> str:
+    """One score as a bar."""
+    low, high = interval or (share, share)
+    between = f"{low:.1%} to {high:.1%}" if interval else ""
+    return (
+        f"<tr><td>{quoted(name.replace('_', ' '))}</td><td>{bar(share)}</td>"
+        f"<td class=number>{share:.1%}</td><td class=number>{between}</td></tr>"
+    )
+
+
+def judged_grid(run: Path, count: int = 64) -> str:
+    """The first pictures that were judged, with the verdict; empty if none were kept."""
+    path = run / "evaluation" / "cases.json"
+    if not path.exists():
+        return ""
+    cells = []
+    for case in json.loads(path.read_text())[:count]:
+        wrong = [name for name, right in case["verdict"].items() if not right and name != "all"]
+        verdict = f"<span class=wrong>✗ {', '.join(wrong)}</span>" if wrong else "<span class=right>✓</span>"
+        data = (run / "evaluation" / case["image"]).read_bytes() if case.get("image") else b""
+        picture = f'<img alt="" src="{png(data)}">' if data else "<p class=soft>no picture</p>"
+        cells.append(figure(picture, f"{quoted(case['caption'])} {verdict}"))
+    return f'<h3>The first {len(cells)} of them</h3><div class="grid">{"".join(cells)}</div>'
+
+
+def trajectory_section(cascade: Cascade | None, prompts: Sequence[str], seed: int) -> Section | None:
+    """One sampling, question by question."""
+    if cascade is None or not prompts:
+        return None
+    frames = pictures.trajectory(cascade, prompts[0], seed=seed)
+    noisy = [figure(image(frame.noisy), f"σ = {frame.sigma:.3g}") for frame in frames]
+    clean = [figure(image(frame.estimate), "") for frame in frames]
+    note = (
+        f"“{quoted(prompts[0])}”, from noise to picture. Above, what the sampler asked about; "
+        "below, what the network took for the clean image behind it."
+    )
+    return Section("Denoising, step by step", note, strip(noisy) + "<p></p>" + strip(clean))
+
+
+def noising_section(run: Path) -> Section | None:
+    """The forward process on a training image."""
+    data = run / "data" / "prepared"
+    if not (data / sealed.MANIFEST).exists():
+        return None
+    size = min(pictures.prepared_sizes(data))
+    original, _ = pictures.prepared_images(data, size, 1)
+    frames = [figure(image(data), f"σ = {sigma:g}") for sigma, data in pictures.noising(original)]
+    return Section(
+        "Noising", "The way that sampling walks back: one training image under noise.", strip(frames)
+    )
+
+
+def training_section(run: Path) -> Section | None:
+    """The curves of every stage and the sample grids over steps."""
+    charts, grids = [], []
+    for journal in sorted(run.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime):
+        found = {name: list(points.items()) for name, points in curves(journal).items()}
+        name = journal.parent.name
+        losses = {key.removeprefix("train/"): value for key, value in found.items() if is_loss(key)}
+        if losses:
+            charts.append(figure(f'<img alt="{name}" src="{svg(chart(losses))}">', name))
+        steps = sorted((journal.parent / "samples").glob("step-*.png"))
+        shown = [
+            figure(image(path.read_bytes()), f"step {int(path.stem[5:]):,}") for path in thinned(steps, 6)
+        ]
+        grids += (
+            [f"<h3>{name}: the same prompts and seeds while it learned</h3>{strip(shown)}"] if shown else []
+        )
+    if not charts:
+        return None
+    note = "Losses of every stage over optimizer steps, on a logarithmic scale; means since the last report."
+    return Section("Training", note, f'<div class="charts">{"".join(charts)}</div>{"".join(grids)}')
+
+
+def is_loss(name: str) -> bool:
+    """What belongs on the chart of a stage."""
+    return name.startswith("train/") and name not in ("train/lr", "train/grad_norm", "train/loss_scale")
+
+
+def thinned(items: Sequence[Path], most: int) -> list[Path]:
+    """First and last, and some between."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def reconstruction_section(run: Path) -> Section | None:
+    """Images before and after the autoencoder."""
+    path, data = run / "autoencoder" / "bundle", run / "data" / "prepared"
+    if not path.exists() or not (data / sealed.MANIFEST).exists():
+        return None
+    originals, _ = pictures.prepared_images(data, max(pictures.prepared_sizes(data)), 6)
+    pairs = pictures.reconstructions(path, originals)
+    above = [figure(image(pair.original), "original") for pair in pairs]
+    below = [figure(image(pair.rebuilt), f"{pair.psnr:.1f} dB") for pair in pairs]
+    mean = sum(pair.psnr for pair in pairs) / len(pairs)
+    note = f"Through the latents and back; the mean of these is {mean:.1f} dB PSNR."
+    return Section("Autoencoder", note, strip(above) + "<p></p>" + strip(below))
+
+
+def time_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
+    """Where the time went."""
+    seconds = dict(summary.get("seconds", {}))
+    if not seconds:
+        return None
+    total = seconds.pop("total", sum(seconds.values()))
+    rows = [
+        f"<tr><td>{quoted(name)}</td><td>{bar(value / max(total, 1e-9))}</td>"
+        f"<td class=number>{value:,.1f} s</td></tr>"
+        for name, value in seconds.items()
+    ]
+    return Section("Time", f"{total / 60:.1f} minutes in all.", f"<table>{''.join(rows)}</table>")
+
+
+def origin_section(run: Path, cascade: Cascade | None) -> Section | None:
+    """Specs and digests: what exactly this was."""
+    blocks = []
+    if cascade is not None:
+        blocks.append(f"<p>Cascade <code>{cascade.digest}</code></p>")
+        blocks.append(details("cascade.json", cascade.spec.model_dump(mode="json")))
+    for path in sorted(run.glob(f"*/bundle/{sealed.MANIFEST}")):
+        body = json.loads(path.read_text())
+        title = f"{path.parent.parent.name} <code>{body['digest'][:16]}</code>"
+        blocks.append(details(title, {"facts": body["facts"]}))
+    note = "Every bundle names the digests of its parents, so that no cascade mixes trainings."
+    return Section("Specs and digests", note, "".join(blocks)) if blocks else None
+
+
+def document(name: str, summary: Mapping[str, Any], sections: Sequence[Section]) -> str:
+    """The whole page."""
+    style = Path(__file__).with_name("report.css").read_text()
+    links = " ".join(f'<a href="#{anchor(part.title)}">{part.title}</a>' for part in sections)
+    chapters = "".join(
+        f'<section id="{anchor(part.title)}"><h2>{part.title}</h2>'
+        f'<p class="soft">{part.note}</p>{part.body}</section>'
+        for part in sections
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{quoted(name)} · ddiff</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head><body>'
+        f"<h1>{quoted(name)}</h1><p class=soft>A text-to-image cascade, trained and served by ddiff.</p>"
+        f"<nav>{links}</nav>{headline(summary)}{chapters}</body></html>"
+    )
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The figures that matter, large."""
+    oracle, seconds = summary.get("oracle", {}), summary.get("seconds", {})
+    cells = [(f"{oracle[key]:.1%}", f"{key.replace('_', ' ')} right") for key in SCORES if key in oracle]
+    if "total" in seconds:
+        cells.append((f"{seconds['total'] / 60:.1f} min", "from data to scores"))
+    body = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in cells)
+    return f'<div class="heads">{body}</div>' if cells else "<p>Not evaluated yet.</p>"

@@ -1,0 +1,73 @@
+"""What one training run of one stage is: the stage, its parents, and how it is trained."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dd_core.samplers import SamplingSpec
+from dd_core.spec import SafeName, Spec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages import StageSpec
+
+
+class SamplesSpec(Spec):
+    """What to draw while training, so that progress can be seen."""
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+    """Of the first picture; the next has the next one."""
+    how: SamplingSpec = SamplingSpec()
+
+
+class TrainSpec(Spec):
+    """One training run of one stage."""
+
+    kind: Literal["train"] = "train"
+    name: SafeName
+    """The directory of the stage in the run."""
+    stage: StageSpec
+    parents: dict[str, str] = Field(default_factory=dict)
+    """Role -> a stage of the same run by its name, or the path of a bundle."""
+    optimizer: OptimizerSpec
+    budget: Budget
+    batch_size: int = Field(ge=1)
+    """Of one optimizer step, over all workers."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Images of one forward on one worker; smaller ones accumulate gradients.  None: no accumulation."""
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool | None = None
+    """None: if Ray has a GPU for each worker."""
+    restarts: int = Field(10, ge=0)
+    """How often lost workers are replaced before giving up."""
+    seed: int = 0
+    samples: SamplesSpec = SamplesSpec()
+    checkpoints_kept: int = Field(2, ge=1)
+    """Newest ones that stay."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints at multiples of so many steps stay for ever; 0: none."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "TrainSpec":
+        own = self.batch_size // self.num_workers
+        if own * self.num_workers != self.batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
+        if own % (self.micro_batch_size or own):
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide {own}, a worker's share")
+        return self
+
+    def fingerprint(self, data: str, parents: Mapping[str, str]) -> str:
+        """What the result depends on: equal fingerprints, equal weights.
+
+        Args:
+            data: Digest of the prepared data.
+            parents: Role -> digest.
+        """
+        technical = {"num_workers", "use_gpu", "restarts", "samples", "checkpoints_kept", "keep_every", "parents"}
+        fields = self.model_dump(mode="json", exclude=technical)
+        for name in ("checkpoint_every", "report_every", "sample_every"):
+            del fields["budget"][name]
+        body = {"spec": fields, "data": data, "parents": dict(parents)}
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
