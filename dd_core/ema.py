@@ -10,7 +10,9 @@ def averaged_init(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def update(average: dict[str, Tensor], model: nn.Module, *, images_seen: int, images: int, horizon: int) -> None:
+def update(
+    average: dict[str, Tensor], model: nn.Module, *, images_seen: int, images: int, horizon: int
+) -> None:
     """Move the average towards the model by one step, in place.
 
     The decay is exp(-images / horizon), and less at the beginning, so that the start is forgotten:

@@ -27,7 +27,7 @@ def described(path: Path) -> dict[str, Any]:
         "digest": body.get("digest"),
         "bytes": sum(file.stat().st_size for file in files),
         "files": {file.relative_to(path).as_posix(): file.stat().st_size for file in files},
-        "facts": body.get("facts", {}),
+        "facts": {name: fact for name, fact in body.items() if name not in ("files", "digest", "parts")},
         "spec": spec_of(path),
     }
 

@@ -15,12 +15,15 @@ from workflows.prepare import prepare_pairs, prepared
 from workflows.shapes import ShapesSpec, write_shards
 
 
-def write_shapes(
-    out: Path, *, pairs: int, seed: int, image_format: Literal["png", "jpg"]
-) -> dict[str, Any]:
+def write_shapes(out: Path, *, pairs: int, seed: int, image_format: Literal["png", "jpg"]) -> dict[str, Any]:
     """Tars of the embedded world."""
     paths = write_shards(ShapesSpec(pairs=pairs, seed=seed, image_format=image_format), out)
-    return {"pairs": pairs, "shards": len(paths), "bytes": sum(path.stat().st_size for path in paths), "out": out}
+    return {
+        "pairs": pairs,
+        "shards": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "out": out,
+    }
 
 
 def sides(text: str) -> tuple[int, ...]:

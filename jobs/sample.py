@@ -18,7 +18,7 @@ class Order(NamedTuple):
     prompt: str
     seed: int = 0
     """Of the first picture, from 0; the next has the next one."""
-    count: int = 1
+    images: int = 1
     steps: int | None = None
     """Denoising steps of the hop that follows requests; None as the cascade says."""
     guidance: float | None = None
@@ -52,7 +52,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Path]:
     how = [hop.how.but(**changes) if hop.follows_request else hop.how for hop in opened.spec.hops]
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    for seed in range(order.seed, order.seed + order.count):
+    for seed in range(order.seed, order.seed + order.images):
         state = CascadeState(seeds=[seed], tokens=caption)
         for hop, chosen in zip(opened.hops, how, strict=True):
             state = run(hop, state, chosen)

@@ -115,7 +115,9 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     cascade, digest = opened(directory, spec.digest)
     stages = {hop.stage for hop in cascade.hops}
     if strangers := spec.hops.keys() - stages:
-        raise ValueError(f"hops: {min(strangers)} is no hop of {cascade.name}; it has {', '.join(stages)}")
+        raise ValueError(
+            f"hops: {min(strangers)!r} is no hop of {cascade.name}; it has {', '.join(sorted(stages))}"
+        )
     hops = {
         stage: deployment(spec.hops.get(stage, spec.hop), stage, str(directory), digest)
         for stage in sorted(stages)

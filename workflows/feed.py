@@ -88,11 +88,15 @@ def survey(files: Sequence[str], columns: Sequence[str]) -> Pieces:
                         f"prepare the pairs with this size"
                     )
             for group in range(parquet.num_row_groups):
-                usable = pc.sum(pc.equal(parquet.read_row_group(group, ["reject"])["reject"], "")).as_py() or 0
+                usable = (
+                    pc.sum(pc.equal(parquet.read_row_group(group, ["reject"])["reject"], "")).as_py() or 0
+                )
                 if usable:
                     found.append((number, group, usable))
     if not found:
-        raise DataError(f"no usable pair in {len(files)} files of prepared data; look at their column 'reject'")
+        raise DataError(
+            f"no usable pair in {len(files)} files of prepared data; look at their column 'reject'"
+        )
     file_of, group_of, rows = np.array(found).T
     return Pieces(tuple(files), file_of.astype(np.int32), group_of.astype(np.int32), rows.astype(np.int64))
 

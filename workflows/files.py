@@ -35,6 +35,11 @@ class MissingShardError(ValueError):
 class DamagedError(ValueError):
     """A file breaks off, cannot be read, or is not what it should be, from some byte on."""
 
+    def __init__(self, message: str, *, member: str = "") -> None:
+        super().__init__(message)
+        self.member = member
+        """Of an archive, in whose content it broke; empty if between members."""
+
 
 class Found(NamedTuple):
     """A file of a store, as it is now."""
@@ -187,7 +192,8 @@ class ShardFile:
         if self.about is not None and about.version != self.about.version:
             raise DamagedError(f"{self.url} was replaced while it was read")
         self.about = about
-        self.file = fs.open(path, "rb")
+        streamed = is_web(fs) and not fs.info(path).get("partial")  # the server does not offer byte ranges
+        self.file = fs.open(path, "rb", block_size=0) if streamed else fs.open(path, "rb")
         if self.position:
             forward(self.file, self.position)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -57,7 +58,7 @@ def write_part(
     """
     source, counts, damage = ShardFile(url), Counter[str](), ""
     draft, name = directory / f".part-{shard:05d}-{uuid.uuid4().hex}.draft", f"part-{shard:05d}.parquet"
-    schema = pairs_schema(spec.sizes, spec.context_length)
+    schema = pairs_schema(spec.sizes)
     try:
         with pq.ParquetWriter(
             draft,
@@ -73,6 +74,7 @@ def write_part(
                 last = table["reject"][-1].as_py()
                 damage = last.partition(": ")[2] if last.startswith(f"{DAMAGE}: ") else ""
                 yield len(table), source.position, None
+        damage = damage or shortage(url, counts.total())
         part = Part(
             shard=shard,
             url=url,
@@ -89,6 +91,23 @@ def write_part(
         yield 0, source.position, part
     finally:
         draft.unlink(missing_ok=True)
+
+
+def shortage(url: str, found: int) -> str:
+    """What is wrong if the downloader's count beside the shard says that samples are missing.
+
+    A shard whose last members were overwritten with zeros is a valid, shorter archive; img2dataset
+    writes NAME_stats.json beside NAME.tar, and that tells.
+    """
+    beside = url.removesuffix(".tar") + "_stats.json"
+    try:
+        with fsspec.open(beside, "rb") as file:
+            promised = json.load(file)["successes"]
+    except Exception:  # noqa: BLE001 most shards have no count; one that cannot be read claims nothing
+        return ""
+    if isinstance(promised, int) and promised > found:
+        return f"{found:,} samples, {beside.rpartition('/')[2]} says {promised:,}"
+    return ""
 
 
 def resumed(directory: Path, source: str) -> dict[int, Part]:

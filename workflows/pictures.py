@@ -122,12 +122,16 @@ def reconstructions(autoencoder: Path, originals: Float[Tensor, " b 3 h w"]) -> 
     assert isinstance(trained.spec, AutoencoderSpec)
     model = autoencoder_of(trained)
     back = torch.cat([model.reconstruct(one[None]).float().clamp(-1, 1) for one in originals])
-    mse = (back - originals).square().flatten(1).mean(1)
-    psnr = 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the range of [-1, 1] is 2, its square 4
     return [
-        Rebuilt(images.png(was[None]), images.png(now[None]), float(decibels))
-        for was, now, decibels in zip(originals, back, psnr, strict=True)
+        Rebuilt(images.png(was[None]), images.png(now[None]), psnr(was, now))
+        for was, now in zip(originals, back, strict=True)
     ]
+
+
+def psnr(one: Float[Tensor, " *s"], other: Float[Tensor, " *s"]) -> float:
+    """Peak signal to noise in decibels, for values in [-1, 1], whose peak is 2."""
+    mse = (one - other).square().mean().clamp(min=1e-10)
+    return float(10 * torch.log10(4 / mse))
 
 
 def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " b 3 h w"], list[str]]:

@@ -116,7 +116,7 @@ def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
     """What is known before the work: `source` changes when anything that shapes the files does."""
     how = spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
     shaping = json.dumps([LAYOUT, how, fingerprint(source)], sort_keys=True)
-    schema = pairs_schema(spec.sizes, spec.context_length)
+    schema = pairs_schema(spec.sizes)
     return {
         "source": hashlib.sha256(shaping.encode()).hexdigest(),
         "shards": [found.url for found in source],
@@ -171,15 +171,15 @@ def written(
         reports = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             partial(reported, spec=spec, directory=directory), batch_size=1
         )
-        read = dict.fromkeys(range(len(source)), 0)
-        for report in reports.iter_rows():
-            if report["error"]:
-                raise DestinationError(f"{directory} cannot be written to: {report['error']}")
-            if bar is not None:
-                bar.advance(report["rows"], report["position"] - read[report["shard"]])
-            read[report["shard"]] = report["position"]
-            if report["part"]:
-                yield Part.model_validate_json(report["part"])
+    read = dict.fromkeys(range(len(source)), 0)
+    for step in reports.iter_rows():
+        if step["error"]:
+            raise DestinationError(f"{directory} cannot be written to: {step['error']}")
+        if bar is not None:
+            bar.advance(step["rows"], step["position"] - read[step["shard"]])
+        read[step["shard"]] = step["position"]
+        if step["part"]:
+            yield Part.model_validate_json(step["part"])
 
 
 def reported(

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dd_core import bundle, sealed
 from dd_core.bundle import Cascade
@@ -18,7 +18,10 @@ from workflows.markup import anchor, bar, details, figure, image, png, quoted, s
 from workflows.tracking import curves
 
 SCORES = ("all", "one_object", "two_object", "unseen")
-ATTRIBUTES = ("colour", "shape", "size", "place", "background")
+ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
+
+
+T = TypeVar("T")
 
 
 class Section(NamedTuple):
@@ -99,12 +102,11 @@ def judged_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
     oracle = summary.get("oracle")
     if not oracle:
         return None
-    intervals = oracle.get("intervals", {})
-    rows = [score_row(name, oracle[name], intervals.get(name)) for name in SCORES if name in oracle]
-    rows += [score_row(name, oracle[name], intervals.get(name)) for name in ATTRIBUTES if name in oracle]
+    known = [name for name in (*SCORES, *ATTRIBUTES) if oracle.get(name) is not None]
+    rows = [score_row(name, oracle[name], oracle.get("intervals", {}).get(name)) for name in known]
     note = (
         f"{oracle['n']:,} captions that training never saw, painted over HTTP and read back by geometry "
-        "alone. A picture counts for “all” only if every attribute of every object is right and none is too many."
+        "alone. “All” is right only if every attribute of every object is, and no object is too many."
     )
     head = "<tr><th>right</th><th></th><th class=number>share</th><th class=number>95 % interval</th></tr>"
     return Section("Judged by the oracle", note, f"<table>{head}{''.join(rows)}</table>{judged_grid(run)}")
@@ -121,18 +123,24 @@ def score_row(name: str, share: float, interval: Sequence[float] | None) -> str:
 
 
 def judged_grid(run: Path, count: int = 64) -> str:
-    """The first pictures that were judged, with the verdict; empty if none were kept."""
-    path = run / "evaluation" / "cases.json"
+    """Some of the pictures that were judged, of every group, with the verdict; empty if none were kept."""
+    path = run / "evaluation" / "verdicts.jsonl"
     if not path.exists():
         return ""
-    cells = []
-    for case in json.loads(path.read_text())[:count]:
-        wrong = [name for name, right in case["verdict"].items() if not right and name != "all"]
-        verdict = f"<span class=wrong>✗ {', '.join(wrong)}</span>" if wrong else "<span class=right>✓</span>"
-        data = (run / "evaluation" / case["image"]).read_bytes() if case.get("image") else b""
-        picture = f'<img alt="" src="{png(data)}">' if data else "<p class=soft>no picture</p>"
-        cells.append(figure(picture, f"{quoted(case['caption'])} {verdict}"))
-    return f'<h3>The first {len(cells)} of them</h3><div class="grid">{"".join(cells)}</div>'
+    verdicts = [json.loads(line) for line in path.read_text().splitlines()]
+    some = thinned(verdicts, count)
+    cells = [judged_cell(run / "evaluation" / one["picture"], one) for one in some]
+    return f'<h3>{len(some)} of them, evenly chosen</h3><div class="grid">{"".join(cells)}</div>'
+
+
+def judged_cell(picture: Path, one: Mapping[str, Any]) -> str:
+    """A picture, its caption and what is wrong in it."""
+    wrong = [name for name, right in one["truth"].items() if not right and name != "all"]
+    verdict = f'<span class="wrong">✗ {", ".join(wrong)}</span>' if wrong else '<span class="right">✓</span>'
+    shown = (
+        f'<img alt="" src="{png(picture.read_bytes())}">' if picture.exists() else "<p>no picture came</p>"
+    )
+    return figure(shown, f"{quoted(one['caption'])} {verdict}")
 
 
 def trajectory_section(cascade: Cascade | None, prompts: Sequence[str], seed: int) -> Section | None:
@@ -189,7 +197,7 @@ def is_loss(name: str) -> bool:
     return name.startswith("train/") and name not in ("train/lr", "train/grad_norm", "train/loss_scale")
 
 
-def thinned(items: Sequence[Path], most: int) -> list[Path]:
+def thinned(items: Sequence[T], most: int) -> list[T]:
     """First and last, and some between."""
     if len(items) <= most:
         return list(items)
@@ -198,8 +206,9 @@ def thinned(items: Sequence[Path], most: int) -> list[Path]:
 
 def reconstruction_section(run: Path) -> Section | None:
     """Images before and after the autoencoder."""
-    path, data = run / "autoencoder" / "bundle", run / "data" / "prepared"
-    if not path.exists() or not (data / sealed.MANIFEST).exists():
+    data = run / "data" / "prepared"
+    path = next((path.parent for path in run.glob("*/bundle/spec.json") if is_autoencoder(path)), None)
+    if path is None or not (data / sealed.MANIFEST).exists():
         return None
     originals, _ = pictures.prepared_images(data, max(pictures.prepared_sizes(data)), 6)
     pairs = pictures.reconstructions(path, originals)
@@ -208,6 +217,11 @@ def reconstruction_section(run: Path) -> Section | None:
     mean = sum(pair.psnr for pair in pairs) / len(pairs)
     note = f"Through the latents and back; the mean of these is {mean:.1f} dB PSNR."
     return Section("Autoencoder", note, strip(above) + "<p></p>" + strip(below))
+
+
+def is_autoencoder(spec: Path) -> bool:
+    """By the spec in a bundle."""
+    return bool(json.loads(spec.read_text())["kind"] == "autoencoder")
 
 
 def time_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
@@ -233,7 +247,7 @@ def origin_section(run: Path, cascade: Cascade | None) -> Section | None:
     for path in sorted(run.glob(f"*/bundle/{sealed.MANIFEST}")):
         body = json.loads(path.read_text())
         title = f"{path.parent.parent.name} <code>{body['digest'][:16]}</code>"
-        blocks.append(details(title, {"facts": body["facts"]}))
+        blocks.append(details(title, body))
     note = "Every bundle names the digests of its parents, so that no cascade mixes trainings."
     return Section("Specs and digests", note, "".join(blocks)) if blocks else None
 
@@ -259,7 +273,11 @@ def document(name: str, summary: Mapping[str, Any], sections: Sequence[Section])
 def headline(summary: Mapping[str, Any]) -> str:
     """The figures that matter, large."""
     oracle, seconds = summary.get("oracle", {}), summary.get("seconds", {})
-    cells = [(f"{oracle[key]:.1%}", f"{key.replace('_', ' ')} right") for key in SCORES if key in oracle]
+    cells = [
+        (f"{oracle[key]:.1%}", f"{key.replace('_', ' ')} right")
+        for key in SCORES
+        if oracle.get(key) is not None
+    ]
     if "total" in seconds:
         cells.append((f"{seconds['total'] / 60:.1f} min", "from data to scores"))
     body = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in cells)

@@ -69,7 +69,11 @@ def members(file: ShardFile, *, wanted: Callable[[str], bool], most: int) -> Ite
         if any(fact.startswith("GNU.sparse") for fact in extra):
             what = "sparse file"
         keep = what == "file" and header.size <= most and wanted(name)
-        yield Member(name, what, header.size, content(file, header, keep=keep))
+        try:
+            data = content(file, header, keep=keep)
+        except DamagedError as error:
+            raise DamagedError(str(error), member=name) from None
+        yield Member(name, what, header.size, data)
         extra = {}
     check_end(file)
 
@@ -78,12 +82,12 @@ def parsed(block: bytes, end: int) -> Header:
     """The facts of a header block that ends at this byte."""
     if not block and end == 0:
         raise DamagedError("the file is empty")
-    if len(block) < BLOCK:
-        raise DamagedError(f"no end-of-archive marker, cut at byte {end:,}")
-    if not sum_fits(block):
+    if len(block) < BLOCK or not sum_fits(block):
         packing = next((name for sign, name in PACKED.items() if block.startswith(sign)), "")
-        if packing and end == BLOCK:
+        if packing and end <= BLOCK:
             raise DamagedError(f"the archive is packed with {packing}; shards must be plain tars")
+        if len(block) < BLOCK:
+            raise DamagedError(f"no end-of-archive marker, cut at byte {end:,}")
         raise DamagedError(f"bad header at byte {end - BLOCK:,} (its checksum does not fit)")
     name, kind, size = block[:100].partition(b"\0")[0], block[156:157], block[124:136]
     if block[257:263] == b"ustar\0" and block[345]:

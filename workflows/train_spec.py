@@ -55,7 +55,9 @@ class TrainSpec(Spec):
         if own * self.num_workers != self.batch_size:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
         if own % (self.micro_batch_size or own):
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide {own}, a worker's share")
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide {own}, a worker's share"
+            )
         return self
 
     def fingerprint(self, data: str, parents: Mapping[str, str]) -> str:
@@ -65,7 +67,15 @@ class TrainSpec(Spec):
             data: Digest of the prepared data.
             parents: Role -> digest.
         """
-        technical = {"num_workers", "use_gpu", "restarts", "samples", "checkpoints_kept", "keep_every", "parents"}
+        technical = {
+            "num_workers",
+            "use_gpu",
+            "restarts",
+            "samples",
+            "checkpoints_kept",
+            "keep_every",
+            "parents",
+        }
         fields = self.model_dump(mode="json", exclude=technical)
         for name in ("checkpoint_every", "report_every", "sample_every"):
             del fields["budget"][name]

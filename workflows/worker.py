@@ -31,7 +31,7 @@ from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.training import DivergedError, StepReport, TrainState, train
 from workflows import feed, samples
-from workflows.tracking import Journal
+from workflows.journal import JOURNAL, Journal
 from workflows.train_spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,8 @@ class Position(NamedTuple):
     ranks: int
 
 
-def work(config: dict[str, Any]) -> tuple[str, str]:
+def work(job: Job) -> tuple[str, str]:
     """Train to the end of the budget, or to a reason to stop; the same on every worker."""
-    job: Job = config["job"]
     try:
         return trained_to_the_end(job)
     except DivergedError as error:
@@ -161,11 +160,17 @@ class Recorder:
     """What is written down between the steps: metrics, pictures, checkpoints, at the end the bundle."""
 
     def __init__(
-        self, job: Job, who: Position, state: TrainState, parents: dict[str, Trained], *, seconds_before: float
+        self,
+        job: Job,
+        who: Position,
+        state: TrainState,
+        parents: dict[str, Trained],
+        *,
+        seconds_before: float,
     ) -> None:
         self.job, self.spec, self.who, self.state, self.parents = job, job.spec, who, state, parents
         self.seconds_before, self.began = seconds_before, time.monotonic()
-        self.journal = Journal(job.directory / "metrics.jsonl")
+        self.journal = Journal(job.directory / JOURNAL)
         self.sums: dict[str, torch.Tensor] = {}
         self.since, self.since_step = time.monotonic(), state.step
 
@@ -268,7 +273,10 @@ def batches(job: Job, who: Position, first_step: int, device: torch.device) -> I
 
 def tables(tasks: list[list[feed.Pick]], image_size: int, rows: int) -> Iterator[pa.Table]:
     """The rows of all tasks in order, read ahead by Ray Data, so many at a time."""
-    dataset = ray.data.read_datasource(Reads(tasks, image_size), num_cpus=0.25, concurrency=2)
+    reads = Reads(tasks, image_size)
+    dataset = ray.data.read_datasource(
+        reads, num_cpus=0.25, concurrency=2, override_num_blocks=len(tasks)
+    )  # or Ray cuts what few tasks deliver into 200 blocks
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=READ_AHEAD_BYTES)

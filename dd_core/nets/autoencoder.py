@@ -9,7 +9,7 @@ Images are in [-1, 1]; latents leave `encode` with a standard deviation of about
 """
 
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ class AutoencoderNetSpec(Spec):
     """Levels, 0 the finest, whose blocks are followed by attention."""
     mid_attention: bool = True
     """Attention in the middle of both halves; without it latents are local and crops stand for images."""
+    norm: Literal["group", "none"] = "group"
+    """GroupNorm as published; or none, which is quicker, learns flat colours at once and, since nothing is
+    averaged over the picture, makes of a crop what it makes of the whole.  Small nets only."""
     groups: int = Field(32, ge=1)
     """Of GroupNorm."""
     latent_channels: int = Field(4, ge=1)
@@ -44,9 +47,14 @@ class AutoencoderNetSpec(Spec):
         """Pixels of the image per side of one latent."""
         return self.stem * 2 ** (len(self.channel_mult) - 1)
 
+    @property
+    def norm_groups(self) -> int:
+        """Groups of every norm; 0 for none."""
+        return self.groups if self.norm == "group" else 0
+
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.width % self.groups:
+    def _fits(self) -> "AutoencoderNetSpec":
+        if self.norm == "group" and self.width % self.groups:
             raise ValueError(f"width {self.width} must be a multiple of groups {self.groups}")
         if any(level not in range(len(self.channel_mult)) for level in self.attention_levels):
             raise ValueError(
@@ -66,14 +74,19 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
+def norm(channels: int, groups: int) -> nn.Module:
+    """GroupNorm, or nothing for no groups."""
+    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
+
+
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.norm1 = norm(channels_in, groups)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm2 = norm(channels, groups)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
@@ -88,7 +101,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = norm(channels, groups)
         self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -163,12 +176,12 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for index, (before, width) in enumerate(zip([spec.width, *widths], widths, strict=False)):
             attends = index in spec.attention_levels
-            level = Level((before, *[width] * spec.blocks), attends=attends, groups=spec.groups)
+            level = Level((before, *[width] * spec.blocks), attends=attends, groups=spec.norm_groups)
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.groups)
-        self.norm_out = nn.GroupNorm(spec.groups, widths[-1], eps=1e-6)
+        self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.norm_groups)
+        self.norm_out = norm(widths[-1], spec.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * spec.latent_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b z2 i j"]:
@@ -185,15 +198,15 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [spec.width * mult for mult in spec.channel_mult]
         self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.groups)
+        self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.norm_groups)
         self.up = nn.ModuleList()
         for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             attends = index in spec.attention_levels
-            level = Level((before, *[width] * (spec.blocks + 1)), attends=attends, groups=spec.groups)
+            level = Level((before, *[width] * (spec.blocks + 1)), attends=attends, groups=spec.norm_groups)
             if index > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
-        self.norm_out = nn.GroupNorm(spec.groups, spec.width * spec.channel_mult[0], eps=1e-6)
+        self.norm_out = norm(spec.width * spec.channel_mult[0], spec.norm_groups)
         self.conv_out = nn.Conv2d(spec.width * spec.channel_mult[0], 3 * spec.stem**2, 3, padding=1)
         self.stem = nn.PixelShuffle(spec.stem)
 
@@ -222,8 +235,29 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(spec)
         self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
+        self.initialise()
         self.register_buffer("moments", torch.tensor([0.0, 1.0]))
         self.register_buffer("observed", torch.tensor(0))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """First weights: signals keep their variance, and latents are drawn with a deviation of 0.05.
+
+        A run of minutes need not first make its signals heard, nor unlearn noise.  Without norms every
+        residual block begins as its shortcut (Zhang et al. 2019, arXiv:1901.09321).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock) and not self.spec.norm_groups:
+                nn.init.zeros_(module.conv2.weight)
+        mean_and_logvar, latent_channels = self.quant_conv, self.spec.latent_channels
+        mean_and_logvar.weight[latent_channels:] = 0
+        if mean_and_logvar.bias is not None:
+            mean_and_logvar.bias[latent_channels:] = -6
 
     def posterior(self, image: Float[Tensor, " b 3 h w"]) -> Posterior:
         """The Gaussian behind an image, whose sides are multiples of `spec.factor`."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
+from dd_core.nets.clip import ReadCaption
 from dd_core.spec import Spec
 
 
@@ -37,6 +38,8 @@ class DiTSpec(Spec):
     head_width: int = Field(64, ge=8)
     text_width: int = Field(0, ge=0)
     """Of the caption's states; 0: the network is not told a caption."""
+    caption_width: int = Field(0, ge=0)
+    """Of the embedding of the whole caption; with it the norms are told the caption, too."""
     text_layers: int = Field(1, ge=0)
     """Layers of its own over the caption's states, both directions, before the image asks them."""
     embedding_width: int = Field(0, ge=0)
@@ -79,21 +82,27 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, both scaled, shifted and gated by what the block is told."""
+    """Attention and a two-layer network, both scaled, shifted and gated by what the block is told.
 
-    def __init__(self, width: int, heads: int, told: int, context_width: int) -> None:
+    Gates start at one, not at zero as in DiT: a small budget has no steps to spend on opening them.
+    """
+
+    def __init__(self, width: int, heads: int, told: int, context_width: int, depth: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
         self.attention = Attention(width, heads, context_width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
         self.modulation = Modulation(told, width, 6)
+        with torch.no_grad():
+            for last in (self.attention.out, self.mlp[2]):
+                last.weight.mul_(depth**-0.5)
 
     def forward(
         self, x: Float[Tensor, " b n d"], told: Float[Tensor, " b t"], context: Float[Tensor, " b l c"] | None
     ) -> Float[Tensor, " b n d"]:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(told)
-        x = x + gate * self.attention(self.norms[0](x) * (1 + scale) + shift, context)
-        return x + gate_mlp * self.mlp(self.norms[1](x) * (1 + scale_mlp) + shift_mlp)
+        x = x + (1 + gate) * self.attention(self.norms[0](x) * (1 + scale) + shift, context)
+        return x + (1 + gate_mlp) * self.mlp(self.norms[1](x) * (1 + scale_mlp) + shift_mlp)
 
 
 class TextBlock(nn.Module):
@@ -139,9 +148,10 @@ class DiT(nn.Module):
         self.told = nn.Sequential(nn.Linear(256, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
         self.down = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
         self.to_grid = nn.Conv2d(spec.conv_width, spec.width, 2, stride=2)
-        self.places = nn.Parameter(0.02 * torch.randn(1, grid**2, spec.width))
+        self.places = nn.Parameter(grid_waves(grid, spec.width)[None])
         self.blocks = nn.ModuleList(
-            Block(spec.width, heads, spec.width, spec.text_width and spec.width) for _ in range(spec.layers)
+            Block(spec.width, heads, spec.width, spec.text_width and spec.width, 2 * spec.layers)
+            for _ in range(spec.layers)
         )
         self.from_grid = nn.Linear(spec.width, 4 * spec.conv_width)
         self.join = nn.Conv2d(2 * spec.conv_width, spec.conv_width, 1)
@@ -152,12 +162,18 @@ class DiT(nn.Module):
             self.text_in = nn.Linear(spec.text_width, spec.width)
             self.text_blocks = nn.ModuleList(TextBlock(spec.width, heads) for _ in range(spec.text_layers))
             self.text_out = nn.LayerNorm(spec.width)
+        if spec.text_width and spec.caption_width:
+            self.caption_in = nn.Linear(spec.caption_width, spec.width)
+            self.caption_told = nn.Linear(spec.width, spec.width)
         if spec.embedding_width:
             self.embedding = nn.Linear(spec.embedding_width, spec.width)
 
-    def read(self, states: Float[Tensor, " b l t"]) -> Float[Tensor, " b l d"]:
+    def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
-        x = self.text_in(states)
+        x = self.text_in(caption.states)
+        if self.spec.caption_width:
+            whole = caption.embedding * caption.embedding.shape[-1] ** 0.5
+            x = torch.cat([self.caption_in(whole)[:, None], x], 1)
         for block in self.text_blocks:
             x = block(x)
         return self.text_out(x)
@@ -169,7 +185,9 @@ class DiT(nn.Module):
             x = torch.cat([x, cond.image], 1)
         told = self.told(wave(log_sigma / 4, 256))
         if self.spec.embedding_width and cond.image_embedding is not None:
-            told = told + self.embedding(cond.image_embedding)
+            told = told + self.embedding(cond.image_embedding * self.spec.embedding_width**0.5)
+        if self.spec.caption_width and cond.text is not None:
+            told = told + self.caption_told(cond.text[:, 0])
         told = F.silu(told)
         h = self.enter(self.fold(x))
         for block in self.down:
@@ -186,8 +204,15 @@ class DiT(nn.Module):
         return self.unfold(self.leave(h))
 
 
-def wave(values: Float[Tensor, " b"], width: int) -> Float[Tensor, " b d"]:
-    """Sines and cosines of a number at geometrically spaced frequencies, 1 to 1000."""
+def grid_waves(side: int, width: int) -> Float[Tensor, " n d"]:
+    """Where each position of a square grid is: half the numbers for its column, half for its row."""
+    at = torch.arange(side, dtype=torch.float32)
+    rows, columns = torch.meshgrid(at, at, indexing="ij")
+    return torch.cat([wave(place.flatten() / side, width // 2, top=100.0) for place in (columns, rows)], -1)
+
+
+def wave(values: Float[Tensor, " b"], width: int, *, top: float = 1000.0) -> Float[Tensor, " b d"]:
+    """Sines and cosines of a number at geometrically spaced frequencies, 1 to `top`."""
     steps = torch.arange(width // 2, device=values.device, dtype=torch.float32)
-    angles = values.float()[:, None] * torch.exp(math.log(1000.0) * steps / (width // 2))
+    angles = values.float()[:, None] * torch.exp(math.log(top) * steps / (width // 2))
     return torch.cat([angles.cos(), angles.sin()], -1)

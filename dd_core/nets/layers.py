@@ -5,6 +5,8 @@ Every block maps features `b c h w` to features `b c h w`, kept in memory with c
 """
 
 import math
+import os
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeVar, assert_never
 
 import torch
@@ -15,6 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 Resample = Literal["same", "down", "up"]
 EPSILON = 1e-5
+CACHED = 2**int(os.environ.get("CC","20"))
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -86,34 +89,55 @@ def plain_modulated_norm(
 
 
 class _ModulatedNorm(torch.autograd.Function):
-    """Works on `b n c`, n pixels of c channels: everything is a row operation there."""
+    """Works on `b n c`, n pixels of c channels: everything is a row operation there.
+
+    What happens between reading x and writing the result is in float32 even if x is not: element by
+    element bfloat16 costs the CPU up to eight times as much, a conversion a third of one pass.  It
+    happens to a few samples at a time, so that it stays in the cache and asks for no new memory.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool
+    ) -> Tensor:
         unit, scale = _normalized(x, groups)
         gain, offset = gain[:, None], offset[:, None]
-        z = torch.addcmul(offset.to(unit), unit, gain.to(unit))
         ctx.save_for_backward(unit, scale, gain, offset)
         ctx.silu, ctx.groups = silu, groups  # type: ignore[attr-defined]
-        return _as_image(F.silu(z, inplace=True) if silu else z, x)
+        out = torch.empty_like(unit)
+        for y, *few in _samples(out, unit, gain, offset):
+            z = _modulated(*few)
+            y.copy_(F.silu(z, inplace=True) if silu else z)
+        return _as_image(out, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         unit, scale, gain, offset = ctx.saved_tensors  # type: ignore[attr-defined]
-        dz = _as_rows(grad)
-        if ctx.silu:  # type: ignore[attr-defined]
-            z = torch.addcmul(offset.to(unit), unit, gain.to(unit))
-            dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
-        scratch = dz * unit
-        d_offset = dz.sum(1, keepdim=True, dtype=torch.float32)
-        d_gain = scratch.sum(1, keepdim=True, dtype=torch.float32)
-        pixels, groups = unit.shape[1], ctx.groups  # type: ignore[attr-defined]
-        lean = -scale * _group_mean(gain * d_offset, groups) / pixels
-        turn = -scale * _group_mean(gain * d_gain, groups) / pixels
-        torch.addcmul(lean.to(unit), unit, turn.to(unit), out=scratch)
-        dx = scratch.addcmul_(dz, (scale * gain).to(unit))
-        return _as_image(dx, grad), d_gain[:, 0], d_offset[:, 0], None, None
+        silu, groups = ctx.silu, ctx.groups  # type: ignore[attr-defined]
+        rows = _as_rows(grad)
+        d_x, d_gain, d_offset = torch.empty_like(rows), torch.empty_like(gain), torch.empty_like(gain)
+        for d_u, d_g, d_o, dy, u, s, g, o in _samples(d_x, d_gain, d_offset, rows, unit, scale, gain, offset):
+            dz = dy.float()
+            if silu:
+                z = _modulated(u, g, o)
+                dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
+            scratch = dz * u
+            torch.sum(scratch, 1, keepdim=True, out=d_g)
+            torch.sum(dz, 1, keepdim=True, out=d_o)
+            lean, turn = (-s * _group_mean(g * d, groups) / rows.shape[1] for d in (d_o, d_g))
+            d_u.copy_(torch.addcmul(lean, u, turn, out=scratch).addcmul_(dz, s * g))
+        return _as_image(d_x, grad), d_gain[:, 0], d_offset[:, 0], None, None
+
+
+def _modulated(unit: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    return torch.addcmul(offset, unit, gain)
+
+
+def _samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """All of these, as many samples at a time as make about a million elements."""
+    few = max(1, CACHED // rows[0].numel())
+    return zip(*(part.split(few) for part in (rows, *parts)), strict=True)
 
 
 def _normalized(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -121,24 +145,20 @@ def _normalized(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     pixels = height * width
     if pixels >= 1024:
-        ones, zeros = torch.ones(channels), torch.zeros(channels)
-        unit, _, rstd = torch.native_group_norm(x, ones, zeros, batch, channels, pixels, groups, EPSILON)
+        one, zero = torch.ones(channels), torch.zeros(channels)
+        unit, _, rstd = torch.native_group_norm(x, one, zero, batch, channels, pixels, groups, EPSILON)
         return _as_rows(unit), rstd.repeat_interleave(channels // groups, dim=1)[:, None]
-    rows = _as_rows(x)  # for small maps the library's loop is not vectorised: 10 times these lines
-    mean = _group_mean(rows.sum(1, keepdim=True, dtype=torch.float32), groups) / pixels
-    square = _group_mean((rows * rows).sum(1, keepdim=True, dtype=torch.float32), groups) / pixels
+    rows = _as_rows(x).float()  # the library's loop over small maps is not vectorised: 10 times slower
+    mean = _group_mean(rows.sum(1, keepdim=True), groups) / pixels
+    square = _group_mean((rows * rows).sum(1, keepdim=True), groups) / pixels
     scale = torch.rsqrt((square - mean**2).clamp_min(0) + EPSILON)
     return torch.addcmul(-mean * scale, rows, scale).to(x.dtype), scale
 
 
 def _group_mean(values: Tensor, groups: int) -> Tensor:
     """Mean over the channels of each group, given back to each of its channels: `b 1 c` to `b 1 c`."""
-    return (
-        values.unflatten(2, (groups, -1))
-        .mean(3, keepdim=True)
-        .expand(-1, -1, -1, values.shape[2] // groups)
-        .flatten(2)
-    )
+    mean = values.unflatten(2, (groups, -1)).mean(3)
+    return mean.repeat_interleave(values.shape[2] // groups, dim=2)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -225,13 +245,29 @@ class Attention(nn.Module):
         if self.text is not None and told.text is not None:
             text_key, text_value = self._heads(self.text(told.text), 2)
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
-        seen = F.scaled_dot_product_attention(query, key, value)
+        seen = attend(query, key, value)
         out = self.out(seen.transpose(1, 2).flatten(2))
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _heads(self, rows: Float[Tensor, " b n pc"], parts: int) -> tuple[Tensor, ...]:
         """Each part as `b heads n head_width`."""
         return rows.unflatten(2, (parts, -1, self.head_width)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(
+    query: Float[Tensor, " b heads n w"],
+    key: Float[Tensor, " b heads m w"],
+    value: Float[Tensor, " b heads m w"],
+) -> Float[Tensor, " b heads n w"]:
+    """softmax(query key^T / sqrt(w)) value.
+
+    The CPU's fused kernel, made for long sequences, takes three times as long as the products
+    themselves where bfloat16 makes these fast and the keys are few.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 512:
+        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+        return scores.softmax(3, dtype=torch.float32).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def resampled(x: Float[Tensor, " b c h w"], how: Resample) -> Float[Tensor, " b c h2 w2"]:

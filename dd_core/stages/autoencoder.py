@@ -15,7 +15,7 @@ departs from what it says, this file does as follows:
 """
 
 from pathlib import Path
-from typing import Literal, Self, assert_never
+from typing import Literal, assert_never
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,9 @@ class AutoencoderSpec(Spec):
     """Side of the random crops that it trains on, in pixels."""
     crops_per_image: int = Field(1, ge=1)
     """Crops of each image that is read; more of them when reading is slower than training."""
+    square_weight: float = Field(0.0, ge=0)
+    """Of the squared error beside the absolute one, 0 as published.  Where most of a picture is ground, the
+    absolute error alone is slow to see the colours of small things."""
     kl_weight: float = Field(1e-6, ge=0)
     perceptual: Literal["clip", "lpips", "none"] = "clip"
     """Features of the parent CLIP, LPIPS from `lpips_weights`, or pixels alone."""
@@ -53,7 +56,7 @@ class AutoencoderSpec(Spec):
     """Batches of training before the discriminator takes part."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "AutoencoderSpec":
         if self.crop > self.image_size:
             raise ValueError(f"crop {self.crop} is larger than image_size {self.image_size}")
         for name, side in (("crop", self.crop), ("image_size", self.image_size)):
@@ -117,12 +120,13 @@ class AutoencoderStage(Stage):
     def reconstruction(
         self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Absolute error and perceptual distance."""
-        l1 = (x0_hat - image).abs().mean()
+        """Absolute error, squared error and perceptual distance."""
+        error = x0_hat - image
+        l1, square = error.abs().mean(), error.square().mean()
         distance: PerceptualDistance = self.frozen[0]
         perceptual = distance(x0_hat, image).mean()
         parts = {"l1": l1.detach(), "perceptual": perceptual.detach()}
-        return l1 + self.spec.perceptual_weight * perceptual, parts
+        return l1 + self.spec.square_weight * square + self.spec.perceptual_weight * perceptual, parts
 
     def deceive(
         self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,6 +44,7 @@ class EngineLink:
         self.running: asyncio.Task[None] | None = None
         self.hows: list[SamplingSpec] = []
         self.failing: Exception | None = None
+        self.digest = DIGEST
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         self.running = self.running or asyncio.create_task(self.engine.run())
@@ -54,7 +56,7 @@ class EngineLink:
     async def ready(self) -> str:
         if self.failing:
             raise self.failing
-        return DIGEST
+        return self.digest
 
 
 class Served:
@@ -64,7 +66,8 @@ class Served:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
         painter = Painter(CASCADE, DIGEST, self.links)
         api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
-        self.client = TestClient(api.app(), raise_server_exceptions=False)
+        self.app = api.app()
+        self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def post(self, **body: Any) -> Any:
         return self.client.post(URL, json={"prompt": "a red circle"} | body)
@@ -117,9 +120,8 @@ def test_a_png_says_what_paints_it_again(served: Served) -> None:
     )
     text = Image.open(io.BytesIO(pngs(answer)[0])).text  # type: ignore[attr-defined]
     assert text["prompt"] == "ein Kreis, größer als ☃"
-    assert (text["negative_prompt"], text["seed"], text["bundle"]) == ("blue", "3", DIGEST)
-    hows = {stage: SamplingSpec(**how) for stage, how in json.loads(text["sampling"]).items()}
-    assert hows == {"base": BASE.but(num_steps=4), "upsampler": LAST}
+    assert (text["negative_prompt"], text["seed"], text["cascade"]) == ("blue", "3", DIGEST)
+    assert [SamplingSpec(**how) for how in json.loads(text["how"])] == [BASE.but(num_steps=4), LAST]
     assert answer.headers["x-model-version"] == DIGEST
 
 
@@ -248,8 +250,8 @@ def test_a_body_over_the_cap_is_413_announced_or_not(served: Served) -> None:
         b'{"prompt": "\\ud800"}',
         b'{"\\ud800": 1}',
         b'{"n": 1e999}',
-    ]
-    + [b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"],
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    ],
 )
 def test_a_body_that_is_no_request_is_400(served: Served, body: bytes) -> None:
     answer = served.client.post(URL, content=body, headers={"content-type": "application/json"})
@@ -345,6 +347,35 @@ def test_one_failing_image_of_several_stops_the_others() -> None:
         assert one.links["base"].engine.load() == 0
 
 
+def test_a_client_that_goes_away_frees_every_hop_whatever_its_headers_say() -> None:
+    body = json.dumps({"prompt": "a", "n": 4, "num_inference_steps": 250}).encode()
+    one = Served()
+    base = one.links["base"]
+
+    async def scenario() -> int:
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            while len(base.hop.batches) < 5:
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json"), (b"x-request-disconnect-disabled", b"?1")]
+        scope = {"type": "http", "method": "POST", "path": URL, "headers": headers, "query_string": b""}
+        await one.app(scope, receive, send)
+        seen = len(base.hop.batches)
+        await base.engine.submit(CascadeState([0], torch.zeros(1, 16).long()), LAST, timeout_s=9)
+        return len(base.hop.batches) - seen
+
+    assert asyncio.run(scenario()) <= 1 + 2
+    assert base.engine.load() == 0
+
+
 def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
     one = Served()
     with one.client:
@@ -358,13 +389,9 @@ def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
 
 def test_a_replica_of_another_cascade_is_not_ready() -> None:
     one = Served()
-    one.links["base"].__class__ = type("Other", (EngineLink,), {"ready": other_digest})
+    one.links["base"].digest = "cd" * 32
     with one.client:
         assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text
-
-
-async def other_digest(_: EngineLink) -> str:
-    return "cd" * 32
 
 
 def test_effort_never_asks_for_more_steps_than_a_request_may() -> None:

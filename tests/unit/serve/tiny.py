@@ -88,7 +88,7 @@ def tiny_cascade(directory: Path, *, seed: int = 0) -> str:
         parents = {role: trained[role] for role in PARENTS.get(name, ())}
         model = build_stage(spec, parents).model
         for weight in model.parameters():  # new networks answer zero everywhere
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=0.3)
         trained[name] = Trained(spec, model.state_dict())
         digests[name] = bundle.save(
             directory / name,

@@ -1,0 +1,193 @@
+"""The noised CLIP: an image tower that can read noisy images, and so can guide a sampling by a caption.
+
+The tower of CLIP, but its class token is an embedding of the noise level.  It is trained on noisy images
+to find their captions in the space of the parent, whose text tower stays as it is: one network fewer to
+train, and captions embedded for the parent serve both.
+
+Sources: Nichol et al. 2022 (arXiv:2112.10741, GLIDE), section 3.2 and the published model (class token);
+Liu et al. 2021 (arXiv:2112.05744, semantic diffusion guidance), section 3.2 (target "clip").
+"""
+
+import math
+from typing import Literal, assert_never
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from pydantic import Field
+from torch import Tensor, nn
+
+from dd_core import images, losses
+from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.nets.layers import sinusoids
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_of
+
+LEVEL_WIDTH = 128
+"""Sinusoids that describe a noise level."""
+
+
+class NoisedClipSpec(Spec):
+    """Noisy image -> the embedding of what it will become."""
+
+    kind: Literal["noised_clip"] = "noised_clip"
+    net: ClipNetSpec = ClipNetSpec()
+    """Its image tower; the embeddings must be as wide as the parent's."""
+    target: Literal["caption", "clip"] = "caption"
+    """What a noisy image has to find in the batch: its caption, or itself without noise."""
+    start: Literal["parent", "random"] = "parent"
+    """First weights: the parent's image tower, if it has the same shape, or none."""
+    log_sigma_mean: float = 0.0
+    log_sigma_std: float = Field(1.4, gt=0)
+    """Noise levels of training: log sigma is normal, as for the base it guides."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the prepared images that it trains on."""
+        return self.net.image_size
+
+
+class NoisedClip(nn.Module):
+    """An image tower that is told sigma."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ClipNetSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.visual = VisionTransformer(
+            image_size=spec.image_size,
+            patch_size=spec.patch_size,
+            width=spec.image_width,
+            layers=spec.image_layers,
+            heads=spec.image_width // spec.head_width,
+            mlp_ratio=4.0,
+            output_dim=spec.embedding_width,
+            act_layer=QuickGELU if spec.quick_gelu else nn.GELU,
+            norm_layer=LayerNorm,
+        )
+        width = spec.image_width
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)  # the parent's class token at first
+        nn.init.zeros_(last.bias)
+        self.level = nn.Sequential(nn.Linear(LEVEL_WIDTH, width), nn.SiLU(), last)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    def embed_image(self, x: Float[Tensor, " b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b d"]:
+        """Noisy images -> unit vectors, differentiable in x.
+
+        Args:
+            x: x0 + sigma eps with x0 in [-1, 1], at the size of the tower: resizing would change the noise.
+            sigma: At least 0; 0 is a clean image.
+
+        Raises:
+            ValueError: x has another size.
+        """
+        size, visual = self.spec.image_size, self.visual
+        if x.shape[2:] != (size, size):
+            raise ValueError(
+                f"noised_clip reads {size} px and got {tuple(x.shape[2:])}; train it at that size"
+            )
+        level = sigma[:, None, None, None]
+        x = x * torch.rsqrt(1 + level**2)
+        patches = visual.conv1(((x + 1) / 2 - self.mean) / self.std).flatten(2).mT
+        told = self.level(sinusoids(10 * sigma.clamp(min=1e-3).log(), LEVEL_WIDTH).to(x.dtype))
+        tokens = torch.cat([(visual.class_embedding + told)[:, None].to(patches.dtype), patches], dim=1)
+        states = visual.transformer(visual.ln_pre(tokens + visual.positional_embedding))
+        features: Tensor = visual.ln_post(states[:, 0]) @ visual.proj
+        return F.normalize(features.float(), dim=-1)
+
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """What cosines are multiplied by to be log probabilities; at most 100, as published."""
+        return self.log_scale.exp().clamp(max=100)
+
+
+class NoisedClipStage(Stage):
+    """Trains the tower so that a noisy image is nearest to what it shows.
+
+    Raises:
+        ValueError: The parent's embeddings have another width, or its image tower another shape.
+    """
+
+    model: NoisedClip
+
+    def __init__(self, spec: NoisedClipSpec, clip: Trained) -> None:
+        super().__init__()
+        parent = clip_of(clip)
+        if spec.net.embedding_width != parent.spec.embedding_width:
+            raise ValueError(
+                f"noised_clip: net.embedding_width is {spec.net.embedding_width}, that of its parent clip is "
+                f"{parent.spec.embedding_width}; make them equal"
+            )
+        self.spec = spec
+        self.model = NoisedClip(spec.net)
+        if spec.start == "parent":
+            begin_as(self.model, parent)
+        self.freeze(parent)
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        x0 = images.to_unit(batch.image)
+        log_sigma = self.spec.log_sigma_mean + self.spec.log_sigma_std * torch.randn_like(x0[:, 0, 0, 0])
+        sigma = log_sigma.exp()
+        x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
+        image = self.model.embed_image(x, sigma)
+        target, same = self.target(x0, batch)
+        loss = losses.info_nce(image, target, self.model.logit_scale(), same)
+        hit = same[torch.arange(len(x0), device=x0.device), (image @ target.T).argmax(1)].float()
+        clear = sigma < 1
+        parts = {"retrieval": hit.mean(), "retrieval_clear": hit[clear].sum() / clear.sum().clamp(min=1)}
+        return Losses(loss, parts)
+
+    @torch.no_grad()
+    def target(self, x0: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """What the images of a batch have to find, and which of it is the same thing twice."""
+        clip = self.frozen[0]
+        assert isinstance(clip, Clip)
+        match self.spec.target:
+            case "caption":
+                same = (batch.tokens[:, None] == batch.tokens[None]).all(-1)
+                return clip.read(batch.tokens).embedding, same
+            case "clip":
+                return clip.embed_image(x0), torch.eye(len(x0), dtype=torch.bool, device=x0.device)
+            case _:
+                assert_never(self.spec.target)
+
+
+def begin_as(model: NoisedClip, parent: Clip) -> None:
+    """Take over the parent's image tower and scale: with a clean image the new tower says what it says."""
+    fields = (
+        "image_size",
+        "patch_size",
+        "image_width",
+        "image_layers",
+        "head_width",
+        "quick_gelu",
+        "mean",
+        "std",
+    )
+    for name in fields:
+        mine, theirs = getattr(model.spec, name), getattr(parent.spec, name)
+        if mine != theirs:
+            raise ValueError(
+                f"noised_clip: net.{name} is {mine}, its parent's {theirs}; or set start: random"
+            )
+    model.visual.load_state_dict(parent.towers.visual.state_dict())
+    model.log_scale.data.copy_(parent.towers.logit_scale.data)
+
+
+def noised_clip_of(trained: Trained) -> NoisedClip:
+    """A trained noised CLIP, ready to guide.
+
+    Raises:
+        ValueError: It is another stage.
+    """
+    if not isinstance(trained.spec, NoisedClipSpec):
+        raise ValueError(f"the parent 'noised_clip' is a {type(trained.spec).__name__}")
+    model = NoisedClip(trained.spec.net)
+    model.load_state_dict(trained.weights)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,150 @@
+"""`ddiff serve` and `ddiff stop`: a cascade on the air, in this process or left running behind it."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from dd_core import sealed
+from jobs.environment import joins_cluster, ray_cluster
+from jobs.failures import PortTakenError
+from serve import app
+
+log = logging.getLogger(__name__)
+START_S, STOP_S = 300.0, 60.0
+
+
+class Address(NamedTuple):
+    """Where an endpoint listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def url(self) -> str:
+        """For clients."""
+        return f"http://{self.host}:{self.port}"
+
+
+class Endpoint(NamedTuple):
+    """A server that runs in the background, as its file in the run directory describes it."""
+
+    pid: int
+    started: str
+    """When, in ticks of the system's clock: another process with this number has another one."""
+    url: str
+    digest: str
+    """Of the cascade."""
+
+
+class EndpointError(RuntimeError):
+    """The endpoint did not come up."""
+
+
+def serve_here(cascade: Path, address: Address, *, verbose: bool) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Raises:
+        SealError: The cascade is damaged or unfinished.
+        PortTakenError: Something listens there.
+    """
+    sealed.verify(cascade)
+    if not joins_cluster():
+        refuse_taken(address)
+    spec = app.ServeSpec(cascade=str(cascade.resolve()), host=address.host, port=address.port)
+    with ray_cluster(verbose=verbose):
+        app.run(spec, blocking=True)
+
+
+def refuse_taken(address: Address) -> None:
+    """Say so before anything is started.
+
+    Raises:
+        PortTakenError: Something listens there.
+    """
+    try:
+        app.refuse_taken_port(*address)
+    except app.ServeError as error:
+        raise PortTakenError(str(error)) from None
+
+
+def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
+    """Serve a cascade in a process of its own that outlives this one; return its address when it is ready.
+
+    Args:
+        run: Keeps endpoint.json and endpoint.log.
+        cascade: What to serve.
+        address: Where; it must be free.
+
+    Raises:
+        PortTakenError: Something listens there.
+        EndpointError: It ended, or did not get ready; the message holds its last line.
+    """
+    stop_endpoint(run)
+    refuse_taken(address)
+    digest = sealed.verify(cascade).digest
+    where = ["--cascade", str(cascade.resolve()), "--host", address.host, "--port", str(address.port)]
+    with (run / "endpoint.log").open("w") as output:
+        process = subprocess.Popen(  # noqa: S603 our own command with paths of our own
+            [sys.executable, "-m", "jobs.cli", "serve", *where],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    endpoint = Endpoint(process.pid, started_at(process.pid), address.url, digest)
+    (run / "endpoint.json").write_text(json.dumps(endpoint._asdict(), indent=2))
+    until = time.monotonic() + START_S
+    while why := app.missing(address.url, digest):
+        if process.poll() is not None or time.monotonic() > until:
+            stop_endpoint(run)
+            lines = (run / "endpoint.log").read_text().strip().splitlines() or [why]
+            raise EndpointError(f"the endpoint did not start: {lines[-1]}; see {run / 'endpoint.log'}")
+        time.sleep(0.5)
+    return address.url
+
+
+def stop_endpoint(run: Path) -> str:
+    """Stop the endpoint that a run left running, and return its address; nothing if there is none."""
+    note = run / "endpoint.json"
+    if not note.exists():
+        return ""
+    endpoint = Endpoint(**json.loads(note.read_text()))
+    was = endpoint.url if alive(endpoint) else ""
+    if was:
+        os.kill(endpoint.pid, signal.SIGTERM)
+        until = time.monotonic() + STOP_S
+        while alive(endpoint) and time.monotonic() < until:
+            time.sleep(0.2)
+    if alive(endpoint):
+        log.warning("endpoint %d does not stop by itself; killing it", endpoint.pid)
+        os.kill(endpoint.pid, signal.SIGKILL)
+    note.unlink()
+    return was
+
+
+def alive(endpoint: Endpoint) -> bool:
+    """Whether that very process is still there and not merely waiting to be collected by its parent."""
+    return bool(endpoint.started) and started_at(endpoint.pid) == endpoint.started
+
+
+def started_at(pid: int) -> str:
+    """When a process started, as the system counts; empty if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def free_address() -> Address:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", int(probe.getsockname()[1]))

@@ -1,0 +1,157 @@
+"""The demo: a cascade that paints captions of the embedded world, trained on two CPUs while you wait."""
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.nets.clip import ClipNetSpec
+from dd_core.nets.dit import DiTSpec
+from dd_core.nets.prior import PriorNetSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.autoencoder import AutoencoderSpec
+from dd_core.stages.base import BaseSpec
+from dd_core.stages.clip import ClipSpec
+from dd_core.stages.noised_clip import NoisedClipSpec
+from dd_core.stages.prior import PriorSpec
+from dd_core.stages.upsampler import UpsamplerSpec
+from workflows.evaluation import EvaluationSpec
+from workflows.pairs import PairsSpec
+from workflows.pipeline import RunSpec
+from workflows.shapes import ShapesSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
+
+CONTEXT = 32
+TOWERS = ClipNetSpec(
+    embedding_width=64,
+    image_size=64,
+    patch_size=8,
+    image_width=128,
+    image_layers=4,
+    context_length=CONTEXT,
+    text_width=128,
+    text_layers=3,
+    head_width=32,
+)
+PROMPTS = (
+    "a big red circle on a white background",
+    "a small blue square above a big green star",
+    "a yellow triangle to the left of a purple cross",
+    "a small pink diamond in the top right corner",
+)
+
+
+def run() -> RunSpec:
+    """10,000 pairs, six stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
+    return RunSpec(
+        name="demo",
+        shapes=ShapesSpec(pairs=10_000),
+        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=CONTEXT),
+        stages=(clip(), autoencoder(), noised_clip(), base(), upsampler(), prior()),
+        cascade=cascade(),
+        evaluation=EvaluationSpec(captions=320),
+    )
+
+
+def clip() -> TrainSpec:
+    """Image and text towers."""
+    return TrainSpec(
+        name="clip",
+        stage=ClipSpec(net=TOWERS),
+        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
+        budget=Budget(steps=300, checkpoint_every=100, report_every=20),
+        batch_size=128,
+    )
+
+
+def autoencoder() -> TrainSpec:
+    """256 px to 32 x 32 x 4, on crops of 64 px."""
+    net = AutoencoderNetSpec(width=64, channel_mult=(1, 2), blocks=1, stem=4, mid_attention=False)
+    return TrainSpec(
+        name="autoencoder",
+        stage=AutoencoderSpec(net=net, crop=64, perceptual="clip", perceptual_weight=0.1, disc_start=200),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=3_000),
+        budget=Budget(steps=300, checkpoint_every=100, report_every=20),
+        batch_size=32,
+    )
+
+
+def noised_clip() -> TrainSpec:
+    """The image tower, told the noise level."""
+    return TrainSpec(
+        name="noised_clip",
+        stage=NoisedClipSpec(net=TOWERS),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=3_000),
+        budget=Budget(steps=150, checkpoint_every=75, report_every=15),
+        batch_size=128,
+    )
+
+
+def base() -> TrainSpec:
+    """64 px, told the caption's states and the image embedding."""
+    net = DiTSpec(text_width=TOWERS.text_width, embedding_width=TOWERS.embedding_width)
+    return TrainSpec(
+        name="base",
+        stage=BaseSpec(net=net),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=8_000),
+        budget=Budget(steps=2_000, checkpoint_every=200, report_every=25, sample_every=400),
+        batch_size=64,
+        samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15)),
+    )
+
+
+def upsampler() -> TrainSpec:
+    """64 -> 256 px, on crops of 64 px."""
+    net = UNetSpec(
+        width=48,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_at=(),
+        attention_in_middle=False,
+        groups=16,
+        stem="unshuffle",
+        stem_factor=4,
+        image_channels=3,
+    )
+    return TrainSpec(
+        name="upsampler",
+        stage=UpsamplerSpec(net=net),
+        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
+        budget=Budget(steps=500, checkpoint_every=100, report_every=25),
+        batch_size=64,
+    )
+
+
+def prior() -> TrainSpec:
+    """Caption -> image embedding."""
+    net = PriorNetSpec(
+        width=128,
+        head_width=32,
+        text_width=TOWERS.text_width,
+        embedding_width=TOWERS.embedding_width,
+        context_length=CONTEXT,
+    )
+    return TrainSpec(
+        name="prior",
+        stage=PriorSpec(net=net),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
+        budget=Budget(steps=400, checkpoint_every=100, report_every=25),
+        batch_size=128,
+    )
+
+
+def cascade() -> CascadeSpec:
+    """Prior, base, upsampler."""
+    return CascadeSpec(
+        name="demo",
+        hops=(
+            HopSpec(stage="prior", how=SamplingSpec(num_steps=10, guidance_scale=2.0)),
+            HopSpec(stage="base", how=SamplingSpec(num_steps=15, guidance_scale=2.0), follows_request=True),
+            HopSpec(stage="upsampler", how=SamplingSpec(num_steps=4, guidance_scale=1.0)),
+        ),
+        context_length=CONTEXT,
+        image_size=256,
+    )

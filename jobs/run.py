@@ -1,0 +1,172 @@
+"""`ddiff run`: the main job, from nothing to a served, judged and reported cascade; run again to continue.
+
+<run>/summary.json  scores, seconds, addresses: what scripts read
+<run>/report.html   what people look at
+<run>/endpoint.*    the server left running, with --serve
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
+from jobs.environment import ray_cluster, runs, tracking_uri
+from workflows.evaluation import EvaluationSpec, evaluate_endpoint
+from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
+from workflows.report import write_report
+from workflows.tracking import Tracked, tracked
+
+log = logging.getLogger(__name__)
+
+
+class Summary(NamedTuple):
+    """What a run came to."""
+
+    facts: dict[str, Any]
+    """As in summary.json."""
+    text: str
+    """For people."""
+
+
+def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary:
+    """Make whatever of a run is not there yet, judge it over HTTP and write its report.
+
+    Args:
+        spec: The run.
+        address: Where to leave the endpoint running; None stops it when the judging is done.
+        verbose: Show what Ray says.
+
+    Raises:
+        PortTakenError: Something else listens at the address; nothing has been started.
+        The errors of run_pipeline, start_endpoint and write_report.
+    """
+    run = runs() / spec.name
+    run.mkdir(parents=True, exist_ok=True)
+    stop_endpoint(run)
+    if address:
+        refuse_taken(address)
+    with tracked(run, uri=tracking_uri() or "") as tracking:
+        with ray_cluster(verbose=verbose):
+            made = run_pipeline(spec, run=run, tracked=tracking)
+        known = judged_before(run, made, spec.evaluation)
+        url = ""
+        if address or not known:
+            with endpoint(run, made.cascade, address) as url:
+                scores = known or judged(run, url, spec.evaluation)
+        else:
+            scores = known
+        facts = write_summary(run, spec, made, scores)
+        report(run, spec, tracking, facts)
+    return Summary(facts, told(run, facts, url if address else ""))
+
+
+def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
+    """One stage of a run, on the run's data and on the parents that are there.
+
+    Raises:
+        ValueError: No such stage, or a parent is missing.
+    """
+    run = runs() / spec.name
+    spec.stage(stage)
+    with tracked(run, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
+        path = run_stage(spec, stage, run=run, tracked=tracking)
+    return {"bundle": str(path), "seconds": seconds_of(run).get(stage, 0.0)}
+
+
+@contextmanager
+def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]:
+    """A server for the cascade while inside, and afterwards too if it has an address of its own."""
+    with timed(run, "serve"):
+        url = start_endpoint(run, cascade, address or free_address())
+    try:
+        yield url
+    except BaseException:
+        stop_endpoint(run)
+        raise
+    if address is None:
+        stop_endpoint(run)
+
+
+def judged_before(run: Path, made: RunResult, spec: EvaluationSpec) -> dict[str, Any] | None:
+    """The scores of an earlier start, if they are of this cascade and these captions."""
+    try:
+        facts = json.loads((run / "summary.json").read_text())
+        if (facts["digest"], facts["evaluation"]) == (made.digest, fingerprint(spec)):
+            oracle: dict[str, Any] = facts["oracle"]
+            return oracle
+    except (OSError, ValueError, KeyError):
+        return None
+    return None
+
+
+def fingerprint(spec: EvaluationSpec) -> str:
+    """What was asked, in short."""
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
+
+
+def judged(run: Path, url: str, spec: EvaluationSpec) -> dict[str, Any]:
+    """The scores of the cascade served there; the pictures stay in the run directory."""
+    log.info("judging %d pictures painted by %s", spec.captions, url)
+    with timed(run, "evaluation"):
+        return evaluate_endpoint(url, spec, keep=run / "evaluation")
+
+
+def write_summary(run: Path, spec: RunSpec, made: RunResult, scores: dict[str, Any]) -> dict[str, Any]:
+    """summary.json, replaced whole."""
+    facts = {
+        "run": spec.name,
+        "oracle": scores,
+        "seconds": seconds_of(run),
+        "bundle": str(made.cascade),
+        "digest": made.digest,
+        "stages": {name: str(path) for name, path in made.bundles.items()},
+        "evaluation": fingerprint(spec.evaluation),
+        "report": str(run / "report.html"),
+    }
+    draft = run / ".summary.json"
+    draft.write_text(json.dumps(facts, indent=2))
+    draft.replace(run / "summary.json")
+    return facts
+
+
+def report(run: Path, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> None:
+    """The page, then page and scores to MLflow."""
+    with timed(run, "report"):
+        path = write_report(run, prompts=prompts_of(spec))
+    shares = {f"oracle/{name}": value for name, value in facts["oracle"].items() if isinstance(value, float)}
+    tracking.journal.log(shares, 0)
+    for file in (path, run / "summary.json"):
+        tracking.journal.artifact(file)
+
+
+def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
+    """Captions to paint in the report: some of every group that is judged."""
+    asked = spec.evaluation.cases()
+    step = max(1, len(asked) // count)
+    return [case.caption for case in asked[::step]][:count]
+
+
+def told(run: Path, facts: dict[str, Any], url: str) -> str:
+    """Where everything is."""
+    scores, seconds = facts["oracle"], facts["seconds"]
+    right = ", ".join(
+        f"{name.replace('_', ' ')} {scores[name]:.1%}"
+        for name in ("all", "one_object", "two_object", "unseen")
+        if scores[name] is not None
+    )
+    lines = [
+        f"painted right: {right} (of {scores['n']} captions, by the oracle)",
+        f"seconds:       {seconds['total']:,.0f} in all",
+        f"cascade:       {facts['bundle']}",
+        f"report:        {facts['report']}",
+        f"pictures:      {run / 'evaluation'}",
+    ]
+    if url:
+        body = '{"prompt": "a red circle above a small blue square"}'
+        call = f"curl {url}/v1/images/generations -H content-type:application/json -d '{body}'"
+        lines += [f"endpoint:      {url}, until `ddiff stop --run {run}`", f"try:           {call}"]
+    return "\n".join(lines)

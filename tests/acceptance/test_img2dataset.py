@@ -1,0 +1,141 @@
+"""Shards of the real img2dataset, from a web server with dead links and broken pictures, are prepared."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import file_of, photo
+from tests.faults.flaky_store import flaky_store
+from workflows.pairs import PairsSpec
+from workflows.parts import read_json
+from workflows.prepare import prepare_pairs
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+class Crawl(NamedTuple):
+    """What img2dataset left, and what was true."""
+
+    shards: str
+    """A glob."""
+    good: int
+    """Pairs whose picture came and can be decoded."""
+    broken: int
+    """Pairs whose picture came and cannot."""
+    dead: int
+    """Links that gave nothing."""
+
+
+def img2dataset_shards(
+    directory: Path, *, good: int = 24, broken: int = 3, dead: int = 4, side: int = 256
+) -> Crawl:
+    """Run img2dataset 1.47 over pictures on 127.0.0.1, re-encoding nothing, 16 pairs a shard.
+
+    Args:
+        directory: Gets pictures/, urls.csv and shards/.
+        good: Pictures; even ones JPEG, odd ones PNG (img2dataset calls both .jpg).
+        broken: Files that are served as pictures and are none.
+        dead: Addresses that answer 404.
+        side: Of the pictures, in pixels.
+    """
+    pictures, out = directory / "pictures", directory / "shards"
+    pictures.mkdir(parents=True)
+    rows = []
+    for number in range(good + broken + dead):
+        name = f"{number:03d}.jpg"
+        if number < good:
+            pixels = photo(side + 8 * (number % 5), side, seed=number)
+            (pictures / name).write_bytes(file_of(pixels, "PNG" if number % 2 else "JPEG"))
+        elif number < good + broken:
+            (pictures / name).write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+        rows.append((name, f"a photo of number {number}, somewhere"))
+    rows.sort(key=lambda row: row[1][::-1])  # the bad ones among the good
+    with flaky_store(pictures, []) as store:
+        with (directory / "urls.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [("url", "caption"), *((f"{store.url}/{name}", text) for name, text in rows)]
+            )
+        options = {
+            "url_list": directory / "urls.csv",
+            "input_format": "csv",
+            "url_col": "url",
+            "caption_col": "caption",
+            "output_folder": out,
+            "output_format": "webdataset",
+            "disable_all_reencoding": True,
+            "processes_count": 1,
+            "thread_count": 4,
+            "number_sample_per_shard": 16,
+            "retries": 0,
+            "timeout": 5,
+        }
+        command = [
+            str(Path(sys.executable).parent / "img2dataset"),
+            *(f"--{k}={v}" for k, v in options.items()),
+        ]
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            timeout=240,
+            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},
+        )
+    return Crawl(f"{out}/*.tar", good, broken, dead)
+
+
+@pytest.fixture(scope="module")
+def crawl(tmp_path_factory: pytest.TempPathFactory) -> Crawl:
+    return img2dataset_shards(tmp_path_factory.mktemp("crawl"))
+
+
+def test_every_pair_that_came_is_kept_or_counted(local_ray: None, crawl: Crawl, tmp_path: Path) -> None:
+    spec = PairsSpec(
+        shards=(crawl.shards,), destination=str(tmp_path / "out"), sizes=(32, 64), max_reject_fraction=0.2
+    )
+    found = prepare_pairs(spec, progress=False).facts
+    assert (found["kept"], found["rejected"]) == (crawl.good, crawl.broken)
+    assert set(found["rejects"]) <= {"image-broken", "image-format"}
+    assert found["damaged_shards"] == []
+    stats = [read_json(path) for path in Path(crawl.shards).parent.glob("*_stats.json")]
+    assert sum(shard["successes"] for shard in stats) == found["kept"] + found["rejected"]
+    assert sum(shard["failed_to_download"] for shard in stats) == crawl.dead
+    rows = [
+        row
+        for path in sorted((tmp_path / "out").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    kept = {row["caption"]: json.loads(row["meta"]) for row in rows if not row["reject"]}
+    assert set(kept) == {f"a photo of number {number}, somewhere" for number in range(crawl.good)}
+    assert all(meta["caption"] == caption and meta["status"] == "success" for caption, meta in kept.items())
+    assert (
+        prepare_pairs(
+            spec.but(caption="json:caption", destination=str(tmp_path / "j")), progress=False
+        ).facts["kept"]
+        == crawl.good
+    )
+
+
+def test_samples_that_vanished_from_a_shard_are_missed(local_ray: None, crawl: Crawl, tmp_path: Path) -> None:
+    shard = tmp_path / "00000.tar"
+    source = Path(crawl.shards).parent / "00000.tar"
+    data = bytearray(source.read_bytes())
+    with tarfile.open(source) as tar:
+        last = tar.getmembers()[-3].offset
+    data[last:] = bytes(len(data) - last)  # zeroed to the end: a valid, shorter archive
+    shard.write_bytes(bytes(data))
+    stats = source.with_name("00000_stats.json")
+    (tmp_path / stats.name).write_bytes(stats.read_bytes())
+    promised = read_json(stats)["successes"]
+    spec = PairsSpec(
+        shards=(str(shard),), destination=str(tmp_path / "out"), sizes=(16,), max_reject_fraction=1
+    )
+    (damaged,) = prepare_pairs(spec, progress=False).facts["damaged_shards"]
+    assert damaged["reason"] == f"{promised - 1} samples, 00000_stats.json says {promised}"

@@ -1,0 +1,213 @@
+"""A cascade on a real Ray Serve, asked by the unchanged OpenAI client: images, errors, kills, disconnects."""
+
+import asyncio
+import base64
+import http.client
+import io
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import openai
+import pytest
+import ray
+import ray.serve
+import torch
+from PIL import Image
+
+from dd_core import bundle, images, sealed
+from dd_core.cascade import CascadeState, run
+from dd_core.text import tokens
+from serve import app
+from tests.unit.serve.tiny import tiny_cascade
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+LONG = {"num_inference_steps": 250, "seed": 1}
+TIMEOUT_S = 60
+
+
+class OnAir(NamedTuple):
+    """A served cascade."""
+
+    url: str
+    directory: Path
+    digest: str
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def on_air(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnAir]:
+    directory = tmp_path_factory.mktemp("served")
+    digest = tiny_cascade(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            num_cpus=4,
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=f"/tmp/ddiff-{free_port()}",
+        )
+        try:
+            spec = app.ServeSpec(cascade=str(directory / "cascade"), port=free_port(), timeout_s=TIMEOUT_S)
+            yield OnAir(app.run(spec), directory / "cascade", digest)
+        finally:
+            ray.serve.shutdown()
+            ray.shutdown()
+
+
+def load(stage: str) -> int:
+    """Samples in work or waiting at a hop."""
+    handle = ray.serve.get_deployment_handle(stage, app.APPLICATION)
+    count: int = handle.load.remote().result(timeout_s=20)
+    return count
+
+
+def until(fact: Callable[[], bool]) -> None:
+    """Wait for it, with patience for a busy machine."""
+    end = time.monotonic() + 60
+    while not fact():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def offline(directory: Path, prompt: str, seed: int) -> np.ndarray[Any, Any]:
+    """The same image painted without Ray, HTTP or engine, [h, w, 3]."""
+    cascade = bundle.load_cascade(directory)
+    state = CascadeState([seed], torch.tensor(tokens([prompt], cascade.spec.context_length)))
+    for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
+        state = run(hop, state, link.how)
+    assert state.image is not None
+    return images.to_bytes(state.image)[0].permute(1, 2, 0).numpy()
+
+
+def pixels(item: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json))))
+
+
+def test_the_official_client_gets_the_images_that_the_cascade_paints_offline(on_air: OnAir) -> None:
+    answer = on_air.client().images.generate(
+        model="tiny", prompt="a red circle", n=2, size="auto", extra_body={"seed": 5}
+    )
+    for item, seed in zip(answer.data or [], (5, 6), strict=True):
+        assert np.array_equal(pixels(item), offline(on_air.directory, "a red circle", seed))
+    assert answer.size == "64x64"
+
+
+def test_the_official_client_reads_models_headers_and_errors(on_air: OnAir) -> None:
+    client = on_air.client(max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "ddiff"
+    raw = client.images.with_raw_response.generate(prompt="a " * 20, response_format="b64_json", size="64x64")
+    assert raw.headers["x-model-version"] == on_air.digest
+    assert raw.headers["x-prompt-truncated"] == "prompt"
+    assert "," not in raw.headers["x-request-id"]
+    with pytest.raises(openai.BadRequestError, match="size: must be auto or a served size: 64x64") as bad:
+        client.images.generate(prompt="a", size="1024x1024")
+    assert bad.value.param == "size"
+    assert bad.value.request_id
+    with pytest.raises(openai.NotFoundError, match="'dall-e-3'; tiny is served"):
+        client.images.generate(prompt="a", model="dall-e-3")
+    with pytest.raises(openai.BadRequestError, match="sise: there is no such parameter"):
+        client.images.generate(prompt="a", extra_body={"sise": 1})
+
+
+def test_the_client_s_patience_is_the_deadline_even_if_it_switches_serve_s_own_off(on_air: OnAir) -> None:
+    headers = {"x-stainless-read-timeout": "0.5", "x-request-timeout-seconds": "0"}
+    with pytest.raises(openai.InternalServerError, match=r"not finished in 0\.5 s") as late:
+        on_air.client().images.generate(prompt="a", n=10, extra_body=LONG, extra_headers=headers)
+    assert late.value.status_code == 504
+    until(lambda: load("base") == 0)
+
+
+def test_an_image_is_the_same_whatever_is_served_beside_it(on_air: OnAir) -> None:
+    async def ask(seed: int, **more: Any) -> str:
+        client = openai.AsyncOpenAI(base_url=f"{on_air.url}/v1", api_key="none")
+        async with client:
+            answer = await client.images.generate(prompt="a circle", extra_body={"seed": seed} | more)
+        assert answer.data
+        return str(answer.data[0].b64_json)
+
+    async def crowd() -> list[str]:
+        others = [ask(seed, num_inference_steps=3 + seed, guidance_scale=seed) for seed in range(10)]
+        return (await asyncio.gather(ask(99), *others, ask(99)))[:: len(others) + 1]
+
+    alone = asyncio.run(ask(99))
+    assert asyncio.run(crowd()) == [alone, alone]
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-request-disconnect-disabled": "?1"}], ids=["plain", "forbidden"])
+def test_a_client_that_hangs_up_frees_every_row(on_air: OnAir, headers: dict[str, str]) -> None:
+    connection = http.client.HTTPConnection(on_air.url.removeprefix("http://"))
+    body = json.dumps({"prompt": "a", "n": 8} | LONG)
+    connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"} | headers)
+    until(lambda: load("base") == 8)
+    connection.close()
+    began = time.monotonic()
+    until(lambda: load("base") == 0)
+    freed = time.monotonic() - began
+    began = time.monotonic()
+    on_air.client().images.generate(prompt="a", n=8, extra_body=LONG)
+    assert freed < (time.monotonic() - began) / 2  # a share of what the abandoned work would have taken
+
+
+@pytest.mark.fault
+def test_a_killed_replica_costs_a_retry_and_no_request(on_air: OnAir) -> None:
+    async def ask() -> int:
+        client = openai.AsyncOpenAI(base_url=f"{on_air.url}/v1", api_key="none", max_retries=0)
+        async with client:
+            request = asyncio.create_task(client.images.generate(prompt="a", n=4, extra_body=LONG))
+            await asyncio.to_thread(until, lambda: load("base") == 4)
+            await asyncio.to_thread(kill, "base")
+            return len((await request).data or [])
+
+    assert asyncio.run(ask()) == 4
+
+
+def kill(stage: str) -> None:
+    """End the replicas of a hop as `kill -9` would."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if f"#{stage}#" in actor["name"]:
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=False)
+
+
+def test_the_same_command_again_finds_its_own_service(on_air: OnAir) -> None:
+    spec = app.ServeSpec(cascade=str(on_air.directory), port=int(on_air.url.rsplit(":", 1)[1]))
+    assert app.run(spec) == on_air.url
+
+
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+    tiny_cascade(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(app.ServeError, match=f"port {port} of 127.0.0.1: .* choose another port"):
+            app.run(app.ServeSpec(cascade=str(tmp_path / "cascade"), port=port))
+
+
+def test_a_cascade_that_is_damaged_or_not_the_one_asked_for_is_not_served(tmp_path: Path) -> None:
+    digest = tiny_cascade(tmp_path)
+    served = str(tmp_path / "cascade")
+    with pytest.raises(sealed.SealError, match=f"is cascade {digest[:12]}, not 000000000000 as asked for"):
+        app.build({"cascade": served, "digest": "0" * 64})
+    with pytest.raises(ValueError, match="hops: 'decoder' is no hop of tiny; it has base, prior, upsampler"):
+        app.build({"cascade": served, "hops": {"decoder": {}}})
+    weights = tmp_path / "cascade" / "base" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(sealed.SealError, match=r"base/weights\.safetensors: sha256 is"):
+        app.build({"cascade": served})

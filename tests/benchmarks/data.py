@@ -1,0 +1,264 @@
+"""Images per second from tars to batches: Ray Data with our reader against webdataset with DataLoader.
+
+    python -m tests.benchmarks.data [--pairs 6000] [--rounds 5] [--json FILE]
+
+Photo-like JPEGs (long side 512, quality 90, 4:2:0) with captions in tars; every method delivers
+batches of 64 with an image of 256, one of 64 and 77 tokens.  Each measurement is a process of its
+own on the same two cores; the methods alternate, and medians of their rounds are compared.  A rate
+is that of all batches after the first, so starting processes is not in it; the time to the first is
+its own column.  Peak memory is the sum over all processes of their own and shared-once pages.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from tests.conftest import file_of, photo, write_shard
+
+SIZES, CONTEXT, BATCH, CORES = (256, 64), 77, 64, 2
+METHODS = {
+    "pillow": "webdataset + DataLoader, Pillow",
+    "best": "webdataset + DataLoader, simplejpeg + OpenCV",
+    "best_tokens": "the same, with our tokenizer",
+    "ray": "Ray Data, workflows.source + workflows.pairs",
+}
+SHAPES = ((512, 384), (384, 512), (512, 341), (512, 512), (512, 288))
+WORDS = (
+    "red blue old small bright wooden street river market dog bridge window evening portrait mountain harbour"
+)
+
+
+def make(directory: Path, pairs: int) -> None:
+    """Tars of 500 pairs; 200 different pictures, every caption different."""
+    random = np.random.default_rng(0)
+    words = WORDS.split()
+    pictures = [file_of(photo(*SHAPES[i % len(SHAPES)], seed=i, grain=10), "JPEG") for i in range(200)]
+    for first in range(0, pairs, 500):
+        files = {}
+        for i in range(first, min(first + 500, pairs)):
+            caption = f"photo {i}: " + " ".join(random.choice(words, random.integers(6, 16)))
+            files |= {f"{i:07d}.jpg": pictures[i % 200], f"{i:07d}.txt": caption.encode()}
+            files[f"{i:07d}.json"] = json.dumps({"id": i, "caption": caption}).encode()
+        write_shard(directory / f"{first // 500:05d}.tar", files)
+
+
+def by_pillow(data: bytes) -> dict[int, np.ndarray]:
+    """What a torchvision user writes: both sizes from the full picture, bicubic."""
+    import io  # noqa: PLC0415
+
+    from PIL import Image  # noqa: PLC0415
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return {size: np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)) for size in SIZES}
+
+
+def by_simplejpeg(data: bytes) -> dict[int, np.ndarray]:
+    """The fastest that gives the same pixels as ours: shrunk while decoding, then OpenCV; no checks."""
+    import simplejpeg  # noqa: PLC0415
+
+    pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=256, min_width=256, min_factor=2)
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    how = cv2.INTER_LINEAR if side <= 384 else cv2.INTER_AREA
+    large = square if side == 256 else cv2.resize(square, (256, 256), interpolation=how)
+    return {256: large, 64: cv2.resize(large, (64, 64), interpolation=cv2.INTER_AREA)}
+
+
+def webdataset_batches(directory: Path, method: str) -> Iterator[dict[str, Any]]:
+    """webdataset 0.2 in a DataLoader with two workers that decode and build whole batches."""
+    import torch  # noqa: PLC0415
+    import webdataset  # noqa: PLC0415
+    from open_clip.tokenizer import SimpleTokenizer  # noqa: PLC0415
+
+    from dd_core import text  # noqa: PLC0415
+
+    cv2.setNumThreads(1)
+    tokenizer, decode = SimpleTokenizer(), by_pillow if method == "pillow" else by_simplejpeg
+
+    def batch(samples: list[dict[str, bytes]]) -> dict[str, torch.Tensor]:
+        images = [decode(sample["jpg"]) for sample in samples]
+        captions = [sample["txt"].decode() for sample in samples]
+        found = {
+            f"image{size}": torch.from_numpy(np.stack([image[size] for image in images])) for size in SIZES
+        }
+        if method == "best_tokens":
+            return found | {"tokens": torch.tensor(text.tokens(captions, CONTEXT))}
+        return found | {"tokens": tokenizer(captions, context_length=CONTEXT)}
+
+    urls = [str(path) for path in sorted(directory.glob("*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).batched(BATCH, collation_fn=batch, partial=True)
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=CORES, prefetch_factor=4))
+
+
+def ray_batches(directory: Path) -> Iterator[dict[str, Any]]:
+    """The product's own path: reading, checks, decoding and tokens in one task a shard."""
+    from workflows.epochs import Ledger  # noqa: PLC0415
+    from workflows.pairs import PairsSpec, decoded_pairs  # noqa: PLC0415
+    from workflows.source import Shards, decoded_tables, streamed  # noqa: PLC0415
+
+    spec = PairsSpec(shards=(str(directory),), destination="-", sizes=SIZES, context_length=CONTEXT)
+    urls = [str(path) for path in sorted(directory.glob("*.tar"))]
+    read = partial(decoded_tables, batches=partial(decoded_pairs, spec=spec, rows=BATCH))
+    block_bytes = BATCH * (3 * sum(size**2 for size in SIZES) + 4 * (CONTEXT + 3))
+    return streamed(Shards(urls, read, seed=0, ledger=Ledger()), batch_size=BATCH, block_bytes=block_bytes)
+
+
+def measure(directory: Path, method: str) -> dict[str, float]:
+    """One method once, in this process."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    temporary = ""
+    if method == "ray":
+        os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"})
+        import ray  # noqa: PLC0415
+
+        temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        ray.init(num_cpus=CORES, include_dashboard=False, _temp_dir=temporary, logging_level="error")
+    memory = PeakMemory()
+    start = time.perf_counter()
+    batches = ray_batches(directory) if method == "ray" else webdataset_batches(directory, method)
+    count = -len(next(batches)["tokens"])
+    first = time.perf_counter()
+    count = sum(len(batch["tokens"]) for batch in batches)
+    end = time.perf_counter()
+    found = {"images_per_s": count / (end - first), "first_batch_s": first - start, "images": float(count)}
+    found["peak_mb"] = memory.stop()
+    if method == "ray":
+        import ray  # noqa: PLC0415
+
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+class PeakMemory:
+    """The most memory that this process and its descendants held together, sampled twice a second."""
+
+    def __init__(self) -> None:
+        self.peak, self.over = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self) -> None:
+        while not self.over.wait(0.5):
+            self.peak = max(self.peak, sum(held_mb(pid) for pid in family(os.getpid())))
+
+    def stop(self) -> float:
+        """The peak in MB."""
+        self.over.set()
+        self.thread.join()
+        return self.peak
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        below = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [pid, *(found for child in below for found in family(child))]
+
+
+def held_mb(pid: int) -> float:
+    """Anonymous memory of a process plus its proportional share of shared pages."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def same_pixels(directory: Path) -> None:
+    """The peer's best decode and ours must give the same images, or the comparison means nothing."""
+    from workflows.decode import squares  # noqa: PLC0415
+    from workflows.shards import Limits, samples  # noqa: PLC0415
+
+    for _, sample in zip(range(20), samples(str(directory / "00000.tar"), Limits()), strict=False):
+        ours = squares(sample.parts["jpg"], SIZES, min_side=32, max_pixels=32_000_000)
+        theirs = by_simplejpeg(sample.parts["jpg"])
+        assert all(np.array_equal(ours[size], theirs[size]) for size in SIZES)
+
+
+def report(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians, spread and ratios."""
+    table = {
+        method: {name: statistics.median(found[name] for found in all_rounds) for name in all_rounds[0]}
+        | {"rates": [round(found["images_per_s"], 1) for found in all_rounds]}
+        for method, all_rounds in rounds.items()
+    }
+    ours = table["ray"]["images_per_s"]
+    ratios = {f"ray / {method}": ours / table[method]["images_per_s"] for method in table if method != "ray"}
+    return {"methods": table, "ratios": ratios, "load": os.getloadavg(), "cores": CORES}
+
+
+def main() -> None:
+    """Make the data, run the rounds, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=6000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=Path, help="directory of tars to use, or to make and keep")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        sys.stdout.write(json.dumps(measure(options.data, options.measure)) + "\n")
+        return
+    directory = options.data or Path(tempfile.mkdtemp(prefix="ddiff-bench-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    if not any(directory.glob("*.tar")):
+        make(directory, options.pairs)
+    same_pixels(directory)
+    rounds: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods.split(",")}
+    for number in range(options.rounds):
+        for method, done_rounds in rounds.items():
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.data",
+                "--measure",
+                method,
+                "--data",
+                str(directory),
+            ]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done_rounds.append(json.loads(done.stdout.splitlines()[-1]))
+            sys.stdout.write(
+                f"round {number + 1} {method:12} {done_rounds[-1]['images_per_s']:8.0f} images/s\n"
+            )
+            sys.stdout.flush()
+    found = report(rounds)
+    for method, row in found["methods"].items():
+        sys.stdout.write(
+            f"{METHODS[method]:50} {row['images_per_s']:8.0f} images/s   "
+            f"first batch {row['first_batch_s']:5.1f} s   peak {row['peak_mb']:6.0f} MB\n"
+        )
+    for name, ratio in found["ratios"].items():
+        sys.stdout.write(f"{name:50} {ratio:8.2f} x\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+    if not options.data:
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

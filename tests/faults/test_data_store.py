@@ -1,0 +1,112 @@
+"""A store that fails, cuts and swaps gives the same samples as one that does not, or says why not."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.conftest import write_shard
+from tests.faults.flaky_store import flaky_store
+from workflows.files import DamagedError, MissingShardError, ShardFile, expand, fingerprint, located
+from workflows.shards import Limits, Sample, samples
+
+pytestmark = pytest.mark.fault
+FILES = {f"{i:03d}.{ext}": f"{ext}{i}".encode() * 9000 for i in range(60) for ext in ("jpg", "txt")}
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return write_shard(tmp_path / "a.tar", FILES)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workflows.files.time.sleep", lambda _: None)
+
+
+def read(url: str) -> list[Sample]:
+    return list(samples(url, Limits()))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_faults_at_random_change_nothing(shard: Path, seed: int, *, ranges: bool) -> None:
+    random = Random(seed)
+    faults = [random.choice(["ok", "503", "cut", "short"]) for _ in range(5)]
+    with flaky_store(shard.parent, faults, ranges=ranges) as store:
+        assert read(f"{store.url}/a.tar") == read(str(shard))
+        assert len(store.asked) > faults.count("503")
+
+
+def test_a_store_that_fails_for_good_ends_the_shard_with_a_reason(shard: Path) -> None:
+    with flaky_store(shard.parent, ["503"] * 100) as store:
+        (only,) = read(f"{store.url}/a.tar")
+    assert (only.key, only.parts) == ("", {})
+    assert only.reject.startswith(f"shard: {store.url}/a.tar cannot be read at byte 0: 503")
+
+
+def test_a_shard_that_disappears_between_listing_and_reading_is_told(shard: Path) -> None:
+    with flaky_store(shard.parent, []) as store:
+        (found,) = located([f"{store.url}/a.tar"])
+        shard.unlink()
+        (only,) = read(found.url)
+    assert only.reject.startswith(f"shard: {store.url}/a.tar cannot be read at byte 0: ")
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_not_mixed(shard: Path) -> None:
+    good = read(str(shard))
+    other = write_shard(shard.with_name("b.tar"), {name: data[::-1] for name, data in FILES.items()})
+    with flaky_store(shard.parent, ["cut"]) as store:
+        store.swaps["/a.tar"] = other.read_bytes()
+        *kept, last = read(f"{store.url}/a.tar")
+    assert kept == good[: len(kept)]
+    assert "was replaced while it was read" in last.reject
+
+
+def test_the_length_that_the_store_told_is_held_against_what_came(shard: Path) -> None:
+    file = ShardFile(str(shard), attempts=2)
+    file.read(10)
+    with shard.open("r+b") as written:
+        written.truncate(5000)
+    with pytest.raises(DamagedError, match=r"replaced|cannot be read at byte"):
+        file.read(10_000_000)
+
+
+def test_names_expand_to_every_shard_once(tmp_path: Path) -> None:
+    for name in ("00.tar", "01.tar", "02.tar", "x.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    every = [str(tmp_path / f"0{i}.tar") for i in range(3)]
+    assert expand([f"{tmp_path}/{{00..02}}.tar"]) == every
+    assert expand([f"{tmp_path}/*.tar"]) == expand([f"{tmp_path}/0?.tar"]) == every
+    assert (
+        expand([str(tmp_path)]) == expand([f"file://{tmp_path}/{{00,01}}.tar", f"{tmp_path}/*.tar"]) == every
+    )
+    with flaky_store(tmp_path, []) as store:
+        assert expand([f"{store.url}/{{00..01}}.tar"]) == [f"{store.url}/00.tar", f"{store.url}/01.tar"]
+        with pytest.raises(MissingShardError, match=r"05.tar does not exist .*\(and 1 more\)"):
+            expand([f"{store.url}/{{02,05,06}}.tar"])
+
+
+@pytest.mark.parametrize(
+    ("names", "error"),
+    [
+        (["{tmp}/nothing.tar"], "nothing.tar does not exist or matches no file"),
+        (["{tmp}/*.tar"], r"\*.tar does not exist or matches no file"),
+        (["{tmp}"], "matches no file"),
+        ([], "no shards are named"),
+        (["{tmp}/{0..2.tar"], "unclosed brace"),
+        (["nowhere://a.tar"], "cannot be opened: "),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_before_work_starts(
+    tmp_path: Path, names: list[str], error: str
+) -> None:
+    with pytest.raises(MissingShardError, match=error):
+        expand([name.replace("{tmp}", str(tmp_path)) for name in names])
+
+
+def test_the_fingerprint_of_a_source_changes_when_a_shard_does(shard: Path) -> None:
+    before = fingerprint(located([str(shard)]))
+    assert before == fingerprint(located([str(shard)]))
+    shard.write_bytes(shard.read_bytes() + bytes(512))
+    assert before != fingerprint(located([str(shard)]))

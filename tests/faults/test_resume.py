@@ -1,0 +1,162 @@
+"""A run that is stopped, killed or given damaged checkpoints goes on as if nothing had been."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dd_core import sealed
+from dd_core.nets.unet import UNetSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.upsampler import UpsamplerSpec
+from tests.prepared import write_prepared
+from workflows.journal import curves
+from workflows.train_spec import TrainSpec
+from workflows.training import DataError, DivergedError, PreemptedError, train_stage
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.fault, pytest.mark.usefixtures("local_ray")]
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+NET = UNetSpec(
+    width=8,
+    channel_mult=(1,),
+    blocks_per_level=1,
+    attention_at=(),
+    attention_in_middle=False,
+    groups=4,
+    head_width=8,
+    image_channels=3,
+)
+SPEC = TrainSpec(
+    name="whole",
+    stage=UpsamplerSpec(net=NET, image_size=32, factor=2, crop=16),
+    optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
+    budget=Budget(steps=60, checkpoint_every=7, report_every=1),
+    batch_size=8,
+    micro_batch_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("d") / "prepared", files=3, size=32)
+
+
+@pytest.fixture(scope="module")
+def whole(local_ray: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stage directory of a run that nothing has happened to."""
+    run = tmp_path_factory.mktemp("whole")
+    train_stage(SPEC, run=run, data=data)
+    return run / "whole"
+
+
+def steps_of(stage: Path) -> list[int]:
+    return list(curves(stage / "metrics.jsonl").get("train/loss", {}))
+
+
+def when_step(stage: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Do something, once, as soon as the journal has this step."""
+
+    def wait() -> None:
+        while max(steps_of(stage), default=0) < step:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_a_worker() -> None:
+    """As the kernel would."""
+    titles = {path.parent: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    workers = [int(path.name) for path, title in titles.items() if title.startswith(b"ray::RayTrainWorker")]
+    os.kill(max(pid for pid in workers if os.getpid() in ancestors(pid)), signal.SIGKILL)
+
+
+def ancestors(pid: int) -> list[int]:
+    """The processes that a process descends from."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def test_stopped_then_killed_then_continued_is_bit_for_bit_the_unbroken_run(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    spec = SPEC.but(name="cut")
+    stage = tmp_path / "cut"
+    when_step(stage, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 60; run the same command"):
+        train_stage(spec, run=tmp_path, data=data)
+    stopped = max(steps_of(stage))
+    newest = max((stage / "checkpoints").iterdir())
+    assert newest.name == f"step-{stopped:08d}"  # nothing was lost
+    killer = when_step(stage, stopped + 12, kill_a_worker)
+    train_stage(spec, run=tmp_path, data=data)
+    assert not killer.is_alive()
+    for name in (f"checkpoints/step-00000060/{SHARD}", "bundle/weights.safetensors"):
+        assert (stage / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = (curves(path / "metrics.jsonl")["train/loss"] for path in (stage, whole))
+    assert ours == theirs
+
+
+def test_a_damaged_checkpoint_is_stepped_over_and_the_run_ends_the_same(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    stage = tmp_path / "whole"
+    when_step(stage, 24, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(PreemptedError):
+        train_stage(SPEC, run=tmp_path, data=data)
+    newest = max((stage / "checkpoints").iterdir()) / SHARD
+    bytes_ = bytearray(newest.read_bytes())
+    bytes_[-1] ^= 1
+    newest.write_bytes(bytes_)
+    train_stage(SPEC, run=tmp_path, data=data)
+    assert (stage / "bundle" / "weights.safetensors").read_bytes() == (
+        whole / "bundle" / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_two_workers_one_of_them_killed_read_every_row_in_its_turn(data: Path, tmp_path: Path) -> None:
+    spec = SPEC.but(name="two", num_workers=2, budget=Budget(steps=40, checkpoint_every=8, report_every=1))
+    killer = when_step(tmp_path / "two", 12, kill_a_worker)
+    bundle = train_stage(spec, run=tmp_path, data=data)  # each worker refuses a row that is not due
+    assert not killer.is_alive()
+    facts = sealed.verify(bundle).facts
+    assert (facts["step"], facts["images"]) == (40, 40 * 8)
+    assert steps_of(tmp_path / "two") == list(range(1, 41))
+
+
+def test_a_gradient_that_stays_not_finite_ends_the_run_at_once_and_reaches_no_checkpoint(
+    data: Path, tmp_path: Path
+) -> None:
+    spec = SPEC.but(name="hot", optimizer=SPEC.optimizer.but(learning_rate=1e20, grad_clip=1e20))
+    with pytest.raises(DivergedError, match=r"hot: gradient not finite 4 times in a row.*lower"):
+        train_stage(spec, run=tmp_path, data=data)
+    for path in (tmp_path / "hot" / "checkpoints").glob(f"*/{SHARD}"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    assert not (tmp_path / "hot" / "bundle").exists()
+
+
+def test_what_is_done_is_skipped_what_is_changed_is_redone_and_bad_inputs_are_named(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    run = whole.parent
+    before = (whole / "bundle" / sealed.MANIFEST).stat().st_mtime_ns
+    assert train_stage(SPEC.but(num_workers=2, restarts=1), run=run, data=data) == whole / "bundle"
+    assert (whole / "bundle" / sealed.MANIFEST).stat().st_mtime_ns == before
+    with pytest.raises(
+        ValueError, match=r"its clip 'nowhere' is neither a trained stage of .* train 'nowhere'"
+    ):
+        train_stage(SPEC.but(parents={"clip": "nowhere"}), run=run, data=data)
+    with pytest.raises(DataError, match="is no finished prepared data"):
+        train_stage(SPEC, run=run, data=tmp_path)
+    with pytest.raises(ValueError, match="use_gpu with 1 workers, but Ray has 0 GPUs"):
+        train_stage(SPEC.but(use_gpu=True), run=tmp_path, data=data)

@@ -1,0 +1,245 @@
+"""The autoencoder: sizes as published, two players that keep to their parts, latents of unit scale."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dd_core import bundle, checkpoint, images, losses
+from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
+from dd_core.nets.perceptual import PatchGanSpec
+from dd_core.stage import Budget, OptimizerSpec, PairBatch
+from dd_core.stages import build_stage
+from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage, autoencoder_of, crops
+from dd_core.training import TrainState, train
+
+NET = AutoencoderNetSpec(width=16, channel_mult=(1, 2), blocks=1, groups=8, stem=2, latent_channels=4)
+SPEC = AutoencoderSpec(
+    net=NET,
+    image_size=32,
+    crop=16,
+    perceptual="none",
+    kl_weight=1e-3,
+    discriminator=PatchGanSpec(width=8, layers=1),
+    disc_start=0,
+)
+OPTIMIZER = OptimizerSpec(
+    learning_rate=3e-3, warmup_steps=1, schedule="constant", precision="fp32", ema_images=8
+)
+
+
+def batches() -> Iterator[PairBatch]:
+    gen = torch.Generator().manual_seed(1)
+    small = torch.randint(0, 256, (4, 3, 4, 4), generator=gen, dtype=torch.uint8)
+    while True:
+        yield PairBatch(
+            image=small.repeat_interleave(8, 2).repeat_interleave(8, 3), tokens=torch.ones(4, 6).long()
+        )
+
+
+def fresh(spec: AutoencoderSpec = SPEC) -> TrainState:
+    torch.manual_seed(0)
+    return TrainState(AutoencoderStage(spec), OPTIMIZER)
+
+
+def run(state: TrainState, steps: int) -> list[dict[str, float]]:
+    budget = Budget(steps=steps, checkpoint_every=100)
+    return [report.read() for report in train(state, batches(), optimizer=OPTIMIZER, budget=budget)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "millions"),
+    [
+        (AutoencoderNetSpec(channel_mult=(1, 2, 4), latent_channels=3), 55.31),
+        (AutoencoderNetSpec(), 83.65),
+        (AutoencoderNetSpec(channel_mult=(1, 1, 2, 2, 4), latent_channels=16, attention_levels=(4,)), 69.61),
+        (
+            AutoencoderNetSpec(channel_mult=(1, 1, 2, 2, 4, 4), latent_channels=64, attention_levels=(4, 5)),
+            103.88,
+        ),
+    ],
+)
+def test_the_published_autoencoders_have_as_many_parameters(
+    spec: AutoencoderNetSpec, millions: float
+) -> None:
+    with torch.device("meta"):
+        net = Autoencoder(spec)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize("spec", [NET, NET.but(stem=1, channel_mult=(1, 2, 2)), NET.but(channel_mult=(1,))])
+def test_a_latent_has_one_value_per_channel_and_square_of_factor_pixels(spec: AutoencoderNetSpec) -> None:
+    net, image = Autoencoder(spec), torch.rand(2, 3, 16, 24) * 2 - 1
+    latent = net.encode(image)
+    assert latent.shape == (2, 4, 16 // spec.factor, 24 // spec.factor)
+    assert net.decode(latent).shape == image.shape
+
+
+def test_latents_have_unit_deviation_on_what_was_observed() -> None:
+    net, image = Autoencoder(NET), torch.rand(8, 3, 16, 16) * 2 - 1
+    for part in image.chunk(4):
+        net.observe(net.posterior(part).mean)
+    assert net.encode(image).std(correction=0).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_batch_that_is_not_finite_is_not_observed() -> None:
+    net = Autoencoder(NET)
+    net.observe(torch.randn(2, 4, 3, 3))
+    before = net.moments.clone()
+    net.observe(torch.full((2, 4, 3, 3), torch.nan))
+    assert torch.equal(net.moments, before)
+
+
+def test_kl_is_that_of_two_gaussians() -> None:
+    mean, logvar = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    exact = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), normal)
+    torch.testing.assert_close(losses.kl_to_normal(mean, logvar), exact.sum((1, 2, 3)))
+
+
+def test_a_discriminator_beyond_its_margins_loses_nothing() -> None:
+    assert losses.hinge(torch.tensor([1.0, 5.0]), torch.tensor([-1.0, -2.0])) == 0
+    assert losses.hinge(torch.tensor([0.0]), torch.tensor([0.5])) == pytest.approx(0.5 * (1 + 1.5))
+
+
+def published_loss(stage: AutoencoderStage, batch: PairBatch) -> Tensor:
+    """The generator's loss as published: sums over an image, the weight by two walks to the last layer."""
+    image = crops(images.to_unit(batch.image), SPEC.crop, SPEC.crops_per_image)
+    posterior = stage.model.posterior(image)
+    x0_hat = stage.model.generate(posterior.draw(torch.randn_like(posterior.mean)))
+    nll = (x0_hat - image).abs().sum() / len(image)
+    deception = -stage.discriminator(x0_hat).mean()
+    last = stage.model.decoder.conv_out.weight
+    pull, push = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (nll, deception))
+    weight = (pull / (push + 1e-4)).clamp(0, 1e4).detach() * SPEC.disc_weight
+    kl = losses.kl_to_normal(posterior.mean, posterior.logvar).mean()
+    return (nll + SPEC.kl_weight * kl + weight * deception) / image[0].numel()
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+
+
+def test_one_walk_backwards_gives_the_published_loss_and_gradients() -> None:
+    torch.manual_seed(0)
+    stage, batch = AutoencoderStage(SPEC), next(batches())
+    torch.manual_seed(7)
+    published = published_loss(stage, batch)
+    published.backward()
+    expected = [grad.clone() for grad in gradients(stage.model)]
+    stage.zero_grad()
+    torch.manual_seed(7)
+    ours = stage(batch).total
+    ours.backward()
+    torch.testing.assert_close(ours, published)
+    torch.testing.assert_close(gradients(stage.model), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_each_phase_moves_its_own_player_alone() -> None:
+    stage, batch = AutoencoderStage(SPEC), next(batches())
+    stage(batch).total.backward()
+    assert gradients(stage.model)
+    assert not gradients(stage.discriminator)
+    stage.zero_grad()
+    stage(batch, "discriminator").total.backward()
+    assert gradients(stage.discriminator)
+    assert not gradients(stage.model)
+
+
+def test_the_discriminator_waits_for_its_batch() -> None:
+    state = fresh(SPEC.but(disc_start=2))
+    stage = state.stage
+    assert isinstance(stage, AutoencoderStage)
+    first = [weight.clone() for weight in stage.discriminator.parameters()]
+    log = run(state, 2)
+    assert all("deception" not in metrics for metrics in log)
+    assert all(torch.equal(a, b) for a, b in zip(first, stage.discriminator.parameters(), strict=True))
+    assert "deception" in run(state, 3)[0]
+    assert not all(torch.equal(a, b) for a, b in zip(first, stage.discriminator.parameters(), strict=True))
+
+
+def test_a_run_resumed_as_the_discriminator_enters_repeats_the_unbroken_one_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    spec = SPEC.but(disc_start=3)
+    whole = run(fresh(spec), 5)
+    first = fresh(spec)
+    head = run(first, 3)
+    checkpoint.write(tmp_path / "c", first.tensors(), {"step": first.step, "images": first.images})
+    torch.manual_seed(999)  # a new process knows nothing
+    second = TrainState(AutoencoderStage(spec), OPTIMIZER)
+    tensors = second.tensors()
+    facts = checkpoint.read(tmp_path / "c", tensors)
+    second.restored(tensors, step=facts["step"], images=facts["images"])
+    assert head + run(second, 5) == whole
+
+
+def test_it_learns_to_reconstruct() -> None:
+    log = run(fresh(SPEC.but(disc_start=1000)), 60)
+    assert log[-1]["psnr"] > log[0]["psnr"] + 3
+
+
+def test_under_ddp_the_gradients_are_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stage, batch = AutoencoderStage(SPEC), next(batches())
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(stage, find_unused_parameters=True)
+        for phase in stage.phases:
+            found = []
+            for module in (stage, wrapped):
+                stage.zero_grad()
+                torch.manual_seed(7)
+                module(batch, phase).total.backward()
+                found.append(
+                    [grad.clone() for player in stage.players(phase) if (grad := player.grad) is not None]
+                )
+            torch.testing.assert_close(*found)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_crop_is_a_window_of_its_image() -> None:
+    height, width, side = 9, 12, 4
+    place = torch.arange(height * width, dtype=torch.float32).view(1, 1, height, width)
+    image = torch.cat([place, place + 1000]).expand(2, 3, height, width)
+    found = crops(image, side, 50)
+    corner = found[:, :, :1, :1]
+    window = torch.arange(side)[:, None] * width + torch.arange(side)
+    assert torch.equal(found, corner + window)
+    assert torch.equal(corner[:, 0, 0, 0] >= 1000, torch.arange(100) >= 50)
+    tops = corner[:50, 0, 0, 0] // width
+    assert set(tops.long().tolist()) == set(range(height - side + 1))
+
+
+def test_a_bundle_reconstructs_as_the_average_did(tmp_path: Path) -> None:
+    state = fresh()
+    run(state, 3)
+    bundle.save(tmp_path / "b", SPEC, state.average, parents={}, facts={})
+    loaded = autoencoder_of(bundle.load(tmp_path / "b").trained)
+    average = Autoencoder(NET)
+    average.load_state_dict(state.average)
+    image = images.to_unit(next(batches()).image)
+    assert torch.equal(loaded.reconstruct(image), average.eval().reconstruct(image))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"crop": 64}, "crop 64 is larger than image_size 32"),
+        ({"crop": 18}, "crop 18 must be a multiple of the net's factor 4"),
+        ({"perceptual": "lpips"}, "needs lpips_weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_numbers(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        SPEC.but(**changes)
+
+
+def test_the_clip_distance_needs_its_parent() -> None:
+    with pytest.raises(ValueError, match="needs the parent 'clip'"):
+        build_stage(SPEC.but(perceptual="clip"), {})

@@ -1,0 +1,180 @@
+"""Base, upsampler, prior and CLIP: what a caption, an embedding and a seed may and may not change."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dd_core import losses
+from dd_core.cascade import CascadeState, Hop, run
+from dd_core.nets.clip import ClipNetSpec
+from dd_core.nets.dit import DiTSpec
+from dd_core.nets.prior import PriorNetSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.stage import PairBatch, Stage, Trained
+from dd_core.stages import StageSpec, build_stage, load_hop
+from dd_core.stages.base import BaseSpec
+from dd_core.stages.clip import ClipSpec
+from dd_core.stages.prior import PriorSpec
+from dd_core.stages.upsampler import UpsamplerSpec, crops
+from dd_core.text import tokens
+
+CLIP = ClipSpec(
+    net=ClipNetSpec(
+        embedding_width=8,
+        image_size=16,
+        patch_size=8,
+        image_width=16,
+        image_layers=1,
+        context_length=12,
+        text_width=16,
+        text_layers=1,
+        head_width=8,
+    )
+)
+BASE = BaseSpec(
+    net=DiTSpec(
+        image_size=16,
+        stem=2,
+        conv_width=8,
+        conv_blocks=1,
+        width=16,
+        layers=1,
+        head_width=8,
+        text_width=16,
+        caption_width=8,
+        embedding_width=8,
+    ),
+    image_size=16,
+)
+UPSAMPLER = UpsamplerSpec(
+    net=UNetSpec(width=8, channel_mult=(1,), groups=4, attention_in_middle=False, attention_at=(), image_channels=3),
+    image_size=64,
+    crop=16,
+)
+PRIOR = PriorSpec(
+    net=PriorNetSpec(width=16, layers=1, head_width=8, text_width=16, embedding_width=8, context_length=12),
+    image_size=16,
+)
+SPECS: list[StageSpec] = [CLIP, BASE, UPSAMPLER, PRIOR]
+FAST = SamplingSpec(sampler="ddim", num_steps=3, guidance_scale=2.0, eta=0.5)
+
+
+def told(*captions: str) -> Tensor:
+    return torch.tensor(tokens(captions, 12))
+
+
+def stage(spec: StageSpec) -> Stage:
+    """A stage with no weight left at zero, so that everything it is told may matter."""
+    torch.manual_seed(0)
+    made = build_stage(spec, {"clip": Trained(CLIP, stage(CLIP).model.state_dict())} if spec != CLIP else {})
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+def hop(spec: StageSpec) -> Hop:
+    clip = Trained(CLIP, stage(CLIP).model.state_dict())
+    return load_hop(Trained(spec, stage(spec).model.state_dict()), {"clip": clip}, device="cpu")
+
+
+def asked(seeds: list[int], *captions: str, **more: Tensor) -> CascadeState:
+    small = torch.linspace(-1, 1, 16).expand(len(seeds), 3, 16, 16)
+    return CascadeState(seeds=seeds, tokens=told(*captions), image=small)._replace(**more)
+
+
+def drawn(spec: StageSpec, state: CascadeState, how: SamplingSpec = FAST) -> Tensor:
+    end = run(hop(spec), state, how)
+    result = end.image_embedding if isinstance(spec, PriorSpec) else end.image
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_every_trained_weight_can_learn(spec: StageSpec) -> None:
+    size = spec.image_size
+    image = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
+    made = stage(spec)
+    made(PairBatch(image, told("a red circle", "a blue star", "two", "a cross"))).total.backward()
+    still = [name for name, p in made.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == ([] if spec != CLIP else [name for name in still if "token_embedding" in name])
+    frozen = [p for parent in made.frozen for p in parent.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+    assert not {id(p) for p in frozen} & {id(p) for p in made.parameters()}
+
+
+@pytest.mark.parametrize("spec", [BASE, UPSAMPLER, PRIOR], ids=lambda spec: spec.kind)
+def test_a_seed_gives_the_same_draw_alone_and_in_company(spec: StageSpec) -> None:
+    together = drawn(spec, asked([5, 6, 7], "a red circle", "a blue star", "a cross"))
+    alone = drawn(spec, asked([6], "a blue star"))
+    torch.testing.assert_close(together[1:2], alone, atol=1e-2, rtol=0)
+    assert torch.equal(alone, drawn(spec, asked([6], "a blue star")))
+    assert not torch.equal(alone, drawn(spec, asked([7], "a blue star")))
+
+
+@pytest.mark.parametrize("spec", [BASE, PRIOR], ids=lambda spec: spec.kind)
+def test_at_scale_zero_no_caption_is_heard_and_at_one_no_negative(spec: StageSpec) -> None:
+    deaf = FAST.but(guidance_scale=0.0)
+    no_draw_of_two = isinstance(spec, BaseSpec)  # the prior's choice among two hears the caption
+    if no_draw_of_two:
+        assert torch.equal(*(drawn(spec, asked([1], text), deaf) for text in ("a red circle", "a big blue star")))
+    plain = FAST.but(guidance_scale=1.0)
+    assert torch.equal(
+        drawn(spec, asked([1], "a star"), plain), drawn(spec, asked([1], "a star", negative=told("a red box")), plain)
+    )
+    assert not torch.equal(
+        drawn(spec, asked([1], "a star")), drawn(spec, asked([1], "a star", negative=told("a red box")))
+    )
+
+
+def test_the_prior_answers_with_unit_vectors_and_keeps_the_one_nearer_to_the_caption() -> None:
+    made, state = hop(PRIOR), asked([3, 4], "a star", "a cross")
+    draw = made.start(state, FAST)
+    assert len(draw.rows.scale) == 4
+    caption = stage(CLIP).model.read(state.tokens).embedding  # type: ignore[operator,union-attr]
+    both = torch.stack([caption, -caption], 1).flatten(0, 1) * torch.tensor([2.0, 5.0, 5.0, 2.0])[:, None]
+    kept = made.finish(state, both).image_embedding
+    torch.testing.assert_close(kept, caption)
+
+
+def test_the_base_hears_the_image_embedding() -> None:
+    one, other = torch.nn.functional.normalize(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)))
+    states = [asked([1], "a star", image_embedding=e[None]) for e in (one, other, torch.zeros(8))]
+    first, second, none = (drawn(BASE, state) for state in states)
+    assert not torch.equal(first, second)
+    assert torch.equal(none, drawn(BASE, asked([1], "a star")))
+
+
+def test_what_is_known_comes_through_an_edit_untouched() -> None:
+    known = torch.rand(1, 3, 64, 64).mul(255).round().div(127.5) - 1
+    hole = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    hole[..., 32:] = True
+    image = drawn(UPSAMPLER, asked([1], "a star", known=known, hole=hole))
+    torch.testing.assert_close(image[..., :32], known[..., :32], atol=1e-6, rtol=0)
+    assert not torch.equal(image[..., 32:], known[..., 32:])
+
+
+def test_crops_lie_on_the_grid_of_the_small_image() -> None:
+    image = torch.arange(64).view(1, 1, 1, 64).expand(50, 3, 64, 64)
+    left = crops(image, 16, 4)[:, 0, 0, 0]
+    assert set(left.tolist()) <= set(range(0, 52, 4))
+    assert len(set(left.tolist())) > 5
+
+
+def test_info_nce_of_a_perfect_match_is_zero_and_equal_captions_are_no_negatives() -> None:
+    eye, scale = torch.eye(4), torch.tensor(100.0)
+    assert losses.info_nce(eye, eye, scale, torch.eye(4, dtype=torch.bool)) < 1e-6
+    twins = eye[[0, 0, 2, 3]]
+    same = (twins @ twins.T).bool()
+    assert losses.info_nce(twins, twins, scale, same) < 1e-6
+    assert losses.info_nce(twins, twins, scale, torch.eye(4, dtype=torch.bool)) > 0.3
+
+
+def test_a_missing_or_wrong_parent_is_named() -> None:
+    with pytest.raises(ValueError, match="base: needs the parent 'clip'"):
+        build_stage(BASE, {})
+    with pytest.raises(ValueError, match="the parent 'clip' is a BaseSpec, it must be a CLIP"):
+        build_stage(PRIOR, {"clip": Trained(BASE, {})})
+    with pytest.raises(ValueError, match="ClipSpec is no link of a cascade"):
+        load_hop(Trained(CLIP, {}), {}, device="cpu")

@@ -1,0 +1,84 @@
+"""What a run reads is a function of data, seed and step: of nothing that happens to the run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.prepared import png, write_prepared
+from workflows import feed
+from workflows.feed import DataError, Order, Share
+
+BATCH = 12
+SIZE = 16
+
+
+def order_of(data: Path, seed: int = 3) -> Order:
+    return Order(feed.survey(feed.prepared_files(data), (f"image{SIZE}", "tokens")), seed)
+
+
+def captions(order: Order, share: Share) -> list[int]:
+    """The number of every pair that a rank trains on, in order."""
+    found: list[int] = []
+    for task in feed.tasks(order, share, SIZE):
+        for table in feed.read(task, SIZE):
+            assert table["position"].to_pylist() == share.positions()[len(found) :][: len(table)].tolist()
+            found += [tokens[1] - 1 for tokens in table["tokens"].to_pylist()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("feed") / "prepared", files=3, rows=40, rejected=3)
+
+
+USABLE = {file * 40 + place for file in range(3) for place in range(3, 40)}
+
+
+def test_an_epoch_is_every_usable_pair_once_and_each_is_mixed_anew(data: Path) -> None:
+    order = order_of(data)
+    assert order.rows == len(USABLE)
+    drawn = captions(order, Share(0, 3 * order.rows, 1, 0, 1))
+    epochs = [drawn[start : start + order.rows] for start in range(0, len(drawn), order.rows)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(USABLE)] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert captions(order_of(data, seed=4), Share(0, order.rows, 1, 0, 1)) != epochs[0]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 17, 23])
+def test_a_run_cut_anywhere_reads_exactly_the_rest(data: Path, cut: int) -> None:
+    whole = captions(order_of(data), Share(0, 24, BATCH, 0, 1))
+    head = captions(order_of(data), Share(0, cut, BATCH, 0, 1))
+    tail = captions(order_of(data), Share(cut, 24 - cut, BATCH, 0, 1))
+    assert head + tail == whole
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_global_step_trains_on_the_same_pairs_whatever_the_number_of_workers(
+    data: Path, ranks: int
+) -> None:
+    alone = np.reshape(captions(order_of(data), Share(2, 20, BATCH, 0, 1)), (20, BATCH))
+    shares = [Share(2, 20, BATCH, rank, ranks) for rank in range(ranks)]
+    together = [np.reshape(captions(order_of(data), share), (20, -1)) for share in shares]
+    assert np.array_equal(np.concatenate(together, axis=1), alone)
+
+
+def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:
+    order = order_of(data)
+    table = next(feed.read(order.picks(np.arange(order.rows)), SIZE))
+    for image, tokens in zip(table["image"].to_pylist(), table["tokens"].to_pylist(), strict=True):
+        assert image == feed.decoded(png(SIZE, tokens[1] - 1), SIZE)
+
+
+def test_bad_data_is_refused_with_its_name(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no column 'image64'.*it has key, tokens, image16"):
+        feed.survey(feed.prepared_files(data), ("image64",))
+    with pytest.raises(DataError, match="no finished prepared data"):
+        feed.prepared_files(tmp_path)
+    copy = write_prepared(tmp_path / "cut", files=1)
+    order = order_of(copy)
+    path = copy / "part-00000.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with pytest.raises(DataError, match=r"part-00000.parquet, row group \d+: .*prepare the data again"):
+        captions(order, Share(0, 1, 24, 0, 1))

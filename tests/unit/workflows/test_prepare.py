@@ -1,0 +1,142 @@
+"""Prepared data is whole, says what it is, is not made twice, and goes on where it was cut."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from dd_core import sealed
+from tests.conftest import jpg, write_shard
+from workflows.files import MissingShardError
+from workflows.pairs import PairsSpec, TooManyRejectsError
+from workflows.parts import UNFINISHED, DestinationError, Part, read_json, resumed, write_part
+from workflows.prepare import prepare_pairs, prepared
+from workflows.progress import SampleProgress
+
+
+def tars(directory: Path, count: int, *, bad: int = 0) -> Path:
+    for shard in range(count):
+        files = {}
+        for i in range(6):
+            files[f"{i}.jpg"] = jpg(20, 20, 10 * shard + i) if i >= bad else b"junk"
+            files[f"{i}.txt"] = f"picture {i} of shard {shard}".encode()
+        write_shard(directory / f"{shard:05d}.tar", files)
+    return directory
+
+
+def spec_of(directory: Path, shards: int) -> PairsSpec:
+    return PairsSpec(
+        shards=(f"{directory}/{{00000..{shards - 1:05d}}}.tar",),
+        destination=str(directory / "out"),
+        sizes=(8, 16),
+        context_length=8,
+        min_side=8,
+    )
+
+
+def parts_of(directory: Path, shard: int, spec: PairsSpec) -> list[Part]:
+    steps = write_part(directory, shard, f"{directory.parent}/{shard:05d}.tar", spec)
+    return [part for _, _, part in steps if part]
+
+
+def test_a_part_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
+    spec, out = spec_of(tars(tmp_path, 1), 1), tmp_path / "out"
+    assert resumed(out, "s") == {}
+    steps = write_part(out, 0, str(tmp_path / "00000.tar"), spec)
+    rows, position, part = next(steps)
+    assert (rows, position > 0, part, list(out.glob("part-*"))) == (6, True, None, [])
+    steps.close()
+    assert [path.name for path in out.iterdir()] == [UNFINISHED]
+    (part,) = parts_of(out, 0, spec)
+    assert (part.rows, part.kept, part.rejects, part.damage) == (6, 6, {}, "")
+    assert part.sha256 == sealed.sha256(out / "part-00000.parquet")
+
+
+def test_what_an_earlier_run_finished_stays_and_what_it_spoilt_goes(tmp_path: Path) -> None:
+    spec, out = spec_of(tars(tmp_path, 4), 4), tmp_path / "out"
+    resumed(out, "s")
+    made = [part for shard in range(4) for part in parts_of(out, shard, spec)]
+    flipped = bytearray((out / "part-00001.parquet").read_bytes())
+    flipped[100] ^= 1
+    (out / "part-00001.parquet").write_bytes(bytes(flipped))
+    (out / UNFINISHED / "part-00002.json").write_text("{")
+    (out / ".part-00003-abc.draft").write_bytes(b"half")
+    assert resumed(out, "s") == {0: made[0], 3: made[3]}
+    assert sorted(path.name for path in out.glob("*part*")) == ["part-00000.parquet", "part-00003.parquet"]
+    assert resumed(out, "another source") == {}
+    assert list(out.glob("*part*")) == []
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DestinationError, match="holds other files; choose an empty or a new directory"):
+        resumed(tmp_path, "s")
+    with pytest.raises(DestinationError, match="cannot be written to"):
+        resumed(tmp_path / "thesis.txt" / "out", "s")
+    with pytest.raises(DestinationError, match="prepare into a directory that all workers see"):
+        prepared("s3://bucket/out")
+    with pytest.raises(DestinationError, match="holds no finished data"):
+        prepared(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_missing_shard_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(MissingShardError, match=r"00002\.tar does not exist"):
+        prepare_pairs(spec_of(tars(tmp_path, 2), 3), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
+    text = io.StringIO()
+    with SampleProgress(
+        "prepare", 1000, samples=5, position=100, console=Console(file=text, width=40)
+    ) as bar:
+        bar.advance(20, 900)
+    assert text.getvalue().startswith("prepare: 25 samples, ")
+    assert text.getvalue().endswith("/s, 100%\n")
+    terminal = io.StringIO()
+    with SampleProgress("prepare", 0, console=Console(file=terminal, force_terminal=True, width=120)) as bar:
+        bar.advance(7, 10)
+    assert "7 samples" in terminal.getvalue()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_job_makes_each_part_once_and_seals_them(local_ray: None, tmp_path: Path) -> None:
+    spec, out = spec_of(tars(tmp_path, 3), 3), tmp_path / "out"
+    first = prepare_pairs(spec, progress=False)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {name: manifest[name] for name in ("kept", "rejected", "rejects", "damaged_shards")} == {
+        "kept": 18,
+        "rejected": 0,
+        "rejects": {},
+        "damaged_shards": [],
+    }
+    assert sealed.verify(out).digest == first.digest
+    assert [pq.read_table(file)["caption"][5].as_py() for file in first.files] == [
+        f"picture 5 of shard {shard}" for shard in range(3)
+    ]
+    written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert prepare_pairs(spec, progress=False) == first
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == written
+
+    (out / "part-00001.parquet").unlink()  # someone's accident: made again, to the bit
+    assert prepare_pairs(spec, progress=False).digest == first.digest
+
+    tars(tmp_path, 3, bad=2)  # the shards change: all is made again, and refused
+    with pytest.raises(TooManyRejectsError, match=r"6 of 18 samples rejected \(6 image-format\)"):
+        prepare_pairs(spec, progress=False)
+    assert not (out / "manifest.json").exists()
+    refused = read_json(out / "refused.json")
+    assert (refused["kept"], refused["rejects"]) == (12, {"image-format": 6})
+    allowed = prepare_pairs(spec.but(max_reject_fraction=0.4), progress=False)
+    assert (allowed.facts["kept"], allowed.facts["rejected"]) == (12, 6)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json",
+        *(f"part-0000{i}.parquet" for i in range(3)),
+    ]
+    with pytest.raises(TooManyRejectsError):
+        prepare_pairs(spec, progress=False)

@@ -1,0 +1,174 @@
+"""How good the served cascade is: unseen captions, painted over HTTP, judged by the oracle."""
+
+import base64
+import io
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from dd_core.spec import Spec
+from workflows.grammar import Case, cases
+from workflows.oracle import judged
+
+log = logging.getLogger(__name__)
+GROUPS = ("one_object", "two_object", "unseen")
+ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
+BUSY = (429, 503)
+
+
+class EvaluationSpec(Spec):
+    """How many captions are judged, and how they are asked for."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    captions: int = Field(320, ge=4)
+    """Three eighths each of one and of two objects, a quarter with shape-colour pairs never seen together."""
+    seed: int = 0
+    """Of the choice of captions; picture i is painted with seed + i."""
+    concurrency: int = Field(32, ge=1)
+    """Requests under way at once."""
+    timeout_s: float = Field(600, gt=0)
+    """For one picture, waiting and repeats included."""
+
+    def cases(self) -> list[Case]:
+        """The captions, and what each says."""
+        unseen = self.captions // 4
+        one = (self.captions - unseen) // 2
+        counts = {"one_object": one, "two_object": self.captions - unseen - one, "unseen": unseen}
+        return cases(counts, seed=self.seed)
+
+
+class Answer(NamedTuple):
+    """What came back for one caption."""
+
+    png: bytes
+    """Empty if nothing did."""
+    failure: str = ""
+
+
+class Verdict(NamedTuple):
+    """What the oracle says of one picture."""
+
+    group: str
+    caption: str
+    truth: dict[str, bool]
+    failure: str
+
+
+def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = None) -> dict[str, Any]:
+    """Paint every caption through an endpoint and judge the pictures.
+
+    A request that fails is a picture in which everything is wrong; none is left out.
+
+    Args:
+        url: Of the server, such as http://127.0.0.1:8000.
+        spec: Which captions.
+        keep: Directory for the pictures (00000.png and on) and verdicts.jsonl.
+
+    Returns:
+        Share right: all, one_object, two_object, unseen, each attribute; n; failed; intervals: name ->
+        [low, high] at 95 %.
+    """
+    asked = spec.cases()
+    with (
+        httpx.Client(base_url=url, timeout=spec.timeout_s) as client,
+        ThreadPoolExecutor(spec.concurrency) as pool,
+    ):
+        numbered = list(enumerate(asked))
+        answers = list(
+            pool.map(lambda one: painted(client, one[1].caption, spec.seed + one[0], spec), numbered)
+        )
+    verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]
+    for failure, count in Counter(answer.failure for answer in answers if answer.failure).most_common():
+        log.warning("%d of %d pictures are missing and count as wrong: %s", count, len(answers), failure)
+    if keep is not None:
+        write_down(keep, verdicts, answers)
+    return scores(verdicts)
+
+
+def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec) -> Answer:
+    """One picture; asked for again while the server is busy or cannot be reached, until the time is up."""
+    deadline = time.monotonic() + spec.timeout_s
+    body = {"prompt": caption, "n": 1, "seed": seed, "response_format": "b64_json"}
+    while True:
+        try:
+            reply = client.post("/v1/images/generations", json=body)
+            if reply.status_code == httpx.codes.OK:
+                return Answer(base64.b64decode(reply.json()["data"][0]["b64_json"]))
+            failure, again = f"HTTP {reply.status_code}: {reply.text:.200}", reply.status_code in BUSY
+            pause = retry_after(reply.headers)
+        except httpx.HTTPError as error:
+            failure, again, pause = f"{type(error).__name__}: {error}", True, 1.0
+        except (ValueError, LookupError) as error:
+            return Answer(b"", f"answer without a picture: {error!r}")
+        if not again or time.monotonic() + pause > deadline:
+            return Answer(b"", failure)
+        time.sleep(pause)
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to be left alone, at most 30."""
+    try:
+        return min(30.0, max(0.05, float(headers.get("retry-after", "1"))))
+    except ValueError:  # a date
+        return 5.0
+
+
+def verdict(case: Case, answer: Answer) -> Verdict:
+    """The oracle's reading of an answer; without a picture, everything that was said is wrong."""
+    try:
+        truth, failure = judged(pixels(answer.png), case.says), answer.failure
+    except (OSError, SyntaxError) as error:  # no picture, or none that can be read
+        nothing = judged(np.zeros((256, 256, 3), np.uint8), case.says)
+        truth, failure = dict.fromkeys(nothing, False), answer.failure or f"unreadable picture: {error}"
+    return Verdict(case.group, case.caption, truth, failure)
+
+
+def pixels(png: bytes) -> NDArray[np.uint8]:
+    """A PNG as [h, w, 3]."""
+    return np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB"))
+
+
+def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Shares and intervals; an attribute counts where the caption says it."""
+    marks: dict[str, list[bool]] = {"all": [one.truth["all"] for one in verdicts]}
+    for group in GROUPS:
+        marks[group] = [one.truth["all"] for one in verdicts if one.group == group]
+    for attribute in ATTRIBUTES:
+        marks[attribute] = [one.truth[attribute] for one in verdicts if attribute in one.truth]
+    shares = {name: sum(found) / len(found) if found else None for name, found in marks.items()}
+    intervals = {name: list(wilson(sum(found), len(found))) for name, found in marks.items() if found}
+    failed = sum(bool(one.failure) for one in verdicts)
+    return {**shares, "n": len(verdicts), "failed": failed, "intervals": intervals}
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of a share that was `right` of `count` times so, 95 % by default.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    share, spread = right / count, z**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def write_down(directory: Path, verdicts: Iterable[Verdict], answers: Iterable[Answer]) -> None:
+    """The pictures and what was said of each, for the report and for doubters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "verdicts.jsonl").open("w") as file:
+        for number, (found, answer) in enumerate(zip(verdicts, answers, strict=True)):
+            file.write(json.dumps({"picture": f"{number:05d}.png", **found._asdict()}) + "\n")
+            if answer.png:
+                (directory / f"{number:05d}.png").write_bytes(answer.png)

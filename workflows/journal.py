@@ -1,0 +1,188 @@
+"""The journal of a run: everything that is to be seen of it, as lines on disk, and their courier.
+
+Writing a line is all that a training step waits for.  One thread of the driver sends what the
+journals hold and remembers how far it got.  So a server that is away costs nothing and loses
+nothing: the rest is sent when it is back, or by the next start of the same run.  A line may be
+sent twice; the server keeps one of equal points.
+"""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+logger = logging.getLogger(__name__)
+BATCH_BYTES = 256 * 2**10
+PARAM_CHARACTERS = 6000
+JOURNAL = "metrics.jsonl"
+
+
+class Entry(NamedTuple):
+    """One line of a journal."""
+
+    kind: Literal["metric", "params", "tags", "picture", "artifact", "dataset", "model", "status"]
+    name: str
+    value: Any
+    step: int
+    at_ms: int
+
+
+Send = Callable[[list[Entry]], None]
+
+
+class Journal:
+    """Append-only, by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self.path, self.file = path, path.open("a")
+        if cut:  # by a kill in mid-line
+            self.file.write("\n")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write down the metrics of a step; never blocks on the network."""
+        self.write([("metric", name, value, step) for name, value in metrics.items()])
+
+    def params(self, fields: Mapping[str, Any]) -> None:
+        """The settings of the run, flattened to dotted names."""
+        self.write([("params", "", dict(flat(fields)), 0)])
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Marks to search for."""
+        self.write([("tags", "", dict(tags), 0)])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """An image file, shown on a slider over steps."""
+        self.write([("picture", name, str(path), step)])
+
+    def artifact(self, path: Path) -> None:
+        """A small file to keep with the run."""
+        self.write([("artifact", path.name, str(path), 0)])
+
+    def dataset(self, name: str, source: str, digest: str) -> None:
+        """What the run was trained on."""
+        self.write([("dataset", name, {"source": source, "digest": digest}, 0)])
+
+    def model(self, name: str, source: Path, *, alias: str, tags: Mapping[str, str]) -> None:
+        """A version of a registered model, and the alias that points to it."""
+        self.write([("model", name, {"source": str(source), "alias": alias, "tags": dict(tags)}, 0)])
+
+    def status(self, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]) -> None:
+        """How the run stands."""
+        self.write([("status", "", status, 0)])
+
+    def write(self, entries: list[tuple[Any, ...]]) -> None:
+        """The lines, with the time, handed to the system at once."""
+        at_ms = int(time.time() * 1000)
+        self.file.write("".join(json.dumps([*entry, at_ms]) + "\n" for entry in entries))
+        self.file.flush()
+
+
+def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """{"a": {"b": 1}} -> ("a.b", "1"), cut at what the server takes."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{name}", text[:PARAM_CHARACTERS]
+
+
+def entries(path: Path, *, start: int = 0, size: int = -1) -> Iterator[Entry]:
+    """The whole lines of a journal from a byte on; what a kill cut short is passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        piece = file.read(size)
+    for line in piece[: piece.rfind(b"\n") + 1].splitlines():
+        try:
+            yield Entry(*json.loads(line))
+        except (ValueError, TypeError):
+            logger.warning("%s: passing over a damaged line: %.40r", path, line)
+
+
+def curves(path: Path) -> dict[str, dict[int, float]]:
+    """Metric -> step -> value, the last one where a step was repeated; for reports."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in entries(path):
+        if entry.kind == "metric":
+            found.setdefault(entry.name, {})[entry.step] = entry.value
+    return found
+
+
+class Courier:
+    """The thread that empties journals.
+
+    Args:
+        retry_s: Pause after a failure.
+    """
+
+    def __init__(self, *, retry_s: float = 5.0) -> None:
+        self.retry_s, self.stop_at = retry_s, math.inf
+        self.routes: dict[Path, Send] = {}
+        self.complained = False
+        self.thread = threading.Thread(target=self.deliver, name="tracking", daemon=True)
+        self.thread.start()
+
+    def carry(self, journal: Path, send: Send) -> None:
+        """From now on, deliver what stands in this journal; `send` raises to be called again."""
+        self.routes = self.routes | {journal: send}
+
+    def deliver(self) -> None:
+        """Send until closed, a bounded piece of a journal at a time."""
+        while time.monotonic() < self.stop_at:
+            waiting = [(journal, send) for journal, send in self.routes.items() if backlog(journal)]
+            if not waiting and self.stop_at < math.inf:
+                return
+            try:
+                for journal, send in waiting:
+                    send_some(journal, send)
+                    self.complained = False
+            except Exception as error:  # noqa: BLE001 - tracking must never stop a run
+                self.complain(error)
+                time.sleep(min(self.retry_s, max(0.0, self.stop_at - time.monotonic())))
+            else:
+                time.sleep(0 if waiting else min(0.5, self.retry_s))
+
+    def complain(self, error: Exception) -> None:
+        """One line for each time the server goes away."""
+        if not self.complained:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            logger.warning("tracking: %.200s; the run goes on, its metrics wait in the journal", reason)
+        self.complained = True
+
+    def close(self, timeout_s: float = 30.0) -> int:
+        """Try to send the rest; return the bytes that stay in the journals for the next start."""
+        self.stop_at = time.monotonic() + timeout_s
+        self.thread.join(timeout_s)
+        return sum(backlog(journal) for journal in self.routes)
+
+
+def send_some(journal: Path, send: Send) -> None:
+    """One piece, then the mark: a crash in between repeats it, and loses nothing."""
+    start = sent(journal)
+    with journal.open("rb") as file:
+        file.seek(start)
+        piece = file.read(BATCH_BYTES)
+    whole = piece.rfind(b"\n") + 1
+    send(list(entries(journal, start=start, size=whole)))
+    draft = journal.with_suffix(".sent.new")
+    draft.write_text(str(start + whole))
+    draft.replace(journal.with_suffix(".sent"))
+
+
+def sent(journal: Path) -> int:
+    """Bytes of a journal that have been delivered."""
+    mark = journal.with_suffix(".sent")
+    return int(mark.read_text()) if mark.exists() else 0
+
+
+def backlog(journal: Path) -> int:
+    """Bytes written and not yet sent."""
+    return journal.stat().st_size - sent(journal) if journal.exists() else 0
