@@ -39,10 +39,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.path, self.file = path, path.open("a")
-        if cut:  # by a kill in mid-line
-            self.file.write("\n")
+        self.path = path
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):  # by a kill in mid-line
+            self.append("\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write down the metrics of a step; never blocks on the network."""
@@ -79,8 +78,12 @@ class Journal:
     def write(self, entries: list[tuple[Any, ...]]) -> None:
         """The lines, with the time, handed to the system at once."""
         at_ms = int(time.time() * 1000)
-        self.file.write("".join(json.dumps([*entry, at_ms]) + "\n" for entry in entries))
-        self.file.flush()
+        self.append("".join(json.dumps([*entry, at_ms]) + "\n" for entry in entries))
+
+    def append(self, text: str) -> None:
+        """At the end of the file, in one piece."""
+        with self.path.open("a") as file:
+            file.write(text)
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -53,6 +53,8 @@ class Job(NamedTuple):
     """Role -> bundle, verified."""
     facts: dict[str, Any]
     """fingerprint, data and parents, for checkpoints and the bundle."""
+    drainable: bool
+    """Whether there are several nodes, of which Ray may announce that one will go."""
 
     @property
     def stop_file(self) -> Path:
@@ -148,7 +150,7 @@ def told_to_stop(job: Job, step: int, who: Position) -> bool:
     """Whether all workers are to save and stop now: SIGTERM at the driver, or a node that is drained."""
     if step % STOP_STEPS:
         return who.ranks == 1 and job.stop_file.exists()
-    drained = ray.train.get_preemption_info() is not None  # asks all workers, and tells all the same
+    drained = job.drainable and ray.train.get_preemption_info() is not None  # the same on all workers
     if who.ranks == 1:
         return drained or job.stop_file.exists()
     flag = torch.tensor(float(job.stop_file.exists()), device=ray.train.torch.get_device())

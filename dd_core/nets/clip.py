@@ -4,6 +4,7 @@ Images come in [-1, 1] at any square size and are resized to what the tower read
 tokens of open_clip's tokenizer.  Embeddings have unit length.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import open_clip.model
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dd_core.spec import Spec
 
@@ -42,6 +44,11 @@ class ReadCaption(NamedTuple):
     states: Float[Tensor, " b l w"]
     """One per token, after the final norm."""
     embedding: Float[Tensor, " b d"]
+
+
+def quick_attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU the products written out: there they train a quarter faster than the fused kernel (bf16)."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class Clip(nn.Module):
@@ -76,14 +83,16 @@ class Clip(nn.Module):
         size = self.spec.image_size
         if image.shape[-1] != size:
             image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
-        features: Tensor = self.towers.encode_image(((image + 1) / 2 - self.mean) / self.std)
+        with quick_attention(image.device):
+            features: Tensor = self.towers.encode_image(((image + 1) / 2 - self.mean) / self.std)
         return F.normalize(features.float(), dim=-1)
 
     def read(self, tokens: Int[Tensor, " b l"]) -> ReadCaption:
         """Captions -> a state per token and a unit vector for the whole."""
         towers = self.towers
         x = towers.token_embedding(tokens) + towers.positional_embedding
-        states = towers.ln_final(towers.transformer(x, attn_mask=towers.attn_mask))
+        with quick_attention(tokens.device):
+            states = towers.ln_final(towers.transformer(x, attn_mask=towers.attn_mask))
         ends = states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(-1)]
         return ReadCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1))
 

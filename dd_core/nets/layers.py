@@ -5,7 +5,6 @@ Every block maps features `b c h w` to features `b c h w`, kept in memory with c
 """
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeVar, assert_never
 
@@ -17,7 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 Resample = Literal["same", "down", "up"]
 EPSILON = 1e-5
-CACHED = 2**int(os.environ.get("CC","20"))
+CACHED = 2**18
+"""Elements that passes over a few samples work on at a time: 1 MiB of float32."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -97,16 +97,14 @@ class _ModulatedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> Tensor:
         unit, scale = _normalized(x, groups)
         gain, offset = gain[:, None], offset[:, None]
         ctx.save_for_backward(unit, scale, gain, offset)
         ctx.silu, ctx.groups = silu, groups  # type: ignore[attr-defined]
         out = torch.empty_like(unit)
-        for y, *few in _samples(out, unit, gain, offset):
-            z = _modulated(*few)
+        for y, u, g, o in _samples(out, unit, gain, offset):
+            z = torch.addcmul(o, u, g)
             y.copy_(F.silu(z, inplace=True) if silu else z)
         return _as_image(out, x)
 
@@ -120,22 +118,16 @@ class _ModulatedNorm(torch.autograd.Function):
         for d_u, d_g, d_o, dy, u, s, g, o in _samples(d_x, d_gain, d_offset, rows, unit, scale, gain, offset):
             dz = dy.float()
             if silu:
-                z = _modulated(u, g, o)
-                dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
-            scratch = dz * u
-            torch.sum(scratch, 1, keepdim=True, out=d_g)
-            torch.sum(dz, 1, keepdim=True, out=d_o)
+                dz = torch.ops.aten.silu_backward(dz, torch.addcmul(o, u, g))
+            d_o.copy_(dz.sum(1, keepdim=True))
+            d_g.copy_((dz * u).sum(1, keepdim=True))
             lean, turn = (-s * _group_mean(g * d, groups) / rows.shape[1] for d in (d_o, d_g))
-            d_u.copy_(torch.addcmul(lean, u, turn, out=scratch).addcmul_(dz, s * g))
+            d_u.copy_(torch.addcmul(lean, u, turn).addcmul_(dz, s * g))
         return _as_image(d_x, grad), d_gain[:, 0], d_offset[:, 0], None, None
 
 
-def _modulated(unit: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    return torch.addcmul(offset, unit, gain)
-
-
 def _samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All of these, as many samples at a time as make about a million elements."""
+    """All of these, as many samples at a time as stay in the cache."""
     few = max(1, CACHED // rows[0].numel())
     return zip(*(part.split(few) for part in (rows, *parts)), strict=True)
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd_core import edits, images, losses
 from dd_core.cascade import CascadeState, Draw
-from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser, Parameterization
+from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, karras_sigmas, spread
@@ -37,7 +37,6 @@ class UpsamplerSpec(Spec):
     """How many times larger the image becomes."""
     crop: int = Field(64, ge=16)
     """Side of the crops of the large image that it trains on."""
-    predicts: Parameterization = "x0"
     log_sigma_mean: float = -1.0
     log_sigma_std: float = Field(1.4, gt=0)
     weight_range: tuple[float, float] = (0.05, 5.0)
@@ -102,9 +101,24 @@ class UpsamplerHop:
         return state._replace(image=images.quantised(x0.float().cpu()))
 
 
+class Refiner(nn.Module):
+    """A UNet that says what the enlarged image lacks, so that an untrained one already enlarges."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__()
+        self.unet = UNet(spec, in_channels=3, out_channels=3)
+
+    def forward(
+        self, x: Float[Tensor, " b 3 h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, " b 3 h w"]:
+        assert cond.image is not None
+        lacking: Tensor = self.unet(x, log_sigma, cond)
+        return lacking + cond.image
+
+
 def denoiser_of(spec: UpsamplerSpec) -> NetworkDenoiser:
     """The network of an upsampler, seen as a denoiser."""
-    return NetworkDenoiser(UNet(spec.net, in_channels=3, out_channels=3), spec.predicts)
+    return NetworkDenoiser(Refiner(spec.net), "x0")
 
 
 def crops(image: Tensor, size: int, factor: int) -> Tensor:
@@ -117,5 +131,5 @@ def crops(image: Tensor, size: int, factor: int) -> Tensor:
 
 
 def enlarged(small: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 H W"]:
-    """The small image at the large size, bilinear, as the network is told it."""
-    return F.interpolate(small, scale_factor=factor, mode="bilinear")
+    """The small image at the large size, bicubic, as the network is told it."""
+    return F.interpolate(small, scale_factor=factor, mode="bicubic")

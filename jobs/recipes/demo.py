@@ -25,12 +25,12 @@ TOWERS = ClipNetSpec(
     embedding_width=64,
     image_size=64,
     patch_size=8,
-    image_width=128,
+    image_width=192,
     image_layers=4,
     context_length=CONTEXT,
-    text_width=128,
+    text_width=192,
     text_layers=3,
-    head_width=32,
+    head_width=64,
 )
 PROMPTS = (
     "a big red circle on a white background",
@@ -58,7 +58,7 @@ def clip() -> TrainSpec:
         name="clip",
         stage=ClipSpec(net=TOWERS),
         optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=300, checkpoint_every=100, report_every=20),
+        budget=Budget(steps=320, checkpoint_every=160, report_every=20),
         batch_size=128,
     )
 
@@ -90,15 +90,20 @@ def noised_clip() -> TrainSpec:
 
 def base() -> TrainSpec:
     """64 px, told the caption's states and the image embedding."""
-    net = DiTSpec(text_width=TOWERS.text_width, embedding_width=TOWERS.embedding_width)
+    net = DiTSpec(
+        conv_blocks=1,
+        text_width=TOWERS.text_width,
+        caption_width=TOWERS.embedding_width,
+        embedding_width=TOWERS.embedding_width,
+    )
     return TrainSpec(
         name="base",
-        stage=BaseSpec(net=net),
+        stage=BaseSpec(net=net, log_sigma_mean=1.0, log_sigma_std=1.4, weight_range=(0.5, 4.0)),
         parents={"clip": "clip"},
-        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=8_000),
-        budget=Budget(steps=2_000, checkpoint_every=200, report_every=25, sample_every=400),
-        batch_size=64,
-        samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15)),
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=6_000),
+        budget=Budget(steps=2_600, checkpoint_every=400, report_every=25, sample_every=650),
+        batch_size=48,
+        samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15, guidance_scale=2.0)),
     )
 
 
@@ -118,8 +123,8 @@ def upsampler() -> TrainSpec:
     return TrainSpec(
         name="upsampler",
         stage=UpsamplerSpec(net=net),
-        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=500, checkpoint_every=100, report_every=25),
+        optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
+        budget=Budget(steps=700, checkpoint_every=350, report_every=25),
         batch_size=64,
     )
 
@@ -127,8 +132,8 @@ def upsampler() -> TrainSpec:
 def prior() -> TrainSpec:
     """Caption -> image embedding."""
     net = PriorNetSpec(
-        width=128,
-        head_width=32,
+        width=192,
+        head_width=64,
         text_width=TOWERS.text_width,
         embedding_width=TOWERS.embedding_width,
         context_length=CONTEXT,
@@ -137,8 +142,8 @@ def prior() -> TrainSpec:
         name="prior",
         stage=PriorSpec(net=net),
         parents={"clip": "clip"},
-        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=400, checkpoint_every=100, report_every=25),
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
+        budget=Budget(steps=320, checkpoint_every=160, report_every=20),
         batch_size=128,
     )
 

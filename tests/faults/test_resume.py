@@ -19,7 +19,13 @@ from workflows.journal import curves
 from workflows.train_spec import TrainSpec
 from workflows.training import DataError, DivergedError, PreemptedError, train_stage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.fault, pytest.mark.usefixtures("local_ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.fault,
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
+]
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 NET = UNetSpec(
     width=8,

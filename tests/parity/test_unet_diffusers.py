@@ -1,6 +1,5 @@
 """The UNet against diffusers: equal blocks, weights carried across, equal answers, losses and gradients."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

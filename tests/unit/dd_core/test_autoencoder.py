@@ -79,6 +79,20 @@ def test_a_latent_has_one_value_per_channel_and_square_of_factor_pixels(spec: Au
     assert net.decode(latent).shape == image.shape
 
 
+def test_without_norms_and_attention_a_crop_becomes_what_it_becomes_in_the_whole_picture() -> None:
+    torch.manual_seed(0)
+    net = Autoencoder(NET.but(norm="none", mid_attention=False))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    image, latent = torch.rand(1, 3, 128, 128), torch.randn(1, 4, 32, 32)
+    whole, crop = net.posterior(image).mean, net.posterior(image[:, :, :96, :96]).mean
+    torch.testing.assert_close(
+        crop[:, :, :15, :15], whole[:, :, :15, :15]
+    )  # 36 px: half the field of the encoder
+    whole, crop = net.generate(latent), net.generate(latent[:, :, :24, :24])
+    torch.testing.assert_close(crop[:, :, :48, :48], whole[:, :, :48, :48])  # 48 px: that of the decoder
+
+
 def test_latents_have_unit_deviation_on_what_was_observed() -> None:
     net, image = Autoencoder(NET), torch.rand(8, 3, 16, 16) * 2 - 1
     for part in image.chunk(4):

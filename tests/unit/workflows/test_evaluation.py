@@ -1,0 +1,112 @@
+"""The judge of an endpoint is fair: what is right counts, what is missing is wrong, nothing is left out."""
+
+import base64
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from workflows.evaluation import Answer, EvaluationSpec, evaluate_endpoint, scores, verdict, wilson
+from workflows.grammar import Case, training_caption
+from workflows.shapes import drawn
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_true_pictures_score_one_and_pictures_of_another_caption_do_not() -> None:
+    told = [training_caption(np.random.default_rng(seed)) for seed in range(24)]
+    cases = [Case("one_object", caption, says) for _, caption, says in told]
+    answers = [Answer(png(drawn(scene))) for scene, _, _ in told]
+    right = scores([verdict(case, answer) for case, answer in zip(cases, answers, strict=True)])
+    assert {right[name] for name in ("all", "colour", "shape", "place", "count")} == {1.0}
+    rolled = zip(cases, [*answers[1:], answers[0]], strict=True)
+    assert scores([verdict(case, answer) for case, answer in rolled])["all"] < 0.2
+
+
+def test_no_picture_and_a_torn_picture_are_wrong_in_everything_that_was_said() -> None:
+    scene, caption, says = training_caption(np.random.default_rng(5))
+    case, whole = Case("one_object", caption, says), png(drawn(scene))
+    good = verdict(case, Answer(whole))
+    for answer in (Answer(b"", "HTTP 500"), Answer(whole[:100]), Answer(b"<html>")):
+        bad = verdict(case, answer)
+        assert bad.truth.keys() == good.truth.keys()
+        assert not any(bad.truth.values())
+        assert bad.failure
+
+
+def test_wilson_interval_has_its_known_values() -> None:
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    low, high = wilson(90, 100)
+    assert (1 - high, 1 - low) == pytest.approx(wilson(10, 100))
+
+
+def test_captions_are_as_many_as_asked_in_three_groups() -> None:
+    groups = Counter(case.group for case in EvaluationSpec(captions=320).cases())
+    assert groups == {"one_object": 120, "two_object": 120, "unseen": 80}
+
+
+class Moody(BaseHTTPRequestHandler):
+    """Refuses every prompt once, with a time to come back; prompts of an even length for ever."""
+
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked[body["prompt"]] += 1
+        if len(body["prompt"]) % 2 == 0:
+            self.answer(400, {"error": {"message": "an even prompt"}})
+        elif self.asked[body["prompt"]] == 1:
+            self.answer(429, {"error": {"message": "busy"}})
+        else:
+            picture = base64.b64encode(png(np.zeros((64, 64, 3), np.uint8))).decode()
+            self.answer(200, {"data": [{"b64_json": picture}]})
+
+    def answer(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("retry-after", "0.05")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def moody_url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_counts_as_wrong(
+    moody_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    spec = EvaluationSpec(captions=16, concurrency=4, timeout_s=30)
+    keep = tmp_path_factory.mktemp("kept")
+    found = evaluate_endpoint(moody_url, spec, keep=keep)
+    refused = sum(len(case.caption) % 2 == 0 for case in spec.cases())
+    assert 0 < refused < 16
+    assert (found["n"], found["failed"], found["all"]) == (16, refused, 0.0)
+    assert len(list(keep.glob("*.png"))) == 16 - refused
+    lines = [json.loads(line) for line in (keep / "verdicts.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == [case.caption for case in spec.cases()]
+    assert all("an even prompt" in line["failure"] for line in lines if line["failure"])

@@ -1,0 +1,103 @@
+"""A run's graph is checked before any work, and its clock counts every start."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.upsampler import UpsamplerSpec
+from workflows.pairs import PairsSpec
+from workflows.pipeline import RunSpec, check_parents, clock, in_order, seconds_of, timed
+from workflows.train_spec import TrainSpec
+
+NET = UNetSpec(width=8, channel_mult=(1,), attention_at=(), attention_in_middle=False, groups=4)
+
+
+def stage(name: str, **parents: str) -> TrainSpec:
+    return TrainSpec(
+        name=name,
+        stage=UpsamplerSpec(net=NET, image_size=64, crop=16),
+        parents=parents,
+        optimizer=OptimizerSpec(learning_rate=1e-3),
+        budget=Budget(steps=2, checkpoint_every=1),
+        batch_size=4,
+    )
+
+
+def run_spec(*stages: TrainSpec, hop: str = "a", sizes: tuple[int, ...] = (64,)) -> RunSpec:
+    return RunSpec(
+        name="r",
+        pairs=PairsSpec(shards=("x.tar",), destination="d", sizes=sizes, context_length=8),
+        stages=stages,
+        cascade=CascadeSpec(name="c", hops=(HopSpec(stage=hop),), context_length=8, image_size=64),
+    )
+
+
+def test_every_stage_comes_after_those_it_stands_on() -> None:
+    stages = (stage("d", x="b", y="c"), stage("b", x="a"), stage("c", x="a"), stage("a"))
+    assert [one.name for one in in_order(stages)] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "message"),
+    [
+        ((stage("a", x="b"), stage("b", x="a")), {}, "in a circle: a, b"),
+        ((stage("a"), stage("a")), {}, "two stages are named 'a'"),
+        ((stage("a"),), {"hop": "bse"}, "no stage is named 'bse'; there are a"),
+        (
+            (stage("a"),),
+            {"sizes": (32, 256)},
+            r"'a' trains on images of 64 px, but pairs.sizes is \(32, 256\)",
+        ),
+    ],
+)
+def test_a_graph_that_cannot_be_trained_is_refused_by_name(
+    stages: tuple[TrainSpec, ...], more: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run_spec(*stages, **more)  # type: ignore[arg-type]
+
+
+def test_a_parent_that_is_nowhere_is_named_before_any_work(tmp_path: Path) -> None:
+    spec = run_spec(stage("a", clip="clap"))
+    with pytest.raises(
+        ValueError, match=r"a: its clip 'clap' is neither a trained stage .* train 'clap' first"
+    ):
+        check_parents(spec, tmp_path)
+    with pytest.raises(ValueError, match="r has no stage 'base'; it has a"):
+        spec.stage("base")
+
+
+def test_the_fingerprint_follows_what_the_result_depends_on_and_nothing_else() -> None:
+    one = stage("a")
+    same = one.but(num_workers=2, restarts=0, checkpoints_kept=5, budget=Budget(steps=2, checkpoint_every=2))
+    assert same.fingerprint("d", {}) == one.fingerprint("d", {})
+    others = [
+        one.but(seed=1).fingerprint("d", {}),
+        one.but(budget=Budget(steps=3, checkpoint_every=1)).fingerprint("d", {}),
+        one.but(stage=one.stage.but(crop=32)).fingerprint("d", {}),
+        one.fingerprint("e", {}),
+        one.fingerprint("d", {"clip": "e"}),
+    ]
+    assert len({one.fingerprint("d", {}), *others}) == 6
+
+
+def test_batches_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValidationError, match="batch_size 4 is no multiple of num_workers 3"):
+        stage("a").but(num_workers=3)
+    with pytest.raises(ValidationError, match="micro_batch_size 3 does not divide 4"):
+        stage("a").but(micro_batch_size=3)
+
+
+def test_the_clock_adds_up_over_starts_and_failures(tmp_path: Path) -> None:
+    (tmp_path / "seconds.json").write_text(json.dumps({"base": 100.0, "data": 5.0}))
+    with pytest.raises(KeyError), timed(tmp_path, "base"):
+        raise KeyError
+    seconds = seconds_of(tmp_path)
+    assert 100 <= seconds["base"] < 110
+    assert seconds["total"] == seconds["base"] + 5
+    assert [clock(value) for value in (7.4, 75, 3725)] == ["0:07", "1:15", "1:02:05"]
