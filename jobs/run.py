@@ -19,6 +19,7 @@ from workflows.evaluation import EvaluationSpec, evaluate_endpoint
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.report import write_report
 from workflows.tracking import Tracked, tracked
+from workflows.training import parent_path
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
         ValueError: No such stage, or a parent is missing.
     """
     run = runs() / spec.name
-    spec.stage(stage)
+    for role in spec.stage(stage).parents:
+        parent_path(spec.stage(stage), role, run)  # before anything is started
     with tracked(run, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
         path = run_stage(spec, stage, run=run, tracked=tracking)
     return {"bundle": str(path), "seconds": seconds_of(run).get(stage, 0.0)}

@@ -1,11 +1,12 @@
-"""Sample grids: what a stage draws for fixed prompts and seeds while it is trained."""
+"""Sample grids: what a stage draws while it is trained, for fixed prompts, seeds and pictures of the data."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -13,36 +14,77 @@ from dd_core import images
 from dd_core.cascade import CascadeState, run
 from dd_core.stage import Trained
 from dd_core.stages import load_hop
+from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
+from dd_core.stages.clip import ClipSpec
+from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
 from workflows.train_spec import SamplesSpec
 
 
-def draw(path: Path, trained: Trained, parents: Mapping[str, Trained], what: SamplesSpec) -> bool:
-    """Write a grid of samples as PNG; False if a stage of this kind draws nothing by itself.
+def drawn(
+    trained: Trained,
+    parents: Mapping[str, Trained],
+    what: SamplesSpec,
+    known: UInt8[Tensor, " b 3 h w"],
+) -> Float[Tensor, " n 3 h w"] | None:
+    """Pictures in [-1, 1] that show how far a stage is; None if a stage of its kind draws none.
 
     Args:
-        path: Of the PNG.
         trained: The stage as it is now, with averaged weights.
         parents: Role -> what it stands on.
         what: Prompts, first seed, and how to sample.
+        known: Pictures of the data: those that an upsampler or an autoencoder is shown.
+
+    Returns:
+        base: one for each prompt; upsampler and autoencoder: known and made pictures in turn.
     """
-    if not isinstance(trained.spec, BaseSpec):
-        return False
-    clip = parents["clip"].spec
-    hop = load_hop(trained, parents, device="cuda" if torch.cuda.is_available() else "cpu")
-    caption = torch.tensor(tokens(what.prompts, clip.net.context_length))  # type: ignore[attr-defined]
-    seeds = [what.seed + place for place in range(len(what.prompts))]
-    image = run(hop, CascadeState(seeds=seeds, tokens=caption), what.how).image
-    assert image is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    truth = images.to_unit(known)
+    match trained.spec:
+        case BaseSpec():
+            if not what.prompts:
+                return None
+            clip = parents["clip"].spec
+            assert isinstance(clip, ClipSpec)
+            caption = torch.tensor(tokens(what.prompts, clip.net.context_length))
+            state = CascadeState(seeds=seeds(what, len(caption)), tokens=caption)
+            return run(load_hop(trained, parents, device=device), state, what.how).image
+        case UpsamplerSpec() as spec:
+            small = F.avg_pool2d(truth, spec.factor)
+            nothing = torch.zeros(len(truth), 1, dtype=torch.long)
+            state = CascadeState(seeds=seeds(what, len(truth)), tokens=nothing, image=small)
+            made = run(load_hop(trained, parents, device=device), state, what.how).image
+            assert made is not None
+            return in_turn(truth, made)
+        case AutoencoderSpec():
+            model = autoencoder_of(trained).to(device)
+            with torch.no_grad():
+                made = model.generate(model.posterior(truth.to(device)).mean)
+            return in_turn(truth, made.float().cpu())
+        case _:
+            return None
+
+
+def seeds(what: SamplesSpec, count: int) -> list[int]:
+    """The same for every grid of a run."""
+    return [what.seed + place for place in range(count)]
+
+
+def in_turn(one: Float[Tensor, " b 3 h w"], other: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " n 3 h w"]:
+    """One, other, one, other, ..."""
+    return torch.stack([one, other], 1).flatten(0, 1)
+
+
+def save_grid(image: Float[Tensor, " b 3 h w"], path: Path) -> None:
+    """Pictures in [-1, 1] as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(image).save(path)
-    return True
 
 
 def grid(image: Float[Tensor, " b 3 h w"], columns: int = 0) -> Image.Image:
     """Pictures in [-1, 1] side by side, row by row, two pixels of white between them."""
-    columns = columns or math.ceil(math.sqrt(len(image)))
+    columns = columns or 2 * math.ceil(math.sqrt(len(image)) / 2)
     rows, side = math.ceil(len(image) / columns), image.shape[-1] + 2
     sheet = Image.new("RGB", (columns * side - 2, rows * side - 2), "white")
     for place, pixels in enumerate(images.to_bytes(image)):

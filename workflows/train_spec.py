@@ -19,6 +19,8 @@ class SamplesSpec(Spec):
     prompts: tuple[str, ...] = ()
     seed: int = 0
     """Of the first picture; the next has the next one."""
+    pictures: int = Field(8, ge=1)
+    """Of the data, that an upsampler enlarges and an autoencoder copies."""
     how: SamplingSpec = SamplingSpec()
 
 

@@ -9,36 +9,28 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 import ray.exceptions
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from ray.data.block import BlockMetadata
 
 from dd_core import bundle, checkpoint, sealed
-from dd_core.stage import PairBatch, Trained
+from dd_core.stage import Trained
 from dd_core.stages import build_stage
 from dd_core.training import DivergedError, StepReport, TrainState, train
 from workflows import feed, samples
 from workflows.journal import JOURNAL, Journal
+from workflows.reading import batches, paired
 from workflows.train_spec import TrainSpec
 
 log = logging.getLogger(__name__)
-TASKS_PER_LEG = 500
-"""Read tasks of one execution of Ray Data; it is told all of them before the first is run."""
-READ_AHEAD_BYTES = 512 * 2**20
-STOP_STEPS = 10
+AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
 
 
@@ -101,15 +93,18 @@ def trained_to_the_end(job: Job) -> Outcome:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     parents = {role: bundle.load(path).trained for role, path in job.parents.items()}
     state, seconds = started(job, who, parents)
-    supply = batches(job, who, state.step, device)
+    supply = batches(spec, feed.Order(job.pieces, spec.seed), state.step, who.rank, device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
-    recorder = Recorder(job, who, state, parents, seconds_before=seconds - (time.monotonic() - began))
+    recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
+    warned = False
     for report in steps:
         recorder.note(report)
         stop = told_to_stop(job, report.step, who)
         last = report.step == spec.budget.steps
-        if stop or last or report.step % spec.budget.checkpoint_every == 0:
+        new_warning = not warned and node_will_go(job, report.step)
+        if stop or last or new_warning or report.step % spec.budget.checkpoint_every == 0:
             recorder.save()
+        warned |= new_warning
         if stop and not last:
             return Outcome("preempted", f"stopped at step {report.step:,} of {spec.budget.steps:,}")
     if who.rank == 0:
@@ -147,15 +142,22 @@ def accumulation(spec: TrainSpec) -> int:
 
 
 def told_to_stop(job: Job, step: int, who: Position) -> bool:
-    """Whether all workers are to save and stop now: SIGTERM at the driver, or a node that is drained."""
-    if step % STOP_STEPS:
-        return who.ranks == 1 and job.stop_file.exists()
-    drained = job.drainable and ray.train.get_preemption_info() is not None  # the same on all workers
+    """Whether all workers are to save and stop now, since the driver was sent SIGTERM."""
     if who.ranks == 1:
-        return drained or job.stop_file.exists()
+        return job.stop_file.exists()
+    if step % AGREE_STEPS:
+        return False
     flag = torch.tensor(float(job.stop_file.exists()), device=ray.train.torch.get_device())
     dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return drained or bool(flag)
+    return bool(flag)
+
+
+def node_will_go(job: Job, step: int) -> bool:
+    """Whether Ray has announced the loss of a node; the same answer on all workers.
+
+    They save and go on: when the node is gone, Ray starts them on those that are left.
+    """
+    return job.drainable and step % AGREE_STEPS == 0 and ray.train.get_preemption_info() is not None
 
 
 class Recorder:
@@ -185,11 +187,8 @@ class Recorder:
         if report.step % self.spec.budget.report_every == 0 or report.step == self.spec.budget.steps:
             self.report(report)
         every = self.spec.budget.sample_every
-        if every and report.step % every == 0 and self.spec.samples.prompts:
-            path = self.job.directory / "samples" / f"step-{report.step:08d}.png"
-            now = Trained(self.spec.stage, self.state.average)
-            if samples.draw(path, now, self.parents, self.spec.samples):
-                self.journal.picture("samples", path, report.step)
+        if every and report.step % every == 0:
+            self.draw(report.step)
 
     def report(self, report: StepReport) -> None:
         """One line per metric in the journal."""
@@ -206,6 +205,19 @@ class Recorder:
             metrics["memory/peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
         self.journal.log(metrics, report.step)
         self.sums, self.since, self.since_step = {}, time.monotonic(), report.step
+
+    def draw(self, step: int) -> None:
+        """A grid of pictures, if the stage is of a kind that draws."""
+        size, shown = self.spec.stage.image_size, self.spec.samples.pictures
+        order = feed.Order(self.job.pieces, self.spec.seed)
+        table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), size))
+        known = paired(table, size, torch.device("cpu")).image
+        now = Trained(self.spec.stage, self.state.average)
+        made = samples.drawn(now, self.parents, self.spec.samples, known)
+        if made is not None:
+            path = self.job.directory / "samples" / f"step-{step:08d}.png"
+            samples.save_grid(made, path)
+            self.journal.picture("samples", path, step)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and the bundle say about themselves."""
@@ -231,76 +243,3 @@ class Recorder:
         parents = facts.pop("parents")
         weights = {name: value.cpu() for name, value in self.state.average.items()}
         bundle.save(self.job.directory / "bundle", self.spec.stage, weights, parents=parents, facts=facts)
-
-
-class Reads(ray.data.Datasource):
-    """The read tasks of one rank for a stretch of the run, in order."""
-
-    def __init__(self, tasks: list[list[feed.Pick]], image_size: int) -> None:
-        super().__init__()
-        self.tasks, self.image_size = tasks, image_size
-
-    def estimate_inmemory_data_size(self) -> int:
-        """Bytes of decoded images."""
-        return sum(len(pick.rows) for task in self.tasks for pick in task) * 3 * self.image_size**2
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
-    ) -> list[Any]:
-        """One for each table."""
-        return [
-            ray.data.ReadTask(
-                partial(feed.read, task, self.image_size),
-                BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None),
-            )
-            for task in self.tasks
-        ]
-
-
-def batches(job: Job, who: Position, first_step: int, device: torch.device) -> Iterator[PairBatch]:
-    """This worker's share of the run from a step on, a micro batch at a time."""
-    spec, size = job.spec, job.spec.stage.image_size
-    order = feed.Order(job.pieces, spec.seed)
-    own = spec.batch_size // who.ranks
-    leg_steps = TASKS_PER_LEG * feed.steps_per_task(own, size)
-    for first in range(first_step, spec.budget.steps, leg_steps):
-        steps = min(leg_steps, spec.budget.steps - first)
-        share = feed.Share(first, steps, spec.batch_size, who.rank, who.ranks)
-        expected, taken = share.positions(), 0
-        for table in tables(feed.tasks(order, share, size), size, spec.micro_batch_size or own):
-            check_positions(table, expected[taken : taken + len(table)])
-            taken += len(table)
-            yield paired(table, size, device)
-
-
-def tables(tasks: list[list[feed.Pick]], image_size: int, rows: int) -> Iterator[pa.Table]:
-    """The rows of all tasks in order, read ahead by Ray Data, so many at a time."""
-    reads = Reads(tasks, image_size)
-    dataset = ray.data.read_datasource(
-        reads, num_cpus=0.25, concurrency=2, override_num_blocks=len(tasks)
-    )  # or Ray cuts what few tasks deliver into 200 blocks
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=READ_AHEAD_BYTES)
-    dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
-    dataset.context.enable_progress_bars = False
-    yield from dataset.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
-
-
-def check_positions(table: pa.Table, expected: NDArray[np.int64]) -> None:
-    """Refuse rows that are not those whose turn it is: then a restart would not be exact."""
-    found = table["position"].to_numpy()
-    if not np.array_equal(found, expected):
-        raise RuntimeError(f"Ray Data handed out row {found[0]} where row {expected[0]} was due")
-
-
-def paired(table: pa.Table, image_size: int, device: torch.device) -> PairBatch:
-    """A table as tensors on the device."""
-    image = table["image"].combine_chunks()
-    width = 3 * image_size**2
-    pixels = np.frombuffer(image.buffers()[1], np.uint8)[image.offset * width :][: len(image) * width]
-    tokens = table["tokens"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    return PairBatch(
-        image=torch.from_numpy(pixels.reshape(-1, 3, image_size, image_size).copy()).to(device),
-        tokens=torch.from_numpy(tokens.astype(np.int64)).to(device),
-    )

@@ -1,6 +1,6 @@
 """Samples per second of a training step: our UNet against diffusers' of equal width and blocks.
 
-    python -m tests.benchmarks.train_step [--rounds 7] [--batch 16] [--compile] [--json FILE]
+    python -m tests.benchmarks.train_step [--rounds 7] [--batch 16] [--compile] [--one-thread] [--json FILE]
 
 A step is forward, backward and a fused AdamW step at 64 px with captions.  Two peers: `same`,
 diffusers' UNet2DConditionModel with exactly our blocks and our weights, whose loss in float32 is
@@ -8,7 +8,8 @@ ours to 1e-5 (checked before anything is timed), and `default`, the same class w
 has unless told otherwise (a transformer block of self-attention, attention to the caption and a
 gated layer, plain convolutions to halve and double), of equal width and number.  All contestants
 alternate in one process; medians of their rounds are compared, each with its best mode.  Needs
-neither Ray nor pytest; on a GPU when there is one.
+neither Ray nor pytest; on a GPU when there is one.  With --one-thread what counts is the CPU time of
+a single thread instead of the clock on the wall, which others on a busy box disturb less.
 """
 
 import argparse
@@ -43,6 +44,7 @@ SPEC = UNetSpec(
     text_at_level=False,
 )
 SIDE, LENGTH = 64, 16
+WHO = ("ours", "same", "default")
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -63,6 +65,11 @@ class Contestant(NamedTuple):
     step: Callable[[], float]
     gflop: float
     """Of one sample, forward and backward."""
+
+
+def now() -> float:
+    """Seconds of the clock that counts."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def batch_of(size: int, device: str) -> Batch:
@@ -89,12 +96,17 @@ def default_peer() -> UNet2DConditionModel:
     )
 
 
-def networks() -> dict[str, nn.Module]:
-    """Ours and the peers; `same` and ours with the same weights."""
+def network_of(who: str) -> nn.Module:
+    """Ours or one of the peers; `same` and ours with the same weights, every time."""
     torch.manual_seed(1)
-    same, ours = peer(SPEC, in_channels=3, out_channels=3), UNet(SPEC, in_channels=3, out_channels=3)
+    if who == "default":
+        return default_peer()
+    same = peer(SPEC, in_channels=3, out_channels=3)
+    if who == "same":
+        return same
+    ours = UNet(SPEC, in_channels=3, out_channels=3)
     ours.load_state_dict(as_ours(same.state_dict()))
-    return {"ours": ours, "same": same, "default": default_peer()}
+    return ours
 
 
 def call_of(network: nn.Module) -> Call:
@@ -113,17 +125,17 @@ def gflop_of(network: nn.Module) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def same_loss(found: dict[str, nn.Module], batch: Batch) -> float:
+def same_loss(batch: Batch) -> float:
     """Difference of the float32 losses of ours and of the peer with the same weights."""
-    few = Batch(*(part[:4] for part in batch))
-    with torch.no_grad():
-        ours, same = (
-            F.mse_loss(call_of(found[name])(few.x, few.level, few.text), few.target).item()
-            for name in ("ours", "same")
-        )
-    if abs(ours - same) > 1e-5:
-        raise SystemExit(f"loss {ours} against {same}: not the same network, so nothing to compare")
-    return abs(ours - same)
+    x, level, text, target = (part[:4] for part in batch)
+    losses = []
+    for who in ("ours", "same"):
+        with torch.no_grad():
+            answer = call_of(network_of(who).to(x.device))(x, level, text)
+        losses.append(F.mse_loss(answer, target).item())
+    if abs(losses[0] - losses[1]) > 1e-5:
+        raise SystemExit(f"losses {losses}: not the same network, so there is nothing to compare")
+    return abs(losses[0] - losses[1])
 
 
 def contestant(who: str, mode: str, network: nn.Module, batch: Batch, gflop: float) -> Contestant:
@@ -137,7 +149,7 @@ def contestant(who: str, mode: str, network: nn.Module, batch: Batch, gflop: flo
         call = torch.compile(call)
 
     def step() -> float:
-        begin = time.perf_counter()
+        begin = now()
         with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in mode):
             loss = F.mse_loss(call(batch.x, batch.level, batch.text).float(), batch.target)
         loss.backward()
@@ -145,7 +157,7 @@ def contestant(who: str, mode: str, network: nn.Module, batch: Batch, gflop: flo
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return now() - begin
 
     return Contestant(who, mode, step, gflop)
 
@@ -157,12 +169,12 @@ def ceiling(device: str) -> float:
     weight = torch.randn(128, 128, 3, 3, **like).requires_grad_()
     seconds = []
     for _ in range(12):
-        begin = time.perf_counter()
+        begin = now()
         y = F.conv2d(x, weight, padding=1)
         torch.autograd.grad(y, (x, weight), y.detach())
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(now() - begin)
     return 3 * 2 * y.numel() * 128 * 9 / statistics.median(seconds[2:]) / 1e9
 
 
@@ -181,18 +193,17 @@ def race(contestants: Sequence[Contestant], rounds: int) -> list[list[float]]:
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """The whole comparison, as what is written to the file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, found = batch_of(options.batch, device), networks()
-    gflop = {name: gflop_of(network) for name, network in found.items()}
-    found = {name: network.to(device) for name, network in found.items()}
-    difference = same_loss(found, batch)
-    modes = ["fp32", "fp32 channels_last", "bf16", "bf16 channels_last"]
-    names = [(who, mode) for who in found for mode in modes]
+    batch = batch_of(options.batch, device)
+    difference = same_loss(batch)
+    gflop = {who: gflop_of(network_of(who)) for who in WHO}
+    modes = ("fp32", "fp32 channels_last", "bf16", "bf16 channels_last")
     if options.compile:
-        names = [(who, mode + " compiled") for who in found for mode in ("bf16", "bf16 channels_last")]
+        modes = ("bf16 compiled", "bf16 channels_last compiled")
     if options.modes:
-        names = [(who, mode) for who, mode in names if mode in options.modes.split(",")]
-    fresh = {name: networks()[name[0]].to(device) for name in names}
-    contestants = [contestant(*name, fresh[name], batch, gflop[name[0]]) for name in names]
+        modes = tuple(options.modes.split(","))
+    contestants = [
+        contestant(who, mode, network_of(who).to(device), batch, gflop[who]) for mode in modes for who in WHO
+    ]
     rows = []
     for one, seconds in zip(contestants, race(contestants, options.rounds), strict=True):
         rate = options.batch / statistics.median(seconds)
@@ -200,13 +211,13 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             {"who": one.who, "mode": one.mode, "samples_per_s": rate, "gflops": rate * one.gflop}
             | {"seconds": [round(value, 4) for value in seconds]}
         )
-    best = {who: max(row["samples_per_s"] for row in rows if row["who"] == who) for who in found}
+    best = {who: max(row["samples_per_s"] for row in rows if row["who"] == who) for who in WHO}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "load": os.getloadavg(),
         "loss_difference": difference,
-        "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in found.items()},
+        "parameters": {who: sum(p.numel() for p in network_of(who).parameters()) for who in WHO},
         "gflop_per_sample": gflop,
         "ceiling_gflops": ceiling(device),
         "rows": rows,
@@ -221,8 +232,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--compile", action="store_true", help="compare the compiled networks instead")
     parser.add_argument("--modes", help="only these, joined by commas")
+    parser.add_argument("--one-thread", action="store_true", help="see above, on a busy box")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.one_thread:
+        torch.set_num_threads(1)
     found = measure(options)
     for row in found["rows"]:
         sys.stdout.write(

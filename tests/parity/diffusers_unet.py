@@ -62,7 +62,8 @@ def peer(spec: UNetSpec, *, in_channels: int, out_channels: int) -> UNet2DCondit
 def as_ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the peer (weights or gradients) under the names of our UNet."""
     ours: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
+    for their_name, tensor in theirs.items():
+        name = their_name
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         for part, whole in JOINED.items():

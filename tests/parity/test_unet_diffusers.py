@@ -8,7 +8,7 @@ from dd_core.denoiser import Conditioning
 from dd_core.nets.unet import UNet, UNetSpec
 
 pytest.importorskip("diffusers", reason="diffusers is the oracle here and is not installed")
-from tests.parity.diffusers_unet import as_ours, peer  # noqa: E402
+from tests.parity.diffusers_unet import as_ours, peer
 
 pytestmark = pytest.mark.parity
 

@@ -1,0 +1,180 @@
+"""Bad input, one by one: a line that says what, where and what to do, the agreed exit code, no traceback."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dd_core import sealed
+from jobs.cli import main
+from jobs.failures import Code, code_of, line_of
+from tests.conftest import jpg, write_shard
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command is given in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DDIFF_STORAGE", raising=False)
+
+
+def ddiff(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+def refused(done: Result, code: int, *said: str) -> None:
+    """One line, this code, these words."""
+    assert done.exit_code == code, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    for words in said:
+        assert words in done.stderr
+
+
+def bomb() -> bytes:
+    """A PNG of 67 bytes that says it is 100,000 pixels wide and as high."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n"
+    return start + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("name", ["absent.tar", "absent/*.tar", "shard-{00..01}.tar"])
+def test_a_missing_shard_is_named_and_nothing_is_written(name: str, tmp_path: Path) -> None:
+    refused(ddiff("data", "prepare", "--shards", name, "--out", "out"), 3, name.partition("{")[0][:6])
+    assert not (tmp_path / "out").exists()
+
+
+BAD: dict[str, tuple[dict[str, bytes], str]] = {
+    "empty caption": ({"a.jpg": jpg(64, 64), "a.txt": b"  "}, "caption"),
+    "no caption": ({"a.jpg": jpg(64, 64)}, "caption"),
+    "decompression bomb": ({"a.png": bomb(), "a.txt": b"x"}, "1 image"),
+    "no image": ({"a.jpg": b"<html>", "a.txt": b"x"}, "1 image"),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("case", BAD)
+def test_a_source_of_bad_samples_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
+    files, said = BAD[case]
+    write_shard(tmp_path / "bad.tar", files)
+    refused(ddiff("data", "check", "--shards", "bad.tar"), 3, "1 of 1 samples", said, "--max-rejected")
+
+
+@pytest.mark.fault
+def test_a_truncated_tar_is_refused(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "cut.tar", {"a.jpg": jpg(64, 64), "a.txt": b"a red circle"})
+    path.write_bytes(path.read_bytes()[:1500])
+    refused(ddiff("data", "check", "--shards", "cut.tar"), 3, "shard")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--recipe", "smoke", "--set", "stages.base.optimizer.lr=1"], "no field 'lr'"),
+        (["run", "--recipe", "smok"], "did you mean 'smoke'"),
+        (["run", "--config", "absent.yaml"], "absent.yaml"),
+        (["run"], "--recipe"),
+        (["train", "bass", "--recipe", "smoke"], "no stage 'bass'; it has clip"),
+        (["train", "base", "--recipe", "smoke"], "train 'clip' first"),
+        (["report", "absent"], "absent does not exist"),
+        (["data", "stats", "absent"], "absent"),
+        (["data", "prepare", "--shards", "x.tar", "--out", "out", "--sizes", "big"], "64,256"),
+    ],
+)
+def test_a_wrong_configuration_ends_before_anything_is_started(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    refused(ddiff(*words), 2, said)
+    assert not [path for path in tmp_path.rglob("*") if path.name != "runs" and path.is_file()]
+
+
+def test_a_word_that_click_does_not_know_is_a_usage_error() -> None:
+    assert ddiff("paint").exit_code == 2
+    assert ddiff("sample").exit_code == 2
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
+def test_a_directory_without_a_manifest_is_no_bundle(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    refused(ddiff(*words, "half"), 4, "half has no manifest.json", "cut short")
+
+
+@pytest.mark.fault
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / "step-00000003"
+    directory.mkdir()
+    (directory / "state.json").write_text("{}")
+    sealed.seal(directory, sealed.digests(directory), {"step": 3})
+    (directory / "state.json").write_text("{ }")
+    refused(ddiff("verify", "step-00000003"), 4, "step-00000003/state.json: sha256")
+
+
+def test_an_occupied_port_is_refused_before_ray_is_started(tmp_path: Path) -> None:
+    (tmp_path / "cascade").mkdir()
+    sealed.seal(tmp_path / "cascade", {}, {})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        serve = ddiff("serve", "--cascade", "cascade", "--port", port)
+        run = ddiff("run", "--recipe", "smoke", "--serve", "--port", port)
+    for done in (serve, run):
+        refused(done, 2, f"port {port}", "another port")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
+@pytest.mark.fault
+def test_a_full_disk_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "out.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space") as raised:
+        (tmp_path / "out.json").write_text("x" * 100_000)
+    assert code_of(raised.value) is Code.INTERNAL
+    assert line_of(raised.value).startswith("no space left on")
+    assert "run the same command again" in line_of(raised.value)
+
+
+def test_errors_are_json_where_json_was_asked_for_and_tracebacks_where_v_was() -> None:
+    done = ddiff("train", "bass", "--recipe", "smoke", "--json")
+    assert json.loads(done.stderr)["code"] == 2
+    done = ddiff("train", "bass", "--recipe", "smoke", "-v")
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+
+
+def test_help_is_instant_because_it_imports_nothing() -> None:
+    code = "import sys, jobs.cli; assert not {'torch', 'ray', 'mlflow', 'pydantic'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.fault
+def test_too_many_rejects_stop_the_job_and_leave_no_manifest(tmp_path: Path) -> None:
+    files = {f"{key}.jpg": jpg(64, 64) for key in "abc"} | {"a.txt": b"one", "b.txt": b"two"}
+    write_shard(tmp_path / "bad.tar", files)
+    command = [sys.executable, "-m", "jobs.cli", "data", "prepare", "--shards", "bad.tar", "--out"]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    strict = subprocess.run(
+        [*command, "strict"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert strict.returncode == 3
+    assert "1 of 3 samples rejected" in strict.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in strict.stderr
+    assert not (tmp_path / "strict" / "manifest.json").exists()
+    lenient = [*command, "lenient", "--max-rejected", "0.5"]
+    done = subprocess.run(lenient, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "lenient" / "manifest.json").read_text())
+    assert (manifest["kept"], manifest["rejected"], sum(manifest["rejects"].values())) == (2, 1, 1)
+    assert manifest["damaged_shards"] == []

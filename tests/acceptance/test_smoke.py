@@ -1,0 +1,155 @@
+"""The smoke recipe through the real command line: tars, six stages, bundle, HTTP, PNG; then again."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from PIL import Image
+
+from dd_core import bundle, sealed
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
+STAGES = ("clip", "autoencoder", "noised_clip", "base", "upsampler", "prior")
+
+
+class Finished(NamedTuple):
+    """A run that has been made and is being served."""
+
+    here: Path
+    """Where the command was given."""
+    url: str
+    port: int
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def directory(self) -> Path:
+        return self.here / "runs" / "smoke"
+
+
+def ddiff(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user gives it, in a directory of its own."""
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "jobs.cli", *words]
+    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    here = tmp_path_factory.mktemp("here")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = ddiff(here, "run", "--recipe", "smoke", "--serve", "--port", str(port))
+    yield Finished(here, f"http://127.0.0.1:{port}", port, done)
+    ddiff(here, "stop", "--run", "runs/smoke")
+
+
+def test_the_chain_runs_to_its_end_and_says_where_everything_is(run: Finished) -> None:
+    assert run.done.returncode == 0, run.done.stderr
+    assert "Traceback" not in run.done.stderr
+    for name in ("report.html", "cascade", run.url):
+        assert name in run.done.stdout
+    summary = json.loads((run.directory / "summary.json").read_text())
+    assert summary["oracle"]["n"] == 8
+    wanted = {"all", "one_object", "two_object", "unseen", "colour", "shape", "size", "place", "background"}
+    assert wanted <= summary["oracle"].keys()
+    assert {*STAGES, "data", "total"} <= summary["seconds"].keys()
+    assert Path(run.here, summary["bundle"]).is_dir()
+    assert "<h2>Pictures</h2>" in Path(run.here, summary["report"]).read_text()
+
+
+def test_the_cascade_holds_every_stage_and_names_its_parents_by_digest(run: Finished) -> None:
+    seal = sealed.verify(run.directory / "cascade")
+    digests = {name: sealed.verify(run.directory / name / "bundle").digest for name in STAGES}
+    assert seal.facts["stages"] == digests
+    for name in ("base", "prior", "noised_clip"):
+        assert bundle.load(run.directory / name / "bundle").parents["clip"] == digests["clip"]
+
+
+def test_no_file_of_the_cascade_can_run_code(run: Finished) -> None:
+    names = {path.suffix for path in (run.directory / "cascade").rglob("*") if path.is_file()}
+    assert names <= {".safetensors", ".json", ".md"}
+
+
+def test_the_endpoint_paints_the_prompt_and_repeats_a_seed_to_the_byte(run: Finished) -> None:
+    assert httpx.get(f"{run.url}/health/ready", timeout=30).status_code == 200
+    body = {"prompt": "a red circle", "seed": 5, "response_format": "b64_json"}
+    replies = [httpx.post(f"{run.url}/v1/images/generations", json=body, timeout=120) for _ in range(2)]
+    first, second = (base64.b64decode(reply.json()["data"][0]["b64_json"]) for reply in replies)
+    assert Image.open(io.BytesIO(first)).size == (256, 256)
+    assert first == second
+
+
+def test_a_sample_without_a_server_is_the_same_however_many_are_asked_for(run: Finished) -> None:
+    cascade = str(run.directory / "cascade")
+    some = ["sample", "a red circle", "--cascade", cascade]
+    assert ddiff(run.here, *some, "--seed", "1", "-n", "3", "--out", "three").returncode == 0
+    assert ddiff(run.here, *some, "--seed", "2", "--out", "one").returncode == 0
+    names = [path.name for path in sorted((run.here / "three").iterdir())]
+    assert names == ["00000001.png", "00000002.png", "00000003.png"]
+    one = (run.here / "one" / "00000002.png").read_bytes()
+    assert (run.here / "three" / "00000002.png").read_bytes() == one
+    text = Image.open(io.BytesIO(one)).text  # type: ignore[attr-defined]
+    assert (text["prompt"], text["seed"]) == ("a red circle", "2")
+    assert text["cascade"] == sealed.verify(run.directory / "cascade").digest
+
+
+def test_mlflow_has_a_run_for_the_pipeline_and_a_child_for_each_stage(run: Finished) -> None:
+    code = (
+        "import sys; from mlflow import MlflowClient; client = MlflowClient(sys.argv[1]);"
+        "ids = [e.experiment_id for e in client.search_experiments()];"
+        "runs = client.search_runs(ids);"
+        "print(sum('mlflow.parentRunId' in r.data.tags for r in runs), len(runs),"
+        " [v.name for v in client.search_model_versions()], [*client.search_registered_models()[0].aliases])"
+    )
+    store = f"sqlite:///{run.directory / 'mlflow.db'}"
+    done = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{len(STAGES)} {len(STAGES) + 1} ['smoke'] ['current']")
+
+
+def test_what_is_done_is_not_done_again(run: Finished) -> None:
+    weights = [run.directory / name / "bundle" / "weights.safetensors" for name in STAGES]
+    before = [path.stat().st_mtime_ns for path in weights]
+    again = ddiff(run.here, "run", "--recipe", "smoke")
+    assert again.returncode == 0, again.stderr
+    assert [path.stat().st_mtime_ns for path in weights] == before
+    for name in STAGES:
+        assert f"{name}: done before" in again.stderr
+    assert not (run.directory / "endpoint.json").exists()  # it replaced the one that was left running
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "file", ["base/weights.safetensors", "base/spec.json", "clip/manifest.json", "cascade.json", "README.md"]
+)
+def test_a_flipped_bit_is_refused_with_the_file_named(run: Finished, file: str, tmp_path: Path) -> None:
+    shutil.copytree(run.directory / "cascade", tmp_path / "cascade")
+    path = tmp_path / "cascade" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = ddiff(tmp_path, "verify", "cascade")
+    assert done.returncode == 4
+    assert file in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.fault
+def test_a_cascade_with_a_missing_file_is_neither_sampled_nor_served(run: Finished, tmp_path: Path) -> None:
+    shutil.copytree(run.directory / "cascade", tmp_path / "cascade")
+    (tmp_path / "cascade" / "upsampler" / "weights.safetensors").unlink()
+    for words in (["sample", "a red circle"], ["serve"]):
+        done = ddiff(tmp_path, *words, "--cascade", "cascade")
+        assert done.returncode == 4
+        assert "upsampler/weights.safetensors" in done.stderr
+    assert not (tmp_path / "samples").exists()
