@@ -12,7 +12,7 @@ from jobs.environment import ray_cluster
 from workflows.files import located
 from workflows.pairs import PairsSpec, TooManyRejectsError, usable_pairs
 from workflows.prepare import prepare_pairs, prepared
-from workflows.shapes import ShapesSpec, write_shards
+from workflows.shape_shards import ShapesSpec, write_shards
 
 
 def write_shapes(out: Path, *, pairs: int, seed: int, image_format: Literal["png", "jpg"]) -> dict[str, Any]:

@@ -53,15 +53,17 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
     with tracked(run, uri=tracking_uri() or "") as tracking:
         with ray_cluster(verbose=verbose):
             made = run_pipeline(spec, run=run, tracked=tracking)
-        known = judged_before(run, made, spec.evaluation)
+        before = judged_before(run, made, spec.evaluation)
         url = ""
-        if address or not known:
+        if address or not before:
             with endpoint(run, made.cascade, address) as url:
-                scores = known or judged(run, url, spec.evaluation)
+                scores = before or judged(run, url, spec.evaluation)
         else:
-            scores = known
+            scores = before
         facts = write_summary(run, spec, made, scores)
-        report(run, spec, tracking, facts)
+        if not before or not (run / "report.html").exists():
+            report(run, spec, tracking, facts)
+            facts = write_summary(run, spec, made, scores)  # with the seconds of the report
     return Summary(facts, told(run, facts, url if address else ""))
 
 
@@ -82,8 +84,7 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
 @contextmanager
 def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]:
     """A server for the cascade while inside, and afterwards too if it has an address of its own."""
-    with timed(run, "serve"):
-        url = start_endpoint(run, cascade, address or free_address())
+    url = start_endpoint(run, cascade, address or free_address())
     try:
         yield url
     except BaseException:
@@ -123,9 +124,9 @@ def write_summary(run: Path, spec: RunSpec, made: RunResult, scores: dict[str, A
         "run": spec.name,
         "oracle": scores,
         "seconds": seconds_of(run),
-        "bundle": str(made.cascade),
+        "bundle": str(run / "cascade"),
         "digest": made.digest,
-        "stages": {name: str(path) for name, path in made.bundles.items()},
+        "stages": {name: str(run / name / "bundle") for name in made.bundles},
         "evaluation": fingerprint(spec.evaluation),
         "report": str(run / "report.html"),
     }

@@ -55,6 +55,9 @@ class ReplicaSpec(Spec):
     """Samples in progress at once; what fits the memory of the device."""
     max_waiting: int = Field(64, ge=0)
     """Samples that may wait for them; more are told to come back later."""
+    shared: bool | None = None
+    """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
+    image would no longer be the same to the last bit whatever is served beside it."""
 
 
 class ServeSpec(Spec):
@@ -147,8 +150,15 @@ def deployment(spec: ReplicaSpec, stage: str, directory: str, digest: str) -> ra
         "health_check_period_s": 2,
         "max_constructor_retry_count": 3,
     }
-    limits = {"max_rows": spec.max_rows, "max_waiting": spec.max_waiting, "threads": spec.threads}
-    return HopReplica.options(**options).bind(directory, stage, digest=digest, **limits)  # type: ignore[attr-defined]
+    return HopReplica.options(**options).bind(  # type: ignore[attr-defined]
+        directory,
+        stage,
+        digest=digest,
+        max_rows=spec.max_rows,
+        max_waiting=spec.max_waiting,
+        shared=spec.shared,
+        threads=spec.threads,
+    )
 
 
 def run(spec: ServeSpec, *, blocking: bool = False) -> str:

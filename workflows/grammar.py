@@ -142,14 +142,14 @@ def described(rng: np.random.Generator, scene: Scene) -> tuple[str, dict[str, An
 
 
 def noun_phrase(rng: np.random.Generator, thing: Thing, *, sized: bool) -> str:
-    """a small crimson disc."""
+    """Such as: a small crimson disc."""
     adjectives = [one_of(rng, WORDS[thing.size])] if sized else []
     phrase = " ".join([*adjectives, one_of(rng, WORDS[thing.colour]), one_of(rng, WORDS[thing.shape])])
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def ground_phrase(rng: np.random.Generator, ground: str) -> str:
-    """on a white background."""
+    """Such as: on a white background."""
     word = one_of(rng, WORDS[ground])
     return one_of(rng, (f"on a {word} background", f"on {word}", f"against a {word} background"))
 

@@ -160,13 +160,18 @@ def judged(image: NDArray[np.uint8], says: dict[str, Any]) -> dict[str, bool]:
     if "background" in says:
         truth["background"] = reading.background == says["background"]
     if truth["count"]:
-        orders = itertools.permutations(reading.things)
-        truth |= max((compared(order, says) for order in orders), key=lambda found: sum(found.values()))
+        readings = [compared(order, says) for order in itertools.permutations(reading.things)]
+        truth |= max(readings, key=count_true)
     else:
         truth |= {"colour": False, "shape": False, "place": False} | (
             {"size": False} if any("size" in thing for thing in says["things"]) else {}
         )
     return truth | {"all": all(truth.values())}
+
+
+def count_true(truth: dict[str, bool]) -> int:
+    """How many are true."""
+    return sum(truth.values())
 
 
 def compared(things: tuple[Seen, ...], says: dict[str, Any]) -> dict[str, bool]:

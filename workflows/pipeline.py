@@ -25,7 +25,7 @@ from workflows import training
 from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.prepare import Prepared, prepare_pairs
-from workflows.shapes import ShapesSpec, write_shards
+from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
 

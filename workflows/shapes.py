@@ -2,21 +2,14 @@
 
 A scene is a background and one to three things, each a shape, a colour, a size and a place.  Everything
 here is a function of a seed.  workflows/grammar.py puts a scene into words, workflows/oracle.py reads a
-picture back into a scene, and `write_shards` packs pictures and words as WebDataset tars.
+picture back into a scene, workflows/shape_shards.py packs pictures and words as WebDataset tars.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-
-from dd_core.spec import Spec
 
 Shape = Literal["circle", "square", "triangle", "diamond", "star", "cross"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "orange", "pink", "cyan"]
@@ -75,17 +68,6 @@ class Scene(NamedTuple):
     background: Ground
     things: tuple[Thing, ...]
     arrangement: Arrangement
-
-
-class ShapesSpec(Spec):
-    """How much of the world to write."""
-
-    kind: Literal["shapes"] = "shapes"
-    pairs: int = Field(10_000, ge=1)
-    seed: int = Field(0, ge=0)
-    pairs_per_shard: int = Field(500, ge=1)
-    image_size: int = Field(256, ge=32)
-    image_format: Literal["png", "jpg"] = "png"
 
 
 def cell(position: float) -> int:
@@ -251,50 +233,3 @@ def scene_rng(seed: int, number: int) -> np.random.Generator:
 def held_out(saying: str) -> bool:
     """Whether a statement about a scene is kept for judging: one in eight, by its sha256."""
     return hashlib.sha256(saying.encode()).digest()[0] % 8 == 0
-
-
-def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
-    """The key and the members of one training pair."""
-    from workflows.grammar import training_caption
-
-    scene, caption, says = training_caption(scene_rng(spec.seed, number))
-    picture = cv2.cvtColor(drawn(scene, spec.image_size), cv2.COLOR_RGB2BGR)
-    quality = (
-        [cv2.IMWRITE_PNG_COMPRESSION, 3] if spec.image_format == "png" else [cv2.IMWRITE_JPEG_QUALITY, 95]
-    )
-    _, data = cv2.imencode(f".{spec.image_format}", picture, quality)
-    about = facts_of(scene) | {"caption": caption, "says": says}
-    members = {spec.image_format: data.tobytes(), "txt": caption.encode(), "json": json.dumps(about).encode()}
-    return f"{number:08d}", members
-
-
-def write_shards(spec: ShapesSpec, directory: Path) -> list[Path]:
-    """Write the world as WebDataset tars; a shard that is already whole is left as it is.
-
-    Returns:
-        The shards, shapes-00000.tar and on.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    starts = range(0, spec.pairs, spec.pairs_per_shard)
-    return [write_shard(spec, directory, number) for number in range(len(starts))]
-
-
-def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:
-    """One tar of the world, made under another name and renamed when whole."""
-    import webdataset
-
-    path = directory / f"shapes-{shard:05d}.tar"
-    if not path.exists():
-        draft = directory / f".{path.name}.tmp"
-        with webdataset.TarWriter(str(draft), mtime=0) as tar:
-            for number in numbers(spec, shard):
-                key, members = pair(spec, number)
-                tar.write({"__key__": key} | members)
-        draft.rename(path)
-    return path
-
-
-def numbers(spec: ShapesSpec, shard: int) -> Iterator[int]:
-    """The pairs of a shard."""
-    start = shard * spec.pairs_per_shard
-    yield from range(start, min(start + spec.pairs_per_shard, spec.pairs))

@@ -91,11 +91,11 @@ class Block(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
         self.attention = Attention(width, heads, context_width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        last = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), last)
         self.modulation = Modulation(told, width, 6)
-        with torch.no_grad():
-            for last in (self.attention.out, self.mlp[2]):
-                last.weight.mul_(depth**-0.5)
+        for out in (self.attention.out, last):
+            out.weight.data.mul_(depth**-0.5)
 
     def forward(
         self, x: Float[Tensor, " b n d"], told: Float[Tensor, " b t"], context: Float[Tensor, " b l c"] | None

@@ -49,7 +49,7 @@ class UpsamplerSpec(Spec):
 class UpsamplerStage(Stage):
     """Trains the upsampler on random crops."""
 
-    model: NetworkDenoiser
+    model: NetworkDenoiser[Refiner]
 
     def __init__(self, spec: UpsamplerSpec) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Refiner(nn.Module):
         return lacking + cond.image
 
 
-def denoiser_of(spec: UpsamplerSpec) -> NetworkDenoiser:
+def denoiser_of(spec: UpsamplerSpec) -> NetworkDenoiser[Refiner]:
     """The network of an upsampler, seen as a denoiser."""
     return NetworkDenoiser(Refiner(spec.net), "x0")
 

@@ -18,7 +18,7 @@ from dd_core.stages.upsampler import UpsamplerSpec
 from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.pipeline import RunSpec
-from workflows.shapes import ShapesSpec
+from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import SamplesSpec, TrainSpec
 
 CONTEXT = 32

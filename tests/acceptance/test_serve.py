@@ -49,25 +49,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def on_air(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnAir]:
+def on_air(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnAir]:
     directory = tmp_path_factory.mktemp("served")
     digest = tiny_cascade(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            num_cpus=4,
-            object_store_memory=200_000_000,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=f"/tmp/ddiff-{free_port()}",
-        )
-        try:
-            spec = app.ServeSpec(cascade=str(directory / "cascade"), port=free_port(), timeout_s=TIMEOUT_S)
-            yield OnAir(app.run(spec), directory / "cascade", digest)
-        finally:
-            ray.serve.shutdown()
-            ray.shutdown()
+    spec = app.ServeSpec(
+        cascade=str(directory / "cascade"),
+        port=free_port(),
+        timeout_s=TIMEOUT_S,
+        hop=app.ReplicaSpec(threads=1),
+    )
+    yield OnAir(app.run(spec), directory / "cascade", digest)
+    ray.serve.shutdown()
 
 
 def load(stage: str) -> int:
@@ -86,7 +78,8 @@ def until(fact: Callable[[], bool]) -> None:
 
 
 def offline(directory: Path, prompt: str, seed: int) -> np.ndarray[Any, Any]:
-    """The same image painted without Ray, HTTP or engine, [h, w, 3]."""
+    """The same image painted without Ray, HTTP or engine, [h, w, 3]; with as many threads as a replica."""
+    torch.set_num_threads(1)
     cascade = bundle.load_cascade(directory)
     state = CascadeState([seed], torch.tensor(tokens([prompt], cascade.spec.context_length)))
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):

@@ -48,7 +48,9 @@ BASE = BaseSpec(
     image_size=16,
 )
 UPSAMPLER = UpsamplerSpec(
-    net=UNetSpec(width=8, channel_mult=(1,), groups=4, attention_in_middle=False, attention_at=(), image_channels=3),
+    net=UNetSpec(
+        width=8, channel_mult=(1,), groups=4, attention_in_middle=False, attention_at=(), image_channels=3
+    ),
     image_size=64,
     crop=16,
 )
@@ -118,10 +120,13 @@ def test_at_scale_zero_no_caption_is_heard_and_at_one_no_negative(spec: StageSpe
     deaf = FAST.but(guidance_scale=0.0)
     no_draw_of_two = isinstance(spec, BaseSpec)  # the prior's choice among two hears the caption
     if no_draw_of_two:
-        assert torch.equal(*(drawn(spec, asked([1], text), deaf) for text in ("a red circle", "a big blue star")))
+        assert torch.equal(
+            *(drawn(spec, asked([1], text), deaf) for text in ("a red circle", "a big blue star"))
+        )
     plain = FAST.but(guidance_scale=1.0)
     assert torch.equal(
-        drawn(spec, asked([1], "a star"), plain), drawn(spec, asked([1], "a star", negative=told("a red box")), plain)
+        drawn(spec, asked([1], "a star"), plain),
+        drawn(spec, asked([1], "a star", negative=told("a red box")), plain),
     )
     assert not torch.equal(
         drawn(spec, asked([1], "a star")), drawn(spec, asked([1], "a star", negative=told("a red box")))

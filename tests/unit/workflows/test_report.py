@@ -29,7 +29,7 @@ from dd_core.stages.upsampler import UpsamplerSpec
 from workflows import pictures
 from workflows.pairs import PairsSpec, prepared_tables
 from workflows.report import write_report
-from workflows.shapes import ShapesSpec, write_shards
+from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.tracking import Journal
 
 HOSTILE = '<script>alert("x")</script> & a "red" circle'

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from workflows import grammar, oracle, shapes
-from workflows.shapes import UNSEEN, Scene, ShapesSpec, drawn, place_of, scene_rng, write_shards
+from workflows.shape_shards import ShapesSpec, write_shards
+from workflows.shapes import UNSEEN, Scene, drawn, place_of, scene_rng
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -24,7 +25,8 @@ def scenes(count: int) -> list[Scene]:
 def everything(scene: Scene) -> dict[str, Any]:
     """All that could be said of a scene."""
     things = [
-        {"shape": t.shape, "colour": t.colour, "size": t.size, "place": list(place_of(t))} for t in scene.things
+        {"shape": t.shape, "colour": t.colour, "size": t.size, "place": list(place_of(t))}
+        for t in scene.things
     ]
     return {"things": things, "arrangement": scene.arrangement, "background": scene.background}
 
@@ -41,13 +43,17 @@ def degraded(picture: Picture, number: int) -> Picture:
 @pytest.mark.parametrize(
     ("degrade", "least"), [(lambda picture, _: picture, 0.995), (degraded, 0.97)], ids=["clean", "degraded"]
 )
-def test_the_oracle_reads_back_what_was_drawn(degrade: Callable[[Picture, int], Picture], least: float) -> None:
+def test_the_oracle_reads_back_what_was_drawn(
+    degrade: Callable[[Picture, int], Picture], least: float
+) -> None:
     right: Counter[str] = Counter()
     drawn_scenes = scenes(250)
     for number, scene in enumerate(drawn_scenes):
         right.update(oracle.judged(degrade(drawn(scene), number), everything(scene)))
     assert set(right) == {"count", "background", "colour", "shape", "place", "size", "all"}
-    assert {name: share / len(drawn_scenes) >= least for name, share in right.items()} == dict.fromkeys(right, True)
+    assert {name: share / len(drawn_scenes) >= least for name, share in right.items()} == dict.fromkeys(
+        right, True
+    )
 
 
 def test_the_oracle_denies_what_is_not_there() -> None:
@@ -80,9 +86,10 @@ def test_the_two_orders_of_a_relation_say_the_same() -> None:
     swapped = everything(scene) | {"things": everything(scene)["things"][::-1]}
     for thing in swapped["things"]:
         del thing["place"]
-    assert not oracle.judged(drawn(scene), swapped)["place"] or len(
-        {(t["shape"], t["colour"], t["size"]) for t in swapped["things"]}
-    ) == 1
+    assert (
+        not oracle.judged(drawn(scene), swapped)["place"]
+        or len({(t["shape"], t["colour"], t["size"]) for t in swapped["things"]}) == 1
+    )
 
 
 def test_shards_are_a_function_of_the_seed_and_never_hold_an_unseen_pair(tmp_path: Path) -> None:

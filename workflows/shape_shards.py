@@ -1,0 +1,69 @@
+"""The embedded world as WebDataset tars: pictures, captions and scenes, a function of the seed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import cv2
+from pydantic import Field
+
+from dd_core.spec import Spec
+from workflows.grammar import training_caption
+from workflows.shapes import drawn, facts_of, scene_rng
+
+
+class ShapesSpec(Spec):
+    """How much of the world to write."""
+
+    kind: Literal["shapes"] = "shapes"
+    pairs: int = Field(10_000, ge=1)
+    seed: int = Field(0, ge=0)
+    pairs_per_shard: int = Field(500, ge=1)
+    image_size: int = Field(256, ge=32)
+    image_format: Literal["png", "jpg"] = "png"
+
+
+def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
+    """The key and the members of one training pair."""
+    scene, caption, says = training_caption(scene_rng(spec.seed, number))
+    picture = cv2.cvtColor(drawn(scene, spec.image_size), cv2.COLOR_RGB2BGR)
+    quality = (
+        [cv2.IMWRITE_PNG_COMPRESSION, 3] if spec.image_format == "png" else [cv2.IMWRITE_JPEG_QUALITY, 95]
+    )
+    _, data = cv2.imencode(f".{spec.image_format}", picture, quality)
+    about = facts_of(scene) | {"caption": caption, "says": says}
+    members = {spec.image_format: data.tobytes(), "txt": caption.encode(), "json": json.dumps(about).encode()}
+    return f"{number:08d}", members
+
+
+def write_shards(spec: ShapesSpec, directory: Path) -> list[Path]:
+    """Write the world as WebDataset tars; a shard that is already whole is left as it is.
+
+    Returns:
+        The shards, shapes-00000.tar and on.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    starts = range(0, spec.pairs, spec.pairs_per_shard)
+    return [write_shard(spec, directory, number) for number in range(len(starts))]
+
+
+def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:
+    """One tar of the world, made under another name and renamed when whole."""
+    import webdataset  # noqa: PLC0415 it takes seconds to import, and most who import this only want the spec
+
+    path = directory / f"shapes-{shard:05d}.tar"
+    if not path.exists():
+        draft = directory / f".{path.name}.tmp"
+        with webdataset.TarWriter(str(draft), mtime=0) as tar:
+            for number in numbers(spec, shard):
+                key, members = pair(spec, number)
+                tar.write({"__key__": key} | members)
+        draft.rename(path)
+    return path
+
+
+def numbers(spec: ShapesSpec, shard: int) -> Iterator[int]:
+    """The pairs of a shard."""
+    start = shard * spec.pairs_per_shard
+    yield from range(start, min(start + spec.pairs_per_shard, spec.pairs))
