@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Lines over steps as SVG; logarithmic where every value is positive.
+    """Lines over steps as SVG; logarithmic, and linear next to zero where some value is not positive.
 
     Args:
         curves: Name -> (step, value) in the order of steps.
@@ -18,6 +18,8 @@ def chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
     if all(value > 0 for points in curves.values() for _, value in points):
         axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=1e-2)
     axes.grid(visible=True, which="both", linewidth=0.3, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("step", fontsize=8)

@@ -3,13 +3,15 @@
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def bar(share: float) -> str:
-    """A share of one as a bar."""
-    return f'<div class="bar"><i style="width:{share:.2%}"></i></div>'
+def bar(share: float, interval: Sequence[float] = ()) -> str:
+    """A share of one as a bar, its interval as a thin line across the end."""
+    low, high = interval or (share, share)
+    line = f'<u style="left:{low:.2%};width:{high - low:.2%}"></u>' if interval else ""
+    return f'<div class="bar"><i style="width:{share:.2%}"></i>{line}</div>'
 
 
 def details(title: str, fields: Mapping[str, Any]) -> str:

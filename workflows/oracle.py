@@ -161,17 +161,13 @@ def judged(image: NDArray[np.uint8], says: dict[str, Any]) -> dict[str, bool]:
         truth["background"] = reading.background == says["background"]
     if truth["count"]:
         readings = [compared(order, says) for order in itertools.permutations(reading.things)]
-        truth |= max(readings, key=count_true)
+        best = max(readings, key=lambda found: sum(found.values()))
+        truth |= best
     else:
         truth |= {"colour": False, "shape": False, "place": False} | (
             {"size": False} if any("size" in thing for thing in says["things"]) else {}
         )
     return truth | {"all": all(truth.values())}
-
-
-def count_true(truth: dict[str, bool]) -> int:
-    """How many are true."""
-    return sum(truth.values())
 
 
 def compared(things: tuple[Seen, ...], says: dict[str, Any]) -> dict[str, bool]:

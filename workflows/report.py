@@ -114,10 +114,9 @@ def judged_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
 
 def score_row(name: str, share: float, interval: Sequence[float] | None) -> str:
     """One score as a bar."""
-    low, high = interval or (share, share)
-    between = f"{low:.1%} to {high:.1%}" if interval else ""
+    between = "{:.1%} to {:.1%}".format(*interval) if interval else ""
     return (
-        f"<tr><td>{quoted(name.replace('_', ' '))}</td><td>{bar(share)}</td>"
+        f"<tr><td>{quoted(name.replace('_', ' '))}</td><td>{bar(share, interval or ())}</td>"
         f"<td class=number>{share:.1%}</td><td class=number>{between}</td></tr>"
     )
 
@@ -194,7 +193,7 @@ def training_section(run: Path) -> Section | None:
 
 def is_loss(name: str) -> bool:
     """What belongs on the chart of a stage."""
-    return name.startswith("train/") and name not in ("train/lr", "train/grad_norm", "train/loss_scale")
+    return name.startswith("train/") and not name.endswith(("lr", "grad_norm"))
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:

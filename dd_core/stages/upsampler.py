@@ -46,6 +46,21 @@ class UpsamplerSpec(Spec):
     sigma_max: float = Field(20.0, gt=0)
 
 
+class Refiner(nn.Module):
+    """A UNet that says what the enlarged image lacks, so that an untrained one already enlarges."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__()
+        self.unet = UNet(spec, in_channels=3, out_channels=3)
+
+    def forward(
+        self, x: Float[Tensor, " b 3 h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, " b 3 h w"]:
+        assert cond.image is not None
+        lacking: Tensor = self.unet(x, log_sigma, cond)
+        return lacking + cond.image
+
+
 class UpsamplerStage(Stage):
     """Trains the upsampler on random crops."""
 
@@ -99,21 +114,6 @@ class UpsamplerHop:
 
     def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
         return state._replace(image=images.quantised(x0.float().cpu()))
-
-
-class Refiner(nn.Module):
-    """A UNet that says what the enlarged image lacks, so that an untrained one already enlarges."""
-
-    def __init__(self, spec: UNetSpec) -> None:
-        super().__init__()
-        self.unet = UNet(spec, in_channels=3, out_channels=3)
-
-    def forward(
-        self, x: Float[Tensor, " b 3 h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
-    ) -> Float[Tensor, " b 3 h w"]:
-        assert cond.image is not None
-        lacking: Tensor = self.unet(x, log_sigma, cond)
-        return lacking + cond.image
 
 
 def denoiser_of(spec: UpsamplerSpec) -> NetworkDenoiser[Refiner]:

@@ -152,7 +152,8 @@ def main() -> None:
     for batch in found:
         for row in batch["rows"]:
             sys.stdout.write(
-                f"batch {batch['batch']}  {row['who']:8} {row['mode']:20} {row['images_per_s']:8.2f} images/s\n"
+                f"batch {batch['batch']}  {row['who']:8} {row['mode']:20}"
+                f" {row['images_per_s']:8.2f} images/s\n"
             )
         sys.stdout.write(f"batch {batch['batch']}  best mode of each {batch['ours / theirs']:25.2f} x\n")
     if options.json:
