@@ -24,7 +24,7 @@ def chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=7, which="both")
-    axes.legend(frameon=False, fontsize=7)
+    figure.legend(frameon=False, fontsize=6, ncols=4, loc="outside lower center")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

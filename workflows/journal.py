@@ -141,7 +141,8 @@ class Courier:
         """Send until closed, a bounded piece of a journal at a time."""
         while time.monotonic() < self.stop_at:
             waiting = [(journal, send) for journal, send in self.routes.items() if backlog(journal)]
-            if not waiting and self.stop_at < math.inf:
+            closing = self.stop_at < math.inf
+            if closing and not waiting:
                 return
             try:
                 for journal, send in waiting:
@@ -149,6 +150,8 @@ class Courier:
                     self.complained = False
             except Exception as error:  # noqa: BLE001 - tracking must never stop a run
                 self.complain(error)
+                if closing:  # a server that is away when a run ends is not waited for
+                    return
                 time.sleep(min(self.retry_s, max(0.0, self.stop_at - time.monotonic())))
             else:
                 time.sleep(0 if waiting else min(0.5, self.retry_s))

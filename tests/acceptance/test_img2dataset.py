@@ -12,13 +12,13 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import file_of, photo
+from tests.conftest import RAY_MARKS, file_of, photo
 from tests.faults.flaky_store import flaky_store
 from workflows.pairs import PairsSpec
 from workflows.parts import read_json
 from workflows.prepare import prepare_pairs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = RAY_MARKS
 
 
 class Crawl(NamedTuple):

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.conftest import file_of, jpg, photo, write_shard
+from tests.conftest import RAY_MARKS, file_of, jpg, photo, write_shard
 from workflows.pairs import PairsSpec
 from workflows.prepare import prepare_pairs
 
-pytestmark = [pytest.mark.fault, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.fault, *RAY_MARKS]
 JPG = jpg(64, 48)
 
 

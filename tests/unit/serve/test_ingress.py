@@ -335,7 +335,6 @@ def test_the_deadline_is_the_shorter_of_the_server_s_and_the_client_s(patience: 
         answer = one.client.post(URL, json={"prompt": "a"}, headers={"x-stainless-read-timeout": patience})
         one.links["base"].hop.gate.set()
         assert refused(answer, 504) == f"not finished in {'0.2' if patience == '0.2' else '0.4'} s"
-        assert one.post().status_code == 200
 
 
 def test_one_failing_image_of_several_stops_the_others() -> None:

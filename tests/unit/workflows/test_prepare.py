@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dd_core import sealed
-from tests.conftest import jpg, write_shard
+from tests.conftest import jpg, needs_ray, write_shard
 from workflows.files import MissingShardError
 from workflows.pairs import PairsSpec, TooManyRejectsError
 from workflows.parts import UNFINISHED, DestinationError, Part, read_json, resumed, write_part
@@ -103,8 +103,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     assert "7 samples" in terminal.getvalue()
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@needs_ray
 def test_the_job_makes_each_part_once_and_seals_them(local_ray: None, tmp_path: Path) -> None:
     spec, out = spec_of(tars(tmp_path, 3), 3), tmp_path / "out"
     first = prepare_pairs(spec, progress=False)

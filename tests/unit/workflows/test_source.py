@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray.data
 
+from tests.conftest import needs_ray
 from workflows.epochs import Ledger, epoch_order, merged
 from workflows.pairs import pairs_schema
 from workflows.source import Shards, usable_tables
@@ -79,7 +80,7 @@ def test_a_ray_that_does_not_count_executions_is_refused(tmp_path: Path) -> None
         source.get_read_tasks(1, None, object())
 
 
-@pytest.mark.ray
+@needs_ray
 def test_an_execution_is_an_epoch_and_only_the_first_leaves_the_ledger_out(
     local_ray: None, tmp_path: Path
 ) -> None:

@@ -1,0 +1,50 @@
+"""A tracking server that nobody can reach costs a run neither a step nor a point."""
+
+import logging
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from workflows.journal import Journal, backlog, entries
+from workflows.tracking import Book, tracked
+
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # MLflow's, of its own dependencies
+]
+
+
+def dead_port() -> int:
+    """A port at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_run_without_its_server_goes_on_says_so_once_and_the_next_start_delivers_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "workflows"),
+        tracked(tmp_path, uri=f"http://127.0.0.1:{dead_port()}") as away,
+    ):
+        journal = away.stage("base")
+        for step in range(200):
+            journal.log({"train/loss": 1 / (step + 1)}, step)
+        while not caplog.records:  # it has been tried
+            time.sleep(0.05)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("workflows")]
+    assert "the run goes on, its metrics wait in the journal" in lines[0]
+    assert "bytes wait in the journals" in lines[-1]
+    assert len(lines) == 2
+    assert backlog(tmp_path / "base" / "metrics.jsonl") == (tmp_path / "base/metrics.jsonl").stat().st_size
+
+    book = Book(tmp_path)
+    for stage in ("", "base"):
+        book.sender(stage)(list(entries(Journal(tmp_path / stage / "metrics.jsonl").path)))
+    run_id = book.run_id("base")
+    history = book.client.get_metric_history(run_id, "train/loss")
+    assert [point.step for point in history] == list(range(200))
