@@ -102,7 +102,8 @@ class _ModulatedNorm(torch.autograd.Function):
         gain, offset = gain[:, None], offset[:, None]
         ctx.save_for_backward(unit, scale, gain, offset)
         ctx.silu, ctx.groups = silu, groups  # type: ignore[attr-defined]
-        out = torch.empty_like(unit)
+        learning = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        out = torch.empty_like(unit) if learning else unit
         for y, u, g, o in _samples(out, unit, gain, offset):
             z = torch.addcmul(o, u, g)
             y.copy_(F.silu(z, inplace=True) if silu else z)
@@ -114,21 +115,23 @@ class _ModulatedNorm(torch.autograd.Function):
         unit, scale, gain, offset = ctx.saved_tensors  # type: ignore[attr-defined]
         silu, groups = ctx.silu, ctx.groups  # type: ignore[attr-defined]
         rows = _as_rows(grad)
-        d_x, d_gain, d_offset = torch.empty_like(rows), torch.empty_like(gain), torch.empty_like(gain)
-        for d_u, d_g, d_o, dy, u, s, g, o in _samples(d_x, d_gain, d_offset, rows, unit, scale, gain, offset):
+        d_x, d_affine = torch.empty_like(rows), gain.new_empty(len(rows), 2, gain.shape[2])
+        for d_u, d_a, dy, u, s, g, o in _samples(d_x, d_affine, rows, unit, scale, gain, offset):
             dz = dy.float()
             if silu:
                 dz = torch.ops.aten.silu_backward(dz, torch.addcmul(o, u, g))
-            d_o.copy_(dz.sum(1, keepdim=True))
-            d_g.copy_((dz * u).sum(1, keepdim=True))
-            lean, turn = (-s * _group_mean(g * d, groups) / rows.shape[1] for d in (d_o, d_g))
+            torch.cat([dz.sum(1, keepdim=True), (dz * u).sum(1, keepdim=True)], dim=1, out=d_a)
+            lean, turn = (_group_mean(g * d_a, groups) * (s / -rows.shape[1])).split(1, dim=1)
             d_u.copy_(torch.addcmul(lean, u, turn).addcmul_(dz, s * g))
-        return _as_image(d_x, grad), d_gain[:, 0], d_offset[:, 0], None, None
+        d_offset, d_gain = d_affine.unbind(1)
+        return _as_image(d_x, grad), d_gain, d_offset, None, None
 
 
 def _samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """All of these, as many samples at a time as stay in the cache."""
     few = max(1, CACHED // rows[0].numel())
+    if few >= len(rows):
+        return iter([(rows, *parts)])
     return zip(*(part.split(few) for part in (rows, *parts)), strict=True)
 
 
@@ -141,16 +144,16 @@ def _normalized(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         unit, _, rstd = torch.native_group_norm(x, one, zero, batch, channels, pixels, groups, EPSILON)
         return _as_rows(unit), rstd.repeat_interleave(channels // groups, dim=1)[:, None]
     rows = _as_rows(x).float()  # the library's loop over small maps is not vectorised: 10 times slower
-    mean = _group_mean(rows.sum(1, keepdim=True), groups) / pixels
-    square = _group_mean((rows * rows).sum(1, keepdim=True), groups) / pixels
+    sums = torch.cat([rows.sum(1, keepdim=True), (rows * rows).sum(1, keepdim=True)], dim=1)
+    mean, square = (_group_mean(sums, groups) / pixels).split(1, dim=1)
     scale = torch.rsqrt((square - mean**2).clamp_min(0) + EPSILON)
     return torch.addcmul(-mean * scale, rows, scale).to(x.dtype), scale
 
 
 def _group_mean(values: Tensor, groups: int) -> Tensor:
-    """Mean over the channels of each group, given back to each of its channels: `b 1 c` to `b 1 c`."""
-    mean = values.unflatten(2, (groups, -1)).mean(3)
-    return mean.repeat_interleave(values.shape[2] // groups, dim=2)
+    """Mean over the channels of each group, given back to each of its channels: `b n c` to `b n c`."""
+    parts = values.unflatten(2, (groups, -1))
+    return parts.mean(3, keepdim=True).expand_as(parts).flatten(2)
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def spec_of(steps: int, name: str) -> TrainSpec:
         stage=UpsamplerSpec(net=net, image_size=SIZE, crop=SIZE),
         optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
         budget=Budget(steps=steps, checkpoint_every=10 * steps, report_every=REPORT),
-        batch_size=32,
+        batch_size=8,
     )
 
 
