@@ -75,7 +75,7 @@ def img2dataset_shards(
             "thread_count": 4,
             "number_sample_per_shard": 16,
             "retries": 0,
-            "timeout": 5,
+            "timeout": 20,
         }
         command = [
             str(Path(sys.executable).parent / "img2dataset"),
@@ -85,7 +85,7 @@ def img2dataset_shards(
             command,
             check=True,
             capture_output=True,
-            timeout=240,
+            timeout=900,
             env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},
         )
     return Crawl(f"{out}/*.tar", good, broken, dead)
