@@ -162,7 +162,7 @@ def test_help_is_instant_because_it_imports_nothing() -> None:
 @pytest.mark.fault
 def test_too_many_rejects_stop_the_job_and_leave_no_manifest(tmp_path: Path) -> None:
     files = {f"{key}.jpg": jpg(64, 64) for key in "abc"} | {"a.txt": b"one", "b.txt": b"two"}
-    write_shard(tmp_path / "bad.tar", files)
+    write_shard(tmp_path / "bad.tar", dict(sorted(files.items())))
     command = [sys.executable, "-m", "jobs.cli", "data", "prepare", "--shards", "bad.tar", "--out"]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     strict = subprocess.run(
