@@ -1,6 +1,7 @@
 """What a worker trains on: its share of the run, read ahead by Ray Data, as tensors on its device."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,14 @@ import ray.data
 import torch
 from numpy.typing import NDArray
 from ray.data.block import BlockMetadata
+from ray.data.dataset import MaterializedDataset
 
 from dd_core.stage import PairBatch
 from workflows import feed
 from workflows.train_spec import TrainSpec
 
-TASKS_PER_LEG = 500
-"""Read tasks of one execution of Ray Data; it is told all of them before the first is run."""
-READ_AHEAD_BYTES = 512 * 2**20
+LEG_BYTES = 2 * 2**30
+"""Decoded images of one leg at most; two legs are in memory at a time."""
 
 
 class Reads(ray.data.Datasource):
@@ -48,30 +49,61 @@ def batches(
     spec: TrainSpec, order: feed.Order, first_step: int, rank: int, device: torch.device
 ) -> Iterator[PairBatch]:
     """A worker's share of a run from a step on, a micro batch at a time."""
-    size, own = spec.stage.image_size, spec.batch_size // spec.num_workers
-    leg_steps = TASKS_PER_LEG * feed.steps_per_task(own, size)
-    for first in range(first_step, spec.budget.steps, leg_steps):
-        steps = min(leg_steps, spec.budget.steps - first)
-        share = feed.Share(first, steps, spec.batch_size, rank, spec.num_workers)
+    size = spec.stage.image_size
+    rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
+    for share, leg in read_ahead(order, legs(spec, first_step, rank), size):
         expected, taken = share.positions(), 0
-        for table in tables(feed.tasks(order, share, size), size, spec.micro_batch_size or own):
+        for table in leg.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
             check_positions(table, expected[taken : taken + len(table)])
             taken += len(table)
             yield paired(table, size, device)
 
 
-def tables(tasks: list[list[feed.Pick]], image_size: int, rows: int) -> Iterator[pa.Table]:
-    """The rows of all tasks in order, read ahead by Ray Data, so many at a time."""
-    reads = Reads(tasks, image_size)
+def legs(spec: TrainSpec, first_step: int, rank: int) -> Iterator[feed.Share]:
+    """The stretches of a run that are read at once: short at first, so that training begins soon."""
+    own, size = spec.batch_size // spec.num_workers, spec.stage.image_size
+    store = ray.cluster_resources().get("object_store_memory", 0) / spec.num_workers
+    steps = feed.steps_per_task(own, size)
+    most = max(steps, int(min(LEG_BYTES, store / 8)) // (own * 3 * size**2))
+    while first_step < spec.budget.steps:
+        now = min(steps, spec.budget.steps - first_step)
+        yield feed.Share(first_step, now, spec.batch_size, rank, spec.num_workers)
+        first_step, steps = first_step + now, min(2 * steps, most)
+
+
+def read_ahead(
+    order: feed.Order, shares: Iterator[feed.Share], image_size: int
+) -> Iterator[tuple[feed.Share, MaterializedDataset]]:
+    """Every leg, read to its end while the one before it is trained on.
+
+    Ray Data's executor is not left waiting for the training: with all its outputs full it asks in a
+    loop whether that has changed, and holds the interpreter's lock while it does (Ray 2.60: training
+    on two cores went at a third of its rate).  A leg that has been read to its end has no executor.
+    """
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        share = next(shares, None)
+        reading = share and reader.submit(read_leg, order, share, image_size)
+        while share is not None and reading is not None:
+            leg, after = reading.result(), next(shares, None)
+            reading = after and reader.submit(read_leg, order, after, image_size)
+            yield share, leg
+            share = after
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)
+
+
+def read_leg(order: feed.Order, share: feed.Share, image_size: int) -> MaterializedDataset:
+    """The rows of one leg, in order, in Ray's object store."""
+    tasks = feed.tasks(order, share, image_size)
+    readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // (2 * share.ranks))
     dataset = ray.data.read_datasource(
-        reads, num_cpus=0.25, concurrency=2, override_num_blocks=len(tasks)
+        Reads(tasks, image_size), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
     )  # or Ray cuts what few tasks deliver into 200 blocks
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=READ_AHEAD_BYTES)
+    dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
     dataset.context.enable_progress_bars = False
-    yield from dataset.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
+    return dataset.materialize()
 
 
 def check_positions(table: pa.Table, expected: NDArray[np.int64]) -> None:
