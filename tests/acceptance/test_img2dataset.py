@@ -12,11 +12,16 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 import pytest
 
+from dd_core import sealed
+from dd_core.stage import Budget
+from jobs.recipes import smoke
 from tests.conftest import RAY_MARKS, file_of, photo
 from tests.faults.flaky_store import flaky_store
 from workflows.pairs import PairsSpec
 from workflows.parts import read_json, resumed, write_part
 from workflows.prepare import prepare_pairs
+from workflows.tracking import curves
+from workflows.training import train_stage
 
 pytestmark = RAY_MARKS
 
@@ -121,6 +126,24 @@ def test_every_pair_that_came_is_kept_or_counted(local_ray: None, crawl: Crawl, 
         ).facts["kept"]
         == crawl.good
     )
+
+
+def test_a_stage_learns_from_them(local_ray: None, crawl: Crawl, tmp_path: Path) -> None:
+    pairs = PairsSpec(
+        shards=(crawl.shards,),
+        destination=str(tmp_path / "data"),
+        sizes=(64,),
+        context_length=smoke.CONTEXT,
+        max_reject_fraction=0.2,
+    )
+    data = prepare_pairs(pairs, progress=False).directory
+    spec = smoke.clip().but(
+        batch_size=crawl.good, budget=Budget(steps=12, checkpoint_every=12, report_every=1)
+    )
+    made = sealed.verify(train_stage(spec, run=tmp_path / "run", data=data))
+    assert made.facts["images"] == 12 * crawl.good
+    loss = curves(tmp_path / "run" / "clip" / "metrics.jsonl")["train/loss"]
+    assert loss[12] < 0.8 * loss[1]  # two dozen pairs, seen a dozen times, tell each other apart
 
 
 def test_samples_that_vanished_from_a_shard_are_missed(crawl: Crawl, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +21,13 @@ from PIL import Image
 
 from dd_core import bundle, sealed
 from jobs.cli import main
+from workflows.tracking import curves
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 STAGES = ("clip", "autoencoder", "noised_clip", "base", "upsampler", "prior")
+
+
+SAVED = Path("runs", "smoke", "autoencoder", "checkpoints", "step-00000006", sealed.MANIFEST)
 
 
 class Finished(NamedTuple):
@@ -32,17 +38,43 @@ class Finished(NamedTuple):
     url: str
     port: int
     done: subprocess.CompletedProcess[str]
+    """The second command: the first was killed."""
+    saved_ns: int
+    """When the first had written the checkpoint of `SAVED`."""
 
     @property
     def directory(self) -> Path:
         return self.here / "runs" / "smoke"
 
 
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled"}
+DDIFF = [sys.executable, "-m", "jobs.cli"]
+
+
 def ddiff(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command as a user gives it, in a directory of its own."""
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "jobs.cli", *words]
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*DDIFF, *words], cwd=here, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+
+
+def killed_at_the_second_stage(here: Path) -> int:
+    """Start the run, and take everything of it away at once when the second stage has saved itself."""
+    with (here / "killed.log").open("w") as log:
+        run = subprocess.Popen(
+            [*DDIFF, "run", "--recipe", "smoke"],
+            cwd=here,
+            env=ENVIRONMENT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    while not (here / SAVED).exists():
+        assert run.poll() is None, (here / "killed.log").read_text()
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    return (here / SAVED).stat().st_mtime_ns
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +83,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    saved = killed_at_the_second_stage(here)
     done = ddiff(here, "run", "--recipe", "smoke", "--serve", "--port", str(port))
     try:
         assert done.returncode == 0, done.stderr
-        yield Finished(here, f"http://127.0.0.1:{port}", port, done)
+        yield Finished(here, f"http://127.0.0.1:{port}", port, done, saved)
     finally:
         ddiff(here, "stop", "--run", "runs/smoke")
 
@@ -70,6 +103,13 @@ def test_the_chain_runs_to_its_end_and_says_where_everything_is(run: Finished) -
     assert {*STAGES, "data", "total"} <= summary["seconds"].keys()
     assert Path(run.here, summary["bundle"]).is_dir()
     assert "<h2>Pictures</h2>" in Path(run.here, summary["report"]).read_text()
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(run: Finished) -> None:
+    assert "clip: done before" in run.done.stderr
+    assert (run.here / SAVED).stat().st_mtime_ns == run.saved_ns
+    losses = curves(run.directory / "autoencoder" / "metrics.jsonl")["train/loss"]
+    assert list(losses) == [4, 8, 12]
 
 
 def test_the_cascade_holds_every_stage_and_names_its_parents_by_digest(run: Finished) -> None:

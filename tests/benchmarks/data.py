@@ -6,8 +6,9 @@ Photo-like JPEGs (long side 512, quality 90, 4:2:0) with captions in tars; every
 batches of 64 with an image of 256, one of 64 and 77 tokens.  Each measurement is a process of its
 own on the same two cores; the methods alternate, and medians of their rounds are compared.  A rate
 is that of the last three quarters of the images, when every process has started; the time to the
-first batch is its own column.  CPU time is that of all processes and, other than the rates, hardly depends on what else
-runs on the box.  Peak memory is the sum over all processes of their own and shared-once pages.
+first batch is its own column.  CPU time is that of all processes and, other than the rates, hardly
+depends on what else runs on the box.  Peak memory is the sum over all processes of their own and
+shared-once pages.
 """
 
 import argparse
@@ -275,7 +276,8 @@ def main() -> None:
     for method, row in found["methods"].items():
         sys.stdout.write(
             f"{METHODS[method]:46} {row['images_per_s']:6.0f} images/s   "
-            f"{row['cpu_ms']:5.2f} CPU ms   first {row['first_batch_s']:4.1f} s   peak {row['peak_mb']:5.0f} MB\n"
+            f"{row['cpu_ms']:5.2f} CPU ms   first {row['first_batch_s']:4.1f} s   "
+            f"peak {row['peak_mb']:5.0f} MB\n"
         )
     for name, ratio in found["ratios"].items():
         sys.stdout.write(f"{name:50} {ratio:8.2f} x\n")
