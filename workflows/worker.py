@@ -89,6 +89,9 @@ def trained_to_the_end(job: Job) -> Outcome:
     context = ray.train.get_context()
     who = Position(context.get_world_rank(), context.get_world_size())
     device = ray.train.torch.get_device()
+    if who.ranks == 1 and dist.is_initialized():
+        dist.destroy_process_group()  # gloo's threads have OpenMP pools of their own, and with more threads
+        # than CPUs libgomp sleeps where it would spin: steps took half as long again (torch 2.15)
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     parents = {role: bundle.load(path).trained for role, path in job.parents.items()}
