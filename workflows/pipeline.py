@@ -180,6 +180,7 @@ def made(stage: TrainSpec, run: Path, prepared: Prepared, tracked: Tracked) -> P
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
         return done
+    training.discard_other_runs(run / stage.name, found.fingerprint)
     journal = tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))
     journal.dataset("prepared", str(prepared.directory), prepared.digest)

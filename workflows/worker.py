@@ -25,7 +25,7 @@ from dd_core.stage import Trained
 from dd_core.stages import build_stage
 from dd_core.training import DivergedError, StepReport, TrainState, train
 from workflows import feed, samples
-from workflows.journal import JOURNAL, Journal
+from workflows.journal import JOURNAL, Journal, curves
 from workflows.reading import batches, paired
 from workflows.train_spec import TrainSpec
 
@@ -178,6 +178,8 @@ class Recorder:
         self.job, self.spec, self.who, self.state, self.parents = job, job.spec, who, state, parents
         self.seconds_before, self.began = seconds_before, time.monotonic()
         self.journal = Journal(job.directory / JOURNAL)
+        self.reported = max(curves(self.journal.path).get("train/loss", {}), default=0)
+        """Last step in the journal; a step that is repeated after a rollback says nothing new."""
         self.sums: dict[str, torch.Tensor] = {}
         self.since, self.since_step = time.monotonic(), state.step
 
@@ -206,7 +208,8 @@ class Recorder:
         }
         if torch.cuda.is_available():
             metrics["memory/peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
-        self.journal.log(metrics, report.step)
+        if report.step > self.reported:
+            self.journal.log(metrics, report.step)
         self.sums, self.since, self.since_step = {}, time.monotonic(), report.step
 
     def draw(self, step: int) -> None:
