@@ -36,6 +36,7 @@ def write_prepared(
                 f"image{size}": [
                     png(size, number) if good else None for number, good in zip(numbers, usable, strict=True)
                 ],
+                "meta": [json.dumps({"things": [{"n": number % 3}]}) for number in numbers],
                 "reject": ["" if good else "image: bad" for good in usable],
             }
         )

@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from workflows.labels import LabelSpec, label_of
+
 GROUPS_PER_MIX = 8
 TASK_BYTES = 32 * 2**20
 """Decoded images of one read task."""
@@ -153,25 +155,31 @@ def steps_per_task(own: int, image_size: int) -> int:
     return max(1, TASK_BYTES // (own * 3 * image_size**2))
 
 
-def read(picks: Sequence[Pick], image_size: int) -> Iterator[pa.Table]:
-    """The rows of one task as one table: image (bytes of uint8 [3, s, s]), tokens, position."""
-    yield pa.concat_tables([picked(pick, image_size) for pick in picks])
+def columns_of(image_size: int, label: LabelSpec | None) -> tuple[str, ...]:
+    """What is read of the prepared data."""
+    return (f"image{image_size}", "tokens", *(("meta",) if label else ()))
 
 
-def picked(pick: Pick, image_size: int) -> pa.Table:
-    """Some rows of one mix, decoded."""
-    column = f"image{image_size}"
-    table = pa.concat_tables([usable(url, group, (column, "tokens")) for url, group in pick.groups])
+def read(picks: Sequence[Pick], image_size: int, label: LabelSpec | None = None) -> Iterator[pa.Table]:
+    """The rows of one task as one table: image (bytes of uint8 [3, s, s]), tokens, position, label."""
+    yield pa.concat_tables([picked(pick, image_size, label) for pick in picks])
+
+
+def picked(pick: Pick, image_size: int, label: LabelSpec | None) -> pa.Table:
+    """Some rows of one mix, decoded; the column `label` is there if one is asked for."""
+    columns = columns_of(image_size, label)
+    table = pa.concat_tables([usable(url, group, columns) for url, group in pick.groups])
     permutation = np.random.default_rng(pick.seed).permutation(len(table))
     table = table.take(pa.array(permutation[pick.rows]))
-    images = [decoded(data, image_size) for data in table[column].to_pylist()]
-    return pa.table(
-        {
-            "image": pa.array(images, pa.binary(3 * image_size**2)),
-            "tokens": table["tokens"].combine_chunks(),
-            "position": pa.array(pick.positions),
-        }
-    )
+    images = [decoded(data, image_size) for data in table[columns[0]].to_pylist()]
+    found = {
+        "image": pa.array(images, pa.binary(3 * image_size**2)),
+        "tokens": table["tokens"].combine_chunks(),
+        "position": pa.array(pick.positions),
+    }
+    if label is not None:
+        found["label"] = pa.array([label_of(meta, label) for meta in table["meta"].to_pylist()], pa.int64())
+    return pa.table(found)
 
 
 def usable(url: str, group: int, columns: Sequence[str]) -> pa.Table:

@@ -15,6 +15,7 @@ from ray.data.dataset import MaterializedDataset
 
 from dd_core.stage import PairBatch
 from workflows import feed
+from workflows.labels import LabelSpec
 from workflows.train_spec import TrainSpec
 
 LEG_BYTES = 2 * 2**30
@@ -24,9 +25,9 @@ LEG_BYTES = 2 * 2**30
 class Reads(ray.data.Datasource):
     """The read tasks of one rank for a stretch of the run, in order."""
 
-    def __init__(self, tasks: list[list[feed.Pick]], image_size: int) -> None:
+    def __init__(self, tasks: list[list[feed.Pick]], image_size: int, label: LabelSpec | None) -> None:
         super().__init__()
-        self.tasks, self.image_size = tasks, image_size
+        self.tasks, self.image_size, self.label = tasks, image_size, label
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of decoded images."""
@@ -38,7 +39,7 @@ class Reads(ray.data.Datasource):
         """One for each table."""
         return [
             ray.data.ReadTask(
-                partial(feed.read, task, self.image_size),
+                partial(feed.read, task, self.image_size, self.label),
                 BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None),
             )
             for task in self.tasks
@@ -51,7 +52,7 @@ def batches(
     """A worker's share of a run from a step on, a micro batch at a time."""
     size = spec.stage.image_size
     rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
-    for share, leg in read_ahead(order, legs(spec, first_step, rank), size):
+    for share, leg in read_ahead(order, legs(spec, first_step, rank), size, spec.label):
         expected, taken = share.positions(), 0
         for table in leg.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
             check_positions(table, expected[taken : taken + len(table)])
@@ -72,7 +73,7 @@ def legs(spec: TrainSpec, first_step: int, rank: int) -> Iterator[feed.Share]:
 
 
 def read_ahead(
-    order: feed.Order, shares: Iterator[feed.Share], image_size: int
+    order: feed.Order, shares: Iterator[feed.Share], image_size: int, label: LabelSpec | None
 ) -> Iterator[tuple[feed.Share, MaterializedDataset]]:
     """Every leg, read to its end while the one before it is trained on.
 
@@ -83,22 +84,24 @@ def read_ahead(
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         share = next(shares, None)
-        reading = share and reader.submit(read_leg, order, share, image_size)
+        reading = share and reader.submit(read_leg, order, share, image_size, label)
         while share is not None and reading is not None:
             leg, after = reading.result(), next(shares, None)
-            reading = after and reader.submit(read_leg, order, after, image_size)
+            reading = after and reader.submit(read_leg, order, after, image_size, label)
             yield share, leg
             share = after
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
 
 
-def read_leg(order: feed.Order, share: feed.Share, image_size: int) -> MaterializedDataset:
+def read_leg(
+    order: feed.Order, share: feed.Share, image_size: int, label: LabelSpec | None
+) -> MaterializedDataset:
     """The rows of one leg, in order, in Ray's object store."""
     tasks = feed.tasks(order, share, image_size)
     readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // (2 * share.ranks))
     dataset = ray.data.read_datasource(
-        Reads(tasks, image_size), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
+        Reads(tasks, image_size, label), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
     )  # or Ray cuts what few tasks deliver into 200 blocks
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
@@ -119,7 +122,9 @@ def paired(table: pa.Table, image_size: int, device: torch.device) -> PairBatch:
     width = 3 * image_size**2
     pixels = np.frombuffer(image.buffers()[1], np.uint8)[image.offset * width :][: len(image) * width]
     tokens = table["tokens"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    label = torch.tensor(table["label"].to_numpy()).to(device) if "label" in table.column_names else None
     return PairBatch(
         image=torch.from_numpy(pixels.reshape(-1, 3, image_size, image_size).copy()).to(device),
         tokens=torch.from_numpy(tokens.astype(np.int64)).to(device),
+        label=label,
     )

@@ -11,6 +11,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages import StageSpec
+from workflows.labels import LabelSpec
 
 
 class SamplesSpec(Spec):
@@ -33,6 +34,8 @@ class TrainSpec(Spec):
     stage: StageSpec
     parents: dict[str, str] = Field(default_factory=dict)
     """Role -> a stage of the same run by its name, or the path of a bundle."""
+    label: LabelSpec | None = None
+    """For a stage that is told or asked classes."""
     optimizer: OptimizerSpec
     budget: Budget
     batch_size: int = Field(ge=1)

@@ -8,9 +8,11 @@ import pytest
 from tests.prepared import png, write_prepared
 from workflows import feed
 from workflows.feed import DataError, Order, Share
+from workflows.labels import UNLABELLED, LabelSpec, label_of
 
 BATCH = 12
 SIZE = 16
+LABEL = LabelSpec(path="things.0.n", classes=("1", "0"))
 
 
 def order_of(data: Path, seed: int = 3) -> Order:
@@ -43,6 +45,29 @@ def test_an_epoch_is_every_usable_pair_once_and_each_is_mixed_anew(data: Path) -
     assert [sorted(epoch) for epoch in epochs] == [sorted(USABLE)] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     assert captions(order_of(data, seed=4), Share(0, order.rows, 1, 0, 1)) != epochs[0]
+
+
+def test_a_label_is_that_of_its_pair_and_what_is_no_class_is_told_apart(data: Path) -> None:
+    order = Order(feed.survey(feed.prepared_files(data), feed.columns_of(SIZE, LABEL)), seed=3)
+    picks = feed.tasks(order, Share(0, 10, BATCH, 0, 1), SIZE)[0]
+    (table,) = feed.read(picks, SIZE, LABEL)
+    numbers = [tokens[1] - 1 for tokens in table["tokens"].to_pylist()]
+    assert table["label"].to_pylist() == [{0: 1, 1: 0, 2: UNLABELLED}[number % 3] for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("meta", "label"),
+    [
+        ('{"a": [{"b": "x"}]}', 0),
+        ('{"a": [{"b": "z"}]}', UNLABELLED),
+        ('{"a": []}', UNLABELLED),
+        ('{"a": 3}', UNLABELLED),
+        ("[]", UNLABELLED),
+        (None, UNLABELLED),
+    ],
+)
+def test_a_json_without_the_value_is_unlabelled(meta: str | None, label: int) -> None:
+    assert label_of(meta, LabelSpec(path="a.0.b", classes=("x", "y"))) == label
 
 
 @pytest.mark.parametrize("cut", [1, 5, 17, 23])
