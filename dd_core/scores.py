@@ -69,7 +69,7 @@ def of_style(features: Features, reference: Float[Tensor, " b *s"], noise: Noise
 
 
 def of_structure(features: Features, reference: Float[Tensor, " b *s"], noise: Noise) -> Score:
-    """Minus the squared distance of feature maps to those of a reference at the same level, place by place."""
+    """Minus the squared distance, place by place, of feature maps to those of a reference at this level."""
 
     def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         with torch.no_grad():
