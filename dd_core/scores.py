@@ -21,15 +21,15 @@ from dd_core.noise import Noise, spread
 Score = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b"]], Float[Tensor, " b"]]
 Embed = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b"]], Float[Tensor, " b d"]]
 """Noisy images -> class logits, or unit vectors."""
-Features = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b"]], Sequence[Float[Tensor, " b c h w"]]]
-"""Noisy images -> feature maps, one for each layer that is looked at."""
+Features = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b"]], Sequence[Float[Tensor, " _ _ _ _"]]]
+"""Noisy images -> feature maps, one for each layer that is looked at, each of its own size."""
 
 
 def of_class(logits: Embed, labels: Int[Tensor, " b"]) -> Score:
     """The log probability of labels, by a noised classifier."""
 
     def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        return -F.cross_entropy(logits(x, sigma).float(), labels.to(x.device), reduction="none")
+        return -F.cross_entropy(logits(x, sigma), labels.to(x.device), reduction="none")
 
     return score
 
@@ -106,13 +106,13 @@ def noised(image: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"], noise: Noi
 
 def gram(features: Float[Tensor, " b c h w"]) -> Float[Tensor, " b c c"]:
     """How much the channels of each sample go together (Gatys et al. 2016, eq. 3), over their size."""
-    flat = features.flatten(2).float()
+    flat = features.flatten(2)
     return flat @ flat.mT / flat[0].numel()
 
 
 def distance(
-    layers: Sequence[Float[Tensor, " b *s"]], wanted: Sequence[Float[Tensor, " b *s"]]
+    layers: Sequence[Float[Tensor, " b ..."]], wanted: Sequence[Float[Tensor, " b ..."]]
 ) -> Float[Tensor, " b"]:
     """Mean squared difference of each sample, mean over layers."""
     pairs = zip(layers, wanted, strict=True)
-    return torch.stack([(a.float() - b.float()).square().flatten(1).mean(1) for a, b in pairs]).mean(0)
+    return torch.stack([(a - b).square().flatten(1).mean(1) for a, b in pairs]).mean(0)

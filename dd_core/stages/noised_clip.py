@@ -103,7 +103,7 @@ class NoisedClip(nn.Module):
         states, maps = self.begun(x, sigma), []
         for block in self.visual.transformer.resblocks:
             states = block(states)
-            maps.append(states[:, 1:].mT.unflatten(2, self.visual.grid_size))
+            maps.append(states[:, 1:].float().mT.unflatten(2, self.visual.grid_size))
         return maps
 
     def begun(self, x: Float[Tensor, " b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b l c"]:
