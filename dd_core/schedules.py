@@ -89,14 +89,10 @@ def timesteps(
     - linspace: evenly from the first to the last (Improved DDPM, ADM; unCLIP).
     - ddim_leading: every k-th from 0, k the smallest whole stride that gives num_steps (ADM's "ddimN").
     - sections: the chain cut into equal parts, each with its own number of steps (ADM on LSUN).
-    - fast27: the 27 steps of GLIDE's upsampler: sections 10, 10, 3, 2, 2, the last timestep two earlier.
+    - fast27: sections 10, 10, 3, 2, 2, the last timestep two earlier (GLIDE's upsampler).
     - ldm_plus_one: ddim_leading, one later (latent diffusion).
-    - quad: evenly in sqrt(t) up to 0.8 T (DDIM on CIFAR).  Small timesteps come up more than once; as such a
-      step would change nothing it is left out, so there may be fewer than num_steps.
+    - quad: evenly in sqrt(t) up to 0.8 T (DDIM on CIFAR), without the repeats, which would change nothing.
     - trailing: evenly from the last timestep backwards (Lin et al. 2023, arXiv:2305.08891, table 2).
-
-    Raises:
-        ValueError: There is no such sequence.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps {num_steps} must be from 1 to the {num_timesteps} of training")
@@ -115,8 +111,8 @@ def timesteps(
             chosen = in_sections(num_timesteps, num_steps, FAST27)
             chosen[-1] -= 2
         case "quad":
-            roots = torch.linspace(0, math.sqrt(0.8 * num_timesteps), num_steps, dtype=torch.float64)
-            chosen = sorted({int(root**2) for root in roots.tolist()})
+            top = math.sqrt(0.8 * num_timesteps)
+            chosen = sorted({int((top * i / (num_steps - 1)) ** 2) for i in range(num_steps)})
         case "trailing":
             stride = num_timesteps / num_steps
             chosen = [round(num_timesteps - i * stride) - 1 for i in reversed(range(num_steps))]

@@ -6,7 +6,7 @@ import torch
 from dd_core.schedules import ScheduleSpec, Spacing, alpha_bars, betas, sigmas, timesteps, walk
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here and is not installed")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 CHAINS = {
     "linear": (ScheduleSpec(), {"beta_schedule": "linear"}),
