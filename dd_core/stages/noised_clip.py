@@ -88,6 +88,26 @@ class NoisedClip(nn.Module):
         Raises:
             ValueError: x has another size.
         """
+        states = self.visual.transformer(self.begun(x, sigma))
+        features: Tensor = self.visual.ln_post(states[:, 0]) @ self.visual.proj
+        return F.normalize(features.float(), dim=-1)
+
+    def features(
+        self, x: Float[Tensor, " b 3 h w"], sigma: Float[Tensor, " b"]
+    ) -> list[Float[Tensor, " b c rows columns"]]:
+        """Noisy images -> one map of the patches after each layer, differentiable in x.
+
+        Raises:
+            ValueError: x is not of the size of the tower.
+        """
+        states, maps = self.begun(x, sigma), []
+        for block in self.visual.transformer.resblocks:
+            states = block(states)
+            maps.append(states[:, 1:].float().mT.unflatten(2, self.visual.grid_size))
+        return maps
+
+    def begun(self, x: Float[Tensor, " b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b l c"]:
+        """What the first layer sees: the noise level as class token, then the patches."""
         size, visual = self.spec.image_size, self.visual
         if x.shape[2:] != (size, size):
             raise ValueError(
@@ -98,9 +118,8 @@ class NoisedClip(nn.Module):
         patches = visual.conv1(((x + 1) / 2 - self.mean) / self.std).flatten(2).mT
         told = self.level(sinusoids(10 * sigma.clamp(min=1e-3).log(), LEVEL_WIDTH).to(x.dtype))
         tokens = torch.cat([(visual.class_embedding + told)[:, None].to(patches.dtype), patches], dim=1)
-        states = visual.transformer(visual.ln_pre(tokens + visual.positional_embedding))
-        features: Tensor = visual.ln_post(states[:, 0]) @ visual.proj
-        return F.normalize(features.float(), dim=-1)
+        begun: Tensor = visual.ln_pre(tokens + visual.positional_embedding)
+        return begun
 
     def logit_scale(self) -> Float[Tensor, ""]:
         """What cosines are multiplied by to be log probabilities; at most 100, as published."""

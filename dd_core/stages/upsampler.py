@@ -21,8 +21,8 @@ from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.unet import UNet, UNetSpec
-from dd_core.noise import SeededNoise, karras_sigmas, spread
-from dd_core.samplers import SamplingSpec, begin, edited
+from dd_core.noise import SeededNoise, spread
+from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
 
@@ -98,7 +98,7 @@ class UpsamplerHop:
         if state.image is None:
             raise ValueError("the upsampler is told a small image, but CascadeState.image is None")
         spec, noise = self.spec, SeededNoise(state.seeds)
-        sigmas = karras_sigmas(how.num_steps, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
+        sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)
         x = spec.sigma_max * noise(large)
         if state.known is not None and state.hole is not None:

@@ -1,0 +1,164 @@
+"""Consistency training: a network learns to answer alike along the path from noise to image.
+
+A pair of neighbouring levels, an image noised to the higher, and where its path meets the lower: by a step
+of a teacher (distillation) or by the image itself (training alone).  The network at the higher level is
+trained towards its own average at the lower, by whatever distance between images.
+
+Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; Song & Dhariwal 2023 (arXiv:2310.14189,
+pseudo-Huber distance).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dd_core.denoiser import Denoiser
+from dd_core.noise import karras_sigmas, spread
+from dd_core.samplers import heun_step, sample
+
+Distance = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], Float[Tensor, " b"]]
+"""Between estimates of images, one value per sample: l1, l2, pseudo_huber, or a perceptual one."""
+
+
+class Pace(NamedTuple):
+    """How finely the path is cut, and how slowly the target follows."""
+
+    num_levels: int
+    mu: float
+    """Share of the target's weights that stays at each step."""
+
+
+def pace(
+    step: int,
+    num_steps: int,
+    *,
+    s0: int = 2,
+    s1: int = 150,
+    mu0: float = 0.95,
+    form: Literal["paper", "openai_code"] = "paper",
+) -> Pace:
+    """The number of levels N(k) and the target's averaging mu(k) when training alone.
+
+    Args:
+        step: k, from 0.
+        num_steps: K, at which N(k) arrives.
+        s0: Levels less one at first.
+        s1: Levels less one at last; above s0.
+        mu0: Averaging at first, in the paper's form.
+        form: The published code has N(k) - 1 where the paper has N(k) in mu, so it averages less: at k = 0
+            0.9025 where the paper has 0.95.
+
+    Source: Song et al. 2023, section 5 and appendix C.
+    """
+    grown = math.sqrt(step / num_steps * ((s1 + 1) ** 2 - s0**2) + s0**2)
+    intervals = max(1, math.ceil(grown - 1))
+    over = intervals + 1 if form == "paper" else intervals
+    return Pace(intervals + 1, math.exp(s0 * math.log(mu0) / over))
+
+
+class Pair(NamedTuple):
+    """Neighbouring levels for each sample."""
+
+    high: Float[Tensor, " b"]
+    low: Float[Tensor, " b"]
+
+
+def draw_pair(
+    like: Float[Tensor, " b *s"], num_levels: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0
+) -> Pair:
+    """Uniform neighbours on a Karras grid of num_levels from sigma_max to sigma_min."""
+    grid = karras_sigmas(num_levels, sigma_min=sigma_min, sigma_max=sigma_max)[:-1].to(like)
+    place = torch.randint(num_levels - 1, (len(like),), device=like.device)
+    return Pair(grid[place], grid[place + 1])
+
+
+def distillation(
+    student: Denoiser,
+    target: Denoiser,
+    teacher: Denoiser,
+    x0: Float[Tensor, " b *s"],
+    pair: Pair,
+    distance: Distance,
+) -> Float[Tensor, " b"]:
+    """Consistency distillation: the path is followed by one step of Heun's method with the teacher.
+
+    Args:
+        student: What is trained, told the captions.
+        target: The average of its weights, told the same.
+        teacher: A diffusion model, told the captions and guided as it should be.
+        x0: Clean images.
+        pair: Levels to train at.
+        distance: Between the answers of student and target.
+
+    Source: Song et al. 2023, algorithm 2.
+    """
+    high, low = spread(pair.high, x0), spread(pair.low, x0)
+    x = x0 + high * torch.randn_like(x0)
+    return gap(student, target, (x, sample(heun_step(x, high, low), teacher)), pair, distance)
+
+
+def training(
+    student: Denoiser, target: Denoiser, x0: Float[Tensor, " b *s"], pair: Pair, distance: Distance
+) -> Float[Tensor, " b"]:
+    """Consistency training: the path is that of the image itself, with the same noise at both levels.
+
+    Source: Song et al. 2023, algorithm 3.
+    """
+    eps = torch.randn_like(x0)
+    noisy = x0 + spread(pair.high, x0) * eps, x0 + spread(pair.low, x0) * eps
+    return gap(student, target, noisy, pair, distance)
+
+
+def gap(
+    student: Denoiser,
+    target: Denoiser,
+    noisy: tuple[Float[Tensor, " b *s"], Float[Tensor, " b *s"]],
+    pair: Pair,
+    distance: Distance,
+) -> Float[Tensor, " b"]:
+    """How far the student at the higher level is from the target at the lower; both drop out alike.
+
+    The lower level's answer is not trained.
+    """
+    devices = [noisy[0].device] if noisy[0].is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):  # the student draws the same masks below
+        wanted = target(noisy[1], pair.low).x0
+    return distance(student(noisy[0], pair.high).x0, wanted)
+
+
+def l1(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
+    """Mean absolute difference."""
+    return (a - b).abs().flatten(1).mean(1)
+
+
+def l2(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
+    """Mean squared difference."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def pseudo_huber(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
+    """sqrt(|a - b|**2 + c**2) - c with c = 0.00054 sqrt(d): squared near 0, absolute far away.
+
+    Source: Song & Dhariwal 2023, section 3.3.
+    """
+    c = 0.00054 * math.sqrt(a[0].numel())
+    return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+def enlarged(distance: Distance, side: int = 224) -> Distance:
+    """A perceptual distance of images that are enlarged to what its network was trained on, if smaller.
+
+    Source: Song et al. 2023, published code (LPIPS, bilinear, below 256 px).
+    """
+
+    def between(a: Float[Tensor, " b c h w"], b: Float[Tensor, " b c h w"]) -> Float[Tensor, " b"]:
+        if a.shape[-1] < 256:
+            a, b = (F.interpolate(one, (side, side), mode="bilinear") for one in (a, b))
+        return distance(a, b)
+
+    return between

@@ -1,0 +1,153 @@
+"""Consistency losses: the printed schedules, paths that meet, and what is trained."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dd_core import consistency, losses
+from dd_core.denoiser import Denoised
+from dd_core.noise import karras_sigmas, spread
+
+STD = 0.5
+
+
+def flow_end(x: Tensor, sigma: Tensor) -> Denoised:
+    """Where the exact path of N(0, STD**2) arrives: a perfect consistency model."""
+    return Denoised(x * STD / (STD**2 + spread(sigma, x) ** 2).sqrt())
+
+
+def posterior(x: Tensor, sigma: Tensor) -> Denoised:
+    """The exact teacher of the same images."""
+    return Denoised(x * STD**2 / (STD**2 + spread(sigma, x) ** 2))
+
+
+class Scaled(nn.Module):
+    """A student with one weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Denoised:
+        return Denoised(self.weight * flow_end(x, sigma).x0)
+
+
+def test_the_pace_at_the_first_step_is_the_printed_one() -> None:
+    paper = consistency.pace(0, 800_000, s0=2, s1=200, mu0=0.95)
+    code = consistency.pace(0, 800_000, s0=2, s1=200, mu0=0.95, form="openai_code")
+    assert (paper.num_levels, code.num_levels) == (2, 2)
+    assert paper.mu == pytest.approx(0.95, abs=1e-12)
+    assert code.mu == pytest.approx(0.9025, abs=1e-12)
+
+
+@given(step=st.integers(0, 1000), s0=st.integers(2, 10), s1=st.integers(20, 200))
+@settings(max_examples=60, deadline=None)
+def test_the_pace_follows_its_formulas(step: int, s0: int, s1: int) -> None:
+    paper = consistency.pace(step, 1000, s0=s0, s1=s1, mu0=0.9)
+    code = consistency.pace(step, 1000, s0=s0, s1=s1, mu0=0.9, form="openai_code")
+    levels = math.ceil(math.sqrt(step / 1000 * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+    assert paper.num_levels == code.num_levels == levels
+    assert paper.mu == pytest.approx(math.exp(s0 * math.log(0.9) / levels))
+    assert code.mu == pytest.approx(math.exp(s0 * math.log(0.9) / (levels - 1)))
+
+
+def test_the_pace_ends_at_its_last_number_of_levels() -> None:
+    assert consistency.pace(1000, 1000, s0=2, s1=150).num_levels == 151
+
+
+def test_pairs_are_neighbours_on_the_grid() -> None:
+    torch.manual_seed(0)
+    pair = consistency.draw_pair(torch.zeros(500, 1, dtype=torch.float64), 5)
+    grid = karras_sigmas(5, sigma_min=0.002, sigma_max=80.0)[:-1].tolist()
+    found = set(zip(pair.high.tolist(), pair.low.tolist(), strict=True))
+    assert found == set(pairwise(grid))
+
+
+def test_a_perfect_model_loses_nothing_but_the_error_of_the_teachers_step() -> None:
+    torch.manual_seed(0)
+    x0 = STD * torch.randn(256, 4, dtype=torch.float64)
+
+    def loss(num_levels: int) -> float:
+        pair = consistency.draw_pair(x0, num_levels)
+        gap = consistency.distillation(flow_end, flow_end, posterior, x0, pair, consistency.l1)
+        return gap.max().item()
+
+    assert loss(400) < 1e-3
+    assert loss(100) > 4 * loss(400)
+
+
+def test_without_a_teacher_the_noise_is_the_same_at_both_levels() -> None:
+    """So a model that knows the image is consistent, whatever the levels."""
+    x0 = torch.randn(16, 4, dtype=torch.float64)
+    pair = consistency.draw_pair(x0, 18)
+    seen = []
+
+    def looking(x: Tensor, sigma: Tensor) -> Denoised:
+        seen.append((x - x0) / spread(sigma, x))
+        return Denoised(x0)
+
+    assert consistency.training(looking, looking, x0, pair, consistency.l2).max() == 0
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_only_the_student_is_trained() -> None:
+    x0 = torch.randn(8, 4, dtype=torch.float64)
+    pair = consistency.draw_pair(x0, 18)
+    student, target, teacher = Scaled(0.9), Scaled(1.1), Scaled(1.0)
+    gap = consistency.distillation(student, target, teacher, x0, pair, consistency.pseudo_huber)
+    gap.mean().backward()
+    assert student.weight.grad is not None
+    assert target.weight.grad is None
+    assert teacher.weight.grad is None
+
+
+def test_student_and_target_drop_out_alike() -> None:
+    torch.manual_seed(0)
+    drop, masks = nn.Dropout(0.5), []
+
+    def dropping(x: Tensor, sigma: Tensor) -> Denoised:
+        masks.append(drop(torch.ones_like(x)))
+        return Denoised(masks[-1])
+
+    x0 = torch.randn(8, 50)
+    assert (
+        consistency.training(dropping, dropping, x0, consistency.draw_pair(x0, 9), consistency.l2).max() == 0
+    )
+    assert masks[0].unique().tolist() == [0.0, 2.0]
+
+
+def test_pseudo_huber_is_square_when_near_and_absolute_when_far() -> None:
+    c = 0.00054 * math.sqrt(48)
+    a = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    for size in (1e-6, 100.0):
+        b = a.clone()
+        b[0, 0, 0, 0] = size
+        near, far = size**2 / (2 * c), size - c
+        assert consistency.pseudo_huber(a, b).item() == pytest.approx(near if size < c else far, rel=1e-3)
+
+
+def test_perceptual_distances_see_small_images_enlarged() -> None:
+    sizes = []
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        sizes.append(tuple(a.shape[2:]))
+        return consistency.l2(a, b)
+
+    for side in (64, 256):
+        consistency.enlarged(distance)(torch.zeros(1, 3, side, side), torch.ones(1, 3, side, side))
+    assert sizes == [(224, 224), (256, 256)]
+
+
+def test_karras_weights_make_all_levels_alike_for_an_idle_network() -> None:
+    """With output 0 the answer is c_skip x, and the weighted error is the variance of the target, 1."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 3, 100_000, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.01, 0.5, 20.0], dtype=torch.float64)
+    x = STD * x0 + spread(sigma, x0) * eps
+    error = (posterior(x, sigma).x0 - STD * x0).square().mean(1)
+    torch.testing.assert_close(losses.karras_weight(sigma) * error, torch.ones(3).double(), atol=0.02, rtol=0)

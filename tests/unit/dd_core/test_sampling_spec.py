@@ -1,0 +1,79 @@
+"""What a request may choose goes together, or is refused with a remedy."""
+
+import pytest
+import torch
+
+from dd_core.cascade import HopSpec
+from dd_core.noise import karras_sigmas
+from dd_core.samplers import ChurnSpec, SamplingSpec, sigmas_of
+from dd_core.schedules import ScheduleSpec, walk
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"eta": 0.5}, "eta is for sampler ddim, not dpmpp_2m; leave it out"),
+        ({"variance": "fixed_small"}, "variance is for sampler ddpm"),
+        (
+            {"sampler": "ddpm", "variance": "fixed_large", "num_steps": 249},
+            "below 250 steps; use fixed_small",
+        ),
+        ({"churn": ChurnSpec()}, "churn is for sampler heun, not dpmpp_2m"),
+        ({"guidance_interval": (2.0, 1.0)}, "must rise"),
+        ({"spacing": "sections"}, "need each other"),
+        ({"sections": (10, 10)}, "need each other"),
+        ({"spacing": "sections", "sections": (5, 5)}, "take 10 steps; set num_steps: 10"),
+        ({"spacing": "fast27"}, "take 27 steps; set num_steps: 27"),
+        ({"sampler": "consistency", "spacing": "linspace"}, "choose them by taus"),
+        ({"taus": (0, 20)}, "taus are for sampler consistency"),
+        ({"sampler": "consistency", "taus": (0, 22, 39)}, "taus take 2 steps; set num_steps: 2"),
+        ({"sampler": "consistency", "taus": (1, 39), "num_steps": 1}, "must rise from 0"),
+        ({"sampler": "consistency", "taus": (0, 39, 22), "num_steps": 2}, "must rise from 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, object], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        SamplingSpec(**fields)
+
+
+def test_what_goes_together_is_taken() -> None:
+    SamplingSpec(sampler="ddpm", variance="fixed_large", num_steps=250)
+    SamplingSpec(sampler="heun", churn=ChurnSpec(), guidance_interval=(0.3, 5.0))
+    SamplingSpec(sampler="ddim", spacing="fast27", num_steps=27, eta=1.0)
+    SamplingSpec(sampler="ddpm", spacing="sections", sections=(90, 60, 60, 20, 20), num_steps=250)
+    SamplingSpec(sampler="consistency", taus=(0, 22, 39), num_steps=2)
+
+
+def test_the_default_is_the_karras_grid() -> None:
+    found = sigmas_of(SamplingSpec(num_steps=7), sigma_min=0.02, sigma_max=80.0)
+    assert torch.equal(found, karras_sigmas(7, sigma_min=0.02, sigma_max=80.0))
+
+
+def test_timesteps_need_a_chain() -> None:
+    how, chain = SamplingSpec(spacing="linspace", num_steps=9), ScheduleSpec()
+    with pytest.raises(ValueError, match="trained on all noise levels; use karras"):
+        sigmas_of(how, sigma_min=0.02, sigma_max=80.0)
+    found = sigmas_of(how, sigma_min=0.02, sigma_max=80.0, chain=chain)
+    assert torch.equal(found, walk(chain, "linspace", 9).sigmas)
+
+
+def test_taus_are_places_on_a_grid_that_ends_with_the_last() -> None:
+    how = SamplingSpec(sampler="consistency", num_steps=2, taus=(0, 22, 39))
+    grid = karras_sigmas(40, sigma_min=0.002, sigma_max=80.0)
+    found = sigmas_of(how, sigma_min=0.002, sigma_max=80.0)
+    assert found.tolist() == [grid[0], grid[22], 0.0]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        SamplingSpec(sampler="ddim", spacing="fast27", num_steps=27),
+        SamplingSpec(spacing="ddim_leading", num_steps=25),
+        SamplingSpec(sampler="ddpm", variance="fixed_large", num_steps=250),
+        SamplingSpec(sampler="consistency", num_steps=2, taus=(0, 22, 39)),
+    ],
+)
+def test_a_hop_whose_steps_are_fixed_cannot_follow_requests(how: SamplingSpec) -> None:
+    HopSpec(stage="base", how=how)
+    with pytest.raises(ValueError, match="use spacing karras or trailing"):
+        HopSpec(stage="base", how=how, follows_request=True)
