@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dd_core.nets.places import grid_waves
 from dd_core.spec import Spec
 
 
@@ -75,8 +76,17 @@ class Clip(nn.Module):
             layers=spec.text_layers,
         )
         self.towers = open_clip.model.CLIP(spec.embedding_width, vision, text, quick_gelu=spec.quick_gelu)
+        self.begin_places()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def begin_places(self) -> None:
+        """Positions and words of a new CLIP as loud as patches, where open_clip begins with whispers."""
+        visual, spec = self.towers.visual, self.spec
+        visual.positional_embedding[1:] = grid_waves(spec.image_size // spec.patch_size, spec.image_width)
+        nn.init.normal_(self.towers.positional_embedding, std=0.5)
+        nn.init.normal_(self.towers.token_embedding.weight, std=0.5)
 
     def embed_image(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
         """Images in [-1, 1] -> unit vectors."""

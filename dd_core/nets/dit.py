@@ -8,7 +8,6 @@ Sources: Peebles & Xie 2023 (arXiv:2212.09748, adaLN-zero), Hoogeboom et al. 202
 transformer in the middle of a U), Nichol et al. 2022 (arXiv:2112.10741, section 2.1, caption as extra keys).
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
 from dd_core.nets.clip import ReadCaption
+from dd_core.nets.places import grid_waves, wave
 from dd_core.spec import Spec
 
 
@@ -202,17 +202,3 @@ class DiT(nn.Module):
         for block in self.up:
             h = block(h, told)
         return self.unfold(self.leave(h))
-
-
-def grid_waves(side: int, width: int) -> Float[Tensor, " n d"]:
-    """Where each position of a square grid is: half the numbers for its column, half for its row."""
-    at = torch.arange(side, dtype=torch.float32)
-    rows, columns = torch.meshgrid(at, at, indexing="ij")
-    return torch.cat([wave(place.flatten() / side, width // 2, top=100.0) for place in (columns, rows)], -1)
-
-
-def wave(values: Float[Tensor, " b"], width: int, *, top: float = 1000.0) -> Float[Tensor, " b d"]:
-    """Sines and cosines of a number at geometrically spaced frequencies, 1 to `top`."""
-    steps = torch.arange(width // 2, device=values.device, dtype=torch.float32)
-    angles = values.float()[:, None] * torch.exp(math.log(top) * steps / (width // 2))
-    return torch.cat([angles.cos(), angles.sin()], -1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets.clip import ReadCaption
-from dd_core.nets.dit import TextBlock, wave
+from dd_core.nets.places import TextBlock, wave
 from dd_core.spec import Spec
 
 
