@@ -35,20 +35,22 @@ NetSpec = DenoiserSpec | AutoencoderNetSpec
 
 def build(spec: NetSpec) -> nn.Module:
     """The network of a spec, with first weights."""
+    network: nn.Module
     match spec:
         case PlainSpec():
-            return UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
+            network = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
         case CaptionedSpec():
-            return CaptionedUNet(spec)
+            network = CaptionedUNet(spec)
         case UnclipSpec():
-            return UnclipUNet(spec)
+            network = UnclipUNet(spec)
         case CausalPriorSpec():
-            return CausalPrior(spec)
+            network = CausalPrior(spec)
         case ClassifierSpec():
-            return Classifier(spec)
+            network = Classifier(spec)
         case GlideClipSpec():
-            return GlideClip(spec)
+            network = GlideClip(spec)
         case AutoencoderNetSpec():
-            return Autoencoder(spec)
+            network = Autoencoder(spec)
         case _:
             assert_never(spec)
+    return network
