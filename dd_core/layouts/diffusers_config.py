@@ -28,7 +28,6 @@ FIXED: Config = {
 REFUSED = (
     "addition_embed_type",
     "attention_type",
-    "attn_norm_num_groups",
     "class_embeddings_concat",
     "cross_attention_norm",
     "dual_cross_attention",
@@ -111,6 +110,7 @@ def plain_config(unet: UNetSpec) -> Config:
     kind = "resnet" if unet.resample == "residual" else "conv"
     return {
         "add_attention": unet.attention_in_middle,
+        "attn_norm_num_groups": unet.groups,  # its middle attends without a norm otherwise
         "attention_head_dim": next(iter(head_widths(unet)), 8),
         "downsample_type": kind,
         "upsample_type": kind,
@@ -187,6 +187,15 @@ def check_understood(config: Mapping[str, Any]) -> None:
     kind = config.get("class_embed_type")
     if kind not in (None, "projection"):
         raise LayoutError(f"config.json: class_embed_type is {kind!r}, ours can do 'projection' only")
+    said, groups = config.get("attn_norm_num_groups"), config.get("norm_num_groups", 32)
+    silent = said is None and config.get("resnet_time_scale_shift", "default") == "default"
+    if config["_class_name"] == "UNet2DModel" and said != groups and not silent:
+        raise LayoutError(f"config.json: attn_norm_num_groups is {said!r}, ours can do {groups!r} only")
+    check_blocks(config)
+
+
+def check_blocks(config: Mapping[str, Any]) -> None:
+    """Refuse blocks that ours has not."""
     known = {block for pair in (*UNTOLD.values(), *TOLD.values()) for block in pair}
     for way in ("Down", "Up"):
         for block in config[f"{way.lower()}_block_types"]:

@@ -34,11 +34,13 @@ class Process(Spec):
     beta_range: tuple[float, float] = (1e-4, 0.02)
     """First and last beta of 1000, if the schedule is linear or sqrt_linear."""
     timesteps: int = Field(1000, ge=1)
-    predicts: Parameterization = "eps"
+    predicts: Parameterization | Literal["edm", "consistency"] = "eps"
+    """edm: scaled as in Karras et al. 2022 (arXiv:2206.00364), table 1, for data of deviation 0.5;
+    consistency: likewise, x itself at the smallest sigma, 0.002 (arXiv:2303.01469, appendix C)."""
     learned_variance: bool = False
     """The second half of its channels is v of Nichol & Dhariwal 2021, eq. 15."""
     image_size: int = Field(64, ge=1)
-    """Side of x, in pixels or latents; 0 < size."""
+    """Side of x, in pixels or latents; 1 for an embedding."""
 
 
 class Published(NamedTuple):
@@ -74,7 +76,7 @@ def adm(size: int, width: int, blocks: int = 2) -> UNetSpec:
     )
 
 
-def ldm(width: int, mult: tuple[float, ...], attention_at: tuple[int, ...]) -> UNetSpec:
+def ldm_unet(width: int, mult: tuple[float, ...], attention_at: tuple[int, ...]) -> UNetSpec:
     """Latent diffusion's UNet: told timesteps, resized by convolutions, told nothing else."""
     return UNetSpec(
         width=width,
@@ -92,7 +94,7 @@ def crossed(unet: UNetSpec, text_width: int) -> UNetSpec:
 
 
 ADM = Process(learned_variance=True)
-EDM = Process(schedule="karras", predicts="x0")
+EDM = Process(schedule="karras", predicts="edm")
 LDM = Process(schedule="sqrt_linear", beta_range=(0.0015, 0.0195))
 SD = Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012))
 LEARNED = {"in_channels": 3, "out_channels": 6}
@@ -123,6 +125,7 @@ def of_adm() -> dict[str, Published]:
     """The networks of guided-diffusion and of consistency models."""
     cosine = ADM.but(schedule="cosine")
     in64, in256 = adm(64, 192, 3).but(dropout=0.1, labels=1000), adm(256, 256)
+    lsun = PlainSpec(unet=in256.but(scale_shift=False))
     in128 = adm(128, 256).but(heads=4, labels=1000)
     sr256 = adm(256, 192).but(heads=4, image_channels=3, labels=1000)
     sr512 = sr256.but(heads=0, attention_at=(16, 32))
@@ -137,9 +140,13 @@ def of_adm() -> dict[str, Published]:
         "adm-lsun256": plain256(in256.but(dropout=0.1)),
         "adm-upsampler-64-256": plain256(sr256),
         "adm-upsampler-128-512": Published(PlainSpec(unet=sr512, **LEARNED), "adm", ADM.but(image_size=512)),
-        "consistency-imagenet64": Published(PlainSpec(unet=in64.but(dropout=0.0)), "consistency", EDM),
+        "edm-imagenet64": Published(PlainSpec(unet=in64), "consistency", EDM),
+        "edm-lsun256": Published(lsun, "consistency", EDM.but(image_size=256)),
+        "consistency-imagenet64": Published(
+            PlainSpec(unet=in64.but(dropout=0.0)), "consistency", EDM.but(predicts="consistency")
+        ),
         "consistency-lsun256": Published(
-            PlainSpec(unet=in256.but(scale_shift=False)), "consistency", EDM.but(image_size=256)
+            lsun, "consistency", EDM.but(predicts="consistency", image_size=256)
         ),
     }
     for size, depth in ((64, 4), (128, 2), (256, 2), (512, 2)):
@@ -189,10 +196,10 @@ def of_karlo() -> dict[str, Published]:
 
 def of_ldm() -> dict[str, Published]:
     """The networks of latent diffusion and Stable Diffusion."""
-    faces = PlainSpec(unet=ldm(224, (1, 2, 3, 4), (2, 4, 8)).but(head_width=32))
-    church = ldm(192, (1, 2, 2, 4, 4), (1, 2, 4, 8)).but(heads=8, scale_shift=True, resample="residual")
-    classes = PlainSpec(unet=crossed(ldm(192, (1, 2, 3, 5), (2, 4, 8)).but(heads=1), 512))
-    text = ldm(320, (1, 2, 4, 4), (1, 2, 4)).but(heads=8)
+    faces = PlainSpec(unet=ldm_unet(224, (1, 2, 3, 4), (2, 4, 8)).but(head_width=32))
+    church = ldm_unet(192, (1, 2, 2, 4, 4), (1, 2, 4, 8)).but(heads=8, scale_shift=True, resample="residual")
+    classes = PlainSpec(unet=crossed(ldm_unet(192, (1, 2, 3, 5), (2, 4, 8)).but(heads=1), 512))
+    text = ldm_unet(320, (1, 2, 4, 4), (1, 2, 4)).but(heads=8)
     latent = {"in_channels": 4, "out_channels": 4}
     sd1, sd2 = crossed(text, 768), crossed(text.but(heads=0, head_width=64), 1024)
     v768 = SD.but(predicts="v", image_size=96)
@@ -208,7 +215,7 @@ def of_ldm() -> dict[str, Published]:
             PlainSpec(unet=crossed(text, 1280), **latent), "ldm", SD.but(image_size=32), F8, 0.18215
         ),
     }
-    for name, unet, layout, process in (
+    named: tuple[tuple[str, UNetSpec, Layout, Process], ...] = (
         ("sd1", sd1, "ldm", SD),
         ("sd1-inpaint", sd1.but(image_channels=5), "ldm", SD),
         ("sd2-base", sd2, "ldm-linear", SD),
@@ -216,7 +223,8 @@ def of_ldm() -> dict[str, Published]:
         ("sd2-inpaint", sd2.but(image_channels=5), "ldm-linear", SD),
         ("sd2-unclip-h", unclip, "ldm-linear", v768),
         ("sd2-unclip-l", unclip.but(embedding_width=1536), "ldm-linear", v768),
-    ):
+    )
+    for name, unet, layout, process in named:
         found[name] = Published(PlainSpec(unet=unet, **latent), layout, process, F8, 0.18215)
     return found
 

@@ -14,4 +14,5 @@ class NetworkSpec(Spec):
     source: str
     """As declared when it was imported; a name of `layouts.published`, or diffusers."""
     net: DenoiserSpec
-    process: Process
+    process: Process | None = None
+    """None: its source does not say."""

@@ -55,11 +55,11 @@ def importing(
 def randomised(module: nn.Module) -> nn.Module:
     """Weights that are all awake: none is zero, signals keep about their size."""
     torch.manual_seed(0)
-    for weight in module.parameters():
+    for name, weight in module.named_parameters():
         if weight.dim() > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
         else:
-            nn.init.normal_(weight, mean=0.5, std=0.2)
+            nn.init.normal_(weight, mean=0.0 if name.endswith(("bias", ".b")) else 1.0, std=0.2)
     return module
 
 

@@ -136,9 +136,6 @@ def test_consistency_models() -> None:
     assert max(found) <= 1e-5
 
 
-LDM_SHIMS = {"ldm.util": {"exists": lambda value: value is not None}}
-
-
 @pytest.mark.parametrize(
     ("changes", "theirs", "layout"),
     [
@@ -170,5 +167,33 @@ def test_latent_diffusion(changes: dict[str, Any], theirs: dict[str, Any], layou
             ldm.ldm_unet_moves(net, layout),
             lambda theirs: theirs(image(), TIMES, context=text),
             lambda ours: ours(image(), TIMES, Conditioning(text=text)),
+        )
+    assert max(found) <= 1e-5
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_the_second_stable_diffusion(vector: bool) -> None:
+    """Linear layers into its transformers, and a vector beside the timestep for its unCLIP."""
+    pytest.importorskip("einops", reason="Stable Diffusion needs einops")
+    path = checkout("Stability-AI/stablediffusion", "ldm/modules/diffusionmodules/openaimodel.py")
+    x, text, embedding = image(), torch.randn(2, 5, 24), torch.randn(2, 7)
+    options = {"num_head_channels": 16, "use_spatial_transformer": True, "context_dim": 24, "legacy": False}
+    options |= {"use_linear_in_transformer": True, "use_checkpoint": False}
+    spec = SMALL.but(
+        resample="conv", scale_shift=False, attention="cross", text_width=24, text_at_level=False
+    )
+    if vector:
+        options |= {"num_classes": "sequential", "adm_in_channels": 7}
+        spec = spec.but(embedding_width=7, embedding_layers=2, embedding_tokens=0)
+    with importing(path, shims={"ldm.util": {"exists": lambda value: value is not None}}) as load:
+        theirs = randomised(load("ldm.modules.diffusionmodules.openaimodel").UNetModel(**THEIRS | options))
+        net = UNet(spec, in_channels=3, out_channels=6)
+        told = embedding if vector else None
+        found = differences(
+            theirs,
+            net,
+            ldm.ldm_unet_moves(net, AdmLayout(projection="linear")),
+            lambda theirs: theirs(x, TIMES, context=text, y=told),
+            lambda ours: ours(x, TIMES, Conditioning(text=text, image_embedding=told)),
         )
     assert max(found) <= 1e-5

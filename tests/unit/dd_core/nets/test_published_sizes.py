@@ -21,6 +21,8 @@ WEIGHTS = {
     "adm-classifier128": (42_568_040, 221),
     "adm-classifier256": (54_096_360, 249),
     "adm-classifier512": (54_448_360, 281),
+    "edm-imagenet64": (295_899_267, 541),
+    "edm-lsun256": (526_304_771, 566),
     "consistency-imagenet64": (295_899_267, 541),
     "consistency-lsun256": (526_304_771, 566),
     "glide-base": (385_030_726, 783),
