@@ -185,7 +185,8 @@ def test_the_second_stable_diffusion(vector: bool) -> None:
     if vector:
         options |= {"num_classes": "sequential", "adm_in_channels": 7}
         spec = spec.but(embedding_width=7, embedding_layers=2, embedding_tokens=0)
-    with importing(path, shims={"ldm.util": {"exists": lambda value: value is not None}}) as load:
+    shims = {"ldm.util": {"exists": lambda value: value is not None, "instantiate_from_config": None}}
+    with importing(path, shims=shims) as load:
         theirs = randomised(load("ldm.modules.diffusionmodules.openaimodel").UNetModel(**THEIRS | options))
         net = UNet(spec, in_channels=3, out_channels=6)
         told = embedding if vector else None
