@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dd_core.denoiser import Conditioning
+from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.nets.unet import UNet, UNetSpec
 
 SPEC = UNetSpec(width=16, channel_mult=(1, 2), blocks_per_level=1, attention_at=(2,), head_width=8, groups=4)
@@ -163,3 +163,14 @@ def test_the_paper_sizes_have_the_papers_number_of_weights() -> None:
     count = sum(parameter.numel() for parameter in network.parameters())
     labels = 1000 * 4 * 192  # ADM's 64 px model hears a class, by an embedding of that size
     assert count + labels == pytest.approx(295.9e6, abs=0.05e6)
+
+
+def test_a_learned_variance_is_the_second_half_of_the_answer() -> None:
+    network, x, sigma = awake(SPEC, out_channels=6), torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0])
+    eps, between = network(x / (1 + sigma**2).sqrt()[:, None, None, None], sigma.log(), Conditioning()).chunk(
+        2, 1
+    )
+    answer = NetworkDenoiser(network, "eps", learned_variance=True)(x, sigma, Conditioning())
+    assert answer.variance_fraction is not None
+    torch.testing.assert_close(answer.x0, x - sigma[:, None, None, None] * eps)
+    torch.testing.assert_close(answer.variance_fraction, (between + 1) / 2)
