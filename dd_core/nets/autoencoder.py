@@ -1,11 +1,13 @@
-"""The autoencoder: images to small latents and back, by convolutions, with a Gaussian bottleneck.
+"""The autoencoder: images to small latents and back, by convolutions, through a Gaussian or a codebook.
 
 The layout, down to the names of the weights, is that of latent diffusion (Rombach et al. 2022,
-arXiv:2112.10752, appendix G), so published KL autoencoders load as they are: GroupNorm with eps 1e-6,
+arXiv:2112.10752, appendix G), so published autoencoders load as they are: GroupNorm with eps 1e-6,
 SiLU, halving by a stride-2 convolution padded at the right and the bottom only, doubling by repeating
 pixels and convolving, attention in the middle, 1x1 convolutions on both sides of the latent.
 
-Images are in [-1, 1]; latents leave `encode` with a standard deviation of about one.
+Images are in [-1, 1]; latents leave `encode` with a standard deviation of about one.  With a codebook
+they leave it as they were before quantisation, which belongs to the decoder: what a diffusion paints need
+not lie on a vector of the codebook (section 3.1 there).
 """
 
 from itertools import pairwise
@@ -17,6 +19,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dd_core.nets.quantiser import Quantiser
 from dd_core.spec import Spec
 
 
@@ -39,6 +42,8 @@ class AutoencoderNetSpec(Spec):
     groups: int = Field(32, ge=1)
     """Of GroupNorm."""
     latent_channels: int = Field(4, ge=1)
+    codes: int = Field(0, ge=0)
+    """Vectors of the codebook; 0: none, the bottleneck is a Gaussian."""
     stem: int = Field(1, ge=1)
     """Side of the square of pixels folded into channels before the first convolution; 1 is as published."""
 
@@ -51,6 +56,11 @@ class AutoencoderNetSpec(Spec):
     def norm_groups(self) -> int:
         """Groups of every norm; 0 for none."""
         return self.groups if self.norm == "group" else 0
+
+    @property
+    def encoded_channels(self) -> int:
+        """What leaves the encoder: a latent, or the mean and log variance of one."""
+        return self.latent_channels * (1 if self.codes else 2)
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoencoderNetSpec":
@@ -166,7 +176,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log variance of the latent, before the 1x1 convolution."""
+    """Image -> mean and log variance of the latent, or itself, before the 1x1 convolution."""
 
     def __init__(self, spec: AutoencoderNetSpec) -> None:
         super().__init__()
@@ -182,7 +192,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.norm_groups)
         self.norm_out = norm(widths[-1], spec.norm_groups)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * spec.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], spec.encoded_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b z2 i j"]:
         x = self.conv_in(self.stem(image))
@@ -233,9 +243,10 @@ class Autoencoder(nn.Module):
         self.spec = spec
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
-        self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+        self.quant_conv = nn.Conv2d(spec.encoded_channels, spec.encoded_channels, 1)
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
         self.initialise()
+        self.quantiser = Quantiser(spec.codes, spec.latent_channels) if spec.codes else None
         self.register_buffer("moments", torch.tensor([0.0, 1.0]))
         self.register_buffer("observed", torch.tensor(0))
 
@@ -254,6 +265,8 @@ class Autoencoder(nn.Module):
         for module in self.modules():
             if isinstance(module, ResBlock) and not self.spec.norm_groups:
                 nn.init.zeros_(module.conv2.weight)
+        if self.spec.codes:
+            return
         mean_and_logvar, latent_channels = self.quant_conv, self.spec.latent_channels
         mean_and_logvar.weight[latent_channels:] = 0
         if mean_and_logvar.bias is not None:
@@ -261,11 +274,21 @@ class Autoencoder(nn.Module):
 
     def posterior(self, image: Float[Tensor, " b 3 h w"]) -> Posterior:
         """The Gaussian behind an image, whose sides are multiples of `spec.factor`."""
+        assert self.quantiser is None, "with a codebook there is no Gaussian; see `unquantised`"
         mean, logvar = self.quant_conv(self.encoder(image)).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
-    def generate(self, latent: Float[Tensor, " b z h w"]) -> Float[Tensor, " b 3 i j"]:
-        """The image of an unscaled latent; not clipped."""
+    def unquantised(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b z i j"]:
+        """What of an image goes to the codebook, unscaled."""
+        assert self.quantiser is not None, "without a codebook there is a Gaussian; see `posterior`"
+        return self.quant_conv(self.encoder(image)).float()
+
+    def generate(
+        self, latent: Float[Tensor, " b z h w"], *, quantise: bool = True
+    ) -> Float[Tensor, " b 3 i j"]:
+        """The image of an unscaled latent; not clipped.  In training the codebook is asked before."""
+        if quantise and self.quantiser is not None:
+            latent = self.quantiser(latent).vectors
         return self.decoder(self.post_quant_conv(latent)).float()
 
     @torch.no_grad()
@@ -289,6 +312,8 @@ class Autoencoder(nn.Module):
         self, image: Float[Tensor, " b 3 h w"], noise: Float[Tensor, " b z i j"] | None = None
     ) -> Float[Tensor, " b z i j"]:
         """Images in [-1, 1] -> scaled latents: the mean of the posterior, or a draw if noise is given."""
+        if self.quantiser is not None:
+            return self.scale() * self.unquantised(image)
         posterior = self.posterior(image)
         return self.scale() * (posterior.mean if noise is None else posterior.draw(noise))
 

@@ -31,6 +31,8 @@ class ClipNetSpec(Spec):
     text_width: int = Field(512, multiple_of=8)
     text_layers: int = Field(12, ge=1)
     head_width: int = Field(64, ge=8)
+    text_heads: int = Field(0, ge=0)
+    """Heads of the text tower; 0: as many as `head_width` makes.  ViT-H has wider heads for images only."""
     vocab_size: int = 49408
     quick_gelu: bool = False
     """The activation of OpenAI's own weights."""
@@ -72,7 +74,7 @@ class Clip(nn.Module):
             context_length=spec.context_length,
             vocab_size=spec.vocab_size,
             width=spec.text_width,
-            heads=spec.text_width // spec.head_width,
+            heads=spec.text_heads or spec.text_width // spec.head_width,
             layers=spec.text_layers,
         )
         self.towers = open_clip.model.CLIP(spec.embedding_width, vision, text, quick_gelu=spec.quick_gelu)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar, assert_never
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -27,6 +27,8 @@ class Told(NamedTuple):
     level: Float[Tensor, " b e"]
     """SiLU of the embedded noise level, with all that is added to it."""
     text: Float[Tensor, " b l d"] | None = None
+    heard: Bool[Tensor, " b l"] | None = None
+    """Which tokens of the text count; None: all of them."""
 
 
 class Shared(NamedTuple):
@@ -38,6 +40,14 @@ class Shared(NamedTuple):
     dropout: float = 0.0
     head_width: int = 64
     text_width: int = 0
+    heads: int = 0
+    """Of every attention; 0: as many as `head_width` makes of its channels."""
+    transformer_depth: int = 0
+    """Layers of the transformer that attends; 0: one joint attention instead."""
+
+    def heads_of(self, channels: int) -> int:
+        """Heads of an attention over that many channels."""
+        return self.heads or channels // self.head_width
 
 
 def sinusoids(values: Float[Tensor, " b"], width: int) -> Float[Tensor, " b w"]:
@@ -228,7 +238,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, shared: Shared) -> None:
         super().__init__()
-        self.head_width = shared.head_width
+        self.head_width = channels // shared.heads_of(channels)
         self.norm = Norm(channels, shared.groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.text = nn.Linear(shared.text_width, 2 * channels) if shared.text_width else None
@@ -240,7 +250,8 @@ class Attention(nn.Module):
         if self.text is not None and told.text is not None:
             text_key, text_value = self._heads(self.text(told.text), 2)
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
-        seen = attend(query, key, value)
+        heard = None if told.heard is None else F.pad(told.heard, (0, rows.shape[1]), value=True)
+        seen = attend(query, key, value, heard)
         out = self.out(seen.transpose(1, 2).flatten(2))
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
@@ -253,16 +264,35 @@ def attend(
     query: Float[Tensor, " b heads n w"],
     key: Float[Tensor, " b heads m w"],
     value: Float[Tensor, " b heads m w"],
+    heard: Bool[Tensor, " b m"] | None = None,
 ) -> Float[Tensor, " b heads n w"]:
-    """softmax(query key^T / sqrt(w)) value.
+    """softmax(query key^T / sqrt(w)) value, over the keys that count.
 
     The CPU's fused kernel, made for long sequences, takes three times as long as the products
     themselves where bfloat16 makes these fast and the keys are few.
     """
+    mask = None if heard is None else heard[:, None, None]
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 512:
         scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(3, dtype=torch.float32).to(value.dtype) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, mask)
+
+
+class Resized(nn.Module):
+    """Half or twice the size, by one convolution: strided, or after repeating pixels.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), kept by latent diffusion.
+    """
+
+    def __init__(self, channels: int, how: Resample) -> None:
+        super().__init__()
+        self.how: Resample = how
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if how == "down" else 1, padding=1)
+
+    def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h2 w2"]:
+        return self.conv(resampled(x, "up") if self.how == "up" else x)
 
 
 def resampled(x: Float[Tensor, " b c h w"], how: Resample) -> Float[Tensor, " b c h2 w2"]:

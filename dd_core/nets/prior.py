@@ -1,13 +1,24 @@
-"""The transformer of the diffusion prior: caption and a noised image embedding -> the image embedding."""
+"""The transformers of the diffusion prior: caption and a noised image embedding -> the image embedding.
+
+`PriorNet` is ours: small, and every place sees every other.  `CausalPrior` is the published one, a text
+transformer that continues the sequence; it exists so that published weights can be used.
+
+Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2, diffusion prior.
+"""
+
+from typing import Literal
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
+from dd_core.nets import dit, text
 from dd_core.nets.clip import ReadCaption
-from dd_core.nets.places import TextBlock, wave
+from dd_core.nets.layers import sinusoids
+from dd_core.nets.places import wave
 from dd_core.spec import Spec
 
 
@@ -28,8 +39,6 @@ class PriorNet(nn.Module):
 
     Every layer sees the whole sequence: the causal mask of the paper saves nothing where nothing is
     generated token by token.
-
-    Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2, diffusion prior.
     """
 
     def __init__(self, spec: PriorNetSpec) -> None:
@@ -41,7 +50,7 @@ class PriorNet(nn.Module):
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, spec.width))
         self.places = nn.Parameter(0.02 * torch.randn(1, spec.context_length + 4, spec.width))
         heads = spec.width // spec.head_width
-        self.blocks = nn.ModuleList(TextBlock(spec.width, heads) for _ in range(spec.layers))
+        self.blocks = nn.ModuleList(dit.TextBlock(spec.width, heads) for _ in range(spec.layers))
         self.norm = nn.LayerNorm(spec.width)
         self.out = nn.Linear(spec.width, spec.embedding_width)
 
@@ -60,3 +69,85 @@ class PriorNet(nn.Module):
         for block in self.blocks:
             sequence = block(sequence)
         return self.out(self.norm(sequence[:, -1]))
+
+
+class CausalPriorSpec(Spec):
+    """Size of the published prior; the defaults are Karlo's (1022 M parameters)."""
+
+    kind: Literal["causal_prior"] = "causal_prior"
+    width: int = Field(2048, multiple_of=8)
+    layers: int = Field(20, ge=1)
+    heads: int = Field(32, ge=1)
+    context_length: int = Field(77, ge=1)
+    embedding_width: int = Field(768, ge=1)
+    """Of CLIP's embeddings and of its states, which are as wide (ViT-L/14)."""
+    level_scale: float = Field(1.0, gt=0)
+    """What the noise level is multiplied with; 1 if told timesteps, see `UNetSpec.level_scale`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CausalPriorSpec":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not split into {self.heads} heads")
+        return self
+
+
+class CausalPrior(nn.Module):
+    """Continues [caption states, caption embedding, noise level, noised embedding] by the image embedding.
+
+    No place sees later ones, and none sees padding.  Embeddings come and go whitened: less their mean,
+    over their deviation, value by value, as published beside the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: CausalPriorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.width
+        self.level_in, self.level_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.text_in = nn.Linear(spec.embedding_width, width)
+        self.caption_in = nn.Linear(spec.embedding_width, width)
+        self.noised_in = nn.Linear(spec.embedding_width, width)
+        self.query = nn.Parameter(0.01 * torch.randn(1, 1, width))
+        self.places = nn.Parameter(0.01 * torch.randn(1, spec.context_length + 4, width))
+        self.blocks = nn.ModuleList(text.TextBlock(width, spec.heads) for _ in range(spec.layers))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, spec.embedding_width)
+        self.register_buffer("mean", torch.zeros(spec.embedding_width))
+        self.register_buffer("std", torch.ones(spec.embedding_width))
+
+    def read(
+        self,
+        states: Float[Tensor, " b l d"],
+        caption: Float[Tensor, " b d"],
+        heard: Bool[Tensor, " b l"] | None = None,
+    ) -> Conditioning:
+        """The caption as the first places of the sequence; once a request."""
+        told = torch.cat([self.text_in(states), self.caption_in(caption)[:, None]], dim=1)
+        return Conditioning(text=told, heard=None if heard is None else F.pad(heard, (0, 1), value=True))
+
+    def forward(
+        self, x: Float[Tensor, " b d"], log_sigma: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, " b d"]:
+        if cond.text is None:
+            raise ValueError("the prior is told a caption, but Conditioning.text is None")
+        waves = sinusoids(self.spec.level_scale * log_sigma, self.spec.width).to(self.level_in.weight.dtype)
+        level = self.level_out(F.silu(self.level_in(waves)))[:, None]
+        query = self.query.expand(len(x), -1, -1)
+        sequence = torch.cat([cond.text, level, self.noised_in(x)[:, None], query], dim=1) + self.places
+        length = sequence.shape[1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+        if cond.heard is not None:
+            mask = mask & F.pad(cond.heard, (0, 3), value=True)[:, None, None]
+        for block in self.blocks:
+            sequence = block(sequence, mask)
+        return self.out(self.norm(sequence[:, -1]))
+
+    def whitened(self, embedding: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
+        """An image embedding of CLIP as the prior knows it."""
+        return (embedding - self.mean) / self.std
+
+    def coloured(self, x0: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
+        """The image embedding of CLIP that the prior means."""
+        return x0 * self.std + self.mean

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dd_core import images, losses
+from dd_core.layouts.clip import net_of
 from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
@@ -71,33 +72,16 @@ def published(spec: ClipSpec) -> Trained:
     """
     name, separator, file = spec.pretrained.partition(":")
     name, _, tag = name.partition("/")
-    config = open_clip.get_model_config(name)
-    if config is None or "timm_model_name" in config["vision_cfg"] or "hf_model_name" in config["text_cfg"]:
-        raise ValueError(f"clip.pretrained: open_clip has no plain CLIP named {name!r}")
+    net = net_of(name)
     if separator and not Path(file).is_file():
         raise ValueError(f"clip.pretrained: there is no file {file!r}")
-    quick_gelu = bool(config.get("quick_gelu")) or tag == "openai"
+    quick_gelu = net.quick_gelu or tag == "openai"
     try:
         towers = open_clip.create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
-    vision, text = config["vision_cfg"], config["text_cfg"]
     preprocess = open_clip.get_model_preprocess_cfg(towers)
-    net = ClipNetSpec(
-        embedding_width=config["embed_dim"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        image_width=vision["width"],
-        image_layers=vision["layers"],
-        context_length=text["context_length"],
-        text_width=text["width"],
-        text_layers=text["layers"],
-        head_width=vision.get("head_width", 64),
-        vocab_size=text["vocab_size"],
-        quick_gelu=quick_gelu,
-        mean=tuple(preprocess["mean"]),
-        std=tuple(preprocess["std"]),
-    )
+    net = net.but(quick_gelu=quick_gelu, mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]))
     clip = Clip(net)
     clip.towers.load_state_dict(towers.state_dict())
     weights: dict[str, Tensor] = clip.state_dict()

@@ -197,6 +197,7 @@ def test_it_learns_to_reconstruct() -> None:
     assert log[-1]["psnr"] > log[0]["psnr"] + 3
 
 
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # a matter of speed
 def test_under_ddp_the_gradients_are_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
     stage, batch = AutoencoderStage(SPEC), next(batches())

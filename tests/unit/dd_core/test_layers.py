@@ -1,5 +1,7 @@
 """Laws of the layers: the fused norm against its formula, blocks that start as identities, attention."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,8 +69,18 @@ def test_in_bfloat16_only_reading_normalising_and_writing_round(side: int) -> No
         assert (ours_grad - exact_grad).norm() <= 0.01 * exact_grad.norm()
 
 
-def test_the_norm_of_a_sample_does_not_depend_on_its_batch() -> None:
-    torch.manual_seed(0)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_on_one_thread_the_norm_of_a_sample_does_not_depend_on_its_batch(one_thread: None) -> None:
+    torch.manual_seed(
+        0
+    )  # several threads share the sums of a small batch otherwise than those of a large one
     x = torch.randn(9, 32, 64, 64).contiguous(memory_format=torch.channels_last)  # more than fit at a time
     gain, offset = torch.randn(9, 32), torch.randn(9, 32)
     together = modulated_norm(x, gain, offset, groups=4, silu=True)

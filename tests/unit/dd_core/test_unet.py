@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dd_core.denoiser import Conditioning
+from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.nets.unet import UNet, UNetSpec
 
 SPEC = UNetSpec(width=16, channel_mult=(1, 2), blocks_per_level=1, attention_at=(2,), head_width=8, groups=4)
-TOLD = SPEC.but(text_width=6, embedding_width=5, image_channels=2)
+TOLD = SPEC.but(text_width=6, embedding_width=5, image_channels=2, level_told=True)
+FIELDS = ("text", "image_embedding", "image", "level")
+"""What a network is told or not; `heard` only says how much of the text."""
 
 
 def awake(spec: UNetSpec, *, out_channels: int = 3) -> UNet:
@@ -23,7 +25,12 @@ def awake(spec: UNetSpec, *, out_channels: int = 3) -> UNet:
 
 def told(batch: int) -> Conditioning:
     """Everything that TOLD hears."""
-    return Conditioning(torch.randn(batch, 4, 6), torch.randn(batch, 5), torch.randn(batch, 2, 8, 8))
+    return Conditioning(
+        text=torch.randn(batch, 4, 6),
+        image_embedding=torch.randn(batch, 5),
+        image=torch.randn(batch, 2, 8, 8),
+        level=torch.randn(batch, 64),
+    )
 
 
 def level(batch: int) -> Tensor:
@@ -37,9 +44,17 @@ def test_a_new_network_answers_zero() -> None:
     assert not out.any()
 
 
-@pytest.mark.parametrize("stem", [{}, {"stem": "unshuffle", "stem_factor": 2, "attention_at": (4,)}])
-def test_every_weight_takes_part(stem: dict[str, object]) -> None:
-    network = awake(TOLD.but(**stem))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stem": "unshuffle", "stem_factor": 2, "attention_at": (4,)},
+        {"resample": "conv", "heads": 2, "embedding_layers": 2},
+        {"attention": "cross", "transformer_depth": 2, "scale_shift": False},
+    ],
+)
+def test_every_weight_takes_part(changes: dict[str, object]) -> None:
+    network = awake(TOLD.but(**changes))
     network(torch.randn(2, 3, 8, 8), level(2), told(2)).square().mean().backward()
     idle = [
         name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()
@@ -47,7 +62,7 @@ def test_every_weight_takes_part(stem: dict[str, object]) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("field", Conditioning._fields)
+@pytest.mark.parametrize("field", FIELDS)
 def test_everything_it_is_told_changes_the_answer_of_that_sample_alone(field: str) -> None:
     network, x, cond = awake(TOLD), torch.randn(3, 3, 8, 8), told(3)
     part = getattr(cond, field).clone()
@@ -57,13 +72,33 @@ def test_everything_it_is_told_changes_the_answer_of_that_sample_alone(field: st
     assert not change[[0, 2]].any()
 
 
+@pytest.mark.parametrize("attention", ["joint", "cross"])
+def test_tokens_that_do_not_count_change_nothing(attention: str) -> None:
+    spec = TOLD.but(attention=attention, text_at_level=False)
+    network, x, cond = awake(spec), torch.randn(2, 3, 8, 8), told(2)
+    assert cond.text is not None
+    heard = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    other = torch.where(heard[:, :, None], cond.text, torch.randn(2, 4, 6))
+    answer = network(x, level(2), cond._replace(heard=heard))
+    assert torch.equal(answer, network(x, level(2), cond._replace(heard=heard, text=other)))
+    assert not torch.equal(answer, network(x, level(2), cond))
+
+
+def test_a_class_is_told_as_a_level_of_its_own() -> None:
+    network, x = awake(SPEC.but(labels=3)), torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
+    one, other = network(x, torch.zeros(2), Conditioning(level=network.of_class(torch.tensor([0, 2]))))
+    assert (one - other).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="not told classes"):
+        awake(SPEC).of_class(torch.tensor([0]))
+
+
 def test_the_noise_level_changes_the_answer() -> None:
     network, x = awake(SPEC), torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
     low, high = network(x, torch.tensor([-1.0, 1.0]), Conditioning())
     assert (low - high).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("field", Conditioning._fields)
+@pytest.mark.parametrize("field", FIELDS)
 def test_what_is_missing_and_what_was_not_asked_for_are_refused_by_name(field: str) -> None:
     x, cond = torch.randn(2, 3, 8, 8), told(2)
     with pytest.raises(ValueError, match=rf"is told {field}, but Conditioning.{field} is None"):
@@ -88,6 +123,8 @@ def test_an_image_need_not_be_square_nor_of_the_size_it_was_trained_at() -> None
         ({"attention_at": (3,)}, r"attention_at 3, but the levels are at \(1, 2\)"),
         ({"groups": 5}, "16 channels at 1 do not split into groups=5"),
         ({"head_width": 12}, "32 channels at 2 do not split into heads of head_width=12"),
+        ({"heads": 3}, "32 channels at 2 do not split into 3 heads"),
+        ({"attention": "cross"}, "looks at a caption, but text_width is 0"),
         ({"stem_factor": 2}, "stem 'conv' with stem_factor 2"),
         ({"stem": "unshuffle"}, "stem 'unshuffle' with stem_factor 1"),
     ],
@@ -126,3 +163,14 @@ def test_the_paper_sizes_have_the_papers_number_of_weights() -> None:
     count = sum(parameter.numel() for parameter in network.parameters())
     labels = 1000 * 4 * 192  # ADM's 64 px model hears a class, by an embedding of that size
     assert count + labels == pytest.approx(295.9e6, abs=0.05e6)
+
+
+def test_a_learned_variance_is_the_second_half_of_the_answer() -> None:
+    network, x, sigma = awake(SPEC, out_channels=6), torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0])
+    eps, between = network(x / (1 + sigma**2).sqrt()[:, None, None, None], sigma.log(), Conditioning()).chunk(
+        2, 1
+    )
+    answer = NetworkDenoiser(network, "eps", learns_variance=True)(x, sigma, Conditioning())
+    assert answer.variance_fraction is not None
+    torch.testing.assert_close(answer.x0, x - sigma[:, None, None, None] * eps)
+    torch.testing.assert_close(answer.variance_fraction, (between + 1) / 2)

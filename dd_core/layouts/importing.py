@@ -1,0 +1,140 @@
+"""A declared source and its file -> networks of ours with their weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dd_core.layouts import glide, karlo, ldm
+from dd_core.layouts.adm import AdmLayout, classifier_moves, unet_moves
+from dd_core.layouts.moves import LayoutError, Move, fitted, inward
+from dd_core.layouts.published import Layout, Published
+from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
+from dd_core.nets.classifier import Classifier
+from dd_core.nets.network import build
+from dd_core.nets.noised_clip import GlideClip
+from dd_core.nets.prior import CausalPrior
+from dd_core.nets.text import CaptionedUNet, UnclipUNet
+from dd_core.nets.unet import UNet
+
+
+class Imported(NamedTuple):
+    """What came out of the files of a source."""
+
+    weights: dict[str, Tensor]
+    autoencoder: dict[str, Tensor] | None = None
+    left: dict[str, int] | None = None
+    """What else is in them, by kind: how many weights."""
+    averaged: bool = False
+    """Whether they are the averaged ones of a file that holds both."""
+
+
+def imported(source: Published, states: Sequence[Mapping[str, Tensor]], *, averaged: bool) -> Imported:
+    """The networks in the files of a source.
+
+    Args:
+        source: Which it is declared to be.
+        states: One file; of GLIDE's noised CLIP two, image and text; of Karlo's prior two, its weights and
+            mean and deviation of its embeddings.
+        averaged: Take averaged weights where a file holds both.
+
+    Raises:
+        LayoutError: A file is not laid out as declared; the key is named.
+        ValueError: There are more or fewer files than the source has.
+    """
+    wanted = 2 if source.layout in ("glide-clip", "karlo-prior") else 1
+    if len(states) != wanted:
+        raise ValueError(f"this source is {wanted} files, not {len(states)}; name each of them")
+    with torch.device("meta"):
+        net = build(source.net)
+    match source.layout:
+        case "glide-clip":
+            towers = zip(("image.", "text."), states, strict=True)
+            whole = {prefix + name: t for prefix, state in towers for name, t in state.items()}
+            return Imported(weights_for(net, source.layout, whole))
+        case "karlo-prior":
+            return Imported(weights_for(net, source.layout, states[0]) | statistics(states[1]))
+        case "ldm" | "ldm-linear":
+            return from_ldm(source, net, states[0], averaged=averaged)
+        case "karlo-sr" | "karlo-sr-last":
+            part = upsampler_part(source.layout)
+            mine = {name: t for name, t in states[0].items() if name.startswith(f"{part}.")}
+            left = {"the other of its two networks": len(states[0]) - len(mine)}
+            return Imported(weights_for(net, source.layout, mine), left=left)
+        case _:
+            return Imported(weights_for(net, source.layout, states[0]))
+
+
+def weights_for(net: nn.Module, layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every weight of a network, checked."""
+    return fitted(net, inward(state, moves_of(net, layout)))
+
+
+def statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean and deviation of the embeddings of a prior, a pair without names."""
+    if state.keys() != {"0", "1"}:
+        raise LayoutError(f"mean and deviation are a pair of vectors, not {', '.join(sorted(state)[:3])}")
+    return {"mean": state["0"].flatten().float(), "std": state["1"].flatten().float()}
+
+
+def from_ldm(source: Published, net: nn.Module, state: Mapping[str, Tensor], *, averaged: bool) -> Imported:
+    """UNet and autoencoder of a whole file; the text model stays behind and is counted."""
+    left = ldm.left_over(state)
+    averaged = averaged and left["averaged"] > 0
+    weights = weights_for(net, source.layout, ldm.unet_part(state, averaged=averaged))
+    assert source.autoencoder is not None
+    first = autoencoder(source.autoencoder, state, scale=source.latent_scale)
+    return Imported(weights, first, left, averaged)
+
+
+def autoencoder(spec: AutoencoderNetSpec, state: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
+    """The autoencoder of a whole file or of one of its own, with the moments that its scale stands for."""
+    with torch.device("meta"):
+        net = Autoencoder(spec)
+    weights = fitted(net, inward(ldm.autoencoder_part(state), ldm.autoencoder_moves(net)))
+    return weights | scaled(scale)
+
+
+def scaled(scale: float) -> dict[str, Tensor]:
+    """The moments of latents whose deviation is one over `scale`."""
+    return {"moments": torch.tensor([0.0, scale**-2]), "observed": torch.tensor(0)}
+
+
+def upsampler_part(layout: Layout) -> str:
+    """Which of Karlo's two networks is meant."""
+    return "model_last_step" if layout == "karlo-sr-last" else "model_first_steps"
+
+
+def moves_of(net: nn.Module, layout: Layout) -> Iterator[Move]:
+    """Which weight of a published file becomes which of a network."""
+    match net:
+        case UNet():
+            yield from unet_layout(net, layout)
+        case Classifier():
+            yield from classifier_moves(net, AdmLayout())
+        case CaptionedUNet():
+            yield from glide.captioned_moves(net)
+        case GlideClip():
+            yield from glide.noised_clip_moves(net)
+        case UnclipUNet():
+            yield from karlo.decoder_moves(net)
+        case CausalPrior():
+            yield from karlo.prior_moves(net)
+
+
+def unet_layout(net: UNet, layout: Layout) -> Iterator[Move]:
+    """The same for a UNet, of which there are most ways."""
+    match layout:
+        case "adm-new":
+            yield from unet_moves(net, AdmLayout(order="new"))
+        case "consistency":
+            yield from unet_moves(net, AdmLayout(order="new", attention_dims=2))
+        case "ldm":
+            yield from ldm.ldm_unet_moves(net, AdmLayout())
+        case "ldm-linear":
+            yield from ldm.ldm_unet_moves(net, AdmLayout(projection="linear"))
+        case "karlo-sr" | "karlo-sr-last":
+            yield from karlo.upsampler_moves(net, upsampler_part(layout))
+        case _:
+            yield from unet_moves(net, AdmLayout())

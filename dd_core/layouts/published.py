@@ -1,0 +1,234 @@
+"""The published networks: under which name each is declared, its size, its layout, how it was trained.
+
+Sources: the READMEs, model cards and configurations beside the published code of ADM (arXiv:2105.05233),
+GLIDE (arXiv:2112.10741), latent diffusion (arXiv:2112.10752), Stable Diffusion, Karlo and consistency
+models (arXiv:2303.01469).  The ADM upsampler to 512 px is said to attend at 32, 16 and 8 px in the paper
+and at 32 and 16 px in its README; its lowest map has 16 px, so that both say the same.
+"""
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from dd_core.denoiser import Parameterization
+from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.nets.classifier import ClassifierSpec
+from dd_core.nets.network import DenoiserSpec, PlainSpec
+from dd_core.nets.noised_clip import GlideClipSpec
+from dd_core.nets.prior import CausalPriorSpec
+from dd_core.nets.text import CaptionedSpec, UnclipSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.spec import Spec
+
+Layout = Literal[
+    "adm", "adm-new", "consistency", "glide", "glide-clip", "ldm", "ldm-linear",
+    "karlo-decoder", "karlo-prior", "karlo-sr", "karlo-sr-last",
+]  # fmt: skip
+
+
+class Process(Spec):
+    """How a published network was trained to be asked: what it is told and what it answers."""
+
+    schedule: Literal["linear", "cosine", "sqrt_linear", "karras"] = "linear"
+    """sqrt_linear: square roots of beta are evenly spaced (latent diffusion); karras: sigma itself."""
+    beta_range: tuple[float, float] = (1e-4, 0.02)
+    """First and last beta of 1000, if the schedule is linear or sqrt_linear."""
+    timesteps: int = Field(1000, ge=1)
+    predicts: Parameterization | Literal["edm", "consistency"] = "eps"
+    """edm: scaled as in Karras et al. 2022 (arXiv:2206.00364), table 1, for data of deviation 0.5;
+    consistency: likewise, x itself at the smallest sigma, 0.002 (arXiv:2303.01469, appendix C)."""
+    learned_variance: bool = False
+    """The second half of its channels is v of Nichol & Dhariwal 2021, eq. 15."""
+    image_size: int = Field(64, ge=1)
+    """Side of x, in pixels or latents; 1 for an embedding."""
+
+
+class Published(NamedTuple):
+    """One published network."""
+
+    net: DenoiserSpec
+    layout: Layout
+    process: Process
+    autoencoder: AutoencoderNetSpec | None = None
+    """In the same file, if it paints latents."""
+    latent_scale: float = 1.0
+    """What its latents are multiplied by."""
+
+
+LADDERS: dict[int, tuple[float, ...]] = {
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+"""ADM's widths by the size of the image, also GLIDE's and unCLIP's."""
+
+
+def adm(size: int, width: int, blocks: int = 2) -> UNetSpec:
+    """ADM's UNet: attention at 32, 16 and 8 px, heads of 64, told timesteps."""
+    return UNetSpec(
+        width=width,
+        channel_mult=LADDERS[size],
+        blocks_per_level=blocks,
+        attention_at=(size // 32, size // 16, size // 8),
+        head_width=64,
+        level_scale=1.0,
+    )
+
+
+def ldm_unet(width: int, mult: tuple[float, ...], attention_at: tuple[int, ...]) -> UNetSpec:
+    """Latent diffusion's UNet: told timesteps, resized by convolutions, told nothing else."""
+    return UNetSpec(
+        width=width,
+        channel_mult=mult,
+        attention_at=attention_at,
+        resample="conv",
+        scale_shift=False,
+        level_scale=1.0,
+    )
+
+
+def crossed(unet: UNetSpec, text_width: int) -> UNetSpec:
+    """The same, looking at a caption through transformers."""
+    return unet.but(attention="cross", text_width=text_width, text_at_level=False)
+
+
+ADM = Process(learned_variance=True)
+EDM = Process(schedule="karras", predicts="edm")
+LDM = Process(schedule="sqrt_linear", beta_range=(0.0015, 0.0195))
+SD = Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012))
+LEARNED = {"in_channels": 3, "out_channels": 6}
+F4 = AutoencoderNetSpec(channel_mult=(1, 2, 4), latent_channels=3)
+F8 = AutoencoderNetSpec()
+F16 = AutoencoderNetSpec(channel_mult=(1, 1, 2, 2, 4), latent_channels=16, attention_levels=(4,))
+F32 = AutoencoderNetSpec(channel_mult=(1, 1, 2, 2, 4, 4), latent_channels=64, attention_levels=(4, 5))
+VQ_F4 = F4.but(codes=8192)
+VQ_F8 = AutoencoderNetSpec(channel_mult=(1, 2, 2, 4), attention_levels=(3,), codes=16384)
+VQ_F16 = AutoencoderNetSpec(
+    channel_mult=(1, 1, 2, 2, 4), latent_channels=8, attention_levels=(4,), codes=16384
+)
+AUTOENCODERS: dict[str, AutoencoderNetSpec] = {
+    "ldm-kl-f4": F4,
+    "ldm-kl-f8": F8,
+    "ldm-kl-f16": F16,
+    "ldm-kl-f32": F32,
+    "ldm-vq-f4": VQ_F4,
+    "ldm-vq-f4-noattn": VQ_F4.but(mid_attention=False),
+    "ldm-vq-f8": VQ_F8,
+    "ldm-vq-f8-n256": VQ_F8.but(codes=256),
+    "ldm-vq-f16": VQ_F16,
+}
+"""First stages that were published by themselves."""
+
+
+def of_adm() -> dict[str, Published]:
+    """The networks of guided-diffusion and of consistency models."""
+    cosine = ADM.but(schedule="cosine")
+    in64, in256 = adm(64, 192, 3).but(dropout=0.1, labels=1000), adm(256, 256)
+    lsun = PlainSpec(unet=in256.but(scale_shift=False))
+    in128 = adm(128, 256).but(heads=4, labels=1000)
+    sr256 = adm(256, 192).but(heads=4, image_channels=3, labels=1000)
+    sr512 = sr256.but(heads=0, attention_at=(16, 32))
+    found = {
+        "adm-imagenet64": Published(PlainSpec(unet=in64, **LEARNED), "adm-new", cosine),
+        "adm-imagenet128": Published(PlainSpec(unet=in128, **LEARNED), "adm", ADM.but(image_size=128)),
+        "adm-imagenet256": plain256(in256.but(labels=1000)),
+        "adm-imagenet256-uncond": plain256(in256),
+        "adm-imagenet512": Published(
+            PlainSpec(unet=adm(512, 256).but(labels=1000), **LEARNED), "adm", ADM.but(image_size=512)
+        ),
+        "adm-lsun256": plain256(in256.but(dropout=0.1)),
+        "adm-upsampler-64-256": plain256(sr256),
+        "adm-upsampler-128-512": Published(PlainSpec(unet=sr512, **LEARNED), "adm", ADM.but(image_size=512)),
+        "edm-imagenet64": Published(PlainSpec(unet=in64), "consistency", EDM),
+        "edm-lsun256": Published(lsun, "consistency", EDM.but(image_size=256)),
+        "consistency-imagenet64": Published(
+            PlainSpec(unet=in64.but(dropout=0.0)), "consistency", EDM.but(predicts="consistency")
+        ),
+        "consistency-lsun256": Published(
+            lsun, "consistency", EDM.but(predicts="consistency", image_size=256)
+        ),
+    }
+    for size, depth in ((64, 4), (128, 2), (256, 2), (512, 2)):
+        net = ClassifierSpec(unet=adm(size, 128, depth), image_size=size)
+        process = (cosine if size == 64 else ADM).but(image_size=size)
+        found[f"adm-classifier{size}"] = Published(net, "adm", process)
+    return found
+
+
+def plain256(unet: UNetSpec) -> Published:
+    """A network of ADM at 256 px."""
+    return Published(PlainSpec(unet=unet, **LEARNED), "adm", ADM.but(image_size=256))
+
+
+def of_glide() -> dict[str, Published]:
+    """The networks of GLIDE (filtered); those for inpainting are told picture and mask besides."""
+    cosine, linear = ADM.but(schedule="cosine"), ADM.but(image_size=256)
+    base = adm(64, 192, 3).but(text_width=512, dropout=0.1)
+    upsampler = adm(256, 192).but(text_width=512, dropout=0.1, image_channels=3)
+    found = {"glide-clip": Published(GlideClipSpec(), "glide-clip", cosine)}
+    for name, unet, process in (("glide-base", base, cosine), ("glide-upsample", upsampler, linear)):
+        found[name] = Published(CaptionedSpec(unet=unet), "glide", process)
+        told = unet.but(image_channels=unet.image_channels + 4)
+        found[f"{name}-inpaint"] = Published(CaptionedSpec(unet=told), "glide", process)
+    return found
+
+
+def of_karlo() -> dict[str, Published]:
+    """The networks of Karlo."""
+    process = Process(schedule="cosine")
+    decoder = adm(64, 320, 3).but(
+        text_width=1536, text_at_level=False, level_told=True, embedding_width=768, dropout=0.1
+    )
+    upsampler = adm(64, 320, 3).but(
+        attention_at=(), attention_in_middle=False, scale_shift=False, image_channels=3
+    )
+    large = process.but(image_size=256)
+    return {
+        "karlo-prior": Published(CausalPriorSpec(), "karlo-prior", process.but(predicts="x0", image_size=1)),
+        "karlo-decoder": Published(
+            UnclipSpec(unet=decoder), "karlo-decoder", process.but(learned_variance=True)
+        ),
+        "karlo-sr": Published(PlainSpec(unet=upsampler), "karlo-sr", large),
+        "karlo-sr-last": Published(PlainSpec(unet=upsampler), "karlo-sr-last", large),
+    }
+
+
+def of_ldm() -> dict[str, Published]:
+    """The networks of latent diffusion and Stable Diffusion."""
+    faces = PlainSpec(unet=ldm_unet(224, (1, 2, 3, 4), (2, 4, 8)).but(head_width=32))
+    church = ldm_unet(192, (1, 2, 2, 4, 4), (1, 2, 4, 8)).but(heads=8, scale_shift=True, resample="residual")
+    classes = PlainSpec(unet=crossed(ldm_unet(192, (1, 2, 3, 5), (2, 4, 8)).but(heads=1), 512))
+    text = ldm_unet(320, (1, 2, 4, 4), (1, 2, 4)).but(heads=8)
+    latent = {"in_channels": 4, "out_channels": 4}
+    sd1, sd2 = crossed(text, 768), crossed(text.but(heads=0, head_width=64), 1024)
+    v768 = SD.but(predicts="v", image_size=96)
+    unclip = sd2.but(embedding_width=2048, embedding_layers=2, embedding_tokens=0)
+    found = {
+        "ldm-faces256": Published(faces, "ldm", LDM, VQ_F4),
+        "ldm-bedrooms256": Published(faces, "ldm", LDM, VQ_F4),
+        "ldm-churches256": Published(
+            PlainSpec(unet=church, **latent), "ldm", LDM.but(beta_range=(0.0015, 0.0155), image_size=32), F8
+        ),
+        "ldm-cin256": Published(classes, "ldm", LDM, VQ_F4),
+        "ldm-text256": Published(
+            PlainSpec(unet=crossed(text, 1280), **latent), "ldm", SD.but(image_size=32), F8, 0.18215
+        ),
+    }
+    named: tuple[tuple[str, UNetSpec, Layout, Process], ...] = (
+        ("sd1", sd1, "ldm", SD),
+        ("sd1-inpaint", sd1.but(image_channels=5), "ldm", SD),
+        ("sd2-base", sd2, "ldm-linear", SD),
+        ("sd2", sd2, "ldm-linear", v768),
+        ("sd2-inpaint", sd2.but(image_channels=5), "ldm-linear", SD),
+        ("sd2-unclip-h", unclip, "ldm-linear", v768),
+        ("sd2-unclip-l", unclip.but(embedding_width=1536), "ldm-linear", v768),
+    )
+    for name, unet, layout, process in named:
+        found[name] = Published(PlainSpec(unet=unet, **latent), layout, process, F8, 0.18215)
+    return found
+
+
+def published() -> dict[str, Published]:
+    """All of them, by the names under which they are declared."""
+    return of_adm() | of_glide() | of_karlo() | of_ldm()

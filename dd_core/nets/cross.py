@@ -1,0 +1,81 @@
+"""A transformer over the pixels of a map, beside it: each layer looks at the map, then at the caption.
+
+Source: Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; Stable Diffusion differs in sizes alone.
+Its 1x1 convolutions and the linear layers of its second version are the same thing over rows of pixels,
+so here they are linear.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dd_core.nets.layers import Shared, Told, attend, zeroed
+
+EPSILON = 1e-6
+
+
+class CrossTransformer(nn.Module):
+    """Layers of self-attention, attention to the caption and a gated network, added to the map."""
+
+    def __init__(self, channels: int, shared: Shared) -> None:
+        super().__init__()
+        heads = shared.heads_of(channels)
+        self.norm = nn.GroupNorm(shared.groups, channels, eps=EPSILON)
+        self.enter = nn.Linear(channels, channels)
+        self.layers = nn.ModuleList(
+            Layer(channels, heads, shared.text_width) for _ in range(shared.transformer_depth)
+        )
+        self.leave = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h w"]:
+        assert told.text is not None
+        rows = self.enter(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        for layer in self.layers:
+            rows = layer(rows, told.text, told.heard)
+        return x + self.leave(rows).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Layer(nn.Module):
+    """To itself, to the caption, and alone; each behind a norm and added."""
+
+    def __init__(self, width: int, heads: int, text_width: int) -> None:
+        super().__init__()
+        self.norm_self, self.norm_text, self.norm_alone = (nn.LayerNorm(width) for _ in range(3))
+        self.to_self = CrossAttention(width, heads, width)
+        self.to_text = CrossAttention(width, heads, text_width)
+        self.alone_in = nn.Linear(width, 8 * width)
+        self.alone_out = nn.Linear(4 * width, width)
+
+    def forward(
+        self,
+        rows: Float[Tensor, " b n c"],
+        text: Float[Tensor, " b l d"],
+        heard: Bool[Tensor, " b l"] | None,
+    ) -> Float[Tensor, " b n c"]:
+        normed = self.norm_self(rows)
+        rows = rows + self.to_self(normed, normed, None)
+        rows = rows + self.to_text(self.norm_text(rows), text, heard)
+        value, gate = self.alone_in(self.norm_alone(rows)).chunk(2, dim=-1)  # GEGLU, arXiv:2002.05202
+        return rows + self.alone_out(value * F.gelu(gate))
+
+
+class CrossAttention(nn.Module):
+    """Queries from the map, keys and values from anywhere; projections without bias."""
+
+    def __init__(self, width: int, heads: int, seen_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(seen_width, width, bias=False)
+        self.value = nn.Linear(seen_width, width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        rows: Float[Tensor, " b n c"],
+        seen: Float[Tensor, " b m d"],
+        heard: Bool[Tensor, " b m"] | None,
+    ) -> Float[Tensor, " b n c"]:
+        parts = (self.query(rows), self.key(seen), self.value(seen))
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return self.out(attend(query, key, value, heard).transpose(1, 2).flatten(2))

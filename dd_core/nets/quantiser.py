@@ -1,0 +1,39 @@
+"""The codebook of a VQ autoencoder: each latent becomes the nearest of its vectors.
+
+Source: van den Oord et al. 2017 (arXiv:1711.00937), eq. 1 and 2; what teaches it is in `losses.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Quantised(NamedTuple):
+    """What a codebook makes of latents."""
+
+    vectors: Float[Tensor, " b z h w"]
+    """The nearest vectors themselves: gradients reach the codebook, none the latents."""
+    codes: Int[Tensor, " b h w"]
+    """Their numbers."""
+
+
+class Quantiser(nn.Module):
+    """Latents -> the nearest vectors of a codebook."""
+
+    def __init__(self, codes: int, channels: int) -> None:
+        super().__init__()
+        self.vectors = nn.Embedding(codes, channels)
+        nn.init.uniform_(self.vectors.weight, -1 / codes, 1 / codes)
+
+    def forward(self, latent: Float[Tensor, " b z h w"]) -> Quantised:
+        with torch.no_grad():
+            rows, book = latent.movedim(1, -1).flatten(0, -2), self.vectors.weight.to(latent)
+            apart = book.square().sum(1) - 2 * rows @ book.T  # less the square of the row, alike for all
+            codes = apart.argmin(1).view(len(latent), *latent.shape[2:])
+        return Quantised(self.of_codes(codes), codes)
+
+    def of_codes(self, codes: Int[Tensor, " b h w"]) -> Float[Tensor, " b z h w"]:
+        """The vectors of given codes."""
+        return self.vectors(codes).movedim(-1, 1).contiguous()

@@ -1,0 +1,169 @@
+"""What reads a caption for a UNet, trained as one with it: a transformer of its own, or CLIP's states.
+
+`read` makes of a caption what depends on neither x nor sigma, once a request: a `Conditioning`.
+
+Sources: Nichol et al. 2022 (arXiv:2112.10741), section 2.3 and the published model (padding); Ramesh et
+al. 2022 (arXiv:2204.06125), section 2.1, as in the published unCLIP weights (CLIP's states, no layers).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dd_core.denoiser import Conditioning
+from dd_core.nets.unet import UNet, UNetSpec
+from dd_core.spec import Spec
+
+
+class TextSpec(Spec):
+    """Size of a text transformer; the defaults are GLIDE's published one."""
+
+    width: int = Field(512, multiple_of=8)
+    layers: int = Field(16, ge=1)
+    heads: int = Field(8, ge=1)
+    context_length: int = Field(128, ge=1)
+    vocab_size: int = Field(50257, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TextSpec":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not split into {self.heads} heads")
+        return self
+
+
+class TextBlock(nn.Module):
+    """Attention, then a network alone; each behind a norm and added.  Rows of `qkv`: query, key, value."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_alone = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.alone_in, self.alone_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(
+        self, x: Float[Tensor, " b l d"], mask: Bool[Tensor, " #b 1 l l"] | None = None
+    ) -> Float[Tensor, " b l d"]:
+        """The same sequence; each place looks at those where its row of `mask` is True."""
+        parts = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        seen = F.scaled_dot_product_attention(query, key, value, mask)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.alone_out(F.gelu(self.alone_in(self.norm_alone(x))))
+
+
+class TextTransformer(nn.Module):
+    """Tokens -> states.  Every token looks at every other, at padding too, which has vectors of its own.
+
+    A token that does not count is replaced by the vector of its place, so what it was does not matter.
+    """
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(spec.vocab_size, spec.width)
+        self.places = nn.Parameter(0.01 * torch.randn(spec.context_length, spec.width))
+        self.padding = nn.Parameter(0.01 * torch.randn(spec.context_length, spec.width))
+        self.blocks = nn.ModuleList(TextBlock(spec.width, spec.heads) for _ in range(spec.layers))
+        self.norm = nn.LayerNorm(spec.width)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, " b l"], heard: Bool[Tensor, " b l"]) -> Float[Tensor, " b l d"]:
+        x = torch.where(heard[:, :, None], self.tokens(tokens) + self.places, self.padding)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class CaptionedSpec(Spec):
+    """A UNet and its own text transformer, as GLIDE."""
+
+    kind: Literal["captioned"] = "captioned"
+    unet: UNetSpec
+    text: TextSpec = TextSpec()
+    in_channels: int = Field(3, ge=1)
+    out_channels: int = Field(6, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CaptionedSpec":
+        if self.unet.text_width != self.text.width:
+            raise ValueError(f"unet.text_width is {self.unet.text_width}, text.width is {self.text.width}")
+        return self
+
+
+class CaptionedUNet(nn.Module):
+    """GLIDE: the caption's states go to every attention, the last one to the noise level as well."""
+
+    def __init__(self, spec: CaptionedSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
+        self.text = TextTransformer(spec.text)
+
+    def read(self, tokens: Int[Tensor, " b l"], heard: Bool[Tensor, " b l"]) -> Conditioning:
+        """The caption as the UNet is told it; padding speaks too, so every token counts there."""
+        return Conditioning(text=self.text(tokens, heard))
+
+    def forward(
+        self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, " b o h w"]:
+        return self.unet(x, log_sigma, cond)
+
+
+class UnclipSpec(Spec):
+    """A UNet told an image embedding and what the frozen CLIP makes of the caption."""
+
+    kind: Literal["unclip"] = "unclip"
+    unet: UNetSpec
+    clip_width: int = Field(768, ge=1)
+    """Of CLIP's states and of its embeddings, which are as wide in the published model (ViT-L/14)."""
+    in_channels: int = Field(3, ge=1)
+    out_channels: int = Field(6, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "UnclipSpec":
+        if self.unet.embedding_width != self.clip_width:
+            raise ValueError(
+                f"unet.embedding_width is {self.unet.embedding_width}, clip_width is {self.clip_width}"
+            )
+        if not (self.unet.text_width and self.unet.level_told) or self.unet.text_at_level:
+            raise ValueError(
+                "unet must be told states and the caption apart: text_width, level_told=true, "
+                "text_at_level=false"
+            )
+        return self
+
+
+class UnclipUNet(nn.Module):
+    """The decoder of unCLIP as published: projected states of CLIP, projected caption, image embedding."""
+
+    def __init__(self, spec: UnclipSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
+        self.states = nn.Linear(spec.clip_width, spec.unet.text_width)
+        self.norm = nn.LayerNorm(spec.unet.text_width)
+        self.caption = nn.Linear(spec.clip_width, 4 * spec.unet.width)
+        self.no_embedding = nn.Parameter(torch.zeros(spec.clip_width))
+        """The image embedding of nothing, for classifier-free guidance."""
+
+    def read(
+        self,
+        states: Float[Tensor, " b l d"],
+        caption: Float[Tensor, " b d"],
+        heard: Bool[Tensor, " b l"],
+        image_embedding: Float[Tensor, " b d"] | None,
+    ) -> Conditioning:
+        """What CLIP says of caption and image as the UNet is told it; no embedding: the learned one."""
+        if image_embedding is None:
+            image_embedding = self.no_embedding.expand(len(states), -1)
+        text, level = self.norm(self.states(states)), self.caption(caption)
+        return Conditioning(text=text, image_embedding=image_embedding, level=level, heard=heard)
+
+    def forward(
+        self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, " b o h w"]:
+        return self.unet(x, log_sigma, cond)
