@@ -44,6 +44,9 @@ class DiTSpec(Spec):
     """Layers of its own over the caption's states, both directions, before the image asks them."""
     embedding_width: int = Field(0, ge=0)
     """Of the image embedding; 0: not told."""
+    layout_width: int = Field(0, ge=0)
+    """Channels of a map of the whole grid, unfolded from what is told of the image; 0: none.  A way for
+    `this, there` that need not be found by attention first."""
 
 
 class Modulation(nn.Module):
@@ -136,6 +139,23 @@ class ConvBlock(nn.Module):
         return x + self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
 
+class Layout(nn.Module):
+    """What is told of an image, unfolded to a map of it: the first layer of a generator.
+
+    Source: Radford et al. 2016 (arXiv:1511.06434, figure 1, "project and reshape").
+    """
+
+    def __init__(self, told: int, channels: int, grid: int) -> None:
+        super().__init__()
+        self.cells = grid**2
+        self.unfold = nn.Linear(told, self.cells * channels)
+        self.out = nn.Linear(channels, told)
+        self.out.weight.data.mul_(4.0)  # as loud as the places beside it: its inputs are small at first
+
+    def forward(self, told: Float[Tensor, " b t"]) -> Float[Tensor, " b n t"]:
+        return self.out(F.silu(self.unfold(told)).unflatten(1, (self.cells, -1)))
+
+
 class DiT(nn.Module):
     """Network of a diffusion model: noisy image, log sigma and conditioning -> what it predicts."""
 
@@ -167,6 +187,8 @@ class DiT(nn.Module):
             self.caption_told = nn.Linear(spec.width, spec.width)
         if spec.embedding_width:
             self.embedding = nn.Linear(spec.embedding_width, spec.width)
+        if spec.layout_width:
+            self.layout = Layout(spec.width, spec.layout_width, grid)
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
@@ -195,6 +217,8 @@ class DiT(nn.Module):
         skip, tokens = h, self.to_grid(h)
         size = tokens.shape[-2:]
         tokens = tokens.flatten(2).transpose(1, 2) + self.places
+        if self.spec.layout_width:
+            tokens = tokens + self.layout(told)
         for block in self.blocks:
             tokens = block(tokens, told, cond.text)
         h = self.from_grid(tokens).transpose(1, 2).unflatten(2, size)

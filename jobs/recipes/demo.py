@@ -58,8 +58,8 @@ def clip() -> TrainSpec:
     return TrainSpec(
         name="clip",
         stage=ClipSpec(net=TOWERS),
-        optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=320, checkpoint_every=160, report_every=20),
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
+        budget=Budget(steps=500, checkpoint_every=250, report_every=20),
         batch_size=128,
     )
 
@@ -105,10 +105,14 @@ def base() -> TrainSpec:
         text_width=TOWERS.text_width,
         caption_width=TOWERS.embedding_width,
         embedding_width=TOWERS.embedding_width,
+        layout_width=32,
+    )
+    stage = BaseSpec(
+        net=net, log_sigma_mean=1.8, log_sigma_std=1.4, weight_range=(0.5, 4.0), sigma_min=0.1, sigma_max=160
     )
     return TrainSpec(
         name="base",
-        stage=BaseSpec(net=net, log_sigma_mean=1.0, log_sigma_std=1.4, weight_range=(0.5, 4.0)),
+        stage=stage,
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=6_000),
         budget=Budget(steps=2_600, checkpoint_every=400, report_every=25, sample_every=650),
