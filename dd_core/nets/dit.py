@@ -140,20 +140,30 @@ class ConvBlock(nn.Module):
 
 
 class Layout(nn.Module):
-    """What is told of an image, unfolded to a map of it: the first layer of a generator.
+    """What is told of an image, unfolded to a map of it: the first layers of a generator.
 
     Source: Radford et al. 2016 (arXiv:1511.06434, figure 1, "project and reshape").
     """
 
-    def __init__(self, told: int, channels: int, grid: int) -> None:
+    def __init__(self, told: int, channels: int, grid: int, out_channels: int) -> None:
         super().__init__()
-        self.cells = grid**2
-        self.unfold = nn.Linear(told, self.cells * channels)
-        self.out = nn.Linear(channels, told)
-        self.out.weight.data.mul_(4.0)  # as loud as the places beside it: its inputs are small at first
+        self.grid = grid
+        self.map = nn.Sequential(
+            nn.SiLU(), nn.Linear(told, 2 * told), nn.SiLU(), nn.Linear(2 * told, grid**2 * channels)
+        )
+        self.out, self.pixels = nn.Linear(channels, told), nn.Linear(channels, 4 * out_channels)
 
-    def forward(self, told: Float[Tensor, " b t"]) -> Float[Tensor, " b n t"]:
-        return self.out(F.silu(self.unfold(told)).unflatten(1, (self.cells, -1)))
+    def cells(self, heard: Float[Tensor, " b t"]) -> Float[Tensor, " b n c"]:
+        """The map, one vector for each position of the grid."""
+        return F.silu(self.map(heard).unflatten(1, (self.grid**2, -1)))
+
+    def forward(self, heard: Float[Tensor, " b t"]) -> Float[Tensor, " b n t"]:
+        return self.out(self.cells(heard))
+
+    def sketch(self, heard: Float[Tensor, " b t"]) -> Float[Tensor, " b o h w"]:
+        """Two by two pixels for each position: what the map alone says of the image."""
+        pixels = self.pixels(self.cells(heard)).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return F.pixel_shuffle(pixels, 2)
 
 
 class DiT(nn.Module):
@@ -188,7 +198,7 @@ class DiT(nn.Module):
         if spec.embedding_width:
             self.embedding = nn.Linear(spec.embedding_width, spec.width)
         if spec.layout_width:
-            self.layout = Layout(spec.width, spec.layout_width, grid)
+            self.layout = Layout(spec.width, spec.layout_width, grid, out_channels)
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
@@ -200,17 +210,26 @@ class DiT(nn.Module):
             x = block(x)
         return self.text_out(x)
 
+    def heard(self, cond: Conditioning) -> Tensor:
+        """Caption and image embedding as one vector per image; zeros if the network is told neither."""
+        heard = self.places.new_zeros(1, self.spec.width)
+        if self.spec.embedding_width and cond.image_embedding is not None:
+            heard = heard + self.embedding(cond.image_embedding * self.spec.embedding_width**0.5)
+        if self.spec.caption_width and cond.text is not None:
+            heard = heard + self.caption_told(cond.text[:, 0])
+        return heard
+
+    def sketch(self, cond: Conditioning) -> Float[Tensor, " b o h w"]:
+        """The image at 1 / `spec.stem` of its side, guessed from what is told alone."""
+        return self.layout.sketch(self.heard(cond))
+
     def forward(
         self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, " b o h w"]:
         if cond.image is not None:
             x = torch.cat([x, cond.image], 1)
-        told = self.told(wave(log_sigma / 4, 256))
-        if self.spec.embedding_width and cond.image_embedding is not None:
-            told = told + self.embedding(cond.image_embedding * self.spec.embedding_width**0.5)
-        if self.spec.caption_width and cond.text is not None:
-            told = told + self.caption_told(cond.text[:, 0])
-        told = F.silu(told)
+        heard = self.heard(cond)
+        told = F.silu(self.told(wave(log_sigma / 4, 256)) + heard)
         h = self.enter(self.fold(x))
         for block in self.down:
             h = block(h, told)
@@ -218,7 +237,7 @@ class DiT(nn.Module):
         size = tokens.shape[-2:]
         tokens = tokens.flatten(2).transpose(1, 2) + self.places
         if self.spec.layout_width:
-            tokens = tokens + self.layout(told)
+            tokens = tokens + self.layout(heard)
         for block in self.blocks:
             tokens = block(tokens, told, cond.text)
         h = self.from_grid(tokens).transpose(1, 2).unflatten(2, size)

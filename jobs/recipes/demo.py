@@ -108,7 +108,15 @@ def base() -> TrainSpec:
         layout_width=32,
     )
     stage = BaseSpec(
-        net=net, log_sigma_mean=1.8, log_sigma_std=1.4, weight_range=(0.5, 4.0), sigma_min=0.1, sigma_max=160
+        net=net,
+        log_sigma_mean=1.6,
+        log_sigma_std=1.4,
+        weight_range=(0.5, 4.0),
+        sigma_min=0.1,
+        sigma_max=160,
+        embedding_dropout=0.1,
+        embedding_noise=0.2,
+        sketch_weight=0.2,
     )
     return TrainSpec(
         name="base",

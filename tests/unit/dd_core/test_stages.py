@@ -44,8 +44,10 @@ BASE = BaseSpec(
         text_width=16,
         caption_width=8,
         embedding_width=8,
+        layout_width=4,
     ),
     image_size=16,
+    sketch_weight=0.2,
 )
 UPSAMPLER = UpsamplerSpec(
     net=UNetSpec(
@@ -149,6 +151,29 @@ def test_the_base_hears_the_image_embedding() -> None:
     first, second, none = (drawn(BASE, state) for state in states)
     assert not torch.equal(first, second)
     assert torch.equal(none, drawn(BASE, asked([1], "a star")))
+
+
+def test_the_sketch_is_the_image_at_the_side_of_the_stem_and_learns_where_things_are() -> None:
+    torch.manual_seed(0)
+    batch = PairBatch(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), told("a left", "b right"))
+    batch.image[0, :, :, :8], batch.image[1, :, :, 8:] = 255, 255
+    spec = BASE.but(caption_dropout=0.0, embedding_dropout=0.0, embedding_noise=0.0)
+    learning = build_stage(spec, {"clip": Trained(CLIP, stage(CLIP).model.state_dict())})
+    optimizer = torch.optim.Adam(learning.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(200):
+        found = learning(batch)
+        errors.append(found.parts["sketch_mse"].item())
+        found.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert errors[0] > 0.8  # half of the pixels at -1, half at 1: a variance of 1
+    assert errors[-1] < 0.05
+
+
+def test_a_layout_without_its_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="set both or neither"):
+        BASE.but(sketch_weight=0.0)
 
 
 def test_what_is_known_comes_through_an_edit_untouched() -> None:
