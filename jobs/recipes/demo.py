@@ -59,7 +59,7 @@ def clip() -> TrainSpec:
         name="clip",
         stage=ClipSpec(net=TOWERS),
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=500, checkpoint_every=250, report_every=20),
+        budget=Budget(steps=600, checkpoint_every=300, report_every=20),
         batch_size=128,
     )
 
@@ -115,7 +115,7 @@ def base() -> TrainSpec:
         sigma_min=0.1,
         sigma_max=160,
         embedding_dropout=0.1,
-        embedding_noise=0.2,
+        embedding_noise=0.05,
         sketch_weight=0.2,
     )
     return TrainSpec(
@@ -123,7 +123,7 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=6_000),
-        budget=Budget(steps=2_600, checkpoint_every=400, report_every=25, sample_every=650),
+        budget=Budget(steps=2_000, checkpoint_every=400, report_every=25, sample_every=500),
         batch_size=48,
         samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15, guidance_scale=2.0)),
     )
@@ -146,7 +146,7 @@ def upsampler() -> TrainSpec:
         name="upsampler",
         stage=UpsamplerSpec(net=net),
         optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
-        budget=Budget(steps=700, checkpoint_every=350, report_every=25),
+        budget=Budget(steps=450, checkpoint_every=225, report_every=25),
         batch_size=64,
     )
 
