@@ -11,6 +11,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages import StageSpec
+from dd_core.stages.classifier import ClassifierSpec
 from workflows.labels import LabelSpec
 
 
@@ -63,6 +64,18 @@ class TrainSpec(Spec):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide {own}, a worker's share"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "TrainSpec":
+        if isinstance(self.stage, ClassifierSpec):
+            if self.label is None:
+                raise ValueError("a noised_classifier learns labels; set label.path and label.classes")
+            if len(self.label.classes) != self.stage.net.classes:
+                raise ValueError(
+                    f"stage.net.classes is {self.stage.net.classes}, but label.classes names "
+                    f"{len(self.label.classes)}; make them equal"
+                )
         return self
 
     def fingerprint(self, data: str, parents: Mapping[str, str]) -> str:

@@ -1,0 +1,79 @@
+"""The noised classifier: noisy image -> class, to guide a sampling by its gradient (scores.of_class).
+
+Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4; here over the noise levels of the model that it
+guides, in place of uniform timesteps.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from dd_core import images
+from dd_core.nets import classifier as nets
+from dd_core.noise import spread
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage
+
+UNLABELLED = -1
+
+
+class ClassifierSpec(Spec):
+    """Noisy image -> one of net.classes."""
+
+    kind: Literal["noised_classifier"] = "noised_classifier"
+    net: nets.ClassifierSpec
+    log_sigma_mean: float = 0.0
+    log_sigma_std: float = Field(1.4, gt=0)
+    """Noise levels of training: log sigma is normal, as for the base it guides."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the prepared images that it trains on."""
+        return self.net.image_size
+
+
+class NoisedClassifier(nn.Module):
+    """The network, asked in the sigma frame."""
+
+    def __init__(self, spec: nets.ClassifierSpec) -> None:
+        super().__init__()
+        self.network = nets.Classifier(spec)
+
+    def forward(self, x: Float[Tensor, " b c h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b k"]:
+        """Logits of x = x0 + sigma eps."""
+        logits: Tensor = self.network(x * torch.rsqrt(1 + spread(sigma, x) ** 2), sigma.log())
+        return logits.float()
+
+
+class ClassifierStage(Stage):
+    """Cross-entropy of the labels; an image without one teaches nothing and is counted in `labelled`."""
+
+    model: NoisedClassifier
+
+    def __init__(self, spec: ClassifierSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = NoisedClassifier(spec.net)
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        """Raises ValueError if the batch has no labels, or one that is no class."""
+        if batch.label is None:
+            raise ValueError("noised_classifier learns labels; set `label` (path and classes) of the run")
+        known, x0 = batch.label != UNLABELLED, images.to_unit(batch.image)
+        log_sigma = self.spec.log_sigma_mean + self.spec.log_sigma_std * torch.randn_like(x0[:, 0, 0, 0])
+        sigma = log_sigma.exp()
+        logits = self.model(x0 + spread(sigma, x0) * torch.randn_like(x0), sigma)
+        each = F.cross_entropy(logits, batch.label, ignore_index=UNLABELLED, reduction="none")
+        count = known.sum().clamp(min=1)
+        right = ((logits.argmax(1) == batch.label) & known).sum()
+        clear = known & (sigma < 1)
+        parts = {
+            "labelled": known.float().mean(),
+            "accuracy": right / count,
+            "accuracy_clear": ((logits.argmax(1) == batch.label) & clear).sum() / clear.sum().clamp(min=1),
+        }
+        return Losses(each.sum() / count, parts)
