@@ -1,6 +1,7 @@
 """Scenes in words: templates and synonyms, so that a model must understand language to paint.
 
-A caption does not say everything: what it says is kept beside it, and only that is judged.
+A caption does not say everything: what it says is kept beside it, and only that is judged.  As in
+photographs, a lone thing whose place is not said is in the middle.
 """
 
 import string
@@ -124,6 +125,8 @@ class Case(NamedTuple):
 def described(rng: np.random.Generator, scene: Scene) -> tuple[str, dict[str, Any]]:
     """A caption of a scene and what it says: the background, each thing's facts, the arrangement."""
     templates = TEMPLATES[scene.arrangement]
+    if scene.arrangement == "alone" and place_of(scene.things[0]) != (1, 1):
+        templates = tuple(template for template in templates if "{place_a}" in template)
     template = templates[int(rng.integers(len(templates)))]
     fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
     words: dict[str, str] = {"ground": ground_phrase(rng, scene.background)}

@@ -4,10 +4,8 @@ import json
 
 from pydantic import Field
 
+from dd_core.labels import UNLABELLED
 from dd_core.spec import Spec
-
-UNLABELLED = -1
-"""Of a pair whose json lacks the value, or has one that is no class; no loss is taken on it."""
 
 
 class LabelSpec(Spec):

@@ -37,7 +37,7 @@ class Prepared(NamedTuple):
 
     directory: Path
     files: tuple[str, ...]
-    """Paths of the Parquet files, for workflows.source."""
+    """Paths of the Parquet files."""
     facts: dict[str, Any]
     """Of the manifest: kept, rejected, rejects, damaged_shards, parts, sizes, context_length, ..."""
     digest: str

@@ -44,9 +44,6 @@ class DiTSpec(Spec):
     """Layers of its own over the caption's states, both directions, before the image asks them."""
     embedding_width: int = Field(0, ge=0)
     """Of the image embedding; 0: not told."""
-    layout_width: int = Field(0, ge=0)
-    """Channels of a map of the whole grid, unfolded from what is told of the image; 0: none.  A way for
-    `this, there` that need not be found by attention first."""
 
 
 class Modulation(nn.Module):
@@ -139,33 +136,6 @@ class ConvBlock(nn.Module):
         return x + self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
 
-class Layout(nn.Module):
-    """What is told of an image, unfolded to a map of it: the first layers of a generator.
-
-    Source: Radford et al. 2016 (arXiv:1511.06434, figure 1, "project and reshape").
-    """
-
-    def __init__(self, told: int, channels: int, grid: int, out_channels: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.map = nn.Sequential(
-            nn.SiLU(), nn.Linear(told, 2 * told), nn.SiLU(), nn.Linear(2 * told, grid**2 * channels)
-        )
-        self.out, self.pixels = nn.Linear(channels, told), nn.Linear(channels, 4 * out_channels)
-
-    def cells(self, heard: Float[Tensor, " b t"]) -> Float[Tensor, " b n c"]:
-        """The map, one vector for each position of the grid."""
-        return F.silu(self.map(heard).unflatten(1, (self.grid**2, -1)))
-
-    def forward(self, heard: Float[Tensor, " b t"]) -> Float[Tensor, " b n t"]:
-        return self.out(self.cells(heard))
-
-    def sketch(self, heard: Float[Tensor, " b t"]) -> Float[Tensor, " b o h w"]:
-        """Two by two pixels for each position: what the map alone says of the image."""
-        pixels = self.pixels(self.cells(heard)).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return F.pixel_shuffle(pixels, 2)
-
-
 class DiT(nn.Module):
     """Network of a diffusion model: noisy image, log sigma and conditioning -> what it predicts."""
 
@@ -197,8 +167,6 @@ class DiT(nn.Module):
             self.caption_told = nn.Linear(spec.width, spec.width)
         if spec.embedding_width:
             self.embedding = nn.Linear(spec.embedding_width, spec.width)
-        if spec.layout_width:
-            self.layout = Layout(spec.width, spec.layout_width, grid, out_channels)
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
@@ -219,25 +187,18 @@ class DiT(nn.Module):
             heard = heard + self.caption_told(cond.text[:, 0])
         return heard
 
-    def sketch(self, cond: Conditioning) -> Float[Tensor, " b o h w"]:
-        """The image at 1 / `spec.stem` of its side, guessed from what is told alone."""
-        return self.layout.sketch(self.heard(cond))
-
     def forward(
         self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, " b o h w"]:
         if cond.image is not None:
             x = torch.cat([x, cond.image], 1)
-        heard = self.heard(cond)
-        told = F.silu(self.told(wave(log_sigma / 4, 256)) + heard)
+        told = F.silu(self.told(wave(log_sigma / 4, 256)) + self.heard(cond))
         h = self.enter(self.fold(x))
         for block in self.down:
             h = block(h, told)
         skip, tokens = h, self.to_grid(h)
         size = tokens.shape[-2:]
         tokens = tokens.flatten(2).transpose(1, 2) + self.places
-        if self.spec.layout_width:
-            tokens = tokens + self.layout(heard)
         for block in self.blocks:
             tokens = block(tokens, told, cond.text)
         h = self.from_grid(tokens).transpose(1, 2).unflatten(2, size)

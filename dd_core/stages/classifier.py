@@ -13,12 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dd_core import images
+from dd_core.labels import UNLABELLED
 from dd_core.nets import classifier as nets
 from dd_core.noise import spread
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage
-
-UNLABELLED = -1
 
 
 class ClassifierSpec(Spec):

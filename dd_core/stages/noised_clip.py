@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dd_core import images, losses
-from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.nets.clip import Clip, ClipNetSpec, convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
@@ -69,6 +69,8 @@ class NoisedClip(nn.Module):
             act_layer=QuickGELU if spec.quick_gelu else nn.GELU,
             norm_layer=LayerNorm,
         )
+        if spec.stem == "convolutions":
+            self.visual.conv1 = convolutions(spec)
         width = spec.image_width
         last = nn.Linear(width, width)
         nn.init.zeros_(last.weight)  # the parent's class token at first
@@ -182,6 +184,7 @@ def begin_as(model: NoisedClip, parent: Clip) -> None:
     fields = (
         "image_size",
         "patch_size",
+        "stem",
         "image_width",
         "image_layers",
         "head_width",

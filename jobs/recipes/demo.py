@@ -12,6 +12,7 @@ from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.draft import DraftSpec
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec
@@ -26,6 +27,7 @@ TOWERS = ClipNetSpec(
     embedding_width=64,
     image_size=64,
     patch_size=8,
+    stem="convolutions",
     image_width=192,
     image_layers=4,
     context_length=CONTEXT,
@@ -42,12 +44,12 @@ PROMPTS = (
 
 
 def run() -> RunSpec:
-    """10,000 pairs, six stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
+    """10,000 pairs, seven stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
     return RunSpec(
         name="demo",
         shapes=ShapesSpec(pairs=10_000),
         pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=CONTEXT),
-        stages=(clip(), autoencoder(), noised_clip(), base(), upsampler(), prior()),
+        stages=(clip(), autoencoder(), noised_clip(), draft(), base(), upsampler(), prior()),
         cascade=cascade(),
         evaluation=EvaluationSpec(captions=320),
     )
@@ -58,9 +60,9 @@ def clip() -> TrainSpec:
     return TrainSpec(
         name="clip",
         stage=ClipSpec(net=TOWERS),
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=600, checkpoint_every=300, report_every=20),
-        batch_size=128,
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, warmup_steps=20, ema_images=5_000),
+        budget=Budget(steps=400, checkpoint_every=200, report_every=20),
+        batch_size=192,
     )
 
 
@@ -98,34 +100,45 @@ def noised_clip() -> TrainSpec:
     )
 
 
+def draft() -> TrainSpec:
+    """Image embedding -> 64 px in one call: most of what a picture of this world is."""
+    return TrainSpec(
+        name="draft",
+        stage=DraftSpec(embedding_width=TOWERS.embedding_width),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(learning_rate=2e-3, warmup_steps=50, ema_images=3_000),
+        budget=Budget(steps=2_400, checkpoint_every=800, report_every=100),
+        batch_size=64,
+    )
+
+
 def base() -> TrainSpec:
-    """64 px, told the caption's states and the image embedding."""
+    """64 px, told the caption's states and the image embedding, shown the draft decoded from it."""
     net = DiTSpec(
         conv_blocks=1,
+        layers=4,
         text_width=TOWERS.text_width,
         caption_width=TOWERS.embedding_width,
         embedding_width=TOWERS.embedding_width,
-        layout_width=32,
     )
     stage = BaseSpec(
         net=net,
-        log_sigma_mean=1.6,
+        log_sigma_mean=1.0,
         log_sigma_std=1.4,
         weight_range=(0.5, 4.0),
         sigma_min=0.1,
-        sigma_max=160,
         embedding_dropout=0.1,
-        embedding_noise=0.05,
-        sketch_weight=0.2,
+        embedding_noise=0.1,
+        from_draft=True,
     )
     return TrainSpec(
         name="base",
         stage=stage,
-        parents={"clip": "clip"},
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=6_000),
-        budget=Budget(steps=2_000, checkpoint_every=400, report_every=25, sample_every=500),
+        parents={"clip": "clip", "draft": "draft"},
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=6_000),
+        budget=Budget(steps=1_400, checkpoint_every=350, report_every=25, sample_every=350),
         batch_size=48,
-        samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15, guidance_scale=2.0)),
+        samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15, guidance_scale=1.5)),
     )
 
 
@@ -165,7 +178,7 @@ def prior() -> TrainSpec:
         stage=PriorSpec(net=net),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=320, checkpoint_every=160, report_every=20),
+        budget=Budget(steps=600, checkpoint_every=300, report_every=20),
         batch_size=128,
     )
 
@@ -176,7 +189,7 @@ def cascade() -> CascadeSpec:
         name="demo",
         hops=(
             HopSpec(stage="prior", how=SamplingSpec(num_steps=10, guidance_scale=2.0)),
-            HopSpec(stage="base", how=SamplingSpec(num_steps=15, guidance_scale=2.0), follows_request=True),
+            HopSpec(stage="base", how=SamplingSpec(num_steps=15, guidance_scale=1.5), follows_request=True),
             HopSpec(stage="upsampler", how=SamplingSpec(num_steps=4, guidance_scale=1.0)),
         ),
         context_length=CONTEXT,

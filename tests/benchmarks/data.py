@@ -13,6 +13,7 @@ shared-once pages.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -38,7 +39,7 @@ METHODS = {
     "pillow": "webdataset + DataLoader, Pillow",
     "best": "webdataset + DataLoader, simplejpeg + OpenCV",
     "best_tokens": "the same, with our tokenizer",
-    "ray": "Ray Data, workflows.source + workflows.pairs",
+    "ray": "Ray Data, workflows.pairs",
 }
 SHAPES = ((512, 384), (384, 512), (512, 341), (512, 512), (512, 288))
 WORDS = (
@@ -115,16 +116,46 @@ def webdataset_batches(directory: Path, method: str) -> Iterator[dict[str, Any]]
 
 
 def ray_batches(directory: Path) -> Iterator[dict[str, Any]]:
-    """The product's own path: reading, checks, decoding and tokens in one task a shard."""
-    from workflows.epochs import Ledger  # noqa: PLC0415
-    from workflows.pairs import PairsSpec, decoded_pairs  # noqa: PLC0415
-    from workflows.source import Shards, decoded_tables, streamed  # noqa: PLC0415
+    """The product's own reader, checks, decoding and tokens, one task a tar, streamed by Ray Data."""
+    import ray.data  # noqa: PLC0415
+    from ray.data.block import BlockAccessor, BlockMetadata  # noqa: PLC0415
+
+    from dd_core import text  # noqa: PLC0415
+    from workflows.decode import one_thread  # noqa: PLC0415
+    from workflows.pairs import PairsSpec, pair_of  # noqa: PLC0415
+    from workflows.shards import samples  # noqa: PLC0415
 
     spec = PairsSpec(shards=(str(directory),), destination="-", sizes=SIZES, context_length=CONTEXT)
     urls = [str(path) for path in sorted(directory.glob("*.tar"))]
-    read = partial(decoded_tables, batches=partial(decoded_pairs, spec=spec, rows=BATCH))
-    block_bytes = BATCH * (3 * sum(size**2 for size in SIZES) + 4 * (CONTEXT + 3))
-    return streamed(Shards(urls, read, seed=0, ledger=Ledger()), batch_size=BATCH, block_bytes=block_bytes)
+
+    def read(url: str) -> Iterator[Any]:
+        one_thread()
+        pairs = (pair_of(sample, spec) for sample in samples(url, spec.limits))
+        while batch := list(itertools.islice(pairs, BATCH)):
+            columns = {f"image{size}": np.stack([pair.images[size] for pair in batch]) for size in SIZES}
+            captions = [pair.caption for pair in batch]
+            columns["tokens"] = np.array(text.tokens(captions, CONTEXT), np.int32)
+            yield BlockAccessor.batch_to_arrow_block(columns)
+
+    class Tars(ray.data.Datasource):
+        def estimate_inmemory_data_size(self) -> None:
+            return None
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
+        ) -> list[Any]:
+            about = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ray.data.ReadTask(partial(read, url), about) for url in urls]
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # a block over this leaves its task at once; merging and cutting blocks would copy every image
+    context.target_max_block_size = int(
+        0.9 * BATCH * (3 * sum(size**2 for size in SIZES) + 4 * (CONTEXT + 3))
+    )
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(Tars(), override_num_blocks=len(urls))
+    return iter(dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2))
 
 
 def pairs_in(directory: Path) -> int:

@@ -29,9 +29,9 @@ NET = ClipNetSpec(
 SPEC = NoisedClipSpec(net=NET)
 
 
-def parent() -> Trained:
+def parent(net: ClipNetSpec = NET) -> Trained:
     torch.manual_seed(0)
-    return Trained(ClipSpec(net=NET), Clip(NET).state_dict())
+    return Trained(ClipSpec(net=net), Clip(net).state_dict())
 
 
 def colours() -> Iterator[PairBatch]:
@@ -44,12 +44,19 @@ def colours() -> Iterator[PairBatch]:
         yield PairBatch(image=image, tokens=tokens)
 
 
-def test_it_begins_as_its_parent_on_clean_images() -> None:
-    stage = NoisedClipStage(SPEC, parent())
+@pytest.mark.parametrize("stem", ["patch", "convolutions"])
+def test_it_begins_as_its_parent_on_clean_images(stem: str) -> None:
+    net = NET.but(stem=stem)
+    stage = NoisedClipStage(NoisedClipSpec(net=net), parent(net))
     x0 = torch.rand(4, 3, 16, 16) * 2 - 1
     clip = stage.frozen[0]
     assert isinstance(clip, Clip)
     torch.testing.assert_close(stage.model.embed_image(x0, torch.zeros(4)), clip.embed_image(x0))
+
+
+def test_a_stem_of_convolutions_needs_a_patch_that_halving_reaches() -> None:
+    with pytest.raises(ValueError, match="patch_size 6 is no power of 2"):
+        NET.but(stem="convolutions", patch_size=6, image_size=18)
 
 
 def test_every_image_is_told_its_own_sigma() -> None:

@@ -8,13 +8,15 @@ from dd_core import losses
 from dd_core.cascade import CascadeState, Hop, run
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.dit import DiTSpec
+from dd_core.nets.draft import Draft
 from dd_core.nets.prior import PriorNetSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import StageSpec, build_stage, load_hop
-from dd_core.stages.base import BaseSpec
+from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.draft import DraftSpec, draft_of
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec, crops
 from dd_core.text import tokens
@@ -30,8 +32,9 @@ CLIP = ClipSpec(
         text_width=16,
         text_layers=1,
         head_width=8,
-    )
+    ),
 )
+DRAFT = DraftSpec(embedding_width=8, width=8, image_size=16)
 BASE = BaseSpec(
     net=DiTSpec(
         image_size=16,
@@ -44,10 +47,9 @@ BASE = BaseSpec(
         text_width=16,
         caption_width=8,
         embedding_width=8,
-        layout_width=4,
     ),
     image_size=16,
-    sketch_weight=0.2,
+    from_draft=True,
 )
 UPSAMPLER = UpsamplerSpec(
     net=UNetSpec(
@@ -71,16 +73,26 @@ def told(*captions: str) -> Tensor:
 def stage(spec: StageSpec) -> Stage:
     """A stage with no weight left at zero, so that everything it is told may matter."""
     torch.manual_seed(0)
-    made = build_stage(spec, {"clip": Trained(CLIP, stage(CLIP).model.state_dict())} if spec != CLIP else {})
+    made = build_stage(spec, parents(spec))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return made
 
 
+def parents(spec: StageSpec) -> dict[str, Trained]:
+    """What a stage stands on."""
+    named: dict[str, dict[str, StageSpec]] = {
+        "clip": {},
+        "draft": {"clip": CLIP},
+        "base": {"clip": CLIP, "draft": DRAFT},
+    }
+    roles: dict[str, StageSpec] = named.get(spec.kind, {"clip": CLIP})
+    return {role: Trained(parent, stage(parent).model.state_dict()) for role, parent in roles.items()}
+
+
 def hop(spec: StageSpec) -> Hop:
-    clip = Trained(CLIP, stage(CLIP).model.state_dict())
-    return load_hop(Trained(spec, stage(spec).model.state_dict()), {"clip": clip}, device="cpu")
+    return load_hop(Trained(spec, stage(spec).model.state_dict()), parents(spec), device="cpu")
 
 
 def asked(seeds: list[int], *captions: str, **more: Tensor) -> CascadeState:
@@ -153,27 +165,38 @@ def test_the_base_hears_the_image_embedding() -> None:
     assert torch.equal(none, drawn(BASE, asked([1], "a star")))
 
 
-def test_the_sketch_is_the_image_at_the_side_of_the_stem_and_learns_where_things_are() -> None:
+def test_a_draft_learns_what_each_vector_looks_like() -> None:
     torch.manual_seed(0)
-    batch = PairBatch(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), told("a left", "b right"))
-    batch.image[0, :, :, :8], batch.image[1, :, :, 8:] = 255, 255
-    spec = BASE.but(caption_dropout=0.0, embedding_dropout=0.0, embedding_noise=0.0)
-    learning = build_stage(spec, {"clip": Trained(CLIP, stage(CLIP).model.state_dict())})
-    optimizer = torch.optim.Adam(learning.parameters(), lr=1e-2)
-    errors = []
-    for _ in range(200):
-        found = learning(batch)
-        errors.append(found.parts["sketch_mse"].item())
-        found.total.backward()
+    draft, vectors = Draft(8, 16, 8), torch.eye(8)[:2]
+    pictures = -torch.ones(2, 3, 16, 16)
+    pictures[0, :, :, :8], pictures[1, :, :, 8:] = 1, 1
+    optimizer = torch.optim.Adam(draft.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = (draft(vectors) - pictures).square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert errors[0] > 0.8  # half of the pixels at -1, half at 1: a variance of 1
-    assert errors[-1] < 0.05
+    assert loss < 0.01  # one picture for both would be wrong by 1
 
 
-def test_a_layout_without_its_loss_is_refused() -> None:
-    with pytest.raises(ValueError, match="set both or neither"):
-        BASE.but(sketch_weight=0.0)
+def test_the_base_is_shown_the_draft_of_the_embedding_and_gray_where_there_is_none() -> None:
+    decoder = Trained(DRAFT, stage(DRAFT).model.state_dict())
+    clip = Trained(CLIP, stage(CLIP).model.state_dict())
+    hop = BaseHop(Trained(BASE, stage(BASE).model.state_dict()), clip, decoder, device="cpu")
+    embedding = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1) * torch.tensor([[1.0], [0.0]])
+    shown = hop.told(told("a star", "a star"), embedding).image
+    assert shown is not None
+    torch.testing.assert_close(shown[:1], draft_of(decoder)(embedding[:1]).clamp(-1, 1))
+    assert not shown[1].any()
+
+
+def test_a_base_from_drafts_refuses_to_be_without_or_with_one_of_another_size() -> None:
+    clip = Trained(CLIP, stage(CLIP).model.state_dict())
+    with pytest.raises(ValueError, match="needs the parent 'draft'"):
+        build_stage(BASE, {"clip": clip})
+    large = DRAFT.but(image_size=32)
+    with pytest.raises(ValueError, match="make them equal"):
+        build_stage(BASE, {"clip": clip, "draft": Trained(large, stage(large).model.state_dict())})
 
 
 def test_what_is_known_comes_through_an_edit_untouched() -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dd_core.labels import UNLABELLED
 from tests.prepared import png, write_prepared
 from workflows import feed
 from workflows.feed import DataError, Order, Share
-from workflows.labels import UNLABELLED, LabelSpec, label_of
+from workflows.labels import LabelSpec, label_of
 
 BATCH = 12
 SIZE = 16

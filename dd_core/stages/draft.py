@@ -1,0 +1,86 @@
+"""The draft: a CLIP image embedding decoded to a small image in one call, for the base to start from."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dd_core import images
+from dd_core.nets.clip import Clip
+from dd_core.nets.draft import Draft
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_of
+
+
+class DraftSpec(Spec):
+    """Embedding of the parent CLIP -> image_size x image_size RGB, by regression."""
+
+    kind: Literal["draft"] = "draft"
+    embedding_width: int = Field(512, ge=1)
+    """Of the parent CLIP."""
+    width: int = Field(128, ge=8, multiple_of=8)
+    """Channels at an eighth of the side."""
+    image_size: int = Field(64, ge=8, multiple_of=8)
+    embedding_noise: float = Field(0.05, ge=0)
+    """Length of the noise added to the unit embedding, since the prior's draw is not exact."""
+
+
+class DraftStage(Stage):
+    """Trains the decoder on the embeddings of the images themselves.
+
+    Raises:
+        ValueError: The parent's embeddings have another width.
+    """
+
+    model: Draft
+
+    def __init__(self, spec: DraftSpec, clip: Trained) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = draft_net(spec)
+        parent = clip_of(clip)
+        if parent.spec.embedding_width != spec.embedding_width:
+            raise ValueError(
+                f"draft: embedding_width is {spec.embedding_width}, that of its parent clip is "
+                f"{parent.spec.embedding_width}; make them equal"
+            )
+        self.freeze(parent)
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        clip = self.frozen[0]
+        assert isinstance(clip, Clip)
+        x0 = images.to_unit(batch.image)
+        with torch.no_grad():
+            embedding = clip.embed_image(x0)
+            length = self.spec.embedding_noise / embedding.shape[-1] ** 0.5
+            embedding = embedding + length * torch.randn_like(embedding)
+        mse = F.mse_loss(self.model(embedding).float(), x0)
+        return Losses(mse, {"x0_mse": mse.detach()})
+
+
+def draft_net(spec: DraftSpec) -> Draft:
+    """The decoder of a spec, untrained."""
+    return Draft(spec.embedding_width, spec.image_size, spec.width)
+
+
+def draft_of(trained: Trained) -> Draft:
+    """A trained decoder, ready to use.
+
+    Raises:
+        ValueError: The parent is not a draft.
+    """
+    if not isinstance(trained.spec, DraftSpec):
+        raise ValueError(f"the parent 'draft' is a {type(trained.spec).__name__}, it must be a draft")
+    net = draft_net(trained.spec)
+    net.load_state_dict(trained.weights)
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def drawn(net: Draft, embedding: Tensor) -> Tensor:
+    """[b, d] embeddings as [b, 3, h, w] images in [-1, 1]; one of zeros, which is none, as plain gray."""
+    there = embedding.any(-1)[:, None, None, None]
+    return torch.where(there, net(embedding).float().clamp(-1, 1), 0.0)
