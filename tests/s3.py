@@ -12,7 +12,11 @@ from collections.abc import Iterator, Mapping
 
 import fsspec
 
-KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "tester",
+    "AWS_SECRET_ACCESS_KEY": "canary-of-the-s3-store",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 def free_port(host: str = "127.0.0.1") -> int:

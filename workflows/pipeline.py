@@ -13,93 +13,24 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-from pydantic import model_validator
+from typing import NamedTuple
 
 from dd_core import bundle, sealed
-from dd_core.cascade import CascadeSpec
-from dd_core.spec import SafeName, Spec
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
-from workflows.evaluation import EvaluationSpec
 from workflows.journal import JOURNAL
-from workflows.pairs import PairsSpec
 from workflows.prepare import Prepared, prepare_pairs
-from workflows.shape_shards import ShapesSpec, write_shards
+from workflows.run_spec import RunSpec, in_order
+from workflows.shape_shards import write_shards
 from workflows.storage import Again, Home
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
 
+__all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
+
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
 SECONDS = "seconds.json"
-
-
-class RunSpec(Spec):
-    """Everything from raw pairs to a judged cascade."""
-
-    kind: Literal["run"] = "run"
-    name: SafeName
-    shapes: ShapesSpec | None = None
-    """The embedded world to write first; then pairs.shards and pairs.destination follow the run."""
-    pairs: PairsSpec
-    stages: tuple[TrainSpec, ...]
-    """In any order; each is trained after its parents."""
-    cascade: CascadeSpec
-    evaluation: EvaluationSpec = EvaluationSpec()
-
-    @model_validator(mode="after")
-    def _fits(self) -> "RunSpec":
-        names = [stage.name for stage in self.stages]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two stages are named {min(twice)!r}")
-        for stage in self.stages:
-            if stage.stage.image_size not in self.pairs.sizes:
-                raise ValueError(
-                    f"stage {stage.name!r} trains on images of {stage.stage.image_size} px, "
-                    f"but pairs.sizes is {self.pairs.sizes}; add it there"
-                )
-        for hop in self.cascade.hops:
-            if hop.stage not in names:
-                raise ValueError(f"cascade: no stage is named {hop.stage!r}; there are {', '.join(names)}")
-        if self.cascade.context_length != self.pairs.context_length:
-            raise ValueError(
-                f"cascade.context_length is {self.cascade.context_length}, "
-                f"pairs.context_length {self.pairs.context_length}; make them equal"
-            )
-        in_order(self.stages)
-        return self
-
-    def stage(self, name: str) -> TrainSpec:
-        """The stage of this name.
-
-        Raises:
-            ValueError: There is none.
-        """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ValueError(
-            f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
-        )
-
-
-def in_order(stages: tuple[TrainSpec, ...]) -> list[TrainSpec]:
-    """Every stage after those it stands on; otherwise as they are listed.
-
-    Raises:
-        ValueError: Stages stand on each other in a circle.
-    """
-    waiting, done = list(stages), list[TrainSpec]()
-    while waiting:
-        left = {stage.name for stage in waiting}
-        ready = next((stage for stage in waiting if not left & set(stage.parents.values())), None)
-        if ready is None:
-            raise ValueError(f"stages stand on each other in a circle: {', '.join(sorted(left))}")
-        done.append(ready)
-        waiting.remove(ready)
-    return done
 
 
 class RunResult(NamedTuple):

@@ -7,7 +7,6 @@ tokens of open_clip's tokenizer.  Embeddings have unit length.
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import open_clip.model
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -63,6 +62,8 @@ class Clip(nn.Module):
     def __init__(self, spec: ClipNetSpec) -> None:
         super().__init__()
         self.spec = spec
+        import open_clip.model  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
+
         vision = open_clip.model.CLIPVisionCfg(
             layers=spec.image_layers,
             width=spec.image_width,
