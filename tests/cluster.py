@@ -33,7 +33,7 @@ PLACES = [Path("/usr/lib/postgresql") / version / "bin" for version in ("17", "1
 def postgres_at() -> Path | None:
     """Where PostgreSQL's programs are."""
     if found := shutil.which("pg_ctl"):
-        return Path(found).parent
+        return Path(found).resolve().parent
     return next((place for place in PLACES if (place / "pg_ctl").exists()), None)
 
 
@@ -84,14 +84,8 @@ def postgres() -> Iterator[str]:
     process = subprocess.Popen([programs / "postgres", "-D", data, "-p", str(port), *settings], **quiet)  # type: ignore[call-overload]
     try:
         with stopped(process):
-            until(
-                lambda: (
-                    subprocess.run(
-                        [programs / "pg_isready", "-p", str(port), "-h", "127.0.0.1"], **quiet
-                    ).returncode
-                    == 0
-                )
-            )  # type: ignore[call-overload]
+            ready = [programs / "pg_isready", "-p", str(port), "-h", "127.0.0.1"]
+            until(lambda: subprocess.run(ready, check=False, **quiet).returncode == 0)  # type: ignore[call-overload]
             for name in ("tracking", "users"):
                 subprocess.run(
                     [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", name],
@@ -99,7 +93,7 @@ def postgres() -> Iterator[str]:
                     env={"PGPASSWORD": "canary-of-postgres", "PATH": os.environ["PATH"]},
                     **quiet,  # type: ignore[call-overload]
                 )
-            yield f"postgresql://mlflow:canary-of-postgres@127.0.0.1:{port}"
+            yield f"postgresql+psycopg2://mlflow:canary-of-postgres@127.0.0.1:{port}"
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -164,15 +158,8 @@ class TestCluster(NamedTuple):
 
     def add(self, name: str, ip: str) -> Node:
         """One more worker node."""
-        node = start_node(
-            name,
-            ip,
-            self.directory,
-            self.environment,
-            self.spaces,
-            ["--address", f"{self.head.ip}:{self.head_port}"],
-            cpus=2,
-        )
+        place = Place(name, ip, self.directory, self.spaces)
+        node = start_node(place, self.environment, ["--address", f"{self.head.ip}:{self.head_port}"], cpus=1)
         self.nodes.append(node)
         return node
 
@@ -191,21 +178,23 @@ class TestCluster(NamedTuple):
         }
 
 
-def start_node(
-    name: str,
-    ip: str,
-    directory: Path,
-    environment: dict[str, str],
-    spaces: bool,
-    words: list[str],
-    *,
-    cpus: int,
-) -> Node:
+class Place(NamedTuple):
+    """Where a node is to be."""
+
+    name: str
+    ip: str
+    directory: Path
+    space: bool
+    """Whether it has a network of its own, of its name."""
+
+
+def start_node(place: Place, environment: dict[str, str], words: list[str], *, cpus: int) -> Node:
     """`ray start` in the foreground, in a folder of its own."""
-    home = directory / name
+    name, ip = place.name, place.ip
+    home = place.directory / name
     home.mkdir()
     own = environment | {"HOME": str(home), "TMPDIR": str(home), "RAY_TMPDIR": str(home)}
-    inside = ["ip", "netns", "exec", name] if spaces else []
+    inside = ["ip", "netns", "exec", name] if place.space else []
     command = [
         *inside, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         "--node-ip-address", ip, "--num-cpus", str(cpus), "--object-store-memory", "200000000",
@@ -233,7 +222,7 @@ def sh(line: str) -> None:
 
 @contextlib.contextmanager
 def networks(names: list[str]) -> Iterator[list[str] | None]:
-    """An address for the head, and a namespace with an address for each other node; None without the rights."""
+    """An address for the head, a namespace with one for each other node; None without the rights."""
     tag = secrets.token_hex(2)
     bridge, prefix = f"dd{tag}", f"10.{77 + secrets.randbelow(100)}.{secrets.randbelow(250)}"
     try:
@@ -260,7 +249,7 @@ def networks(names: list[str]) -> Iterator[list[str] | None]:
 
 
 @contextlib.contextmanager
-def cluster(worker_cpus: int = 2) -> Iterator[TestCluster]:
+def cluster() -> Iterator[TestCluster]:
     """Everything, up; afterwards, everything gone."""
     directory = Path(tempfile.mkdtemp(prefix="ddc-", dir="/tmp"))  # sockets need short paths
     (directory / "laptop").mkdir()
@@ -274,7 +263,7 @@ def cluster(worker_cpus: int = 2) -> Iterator[TestCluster]:
         mlflow = stack.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
         keys = stack.enter_context(s3_server(ips[0]))
         environment = {
-            **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **keys,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": CANARIES["RAY_AUTH_TOKEN"],
@@ -287,13 +276,18 @@ def cluster(worker_cpus: int = 2) -> Iterator[TestCluster]:
             "RAY_health_check_timeout_ms": "4000",
             "RAY_health_check_failure_threshold": "5",
         }
-        port, dashboard = free_port(ips[0]), free_port(ips[0])
-        head = start_node(
-            "head", ips[0], directory, environment, False,
-            ["--head", "--port", str(port), "--dashboard-host", ips[0], "--dashboard-port", str(dashboard),
-             "--dashboard-agent-listen-port", str(free_port(ips[0])), "--ray-client-server-port", str(free_port(ips[0]))],
-            cpus=1,
-        )  # fmt: skip
+        port, dashboard, agent, client = (free_port(ips[0]) for _ in range(4))
+        words = [
+            "--head",
+            "--port",
+            str(port),
+            "--dashboard-host",
+            ips[0],
+            "--dashboard-port",
+            str(dashboard),
+        ]
+        words += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
+        head = start_node(Place("head", ips[0], directory, False), environment, words, cpus=0)
         made = TestCluster(
             f"http://{ips[0]}:{dashboard}",
             CANARIES["RAY_AUTH_TOKEN"],

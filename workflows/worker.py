@@ -69,6 +69,8 @@ class Position(NamedTuple):
 
 def work(job: Job) -> tuple[str, str]:
     """Train to the end of the budget, or to a reason to stop; the same on every worker."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("workflows").setLevel(logging.INFO)  # where Ray shows what workers say, there is this
     try:
         return trained_to_the_end(job)
     except DivergedError as error:
