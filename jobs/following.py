@@ -128,7 +128,7 @@ class Cluster:
         known = ", ".join(job.id for job in found[:5]) or "none"
         raise ClusterError(f"{self.address} has no job and no run {name!r}; it has {known}")
 
-    def stop(self, name: str, *, wait_s: float = 90.0) -> JobFacts:
+    def stop(self, name: str, *, wait_s: float = 150.0) -> JobFacts:
         """Ask a job to save itself and end, and wait until it has."""
         job = self.job(name)
         if not job.over:
@@ -245,7 +245,7 @@ def told_of(lines: list[str]) -> list[str]:
                 code = lines[number + 1].strip() if number + 1 < len(lines) else ""
                 frames.append(f"  {place}:{found['line']} in {found['where']}: {code}"[:200])
         elif ERROR.match(line):
-            return [line[:500], *frames[-(MOST_LINES - 3) :]] if frames else []
+            return [line[:500], *frames[-(MOST_LINES - 2) :]] if frames else []
     return []
 
 

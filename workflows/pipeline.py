@@ -8,7 +8,6 @@ step that was cut is continued.  So the same call after any interruption goes on
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.journal import JOURNAL
 from workflows.prepare import Prepared, prepare_pairs
+from workflows.progress import StepProgress, clock
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
 from workflows.storage import Again, Home
@@ -235,38 +235,16 @@ def seconds_of(run: Home | Path) -> dict[str, float]:
 
 @contextmanager
 def watched(stage: TrainSpec, run: Home) -> Iterator[None]:
-    """While inside, say now and then how far the training is."""
-    over = threading.Event()
+    """While inside, show how far the training is: a bar on a terminal, now and then a line elsewhere."""
     log.info("%s: %s steps of %d images", stage.name, f"{stage.budget.steps:,}", stage.batch_size)
+    progress = StepProgress(stage.name, stage.budget.steps, every_s=PROGRESS_S)
 
-    def say() -> None:
-        said = -1
-        while not over.wait(PROGRESS_S):
-            now = curves(run.here / stage.name / JOURNAL)
-            step = max(now.get("train/loss", {}), default=-1)
-            if step > said >= 0 or (said < 0 <= step < stage.budget.steps):
-                log.info("%s", progress(stage, now, step))
-            said = step
+    def look() -> None:
+        now = curves(run.here / stage.name / JOURNAL)
+        if losses := now.get("train/loss"):
+            step = max(losses)
+            rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
+            progress.show(step, loss=losses[step], rate=rate, left_s=left)
 
-    thread = threading.Thread(target=say, name="progress", daemon=True)
-    thread.start()
-    try:
+    with progress, Again(look, every_s=2.0 if progress.console.is_terminal else PROGRESS_S):
         yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def progress(stage: TrainSpec, now: Mapping[str, Mapping[int, float]], step: int) -> str:
-    """base: step 400 of 2,000, loss 0.123, 310 images/s, 2:10 left."""
-    rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
-    return (
-        f"{stage.name}: step {step:,} of {stage.budget.steps:,}, loss {now['train/loss'][step]:.4g}, "
-        f"{rate:.0f} images/s, {clock(left)} left"
-    )
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
