@@ -194,6 +194,8 @@ def start_node(place: Place, environment: dict[str, str], words: list[str], *, c
     home = place.directory / name
     home.mkdir()
     own = environment | {"HOME": str(home), "TMPDIR": str(home), "RAY_TMPDIR": str(home)}
+    if place.space:
+        own["GLOO_SOCKET_IFNAME"] = "eth0"  # /etc/hosts says that this machine's name is 127.0.0.1
     inside = ["ip", "netns", "exec", name] if place.space else []
     command = [
         *inside, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
