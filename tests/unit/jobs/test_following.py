@@ -64,7 +64,7 @@ def test_lines_of_all_ranks_say_where_they_come_from_and_ray_is_quiet() -> None:
     ]
     assert list(merged(iter(lines))) == [
         "12:00:01 clip: 12 steps",
-        "RayTrainWorker 10.0.0.3 | clip: continues at step 6",
+        "Worker 10.0.0.3 | clip: continues at step 6",
     ]
 
 
