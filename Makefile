@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint bench install install-test browser lock clean
+.PHONY: help demo stop test lint bench install install-test browser servers lock clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 HOST ?= 127.0.0.1
@@ -27,7 +27,7 @@ demo: $(RUNTIME)  ## from nothing to a served cascade: data, six stages, evaluat
 stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
 	$(BIN)/ddiff stop --run runs/demo
 
-test: lint browser  ## the whole suite, as CI runs it
+test: lint browser servers  ## the whole suite, as CI runs it
 	$(BIN)/pytest
 
 lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
@@ -51,6 +51,13 @@ browser:  ## a headless Chromium for tests/browser, where apt-get can bring one
 	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core) \
 	    >/dev/null 2>&1 || echo "chromium could not be installed; the tests in tests/browser will be skipped"; \
 	else echo "no chromium here; the tests in tests/browser will be skipped"; fi
+
+servers:  ## PostgreSQL for the tests that start a cluster, where apt-get can bring it
+	@if command -v pg_ctl >/dev/null || ls /usr/lib/postgresql/*/bin/pg_ctl >/dev/null 2>&1; then exit 0; fi; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql iproute2) \
+	    >/dev/null 2>&1 || echo "PostgreSQL could not be installed; the tests on a cluster will be skipped"; \
+	else echo "no PostgreSQL here; the tests on a cluster will be skipped"; fi
 
 lock: $(TESTS)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+[[:alnum:].]+$$//' | grep -E '^[^@ ]+==' > constraints.txt

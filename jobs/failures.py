@@ -21,6 +21,10 @@ class StoppedError(RuntimeError):
     """The process was told to end; what was finished is kept."""
 
 
+class JobFailedError(RuntimeError):
+    """A job on a cluster has ended badly; what it said has been shown."""
+
+
 class PortTakenError(RuntimeError):
     """Something else listens where the endpoint should."""
 
@@ -81,6 +85,8 @@ def line_of(error: BaseException) -> str:
         case OSError() if error.filename:
             return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, JobFailedError):
+        return text
     if code_of(error) is not Code.INTERNAL:
         return text
     return f"{type(error).__name__}: {text:.300}; run again with -v for the traceback"

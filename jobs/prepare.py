@@ -21,7 +21,7 @@ def write_shapes(out: Path, *, pairs: int, seed: int, image_format: Literal["png
     return {
         "pairs": pairs,
         "shards": len(paths),
-        "bytes": sum(path.stat().st_size for path in paths),
+        "bytes": sum(Path(path).stat().st_size for path in paths),
         "out": out,
     }
 
@@ -40,7 +40,7 @@ def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
     with ray_cluster(verbose=verbose):
         done = prepare_pairs(spec)
     names = ("kept", "rejected", "rejects", "damaged_shards")
-    return {"out": str(done.directory), "digest": done.digest} | {name: done.facts[name] for name in names}
+    return {"out": done.home.address, "digest": done.digest} | {name: done.facts[name] for name in names}
 
 
 def check_shards(shards: Sequence[str], *, max_rejected: float) -> dict[str, Any]:

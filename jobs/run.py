@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
-from jobs.environment import ray_cluster, runs, tracking_uri
+from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
 from workflows.evaluation import EvaluationSpec, evaluate_endpoint
-from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
+from workflows.journal import JOURNAL
+from workflows.pipeline import RunResult, RunSpec, opened, run_pipeline, run_stage, seconds_of, timed
 from workflows.report import write_report
+from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
-from workflows.training import parent_path
+from workflows.training import parent_home
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +48,37 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
         PortTakenError: Something else listens at the address; nothing has been started.
         The errors of run_pipeline, start_endpoint and write_report.
     """
-    run = runs() / spec.name
-    run.mkdir(parents=True, exist_ok=True)
-    stop_endpoint(run)
+    home = opened(home_of(spec))
+    stop_endpoint(home.here)
     if address:
         refuse_taken(address)
-    with tracked(run, uri=tracking_uri() or "") as tracking:
+    with tracked(home, uri=tracking_uri() or "") as tracking:
         with ray_cluster(verbose=verbose):
-            made = run_pipeline(spec, run=run, tracked=tracking)
-        before = judged_before(run, made, spec.evaluation)
-        url = ""
-        if address or not before:
-            with endpoint(run, made.cascade, address) as url:
-                scores = before or judged(run, url, spec.evaluation)
+            made = run_pipeline(spec, run=home, tracked=tracking)
+        before, url = judged_before(home, made, spec.evaluation), ""
+        if elsewhere(home):
+            scores = before or {}
+        elif address or not before:
+            with endpoint(home.here, made.cascade.fetched(), address) as url:
+                scores = before or judged(home, url, spec.evaluation)
         else:
             scores = before
-        facts = write_summary(run, spec, made, scores)
-        if not before or not (run / "report.html").exists():
-            report(run, spec, tracking, facts)
-            facts = write_summary(run, spec, made, scores)  # with the seconds of the report
-    return Summary(facts, told(run, facts, url if address else ""))
+        facts = write_summary(home, spec, made, scores)
+        if not before or not home.has("report.html"):
+            report(home, spec, tracking, facts)
+            facts = write_summary(home, spec, made, scores)  # with the seconds of the report
+        page = tracking.book.page()
+    return Summary(facts | {"mlflow": page}, told(home, facts | {"mlflow": page}, url if address else ""))
+
+
+def home_of(spec: RunSpec) -> Home:
+    """Where a run of this name lives."""
+    return Home.of(f"{runs()}/{spec.name}")
+
+
+def elsewhere(home: Home) -> bool:
+    """Whether replicas may start on machines that do not see the cascade: then it is deployed afterwards."""
+    return home.stored and joins_cluster()
 
 
 def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
@@ -73,12 +87,13 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
     Raises:
         ValueError: No such stage, or a parent is missing.
     """
-    run = runs() / spec.name
+    home = opened(home_of(spec))
     for role in spec.stage(stage).parents:
-        parent_path(spec.stage(stage), role, run)  # before anything is started
-    with tracked(run, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
-        path = run_stage(spec, stage, run=run, tracked=tracking)
-    return {"bundle": str(path), "seconds": seconds_of(run).get(stage, 0.0)}
+        parent_home(spec.stage(stage), role, home)  # before anything is started
+    with tracked(home, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
+        run_stage(spec, stage, run=home, tracked=tracking)
+    bundle = home.at(f"{stage}/bundle").address
+    return {"bundle": bundle, "seconds": seconds_of(home).get(stage, 0.0)}
 
 
 @contextmanager
@@ -94,15 +109,11 @@ def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]
         stop_endpoint(run)
 
 
-def judged_before(run: Path, made: RunResult, spec: EvaluationSpec) -> dict[str, Any] | None:
+def judged_before(home: Home, made: RunResult, spec: EvaluationSpec) -> dict[str, Any] | None:
     """The scores of an earlier start, if they are of this cascade and these captions."""
-    try:
-        facts = json.loads((run / "summary.json").read_text())
-        if (facts["digest"], facts["evaluation"]) == (made.digest, fingerprint(spec)):
-            oracle: dict[str, Any] = facts["oracle"]
-            return oracle
-    except (OSError, ValueError, KeyError):
-        return None
+    facts = home.facts("summary.json")
+    if (facts.get("digest"), facts.get("evaluation")) == (made.digest, fingerprint(spec)):
+        return facts.get("oracle") or None
     return None
 
 
@@ -111,39 +122,54 @@ def fingerprint(spec: EvaluationSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
 
 
-def judged(run: Path, url: str, spec: EvaluationSpec) -> dict[str, Any]:
+def judged(home: Home, url: str, spec: EvaluationSpec) -> dict[str, Any]:
     """The scores of the cascade served there; the pictures stay in the run directory."""
     log.info("judging %d pictures painted by %s", spec.captions, url)
-    with timed(run, "evaluation"):
-        return evaluate_endpoint(url, spec, keep=run / "evaluation")
+    with timed(home, "evaluation"):
+        scores = evaluate_endpoint(url, spec, keep=home.here / "evaluation")
+    home.send("evaluation")
+    return scores
 
 
-def write_summary(run: Path, spec: RunSpec, made: RunResult, scores: dict[str, Any]) -> dict[str, Any]:
+def write_summary(home: Home, spec: RunSpec, made: RunResult, scores: dict[str, Any]) -> dict[str, Any]:
     """summary.json, replaced whole."""
     facts = {
         "run": spec.name,
         "oracle": scores,
-        "seconds": seconds_of(run),
-        "bundle": str(run / "cascade"),
+        "seconds": seconds_of(home),
+        "bundle": made.cascade.address,
         "digest": made.digest,
-        "stages": {name: str(run / name / "bundle") for name in made.bundles},
+        "stages": {name: home.at(f"{name}/bundle").address for name in made.bundles},
         "evaluation": fingerprint(spec.evaluation),
-        "report": str(run / "report.html"),
+        "report": home.at("report.html").address,
     }
-    draft = run / ".summary.json"
-    draft.write_text(json.dumps(facts, indent=2))
-    draft.replace(run / "summary.json")
+    home.write("summary.json", json.dumps(facts, indent=2))
     return facts
 
 
-def report(run: Path, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> None:
+def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> None:
     """The page, then page and scores to MLflow."""
-    with timed(run, "report"):
-        path = write_report(run, prompts=prompts_of(spec))
+    with timed(home, "report"):
+        if home.stored:
+            gather(home, spec)
+        path = write_report(home.here, prompts=prompts_of(spec))
+    home.send("report.html")
     shares = {f"oracle/{name}": value for name, value in facts["oracle"].items() if isinstance(value, float)}
     tracking.journal.log(shares, 0)
-    for file in (path, run / "summary.json"):
+    for file in (path, home.here / "summary.json"):
         tracking.journal.artifact(file)
+
+
+def gather(home: Home, spec: RunSpec) -> None:
+    """Of a store's run, what the report shows and this machine may not have: some data, sample grids."""
+    home.at("cascade").fetched()
+    data = home.at("data/prepared")
+    parts = [name for name in data.names() if name.startswith("part-")]
+    data.fetch(MANIFEST, *parts[:1], *parts[-1:])
+    for stage in spec.stages:
+        grids = home.at(f"{stage.name}/samples")
+        home.fetch(f"{stage.name}/{JOURNAL}")
+        grids.fetch(*grids.names())
 
 
 def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
@@ -153,23 +179,29 @@ def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
     return [case.caption for case in asked[::step]][:count]
 
 
-def told(run: Path, facts: dict[str, Any], url: str) -> str:
+def told(home: Home, facts: dict[str, Any], url: str) -> str:
     """Where everything is."""
     scores, seconds = facts["oracle"], facts["seconds"]
     right = ", ".join(
         f"{name.replace('_', ' ')} {scores[name]:.1%}"
         for name in ("all", "one_object", "two_object", "unseen")
-        if scores[name] is not None
+        if scores.get(name) is not None
     )
+    judgement = f"{right} (of {scores['n']} captions, by the oracle)" if scores else "not judged yet"
     lines = [
-        f"painted right: {right} (of {scores['n']} captions, by the oracle)",
+        f"painted right: {judgement}",
         f"seconds:       {seconds['total']:,.0f} in all",
         f"cascade:       {facts['bundle']}",
         f"report:        {facts['report']}",
-        f"pictures:      {run / 'evaluation'}",
+        f"pictures:      {home.at('evaluation').address}",
     ]
+    if facts["mlflow"]:
+        lines.append(f"mlflow:        {facts['mlflow']}")
+    if not scores:
+        lines.append("to judge it:   deploy it, then `ddiff eval --url http://HOST:PORT`")
+        lines.remove(f"pictures:      {home.at('evaluation').address}")
     if url:
         body = '{"prompt": "a red circle above a small blue square"}'
         call = f"curl {url}/v1/images/generations -H content-type:application/json -d '{body}'"
-        lines += [f"endpoint:      {url}, until `ddiff stop --run {run}`", f"try:           {call}"]
+        lines += [f"endpoint:      {url}, until `ddiff stop --run {home.here}`", f"try:           {call}"]
     return "\n".join(lines)

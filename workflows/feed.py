@@ -11,6 +11,7 @@ Runs without Ray and without torch, so that the processes that read start at onc
 
 import io
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from workflows.labels import LabelSpec, label_of
+from workflows.storage import Home
 
 GROUPS_PER_MIX = 8
 TASK_BYTES = 32 * 2**20
@@ -205,13 +207,17 @@ def decoded(data: bytes, image_size: int) -> bytes:
     return pixels.transpose(2, 0, 1).tobytes()
 
 
-def prepared_files(data: Path) -> list[str]:
-    """The Parquet files of a prepared directory.
+def prepared_files(data: Home | Path | str) -> list[str]:
+    """The addresses of the Parquet files of a prepared directory.
 
     Raises:
         DataError: It is not there or not finished.
     """
-    files = sorted(str(path) for path in data.glob("part-*.parquet"))
-    if not (data / "manifest.json").exists() or not files:
-        raise DataError(f"{data} is no finished prepared data; run `ddiff data prepare --out {data}`")
+    home = Home.of(data)
+    names = home.names()
+    files = [home.at(name).address for name in names if fnmatch(name, "part-*.parquet")]
+    if "manifest.json" not in names or not files:
+        raise DataError(
+            f"{home.address} is no finished prepared data; run `ddiff data prepare --out {home.address}`"
+        )
     return files

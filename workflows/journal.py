@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 256 * 2**10
 PARAM_CHARACTERS = 6000
 JOURNAL = "metrics.jsonl"
+MARKS = (JOURNAL, "metrics.sent", "metrics.run")
+"""The journal, how much of it has been sent, and the run that it was sent to."""
 
 
 class Entry(NamedTuple):
@@ -55,8 +57,8 @@ class Journal:
         """Marks to search for."""
         self.write([("tags", "", dict(tags), 0)])
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """An image file, shown on a slider over steps."""
+    def picture(self, name: str, path: Path | str, step: int) -> None:
+        """An image file, shown on a slider over steps; its path may be relative to the journal."""
         self.write([("picture", name, str(path), step)])
 
     def artifact(self, path: Path) -> None:
@@ -67,7 +69,7 @@ class Journal:
         """What the run was trained on."""
         self.write([("dataset", name, {"source": source, "digest": digest}, 0)])
 
-    def model(self, name: str, source: Path, *, alias: str, tags: Mapping[str, str]) -> None:
+    def model(self, name: str, source: Path | str, *, alias: str, tags: Mapping[str, str]) -> None:
         """A version of a registered model, and the alias that points to it."""
         self.write([("model", name, {"source": str(source), "alias": alias, "tags": dict(tags)}, 0)])
 
@@ -186,7 +188,10 @@ def send_some(journal: Path, send: Send) -> None:
 def sent(journal: Path) -> int:
     """Bytes of a journal that have been delivered."""
     mark = journal.with_suffix(".sent")
-    return int(mark.read_text()) if mark.exists() else 0
+    if not mark.exists():
+        return 0
+    size = journal.stat().st_size if journal.exists() else 0
+    return min(int(mark.read_text()), size)  # a copy of the journal may be older than that of its mark
 
 
 def backlog(journal: Path) -> int:

@@ -1,16 +1,15 @@
 """Prepared files, one a raw shard, each whole or not there, with a note of what is in it.
 
-<directory>/part-00000.parquet          written under another name, renamed when whole
+<directory>/part-00000.parquet          written under another name, renamed (or sent) when whole
 <directory>/.unfinished/source.json     what the parts are made from
 <directory>/.unfinished/part-00000.json the note: written after the rename
 """
 
 import json
-import os
-import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dd_core import sealed
 from dd_core.spec import Spec
 from workflows.files import ShardFile
 from workflows.pairs import DAMAGE, PairsSpec, census, pairs_schema, prepared_tables
+from workflows.storage import Home
 
 UNFINISHED = ".unfinished"
 
@@ -49,15 +49,19 @@ class Part(Spec):
 
 
 def write_part(
-    directory: Path, shard: int, url: str, spec: PairsSpec
+    directory: Home | Path, shard: int, url: str, spec: PairsSpec
 ) -> Iterator[tuple[int, int, Part | None]]:
     """Read, verify, decode, tokenise and write one shard.
 
     Yields:
         Rows since the last time, bytes of the shard read so far, and at the end the part.
     """
+    home = Home.of(directory)
+    here = home.here
+    if home.stored:
+        here.mkdir(parents=True, exist_ok=True)
     source, counts, damage = ShardFile(url), Counter[str](), ""
-    draft, name = directory / f".part-{shard:05d}-{uuid.uuid4().hex}.draft", f"part-{shard:05d}.parquet"
+    draft, name = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft", f"part-{shard:05d}.parquet"
     schema = pairs_schema(spec.sizes)
     try:
         with pq.ParquetWriter(
@@ -86,8 +90,11 @@ def write_part(
             bytes=draft.stat().st_size,
             sha256=sealed.sha256(draft),
         )
-        draft.rename(directory / name)
-        write_json(directory / UNFINISHED / f"part-{shard:05d}.json", part.model_dump(mode="json"))
+        draft.rename(here / name)
+        home.send(name)
+        write_json(home, f"{UNFINISHED}/part-{shard:05d}.json", part.model_dump(mode="json"))
+        if home.stored:
+            (here / name).unlink()  # whoever reads it reads the store
         yield 0, source.position, part
     finally:
         draft.unlink(missing_ok=True)
@@ -110,64 +117,61 @@ def shortage(url: str, found: int) -> str:
     return ""
 
 
-def resumed(directory: Path, source: str) -> dict[int, Part]:
+def resumed(directory: Home | Path, source: str) -> dict[int, Part]:
     """Make the directory ready; the good parts of an earlier run from the same source stay.
 
     Raises:
         DestinationError: If it holds files that are not ours, or cannot be written to.
     """
-    notes = directory / UNFINISHED
+    home = Home.of(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()) and not is_ours(directory):
-            raise DestinationError(f"{directory} holds other files; choose an empty or a new directory")
-        (directory / sealed.MANIFEST).unlink(missing_ok=True)  # from here on it is unfinished
+        if not home.stored:
+            home.here.mkdir(parents=True, exist_ok=True)
+        names = home.names()
+        if names and not is_ours(home, names):
+            raise DestinationError(f"{home.address} holds other files; choose an empty or a new directory")
+        home.drop(sealed.MANIFEST)  # from here on it is unfinished
         known: dict[int, Part] = {}
-        if read_json(notes / "source.json").get("source") == source:
-            known = {part.shard: part for part in noted(notes) if is_whole(directory / part.file, part)}
+        if home.facts(f"{UNFINISHED}/source.json").get("source") == source:
+            known = {part.shard: part for part in noted(home) if is_whole(home, part)}
         else:
-            shutil.rmtree(notes, ignore_errors=True)
+            home.drop(UNFINISHED)
         keep = {part.file for part in known.values()}
-        for path in (*directory.glob("part-*.parquet"), *directory.glob(".part-*.draft")):
-            if path.name not in keep:
-                path.unlink()
-        notes.mkdir(exist_ok=True)
-        write_json(notes / "source.json", {"source": source})
+        for name in names:
+            if name not in keep and (fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")):
+                home.drop(name)
+        write_json(home, f"{UNFINISHED}/source.json", {"source": source})
     except OSError as error:
-        raise DestinationError(f"{directory} cannot be written to ({error}); choose another") from None
+        raise DestinationError(f"{home.address} cannot be written to ({error}); choose another") from None
     return known
 
 
-def is_ours(directory: Path) -> bool:
+def is_ours(home: Home, names: Sequence[str]) -> bool:
     """True if an earlier run of this job left it."""
-    return (directory / UNFINISHED).is_dir() or "parts" in read_json(directory / sealed.MANIFEST)
+    return UNFINISHED in names or "parts" in home.facts(sealed.MANIFEST)
 
 
-def noted(notes: Path) -> Iterator[Part]:
+def noted(home: Home) -> Iterator[Part]:
     """The parts that an earlier run finished."""
-    for path in notes.glob("part-*.json"):
-        try:
-            yield Part(**read_json(path))
-        except ValidationError:
-            continue  # a note that was cut: its part is made again
+    for name in home.at(UNFINISHED).names():
+        if fnmatch(name, "part-*.json"):
+            try:
+                yield Part(**home.facts(f"{UNFINISHED}/{name}"))
+            except ValidationError:
+                continue  # a note that was cut: its part is made again
 
 
-def is_whole(path: Path, part: Part) -> bool:
-    """True if the file is there and its bytes are those that were written."""
-    return path.is_file() and path.stat().st_size == part.bytes and sealed.sha256(path) == part.sha256
+def is_whole(home: Home, part: Part) -> bool:
+    """True if the file is there and its bytes are those that were written.
+
+    A store shows an object when all of it has arrived, and its pages are checked when they are read; a
+    file system may have lost or changed bytes after a crash.
+    """
+    if home.size(part.file) != part.bytes:
+        return False
+    return home.stored or sealed.sha256(home.here / part.file) == part.sha256
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty if it is not there or was cut."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(home: Home, name: str, content: dict[str, Any]) -> None:
     """Write a small JSON object, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False))
-    os.replace(draft, path)
+    home.write(name, json.dumps(content, indent=2, ensure_ascii=False))

@@ -8,110 +8,44 @@ step that was cut is continued.  So the same call after any interruption goes on
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-from pydantic import model_validator
+from typing import NamedTuple
 
 from dd_core import bundle, sealed
-from dd_core.cascade import CascadeSpec
-from dd_core.spec import SafeName, Spec
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
-from workflows.evaluation import EvaluationSpec
-from workflows.pairs import PairsSpec
+from workflows.journal import JOURNAL
 from workflows.prepare import Prepared, prepare_pairs
-from workflows.shape_shards import ShapesSpec, write_shards
+from workflows.progress import StepProgress, clock
+from workflows.run_spec import RunSpec, in_order
+from workflows.shape_shards import write_shards
+from workflows.storage import Again, Home
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
 
+__all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
+
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
-
-
-class RunSpec(Spec):
-    """Everything from raw pairs to a judged cascade."""
-
-    kind: Literal["run"] = "run"
-    name: SafeName
-    shapes: ShapesSpec | None = None
-    """The embedded world to write first; then pairs.shards and pairs.destination follow the run."""
-    pairs: PairsSpec
-    stages: tuple[TrainSpec, ...]
-    """In any order; each is trained after its parents."""
-    cascade: CascadeSpec
-    evaluation: EvaluationSpec = EvaluationSpec()
-
-    @model_validator(mode="after")
-    def _fits(self) -> "RunSpec":
-        names = [stage.name for stage in self.stages]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two stages are named {min(twice)!r}")
-        for stage in self.stages:
-            if stage.stage.image_size not in self.pairs.sizes:
-                raise ValueError(
-                    f"stage {stage.name!r} trains on images of {stage.stage.image_size} px, "
-                    f"but pairs.sizes is {self.pairs.sizes}; add it there"
-                )
-        for hop in self.cascade.hops:
-            if hop.stage not in names:
-                raise ValueError(f"cascade: no stage is named {hop.stage!r}; there are {', '.join(names)}")
-        if self.cascade.context_length != self.pairs.context_length:
-            raise ValueError(
-                f"cascade.context_length is {self.cascade.context_length}, "
-                f"pairs.context_length {self.pairs.context_length}; make them equal"
-            )
-        in_order(self.stages)
-        return self
-
-    def stage(self, name: str) -> TrainSpec:
-        """The stage of this name.
-
-        Raises:
-            ValueError: There is none.
-        """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ValueError(
-            f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
-        )
-
-
-def in_order(stages: tuple[TrainSpec, ...]) -> list[TrainSpec]:
-    """Every stage after those it stands on; otherwise as they are listed.
-
-    Raises:
-        ValueError: Stages stand on each other in a circle.
-    """
-    waiting, done = list(stages), list[TrainSpec]()
-    while waiting:
-        left = {stage.name for stage in waiting}
-        ready = next((stage for stage in waiting if not left & set(stage.parents.values())), None)
-        if ready is None:
-            raise ValueError(f"stages stand on each other in a circle: {', '.join(sorted(left))}")
-        done.append(ready)
-        waiting.remove(ready)
-    return done
+SECONDS = "seconds.json"
 
 
 class RunResult(NamedTuple):
     """What a run has made."""
 
     bundles: dict[str, Path]
-    """Stage -> bundle."""
-    cascade: Path
+    """Stage -> bundle, or this machine's copy of it."""
+    cascade: Home
     digest: str
     """Of the cascade."""
     seconds: dict[str, float]
     """Step -> seconds over all starts; `total` is their sum."""
 
 
-def run_pipeline(spec: RunSpec, *, run: Path, tracked: Tracked) -> RunResult:
+def run_pipeline(spec: RunSpec, *, run: Home | Path, tracked: Tracked) -> RunResult:
     """Make everything of a run that is not there yet.
 
     Args:
@@ -124,113 +58,128 @@ def run_pipeline(spec: RunSpec, *, run: Path, tracked: Tracked) -> RunResult:
         training.PreemptedError: Told to stop; everything is saved.
         The errors of prepare_pairs and train_stage.
     """
-    run = run.absolute()
-    run.mkdir(parents=True, exist_ok=True)
+    run = opened(run)
     check_parents(spec, run)
     tracked.journal.params(spec.model_dump(mode="json", exclude={"stages"}))
     with timed(run, "data"):
         prepared = prepared_data(spec, run)
-    tracked.journal.artifact(prepared.directory / sealed.MANIFEST)
-    tracked.journal.dataset(spec.name, str(prepared.directory), prepared.digest)
+    prepared.home.fetch(sealed.MANIFEST)
+    tracked.journal.artifact(prepared.home.here / sealed.MANIFEST)
+    tracked.journal.dataset(spec.name, prepared.home.address, prepared.digest)
     bundles = {stage.name: made(stage, run, prepared, tracked) for stage in in_order(spec.stages)}
     with timed(run, "cascade"):
         digest = cascade_of(spec, run, bundles)
-    tags = {"bundle_sha256": digest, "bundle": str(run / "cascade")}
+    cascade = run.at("cascade")
+    tags = {"bundle_sha256": digest, "bundle": cascade.address}
     tracked.journal.tags(tags)
-    tracked.journal.model(spec.cascade.name, run / "cascade", alias="current", tags=tags)
-    return RunResult(bundles, run / "cascade", digest, seconds_of(run))
+    tracked.journal.model(spec.cascade.name, cascade.address, alias="current", tags=tags)
+    return RunResult(bundles, cascade, digest, seconds_of(run))
 
 
-def run_stage(spec: RunSpec, name: str, *, run: Path, tracked: Tracked) -> Path:
+def opened(run: Home | Path) -> Home:
+    """The directory of a run; of a store's, this machine's copy begins with what the store says."""
+    home = Home.of(run)
+    home.here.mkdir(parents=True, exist_ok=True)
+    home.fetch(SECONDS)
+    return home
+
+
+def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -> Path:
     """One stage of a run alone, on the run's data and the parents that are there; returns its bundle.
 
     Raises:
         ValueError: There is no such stage, or a parent has not been trained.
     """
-    stage, run = spec.stage(name), run.absolute()
-    run.mkdir(parents=True, exist_ok=True)
+    stage, run = spec.stage(name), opened(run)
     for role in stage.parents:
-        training.parent_path(stage, role, run)
+        training.parent_home(stage, role, run)
     with timed(run, "data"):
         prepared = prepared_data(spec, run)
     return made(stage, run, prepared, tracked)
 
 
-def check_parents(spec: RunSpec, run: Path) -> None:
+def check_parents(spec: RunSpec, run: Home | Path) -> None:
     """Before any work: every parent is a stage of the run or a bundle that is there."""
     names = {stage.name for stage in spec.stages}
     for stage in spec.stages:
         for role, named in stage.parents.items():
             if named not in names:
-                training.parent_path(stage, role, run)
+                training.parent_home(stage, role, run)
 
 
-def prepared_data(spec: RunSpec, run: Path) -> Prepared:
+def prepared_data(spec: RunSpec, run: Home) -> Prepared:
     """Raw shards of the embedded world, if it is asked for, then the prepared pairs."""
     pairs = spec.pairs
     if spec.shapes is not None:
-        raw = write_shards(spec.shapes, run / "data" / "raw")
-        pairs = pairs.but(shards=tuple(map(str, raw)), destination=str(run / "data" / "prepared"))
+        raw = write_shards(spec.shapes, run.at("data/raw"))
+        pairs = pairs.but(shards=tuple(raw), destination=run.at("data/prepared").address)
     return prepare_pairs(pairs)
 
 
-def made(stage: TrainSpec, run: Path, prepared: Prepared, tracked: Tracked) -> Path:
+def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> Path:
     """The bundle of one stage: there already, loaded from elsewhere, or trained."""
-    found = training.inputs(stage, run=run, data=prepared.directory)
+    found, home = training.inputs(stage, run=run, data=prepared.home), run.at(stage.name)
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
         return done
-    training.discard_other_runs(run / stage.name, found.fingerprint)
+    training.discard_other_runs(home, found.fingerprint)
     journal = tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))
-    journal.dataset("prepared", str(prepared.directory), prepared.digest)
+    journal.dataset("prepared", prepared.home.address, prepared.digest)
     journal.status("RUNNING")
+    home.send(JOURNAL)
     try:
         with timed(run, stage.name), watched(stage, run):
-            path = loaded_or_trained(stage, found, run, prepared.directory)
+            path = loaded_or_trained(stage, found, run, prepared.home)
     except BaseException as error:
         journal.status("KILLED" if isinstance(error, training.PreemptedError) else "FAILED")
+        home.send(JOURNAL)
         raise
     seal = sealed.verify(path)
-    journal.tags({"bundle": str(path), "bundle_sha256": seal.digest})
+    journal.tags({"bundle": home.at("bundle").address, "bundle_sha256": seal.digest})
     journal.status("FINISHED")
+    home.send(JOURNAL)
     log.info("%s: done in %s", stage.name, clock(seconds_of(run)[stage.name]))
     return path
 
 
-def loaded_or_trained(stage: TrainSpec, found: training.Inputs, run: Path, data: Path) -> Path:
+def loaded_or_trained(stage: TrainSpec, found: training.Inputs, run: Home, data: Home) -> Path:
     """A CLIP that somebody has published is saved as it is; every other stage is trained."""
     if not (isinstance(stage.stage, ClipSpec) and stage.stage.pretrained):
         return training.train_stage(stage, run=run, data=data)
-    path = run / stage.name / "bundle"
+    home = run.at(stage.name)
+    path = home.here / "bundle"
     path.parent.mkdir(parents=True, exist_ok=True)
     taken = published(stage.stage)
     facts = {"fingerprint": found.fingerprint, "step": 0, "images": 0, "seconds": 0.0, "data": found.data}
     bundle.save(path, taken.spec, taken.weights, parents={}, facts=facts)
+    home.send("bundle")
     return path
 
 
-def cascade_of(spec: RunSpec, run: Path, bundles: Mapping[str, Path]) -> str:
+def cascade_of(spec: RunSpec, run: Home, bundles: Mapping[str, Path]) -> str:
     """The cascade of these bundles; left as it is if it is made of just these."""
     stages = dict(bundles)
     for stage in spec.stages:
         for role in stage.parents:
-            path = training.parent_path(stage, role, run)
+            path = training.parent_home(stage, role, run).fetched()
             if path not in stages.values():
                 stages[f"{stage.name}.{role}"] = path
     digests = {name: sealed.verify(path).digest for name, path in stages.items()}
-    directory = run / "cascade"
+    directory = run.here / "cascade"
     try:
-        seal = sealed.verify(directory)
+        seal = sealed.verify(run.at("cascade").fetched())
         same_spec = json.loads((directory / "cascade.json").read_text()) == spec.cascade.model_dump(
             mode="json"
         )
         if seal.facts["stages"] == digests and same_spec:
             return seal.digest
     except sealed.SealError as error:
-        if directory.exists():
+        if run.at("cascade").names():
             log.warning("the cascade will be made again: %s", error)
-    return bundle.save_cascade(directory, spec.cascade, stages, card=card(spec, stages))
+    digest = bundle.save_cascade(directory, spec.cascade, stages, card=card(spec, stages))
+    run.send("cascade")
+    return digest
 
 
 def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
@@ -263,72 +212,39 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
 
 
 @contextmanager
-def timed(run: Path, name: str) -> Iterator[None]:
+def timed(run: Home | Path, name: str) -> Iterator[None]:
     """Add the seconds inside to <run>/seconds.json; a start that is killed loses at most two."""
-    before, began, over = seconds_of(run).get(name, 0.0), time.monotonic(), threading.Event()
+    home = Home.of(run)
+    before, began = seconds_of(home).get(name, 0.0), time.monotonic()
 
     def save() -> None:
-        seconds = seconds_of(run) | {name: round(before + time.monotonic() - began, 3)}
+        seconds = seconds_of(home) | {name: round(before + time.monotonic() - began, 3)}
         del seconds["total"]
-        draft = run / "seconds.json.new"
-        draft.write_text(json.dumps(seconds))
-        draft.replace(run / "seconds.json")
+        home.write(SECONDS, json.dumps(seconds))
 
-    def keep_saving() -> None:
-        while not over.wait(2.0):
-            save()
-
-    thread = threading.Thread(target=keep_saving, name="seconds", daemon=True)
-    thread.start()
-    try:
+    with Again(save):
         yield
-    finally:
-        over.set()
-        thread.join()
-        save()
 
 
-def seconds_of(run: Path) -> dict[str, float]:
-    """Step -> seconds over all starts so far, and their total."""
-    path = run / "seconds.json"
+def seconds_of(run: Home | Path) -> dict[str, float]:
+    """Step -> seconds over all starts so far, and their total; of a store's run, as far as known here."""
+    path = Home.of(run).here / SECONDS
     seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     return seconds | {"total": sum(seconds.values())}
 
 
 @contextmanager
-def watched(stage: TrainSpec, run: Path) -> Iterator[None]:
-    """While inside, say now and then how far the training is."""
-    over = threading.Event()
+def watched(stage: TrainSpec, run: Home) -> Iterator[None]:
+    """While inside, show how far the training is: a bar on a terminal, now and then a line elsewhere."""
     log.info("%s: %s steps of %d images", stage.name, f"{stage.budget.steps:,}", stage.batch_size)
+    progress = StepProgress(stage.name, stage.budget.steps, every_s=PROGRESS_S)
 
-    def say() -> None:
-        said = -1
-        while not over.wait(PROGRESS_S):
-            now = curves(run / stage.name / "metrics.jsonl")
-            step = max(now.get("train/loss", {}), default=-1)
-            if step > said >= 0 or (said < 0 <= step < stage.budget.steps):
-                log.info("%s", progress(stage, now, step))
-            said = step
+    def look() -> None:
+        now = curves(run.here / stage.name / JOURNAL)
+        if losses := now.get("train/loss"):
+            step = max(losses)
+            rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
+            progress.show(step, loss=losses[step], rate=rate, left_s=left)
 
-    thread = threading.Thread(target=say, name="progress", daemon=True)
-    thread.start()
-    try:
+    with progress, Again(look, every_s=2.0 if progress.console.is_terminal else PROGRESS_S):
         yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def progress(stage: TrainSpec, now: Mapping[str, Mapping[int, float]], step: int) -> str:
-    """base: step 400 of 2,000, loss 0.123, 310 images/s, 2:10 left."""
-    rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
-    return (
-        f"{stage.name}: step {step:,} of {stage.budget.steps:,}, loss {now['train/loss'][step]:.4g}, "
-        f"{rate:.0f} images/s, {clock(left)} left"
-    )
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -9,7 +9,6 @@ facts.
 import contextlib
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,8 +22,9 @@ from pydantic import ValidationError
 from dd_core import sealed
 from workflows.files import Found, fingerprint, located, one_line
 from workflows.pairs import PairsSpec, TooManyRejectsError, check_census, pairs_schema
-from workflows.parts import UNFINISHED, DestinationError, Part, read_json, resumed, write_json, write_part
+from workflows.parts import UNFINISHED, DestinationError, Part, resumed, write_json, write_part
 from workflows.progress import SampleProgress
+from workflows.storage import Home, StorageError
 
 LAYOUT = 1
 """Changes when the same source and spec would give other files."""
@@ -35,12 +35,17 @@ REFUSED = "refused.json"
 class Prepared(NamedTuple):
     """A finished destination."""
 
-    directory: Path
+    home: Home
     files: tuple[str, ...]
-    """Paths of the Parquet files."""
+    """Addresses of the Parquet files."""
     facts: dict[str, Any]
     """Of the manifest: kept, rejected, rejects, damaged_shards, parts, sizes, context_length, ..."""
     digest: str
+
+    @property
+    def directory(self) -> Path:
+        """Of a destination that is no store."""
+        return self.home.here
 
 
 def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
@@ -53,63 +58,58 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
         DestinationError: If the destination holds other files or cannot be written to.
         TooManyRejectsError: After refused.json was written, with the facts and no manifest.
     """
-    source, directory = located(spec.shards), local(spec.destination)
+    source, home = located(spec.shards), Home.of(spec.destination)
     facts = facts_of(spec, source)
-    if done := finished(directory, facts["source"]):
-        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)  # a run that was cut after its last line
+    if done := finished(home, facts["source"]):
+        home.drop(UNFINISHED)  # a run that was cut after its last line
         judge(spec, done.facts)
         return done
-    parts = resumed(directory, facts["source"])
+    parts = resumed(home, facts["source"])
     with shown(source, parts, progress=progress) as bar:
-        for part in written(spec, directory, source, parts, bar):
+        for part in written(spec, home, source, parts, bar):
             parts[part.shard] = part
     facts |= totals([parts[shard] for shard in range(len(source))])
     try:
         judge(spec, facts)
     except TooManyRejectsError:
-        write_json(directory / REFUSED, facts)
+        write_json(home, REFUSED, facts)
         raise
-    (directory / REFUSED).unlink(missing_ok=True)
-    sealed.seal(directory, {part.file: part.sha256 for part in parts.values()}, facts)
-    shutil.rmtree(directory / UNFINISHED)
-    return prepared(directory)
+    home.drop(REFUSED)
+    home.here.mkdir(parents=True, exist_ok=True)
+    sealed.seal(home.here, {part.file: part.sha256 for part in parts.values()}, facts)
+    home.send(sealed.MANIFEST)
+    home.drop(UNFINISHED)
+    return prepared(home)
 
 
-def prepared(directory: Path | str) -> Prepared:
+def prepared(directory: Home | Path | str) -> Prepared:
     """Open a finished destination; its files are verified page by page when they are read.
 
     Raises:
         DestinationError: If it is not finished, or a file is missing or has another size.
     """
-    directory = local(str(directory))
-    body = read_json(directory / sealed.MANIFEST)
+    home = Home.of(directory)
+    body = home.facts(sealed.MANIFEST)
     try:
         digest, parts = body.pop("digest"), [Part(**part) for part in body["parts"]]
     except (KeyError, TypeError, ValidationError):
-        raise DestinationError(f"{directory} holds no finished data; run `ddiff data prepare`") from None
+        raise DestinationError(f"{home.address} holds no finished data; run `ddiff data prepare`") from None
     if sealed.digest_of(body) != digest:
-        raise DestinationError(f"{directory}/{sealed.MANIFEST} is damaged; prepare the data again")
+        raise DestinationError(f"{home.address}/{sealed.MANIFEST} is damaged; prepare the data again")
     for part in parts:
-        path = directory / part.file
-        if not path.is_file() or path.stat().st_size != part.bytes:
-            raise DestinationError(f"{path} is missing or has changed; prepare the data again")
-    return Prepared(directory, tuple(str(directory / part.file) for part in parts), body, digest)
+        if home.size(part.file) != part.bytes:
+            where = home.at(part.file).address
+            raise DestinationError(f"{where} is missing or has changed; prepare the data again")
+    return Prepared(home, tuple(home.at(part.file).address for part in parts), body, digest)
 
 
-def finished(directory: Path, source: str) -> Prepared | None:
+def finished(home: Home, source: str) -> Prepared | None:
     """What stands there, if it is whole and from the same source."""
     try:
-        found = prepared(directory)
+        found = prepared(home)
     except DestinationError:
         return None
     return found if found.facts["source"] == source else None
-
-
-def local(destination: str) -> Path:
-    """The directory of an address."""
-    if "://" in destination and not destination.startswith("file://"):
-        raise DestinationError(f"{destination}: prepare into a directory that all workers see, then copy it")
-    return Path(destination.removeprefix("file://")).absolute()
 
 
 def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
 
 def written(
     spec: PairsSpec,
-    directory: Path,
+    home: Home,
     source: Sequence[Found],
     known: dict[int, Part],
     bar: SampleProgress | None,
@@ -169,12 +169,12 @@ def written(
     context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
     with ray.data.DataContext.current(context):
         reports = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            partial(reported, spec=spec, directory=directory), batch_size=1
+            partial(reported, spec=spec, home=home), batch_size=1
         )
     read = dict.fromkeys(range(len(source)), 0)
     for step in reports.iter_rows():
         if step["error"]:
-            raise DestinationError(f"{directory} cannot be written to: {step['error']}")
+            raise DestinationError(f"{home.address} cannot be written to: {step['error']}")
         if bar is not None:
             bar.advance(step["rows"], step["position"] - read[step["shard"]])
         read[step["shard"]] = step["position"]
@@ -182,16 +182,14 @@ def written(
             yield Part.model_validate_json(step["part"])
 
 
-def reported(
-    batch: dict[str, np.ndarray], *, spec: PairsSpec, directory: Path
-) -> Iterator[dict[str, np.ndarray]]:
+def reported(batch: dict[str, np.ndarray], *, spec: PairsSpec, home: Home) -> Iterator[dict[str, np.ndarray]]:
     """What a task runs: a report for every row group of its shard, and one with the part at the end."""
     shard, url = int(batch["shard"][0]), str(batch["url"][0])
     error = ""
     try:
-        for rows, position, part in write_part(directory, shard, url, spec):
+        for rows, position, part in write_part(home, shard, url, spec):
             yield report(shard, rows, position, part.model_dump_json() if part else "", "")
-    except OSError as failure:
+    except (OSError, StorageError) as failure:
         error = one_line(failure)
     if error:
         yield report(shard, 0, 0, "", error)

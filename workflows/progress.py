@@ -1,5 +1,7 @@
 """How far a long job is: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
+import datetime
+import logging
 import time
 from types import TracebackType
 from typing import Self
@@ -14,7 +16,57 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
+
+
+class StepProgress:
+    """Steps of a training run, as its journal tells of them.
+
+    Args:
+        title: What is trained.
+        total: Steps of its budget.
+        every_s: Pause between plain lines.
+        console: Where the bar goes; standard error if not given.
+    """
+
+    def __init__(
+        self, title: str, total: int, *, every_s: float = 15.0, console: Console | None = None
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self.title, self.total, self.every_s = title, total, every_s
+        self.said, self.spoken = -1, time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f}, {task.fields[about]}"),
+        )
+        self.bar = Progress(
+            *columns, console=self.console, disable=not self.console.is_terminal, transient=True
+        )
+        self.task = self.bar.add_task(title, total=total, about="starting")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, step: int, *, loss: float, rate: float, left_s: float) -> None:
+        """So far it has come; a line only if it is a while since the last and something is new."""
+        about = f"loss {loss:.4g}, {rate:.0f} images/s, {clock(left_s)} left"
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step, about=about)
+        elif self.said < step < self.total and time.monotonic() - self.spoken >= self.every_s:
+            self.said, self.spoken = step, time.monotonic()
+            log.info("%s: step %s of %s, %s", self.title, f"{step:,}", f"{self.total:,}", about)
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15."""
+    text = str(datetime.timedelta(seconds=round(seconds)))
+    return text.removeprefix("0:").removeprefix("0") if seconds < 3600 else text
 
 
 class SampleProgress:

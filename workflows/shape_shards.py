@@ -11,6 +11,7 @@ from pydantic import Field
 from dd_core.spec import Spec
 from workflows.grammar import training_caption
 from workflows.shapes import drawn, facts_of, scene_rng
+from workflows.storage import Home
 
 
 class ShapesSpec(Spec):
@@ -37,15 +38,22 @@ def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
     return f"{number:08d}", members
 
 
-def write_shards(spec: ShapesSpec, directory: Path) -> list[Path]:
+def write_shards(spec: ShapesSpec, directory: Home | Path) -> list[str]:
     """Write the world as WebDataset tars; a shard that is already whole is left as it is.
 
     Returns:
-        The shards, shapes-00000.tar and on.
+        The addresses of the shards, shapes-00000.tar and on.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    starts = range(0, spec.pairs, spec.pairs_per_shard)
-    return [write_shard(spec, directory, number) for number in range(len(starts))]
+    home = Home.of(directory)
+    home.here.mkdir(parents=True, exist_ok=True)
+    names = [f"shapes-{number:05d}.tar" for number in range(-(-spec.pairs // spec.pairs_per_shard))]
+    for number, name in enumerate(names):
+        if not home.has(name):
+            path = write_shard(spec, home.here, number)
+            home.send(name)
+            if home.stored:
+                path.unlink()
+    return [home.at(name).address for name in names]
 
 
 def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:

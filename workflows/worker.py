@@ -8,9 +8,10 @@ worker, a broken connection) is raised, so that Ray starts the workers anew.
 import logging
 import os
 import resource
+import shutil
 import time
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import ray.exceptions
@@ -27,31 +28,29 @@ from dd_core.training import DivergedError, StepReport, TrainState, train
 from workflows import feed, samples
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.reading import batches, paired
+from workflows.storage import Again, Home, Sending, StorageError
 from workflows.train_spec import TrainSpec
 
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
+STOP = "stop"
+"""While this file is in the stage's directory, the workers are to save and stop."""
 
 
 class Job(NamedTuple):
     """What the driver tells the workers."""
 
     spec: TrainSpec
-    directory: Path
-    """Of the stage in the run; shared by all workers."""
+    home: Home
+    """Of the stage in the run: one directory for all workers, or each has its copy."""
     pieces: feed.Pieces
-    parents: dict[str, Path]
+    parents: dict[str, Home]
     """Role -> bundle, verified."""
     facts: dict[str, Any]
     """fingerprint, data and parents, for checkpoints and the bundle."""
     drainable: bool
     """Whether there are several nodes, of which Ray may announce that one will go."""
-
-    @property
-    def stop_file(self) -> Path:
-        """While it is there, the workers are to save and stop."""
-        return self.directory / "stop"
 
 
 class Outcome(NamedTuple):
@@ -70,6 +69,8 @@ class Position(NamedTuple):
 
 def work(job: Job) -> tuple[str, str]:
     """Train to the end of the budget, or to a reason to stop; the same on every worker."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("workflows").setLevel(logging.INFO)  # where Ray shows what workers say, there is this
     try:
         return trained_to_the_end(job)
     except DivergedError as error:
@@ -78,6 +79,8 @@ def work(job: Job) -> tuple[str, str]:
         return Outcome("data", str(error))
     except ray.exceptions.RayTaskError as error:  # a read task raised, and would again
         return Outcome("data", str(error.cause or error).strip().splitlines()[-1])
+    except StorageError:  # a store that is away may come back, and the next attempt finds it
+        raise
     except (ValueError, sealed.SealError) as error:
         log.debug("refused", exc_info=True)
         return Outcome("refused", str(error))
@@ -94,15 +97,25 @@ def trained_to_the_end(job: Job) -> Outcome:
         # than CPUs libgomp sleeps where it would spin: steps took half as long again (torch 2.15)
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    parents = {role: bundle.load(path).trained for role, path in job.parents.items()}
+    parents = {role: bundle.load(home.fetched()).trained for role, home in job.parents.items()}
+    if who.rank == 0:
+        job.home.rejoin(JOURNAL)
     state, seconds = started(job, who, parents)
     supply = batches(spec, feed.Order(job.pieces, spec.seed), state.step, who.rank, device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
-    warned = False
+    with StopSign(job, who) as sign, Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ()))):
+        return stepped(job, who, steps, recorder, sign)
+
+
+def stepped(
+    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: "StopSign"
+) -> Outcome:
+    """Every step of the budget, or to a reason to stop."""
+    spec, warned = job.spec, False
     for report in steps:
         recorder.note(report)
-        stop = told_to_stop(job, report.step, who)
+        stop = told_to_stop(sign, report.step, who)
         last = report.step == spec.budget.steps
         new_warning = not warned and node_will_go(job, report.step)
         if stop or last or new_warning or report.step % spec.budget.checkpoint_every == 0:
@@ -125,17 +138,32 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     unused = {"find_unused_parameters": True} if len(stage.phases) > 1 else {}
     wrapped = ray.train.torch.prepare_model(stage, parallel_strategy_kwargs=unused)
     state = TrainState(wrapped, spec.optimizer, seed=spec.seed, rank=who.rank)
-    newest = checkpoint.newest(job.directory) if who.rank == 0 else None
+    name = newest(job.home) if who.rank == 0 else ""
     if who.ranks > 1:
-        newest = ray.train.collective.broadcast_from_rank_zero(newest)
-    if newest is None:
+        name = ray.train.collective.broadcast_from_rank_zero(name)
+    if not name:
         return state, 0.0
     tensors = state.tensors()
-    facts = checkpoint.read(newest, tensors)
+    facts = checkpoint.read(job.home.at(name).fetched(), tensors)
     state.restored(tensors, step=facts["step"], images=facts["images"])
     if who.rank == 0:
         log.info("%s: continues at step %d", spec.name, state.step)
     return state, facts["seconds"]
+
+
+def newest(stage: Home) -> str:
+    """The newest checkpoint that verifies, within the stage's directory; empty if there is none."""
+    if not stage.stored:
+        found = checkpoint.newest(stage.here)
+        return found.relative_to(stage.here).as_posix() if found else ""
+    for name in reversed(stage.at("checkpoints").names()):
+        try:
+            sealed.verify(stage.at(f"checkpoints/{name}").fetched())
+        except sealed.SealError as error:
+            log.warning("stepping back: %s", error)
+        else:
+            return f"checkpoints/{name}"
+    return ""
 
 
 def accumulation(spec: TrainSpec) -> int:
@@ -144,13 +172,37 @@ def accumulation(spec: TrainSpec) -> int:
     return own // (spec.micro_batch_size or own)
 
 
-def told_to_stop(job: Job, step: int, who: Position) -> bool:
-    """Whether all workers are to save and stop now, since the driver was sent SIGTERM."""
+class StopSign:
+    """Whether the driver was sent SIGTERM; a store is asked in the background, by the first worker alone."""
+
+    def __init__(self, job: Job, who: Position) -> None:
+        self.home, self.seen, self.asks = job.home, False, who.rank == 0 and job.home.stored
+        self.asking = Again(self.ask)
+
+    def ask(self) -> None:
+        self.seen = self.seen or (self.asks and self.home.has(STOP))
+
+    def __enter__(self) -> Self:
+        if self.asks:
+            self.asking.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.asks:
+            self.asking.__exit__()
+
+    def up(self) -> bool:
+        """Costs a look at a directory, and nothing where there is a store."""
+        return self.seen if self.home.stored else self.home.has(STOP)
+
+
+def told_to_stop(sign: StopSign, step: int, who: Position) -> bool:
+    """Whether all workers are to save and stop now."""
     if who.ranks == 1:
-        return job.stop_file.exists()
+        return sign.up()
     if step % AGREE_STEPS:
         return False
-    flag = torch.tensor(float(job.stop_file.exists()), device=ray.train.torch.get_device())
+    flag = torch.tensor(float(sign.up()), device=ray.train.torch.get_device())
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -177,7 +229,7 @@ class Recorder:
     ) -> None:
         self.job, self.spec, self.who, self.state, self.parents = job, job.spec, who, state, parents
         self.seconds_before, self.began = seconds_before, time.monotonic()
-        self.journal = Journal(job.directory / JOURNAL)
+        self.journal = Journal(job.home.here / JOURNAL)
         self.reported = max(curves(self.journal.path).get("train/loss", {}), default=0)
         """Last step in the journal; a step that is repeated after a rollback says nothing new."""
         self.sums: dict[str, torch.Tensor] = {}
@@ -221,9 +273,10 @@ class Recorder:
         now = Trained(self.spec.stage, self.state.average)
         made = samples.drawn(now, self.parents, self.spec.samples, known)
         if made is not None:
-            path = self.job.directory / "samples" / f"step-{step:08d}.png"
-            samples.save_grid(made, path)
-            self.journal.picture("samples", path, step)
+            name = f"samples/step-{step:08d}.png"
+            samples.save_grid(made, self.job.home.here / name)
+            self.job.home.send(name)
+            self.journal.picture("samples", name, step)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and the bundle say about themselves."""
@@ -233,19 +286,40 @@ class Recorder:
 
     def save(self) -> None:
         """A checkpoint, by all ranks together; then the oldest go."""
-        directory = self.job.directory / "checkpoints" / f"step-{self.state.step:08d}"
+        home = self.job.home
+        place = home.at(f"checkpoints/step-{self.state.step:08d}")
         facts = self.facts() | {
             "images": self.state.images,
             "spec": self.spec.model_dump(mode="json"),
             "ledger": {"position": self.state.step * self.spec.batch_size},
         }
-        checkpoint.write(directory, self.state.tensors(), facts)
+        written = checkpoint.write(place.here, self.state.tensors(), facts)
+        kept, every = self.spec.checkpoints_kept, self.spec.keep_every
+        if home.stored:
+            self.send(place, written)
+            names = home.at("checkpoints").names() if self.who.rank == 0 else []
+            for name in checkpoint.outlived(names, kept=kept, every=every):
+                home.drop(f"checkpoints/{name}")
+        elif self.who.rank == 0:
+            checkpoint.prune(home.here, kept=kept, every=every)
+
+    def send(self, place: Home, written: list[str]) -> None:
+        """Each rank its files, then the journal up to this step, then the manifest; none stays here."""
         if self.who.rank == 0:
-            checkpoint.prune(self.job.directory, kept=self.spec.checkpoints_kept, every=self.spec.keep_every)
+            place.unseal()
+        place.send(*(name for name in written if name != sealed.MANIFEST))
+        if self.who.ranks > 1:
+            dist.barrier()
+        if self.who.rank == 0:
+            self.job.home.send(JOURNAL)
+            place.send(sealed.MANIFEST)
+        shutil.rmtree(self.job.home.here / "checkpoints", ignore_errors=True)
 
     def ship(self) -> None:
         """The averaged weights as a bundle."""
         facts = self.facts() | {"spec": self.spec.model_dump(mode="json")}
         parents = facts.pop("parents")
         weights = {name: value.cpu() for name, value in self.state.average.items()}
-        bundle.save(self.job.directory / "bundle", self.spec.stage, weights, parents=parents, facts=facts)
+        home = self.job.home
+        bundle.save(home.here / "bundle", self.spec.stage, weights, parents=parents, facts=facts)
+        home.send(JOURNAL, "bundle")

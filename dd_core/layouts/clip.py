@@ -6,7 +6,6 @@ quick activation whatever open_clip's model of that size does.
 
 from collections.abc import Iterator, Mapping
 
-import open_clip
 import torch
 from torch import Tensor
 
@@ -25,6 +24,8 @@ def net_of(name: str) -> ClipNetSpec:
     Raises:
         ValueError: It knows none, or one that is no plain CLIP.
     """
+    import open_clip  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
+
     config = open_clip.get_model_config(name)
     if config is None or any(
         field in config[part] for field in UNLIKE for part in ("vision_cfg", "text_cfg")

@@ -8,7 +8,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
-import open_clip.model
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -92,6 +91,8 @@ class Clip(nn.Module):
     def __init__(self, spec: ClipNetSpec) -> None:
         super().__init__()
         self.spec = spec
+        import open_clip.model  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
+
         vision = open_clip.model.CLIPVisionCfg(
             layers=spec.image_layers,
             width=spec.image_width,

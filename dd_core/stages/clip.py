@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-import open_clip
 import torch
 from torch import Tensor
 
@@ -77,6 +76,8 @@ def published(spec: ClipSpec) -> Trained:
         raise ValueError(f"clip.pretrained: there is no file {file!r}")
     quick_gelu = net.quick_gelu or tag == "openai"
     try:
+        import open_clip  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
+
         towers = open_clip.create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None

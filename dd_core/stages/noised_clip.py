@@ -14,7 +14,6 @@ from typing import Literal, assert_never
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -58,6 +57,12 @@ class NoisedClip(nn.Module):
     def __init__(self, spec: ClipNetSpec) -> None:
         super().__init__()
         self.spec = spec
+        from open_clip.transformer import (  # noqa: PLC0415 seconds, which a spec need not cost
+            LayerNorm,
+            QuickGELU,
+            VisionTransformer,
+        )
+
         self.visual = VisionTransformer(
             image_size=spec.image_size,
             patch_size=spec.patch_size,

@@ -18,7 +18,7 @@ from dd_core.stages.prior import PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
-from workflows.pipeline import RunSpec
+from workflows.run_spec import RunSpec
 from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import SamplesSpec, TrainSpec
 

@@ -18,7 +18,7 @@ from jobs.recipes import smoke
 from tests.conftest import RAY_MARKS, file_of, photo
 from tests.faults.flaky_store import flaky_store
 from workflows.pairs import PairsSpec
-from workflows.parts import read_json, resumed, write_part
+from workflows.parts import resumed, write_part
 from workflows.prepare import prepare_pairs
 from workflows.tracking import curves
 from workflows.training import train_stage
@@ -109,7 +109,7 @@ def test_every_pair_that_came_is_kept_or_counted(local_ray: None, crawl: Crawl, 
     assert (found["kept"], found["rejected"]) == (crawl.good, crawl.broken)
     assert set(found["rejects"]) <= {"image-broken", "image-format"}
     assert found["damaged_shards"] == []
-    stats = [read_json(path) for path in Path(crawl.shards).parent.glob("*_stats.json")]
+    stats = [json.loads((path).read_text()) for path in Path(crawl.shards).parent.glob("*_stats.json")]
     assert sum(shard["successes"] for shard in stats) == found["kept"] + found["rejected"]
     assert sum(shard["failed_to_download"] for shard in stats) == crawl.dead
     rows = [
@@ -156,7 +156,7 @@ def test_samples_that_vanished_from_a_shard_are_missed(crawl: Crawl, tmp_path: P
     shard.write_bytes(bytes(data))
     stats = source.with_name("00000_stats.json")
     (tmp_path / stats.name).write_bytes(stats.read_bytes())
-    promised = read_json(stats)["successes"]
+    promised = json.loads((stats).read_text())["successes"]
     spec = PairsSpec(shards=(str(shard),), destination=str(tmp_path / "out"), sizes=(16,))
     resumed(tmp_path / "out", "")
     *_, (_, _, part) = write_part(tmp_path / "out", 0, str(shard), spec)

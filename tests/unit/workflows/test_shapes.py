@@ -94,9 +94,9 @@ def test_the_two_orders_of_a_relation_say_the_same() -> None:
 
 def test_shards_are_a_function_of_the_seed_and_never_hold_an_unseen_pair(tmp_path: Path) -> None:
     spec = ShapesSpec(pairs=25, seed=3, pairs_per_shard=10)
-    first = write_shards(spec, tmp_path / "a")
-    again = write_shards(spec, tmp_path / "b")
-    other = write_shards(spec.but(seed=4), tmp_path / "c")
+    first = [Path(path) for path in write_shards(spec, tmp_path / "a")]
+    again = [Path(path) for path in write_shards(spec, tmp_path / "b")]
+    other = [Path(path) for path in write_shards(spec.but(seed=4), tmp_path / "c")]
     assert [path.name for path in first] == ["shapes-00000.tar", "shapes-00001.tar", "shapes-00002.tar"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert first[0].read_bytes() != other[0].read_bytes()

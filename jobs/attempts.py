@@ -1,0 +1,44 @@
+"""`python -m jobs.attempts 3 run --config job.yaml`: a ddiff command that is started again when it is killed.
+
+The entry point of a submitted job.  Ray starts a job once; a driver that the kernel, a bad moment of
+the node or a person kills would end it, although everything it had done lies in the store.  What
+fails by itself, in the same way each time, is not repeated.
+"""
+
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+log = logging.getLogger("jobs.attempts")
+
+
+def attempted(most: int, words: Sequence[str]) -> int:
+    """Run the command until it ends by itself, `most` times at most; its exit code."""
+    told = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        process.send_signal(number)
+
+    for attempt in range(1, most + 1):
+        process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *words])  # noqa: S603 our own command
+        signal.signal(signal.SIGTERM, stop)
+        code = process.wait()
+        if code >= 0 or told or attempt == most:
+            break
+        log.warning(
+            "the driver was killed by %s; starting it again, attempt %d of %d",
+            signal.Signals(-code).name,
+            attempt + 1,
+            most,
+        )
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    sys.exit(attempted(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,266 @@
+"""Jobs on a cluster: started, watched, read and stopped over the HTTP of Ray's dashboard."""
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from jobs.environment import cluster_address, prepare_environment
+
+T = TypeVar("T")
+MOST_LINES = 15
+"""Of an error that is shown."""
+PREFIX = re.compile(r"^(?:\x1b\[\d+m)?\(([\w.]+)[^)]*pid=\d+(?:, ip=([\d.]+))?\)(?:\x1b\[0m)? ?")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
+FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)$')
+ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))\b(?::|$)")
+OURS = ("dd_core/", "workflows/", "serve/", "jobs/")
+
+
+class ClusterError(ValueError):
+    """The cluster cannot be reached, does not let us, or has no such job; the message says what to do."""
+
+
+class JobFacts(NamedTuple):
+    """A job as the cluster tells of it."""
+
+    id: str
+    run: str
+    attempt: int
+    status: str
+    message: str
+    command: str
+    started: float
+    """Seconds since 1970; 0 if it has not."""
+    ended: float
+
+    @property
+    def over(self) -> bool:
+        """Whether it will not change any more."""
+        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class Cluster:
+    """A Ray cluster from outside.
+
+    Args:
+        address: Of its dashboard; RAY_ADDRESS unless given.
+
+    Raises:
+        ClusterError: No address, no answer, or a refused token.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        prepare_environment()
+        self.address = (address or cluster_address()).rstrip("/")
+        if not self.address.startswith(("http://", "https://")):
+            given = f"{self.address!r} is no such address" if self.address else "none is given"
+            raise ClusterError(
+                f"jobs go to the dashboard of a cluster, such as http://head:8265, and {given}; "
+                "use --address or RAY_ADDRESS"
+            )
+        self.client: Any = None
+
+    def ask(self, what: Callable[[Any], T]) -> T:
+        """A call of Ray's client, its errors in one line."""
+        from ray.exceptions import AuthenticationError  # noqa: PLC0415 half a second
+        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
+
+        try:
+            if self.client is None:
+                self.client = JobSubmissionClient(self.address)
+            return what(self.client)
+        except AuthenticationError as error:
+            code = 403 if str(error).lstrip().startswith("Authentication failed") else 401
+            raise ClusterError(
+                f"{self.address} answers {code}: the token is {'wrong' if code == 403 else 'missing'}; "
+                "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token of this cluster"
+            ) from None
+        except (ConnectionError, OSError) as error:
+            text = " ".join(str(error).split())
+            raise ClusterError(
+                f"{self.address} does not answer ({text:.120}); is it the dashboard?"
+            ) from None
+        except RuntimeError as error:
+            raise ClusterError(f"{self.address}: {reason(str(error))}") from None
+
+    def start(
+        self,
+        name: str,
+        entrypoint: str,
+        directory: Path,
+        *,
+        environment: Mapping[str, str],
+        marks: dict[str, str],
+    ) -> str:
+        """A new job that runs in a copy of a directory; its id."""
+        return self.ask(
+            lambda client: str(
+                client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=name,
+                    runtime_env={"working_dir": str(directory), "env_vars": dict(environment)},
+                    metadata=marks,
+                )
+            )
+        )
+
+    def jobs(self) -> list[JobFacts]:
+        """Every job that was submitted, the newest first."""
+        found = [facts_of(job) for job in self.ask(lambda client: client.list_jobs()) if job.submission_id]
+        return sorted(found, key=lambda job: (job.started, job.attempt), reverse=True)
+
+    def job(self, name: str) -> JobFacts:
+        """A job by its id, or the newest of a run by the run's name.
+
+        Raises:
+            ClusterError: There is neither.
+        """
+        found = self.jobs()
+        for job in found:
+            if name in (job.id, job.run):
+                return job
+        known = ", ".join(job.id for job in found[:5]) or "none"
+        raise ClusterError(f"{self.address} has no job and no run {name!r}; it has {known}")
+
+    def stop(self, name: str, *, wait_s: float = 150.0) -> JobFacts:
+        """Ask a job to save itself and end, and wait until it has."""
+        job = self.job(name)
+        if not job.over:
+            self.ask(lambda client: client.stop_job(job.id))
+            until = time.monotonic() + wait_s
+            while not (job := self.job(job.id)).over and time.monotonic() < until:
+                time.sleep(0.5)
+        return job
+
+    def delete(self, name: str) -> JobFacts:
+        """Forget a job that is over, and what it wrote."""
+        job = self.job(name)
+        if not job.over:
+            raise ClusterError(f"{job.id} is {job.status}; stop it first: ddiff stop {job.id}")
+        self.ask(lambda client: client.delete_job(job.id))
+        return job
+
+    def log(self, name: str) -> str:
+        """All that a job has written so far."""
+        job = self.job(name)
+        return self.ask(lambda client: str(client.get_job_logs(job.id)))
+
+    def follow(self, name: str) -> Iterator[str]:
+        """Whole lines of a job, as they are written, until it is over."""
+        job, rest = self.job(name), ""
+        pieces = self.ask(lambda client: client.tail_job_logs(job.id))
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            while (
+                piece := self.ask(lambda client: loop.run_until_complete(anext(pieces, None)))
+            ) is not None:
+                *lines, rest = (rest + piece).split("\n")
+                yield from lines
+        if rest:
+            yield rest
+
+
+def facts_of(job: Any) -> JobFacts:
+    """Ray's details, as far as they are wanted."""
+    marks = job.metadata or {}
+    return JobFacts(
+        id=job.submission_id,
+        run=marks.get("ddiff.run", ""),
+        attempt=int(marks.get("ddiff.attempt", "0")),
+        status=str(job.status.value),
+        message=" ".join((job.message or "").split()),
+        command=marks.get("ddiff.command", ""),
+        started=(job.start_time or 0) / 1000,
+        ended=(job.end_time or 0) / 1000,
+    )
+
+
+def reason(text: str) -> str:
+    """The last line of what a server says of itself, out of JSON and tracebacks."""
+    with contextlib.suppress(ValueError):
+        text = str(json.loads(text.partition(": ")[2].rstrip("."))["msg"])
+    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no reason given"
+
+
+def merged(lines: Iterator[str]) -> Iterator[str]:
+    """The lines of all processes as one log: where each comes from, without what Ray says of itself."""
+    for raw in lines:
+        line = COLOUR.sub("", raw.rstrip("\r"))
+        if found := PREFIX.match(line):
+            where = f" {found[2]}" if found[2] else ""
+            line = f"{found[1]}{where} | {REPEATED.sub('', line[found.end() :])}"
+        if line.strip() and not noise(line):
+            yield line
+
+
+def noise(line: str) -> bool:
+    """What Ray says of itself, which nobody who trains a model asked for."""
+    return any(part in line for part in NOISE)
+
+
+NOISE = (
+    "PlacementGroupCleaner",
+    "Failed to query Ray Train Controller actor state",
+    "Progress bars disabled",
+    "Execution plan of Dataset",
+    "Starting execution of Dataset",
+    "INFO job_manager.py",
+    "INFO worker.py",
+    "UserWarning: The maximum number of concurrent tasks",
+    "warnings.warn(",
+)
+
+
+def first_error(log: str) -> list[str]:
+    """The first error of our own code and its cause, at most MOST_LINES lines; nothing if there is none.
+
+    A worker's error is followed by those it brings about elsewhere: the ranks that lost it, Ray's own
+    wrappers.  So the first traceback with a frame of ours in it is the one to read: its innermost frames
+    of ours, and the line that says what was wrong.
+    """
+    lines = [PREFIX.sub("", COLOUR.sub("", line)) for line in log.splitlines()]
+    plain = [line for line in lines if line.startswith("ddiff: ")]
+    for start, line in enumerate(lines):
+        begins = line.startswith("Traceback (most recent call last)")
+        if begins and (found := told_of(lines[start:])):
+            return [*found, *plain[-1:]][:MOST_LINES]
+    return plain[:1]
+
+
+def told_of(lines: list[str]) -> list[str]:
+    """One traceback in short; nothing if none of it is ours."""
+    frames: list[str] = []
+    for number, line in enumerate(lines[1:], 1):
+        if found := FRAME.match(line):
+            file = found["file"]
+            ours = next((part for part in OURS if f"/{part}" in file), "")
+            if ours and "site-packages" not in file:
+                place = ours + file.rpartition(f"/{ours}")[2]
+                code = lines[number + 1].strip() if number + 1 < len(lines) else ""
+                frames.append(f"  {place}:{found['line']} in {found['where']}: {code}"[:200])
+        elif ERROR.match(line):
+            return [line[:500], *frames[-(MOST_LINES - 2) :]] if frames else []
+    return []
+
+
+def since(seconds: float) -> str:
+    """A date for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
+
+
+def table(jobs: list[JobFacts]) -> str:
+    """One line a job."""
+    if not jobs:
+        return "no jobs"
+    rows = [("id", "run", "command", "status", "started")]
+    rows += [(job.id, job.run or "-", job.command or "-", job.status, since(job.started)) for job in jobs]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

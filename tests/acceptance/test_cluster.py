@@ -1,0 +1,263 @@
+"""The smoke chain on a cluster, submitted from outside: a driver and a node are killed, the run is one.
+
+A head and two nodes that share nothing but an S3 store and an MLflow server with users, each with a
+folder, and where the rights are there an address, of its own (tests/cluster.py).
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.cluster import CANARIES, TestCluster, cluster, kill_node, postgres_at
+from tests.s3 import KEYS
+from workflows import storage
+from workflows.storage import Home
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.fault,
+    pytest.mark.timeout(1500),
+    pytest.mark.filterwarnings("ignore"),  # MLflow's and botocore's, of themselves
+    pytest.mark.skipif(postgres_at() is None, reason="PostgreSQL is not installed; `make servers` brings it"),
+]
+ROOT = Path(__file__).parents[2]
+STAGES = ("clip", "autoencoder", "noised_clip", "base", "upsampler", "prior")
+LONG = ("clip", "base")
+"""Stages that are long enough to be hit."""
+CHANGES = [
+    *(f"stages.{name}.num_workers=2" for name in STAGES),
+    *(f"stages.{name}.budget.{field}" for name in LONG for field in ("steps=400", "report_every=5")),
+    *(f"stages.{name}.budget.checkpoint_every=40" for name in LONG),
+]
+SECRETS = [*CANARIES.values(), KEYS["AWS_SECRET_ACCESS_KEY"], "canary-of-postgres"]
+
+
+class Done(NamedTuple):
+    """The run, after all that was done to it."""
+
+    on: TestCluster
+    home: Home
+    id: str
+    accepted_s: float
+    """Of the first submission, the command's start included."""
+    again: str
+    """What a second submission answered while the first was at work."""
+    log: str
+    command_lines: str
+    """Of every process, in the middle of it."""
+    status: dict[str, Any]
+
+
+def ddiff(on: TestCluster, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, as somebody gives it on a laptop, in an empty folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *words],
+        cwd=on.directory / "laptop",
+        env=on.outside() | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def ended(on: TestCluster, job: str) -> bool:
+    """Whether a job is over; asked of the server itself, for the command takes seconds to start."""
+    ask = urllib.request.Request(f"{on.url}/api/jobs/{job}", headers={"Authorization": f"Bearer {on.token}"})
+    with urllib.request.urlopen(ask, timeout=60) as answer:
+        return bool(json.load(answer)["end_time"])
+
+
+def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 600) -> None:
+    """Until something is so; the job's last words if it never is."""
+    end = time.monotonic() + seconds
+    while not truth():
+        if time.monotonic() > end or ended(on, "smoke.1"):
+            pytest.fail(ddiff(on, "logs", "smoke").stdout[-3000:])
+        time.sleep(0.5)
+
+
+def wait_for_end(on: TestCluster, job: str) -> dict[str, Any]:
+    """How a job has ended."""
+    end = time.monotonic() + 900
+    while not ended(on, job) and time.monotonic() < end:
+        time.sleep(1)
+    found: dict[str, Any] = json.loads(ddiff(on, "status", job, "--json").stdout)
+    return found
+
+
+def step_of(home: Home, stage: str) -> int:
+    """The last step that the journal in the store tells of."""
+    return max(
+        map(int, re.findall(r'"train/loss", [^,]+, (\d+),', home.text(f"{stage}/metrics.jsonl"))), default=0
+    )
+
+
+def drivers(on: TestCluster) -> list[int]:
+    """The processes of `ddiff run` on the head."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+            mine = str(on.head.home).encode() in (path.parent / "environ").read_bytes()
+        except OSError:
+            continue
+        if mine and b"jobs.cli" in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def every_command_line() -> str:
+    """What anybody on the machine may read of the processes on it."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Done]:
+    with cluster() as on, pytest.MonkeyPatch.context() as patch:
+        for name, value in on.environment.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
+        storage.store.cache_clear()
+        home = Home.of("s3://bucket/runs/smoke")
+        words = ["submit", "smoke", *(word for change in CHANGES for word in ("--set", change))]
+        began = time.monotonic()
+        first = ddiff(on, *words)
+        accepted = time.monotonic() - began
+        assert first.returncode == 0, first.stderr
+        again = ddiff(on, *words)
+
+        wait_for(lambda: step_of(home, "clip") >= 60, on)
+        command_lines = every_command_line()
+        (driver,) = drivers(on)
+        os.kill(driver, signal.SIGKILL)
+
+        wait_for(lambda: step_of(home, "base") >= 60, on)
+        lost = on.nodes[1]
+        kill_node(lost)
+        on.add(lost.name[:1] + "3" + lost.name[2:], next_address(lost.ip) if on.spaces else lost.ip)
+
+        status = wait_for_end(on, "smoke.1")
+        log = ddiff(on, "logs", "smoke").stdout
+        yield Done(on, home, first.stdout.strip(), accepted, again.stdout.strip(), log, command_lines, status)
+        storage.store.cache_clear()
+
+
+def next_address(ip: str) -> str:
+    """10.0.0.3 -> 10.0.0.4."""
+    front, _, last = ip.rpartition(".")
+    return f"{front}.{int(last) + 1}"
+
+
+def client_of(run: Done) -> Any:
+    """MLflow's own client, as the trainer."""
+    os.environ["MLFLOW_TRACKING_USERNAME"] = "trainer"
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = CANARIES["MLFLOW_TRACKING_PASSWORD"]
+    from mlflow import MlflowClient  # noqa: PLC0415 seconds
+
+    return MlflowClient(run.on.mlflow, registry_uri=run.on.mlflow)
+
+
+def test_a_driver_and_a_node_are_lost_and_the_run_is_finished(run: Done) -> None:
+    assert run.status["status"] == "SUCCEEDED", run.log[-4000:]
+    assert (run.id, run.again) == ("smoke.1", "smoke.1")
+    assert "the driver was killed by SIGKILL; starting it again, attempt 2 of 3" in run.log
+    summary = json.loads(run.home.text("summary.json"))
+    assert summary["bundle"] == "s3://bucket/runs/smoke/cascade"
+    assert set(summary["stages"]) == set(STAGES)
+    for name in STAGES:  # each was done once, and not again by the second driver
+        assert len(re.findall(rf"\b{name}: done in ", run.log)) == 1
+    assert len(re.findall(r"clip: continues at step [1-9]", run.log)) >= 1
+    assert len(re.findall(r"base: continues at step [1-9]", run.log)) >= 1
+
+
+def test_two_workers_were_on_two_nodes(run: Done) -> None:
+    places = re.findall(r"\(ip=([\d.]+), pid=\d+\) world_rank=(\d), local_rank=(\d), node_rank=(\d)", run.log)
+    assert {rank for _, rank, _, _ in places} == {"0", "1"}
+    if run.on.spaces:
+        assert len({ip for ip, *_ in places}) >= 2
+        assert {(local, node) for _, rank, local, node in places if rank == "1"} == {("0", "1")}
+
+
+def test_mlflow_has_one_run_of_it_and_every_point_once(run: Done) -> None:
+    client = client_of(run)
+    experiment = client.get_experiment_by_name("ddiff").experiment_id
+    found = client.search_runs([experiment])
+    parents = [one for one in found if one.data.tags.get("kind") == "pipeline"]
+    assert len(parents) == 1
+    assert (parents[0].info.run_name, parents[0].info.status) == ("smoke", "FINISHED")
+    children = {one.data.tags["stage"]: one for one in found if "stage" in one.data.tags}
+    assert len(found) == 1 + len(STAGES) == 1 + len(children)
+    for name, child in children.items():
+        assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        steps = [point.step for point in client.get_metric_history(child.info.run_id, "train/loss")]
+        assert len(steps) == len(set(steps)) > 0, name
+        assert max(steps) == (400 if name in LONG else 12)
+        assert child.info.status == "FINISHED"
+    version = client.get_model_version_by_alias("smoke", "current")
+    assert version.source == "s3://bucket/runs/smoke/cascade"
+    told = json.dumps([[one.data.params, one.data.tags] for one in found])
+    assert str(run.on.directory) not in told  # no node's folder means anything to another
+    assert not [secret for secret in SECRETS if secret in told]
+
+
+def test_no_secret_is_written_down_or_shown(run: Done) -> None:
+    assert not [secret for secret in SECRETS if secret in run.command_lines]
+    fs = storage.store(run.home.root)
+    for path in fs.find("s3://bucket/runs"):
+        data = fs.cat_file(path)
+        assert not [secret for secret in SECRETS if secret.encode() in data], path
+    for path in run.on.directory.rglob("*"):
+        if path.is_file() and path.name != "users.ini" and not path.is_symlink():
+            data = path.read_bytes()
+            assert not [secret for secret in SECRETS if secret.encode() in data], path
+    assert not [secret for secret in SECRETS if secret in run.log]
+
+
+def test_a_node_keeps_nothing_that_another_would_need(run: Done) -> None:
+    for node in (run.on.head, *run.on.nodes):
+        for path in node.home.glob("ddiff-*"):
+            shutil.rmtree(path)
+    again = ddiff(run.on, "submit", "smoke", *(word for change in CHANGES for word in ("--set", change)))
+    assert again.stdout.strip() == "smoke.2"
+    assert wait_for_end(run.on, "smoke.2")["status"] == "SUCCEEDED"
+    log = ddiff(run.on, "logs", "smoke.2").stdout
+    assert [len(re.findall(rf"\b{name}: done before", log)) for name in STAGES] == [1] * len(STAGES)
+
+
+def test_the_others_of_the_family(run: Done) -> None:
+    wrong = ddiff(run.on, "list", RAY_AUTH_TOKEN="x" * 40)
+    assert wrong.returncode == 2
+    assert re.fullmatch(
+        r"ddiff: \S+ answers 40[13]: the token is (wrong|missing); set RAY_AUTH_TOKEN.*\n", wrong.stderr
+    )
+    escape = ddiff(run.on, "submit", "smoke", "--set", "name=../../x")
+    assert (escape.returncode, escape.stdout) == (2, "")
+    assert "name: String should match pattern" in escape.stderr
+    jobs = json.loads(ddiff(run.on, "list", "--json").stdout)["jobs"]
+    assert {"smoke.1"} <= {job["id"] for job in jobs}
+    assert json.loads(ddiff(run.on, "stop", "smoke.1", "--json").stdout)["status"] == "SUCCEEDED"
+    assert ddiff(run.on, "delete", "smoke.1").stdout == "deleted smoke.1\n"
+    gone = ddiff(run.on, "status", "smoke.1")
+    assert (gone.returncode, "has no job and no run 'smoke.1'" in gone.stderr) == (2, True)
+    bad = ddiff(run.on, "submit", "evaluate", "--url", "http://127.0.0.1:9", "--captions", "0")
+    ended = ddiff(run.on, "logs", "-f", bad.stdout.strip())
+    assert ended.returncode != 0
+    assert len(ended.stderr.split("the first error:")[1].splitlines()) <= 17

@@ -1,0 +1,325 @@
+"""A cluster on one machine: a head and two nodes with addresses, folders and variables of their own.
+
+Nothing is shared but services: Ray's token, an S3 store, an MLflow server on PostgreSQL with users.
+Where the tests run as root and `ip` is there, each node is in a network namespace of its own.
+"""
+
+import contextlib
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.s3 import answers, free_port, s3_server, stopped, until
+
+CANARIES = {
+    "RAY_AUTH_TOKEN": "canary-token-" + secrets.token_hex(16),
+    "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow-12",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY": "canary-of-the-mlflow-server",
+    "HF_TOKEN": "canary-of-somebody-else",
+}
+PLACES = [Path("/usr/lib/postgresql") / version / "bin" for version in ("17", "16", "15", "14", "13")]
+
+
+def postgres_at() -> Path | None:
+    """Where PostgreSQL's programs are."""
+    if found := shutil.which("pg_ctl"):
+        return Path(found).resolve().parent
+    return next((place for place in PLACES if (place / "pg_ctl").exists()), None)
+
+
+def demoted() -> dict[str, object]:
+    """PostgreSQL refuses to run as root."""
+    if os.getuid():
+        return {}
+    user = pwd.getpwnam("postgres" if "postgres" in {one.pw_name for one in pwd.getpwall()} else "nobody")
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """The address of an empty database, on this machine only."""
+    programs, user, port = postgres_at(), demoted(), free_port()
+    assert programs is not None
+    directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    password = directory / "password"
+    password.write_text("canary-of-postgres")
+    if user:
+        for path in (directory, password):
+            os.chown(path, int(str(user["user"])), int(str(user["group"])))
+    data = directory / "data"
+    quiet = {"cwd": "/", "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **user}
+    subprocess.run(
+        [
+            programs / "initdb",
+            "-D",
+            data,
+            "-U",
+            "mlflow",
+            "-A",
+            "scram-sha-256",
+            f"--pwfile={password}",
+            "-N",
+        ],
+        check=True,
+        **quiet,  # type: ignore[call-overload]
+    )
+    settings = [
+        "-c",
+        "fsync=off",
+        "-c",
+        f"unix_socket_directories={directory}",
+        "-c",
+        "listen_addresses=127.0.0.1",
+    ]
+    process = subprocess.Popen([programs / "postgres", "-D", data, "-p", str(port), *settings], **quiet)  # type: ignore[call-overload]
+    try:
+        with stopped(process):
+            ready = [programs / "pg_isready", "-p", str(port), "-h", "127.0.0.1"]
+            until(lambda: subprocess.run(ready, check=False, **quiet).returncode == 0)  # type: ignore[call-overload]
+            for name in ("tracking", "users"):
+                subprocess.run(
+                    [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", name],
+                    check=True,
+                    env={"PGPASSWORD": "canary-of-postgres", "PATH": os.environ["PATH"]},
+                    **quiet,  # type: ignore[call-overload]
+                )
+            yield f"postgresql+psycopg2://mlflow:canary-of-postgres@127.0.0.1:{port}"
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def mlflow_server(database: str, host: str, directory: Path) -> Iterator[str]:
+    """A server with users and allowed hosts, as the README tells to start it; its address."""
+    directory.mkdir()
+    port = free_port(host)
+    users = directory / "users.ini"
+    users.write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = {database}/users\nadmin_username = trainer\n"
+        f"admin_password = {CANARIES['MLFLOW_TRACKING_PASSWORD']}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    users.chmod(0o600)
+    environment = os.environ | {
+        "MLFLOW_AUTH_CONFIG_PATH": str(users),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": CANARIES["MLFLOW_FLASK_SERVER_SECRET_KEY"],
+        "MLFLOW_BACKEND_STORE_URI": f"{database}/tracking",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    words = ["server", "--app-name", "basic-auth", "--host", host, "--port", str(port), "--workers", "1"]
+    words += ["--allowed-hosts", f"{host}:{port}", "--artifacts-destination", str(directory / "artifacts")]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *words], env=environment, cwd=directory, stdout=log, stderr=log
+        )
+        with stopped(process):
+            until(lambda: answers(f"http://{host}:{port}/health") or process.poll() is not None, 120)
+            assert process.poll() is None, (directory / "log").read_text()[-2000:]
+            yield f"http://{host}:{port}"
+
+
+class Node(NamedTuple):
+    """One node of the cluster."""
+
+    name: str
+    ip: str
+    process: "subprocess.Popen[bytes]"
+    home: Path
+    """HOME, TMPDIR and where it stands: nothing of another node's."""
+
+
+class TestCluster(NamedTuple):
+    """All of it, from outside."""
+
+    __test__ = False
+    url: str
+    """Of the dashboard."""
+    token: str
+    head: Node
+    nodes: list[Node]
+    mlflow: str
+    environment: dict[str, str]
+    """Of the nodes."""
+    directory: Path
+    head_port: int
+    spaces: bool
+    """Whether each node has a network of its own."""
+
+    def add(self, name: str, ip: str) -> Node:
+        """One more worker node."""
+        place = Place(name, ip, self.directory, self.spaces)
+        node = start_node(place, self.environment, ["--address", f"{self.head.ip}:{self.head_port}"], cpus=1)
+        self.nodes.append(node)
+        return node
+
+    def outside(self) -> dict[str, str]:
+        """The environment of a laptop: the address, the token, and where things lie."""
+        keep = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        return keep | {
+            "RAY_ADDRESS": self.url,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "MLFLOW_TRACKING_URI": self.mlflow,
+            "DDIFF_STORAGE": "s3://bucket/runs",
+            "HF_TOKEN": CANARIES["HF_TOKEN"],
+            "HOME": str(self.directory / "laptop"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+class Place(NamedTuple):
+    """Where a node is to be."""
+
+    name: str
+    ip: str
+    directory: Path
+    space: bool
+    """Whether it has a network of its own, of its name."""
+
+
+def start_node(place: Place, environment: dict[str, str], words: list[str], *, cpus: int) -> Node:
+    """`ray start` in the foreground, in a folder of its own."""
+    name, ip = place.name, place.ip
+    home = place.directory / name
+    home.mkdir()
+    own = environment | {"HOME": str(home), "TMPDIR": str(home), "RAY_TMPDIR": str(home)}
+    if place.space:
+        own["GLOO_SOCKET_IFNAME"] = "eth0"  # /etc/hosts says that this machine's name is 127.0.0.1
+    inside = ["ip", "netns", "exec", name] if place.space else []
+    command = [
+        *inside, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
+        "--node-ip-address", ip, "--num-cpus", str(cpus), "--object-store-memory", "200000000",
+        "--temp-dir", str(home), "--resources", json.dumps({name: 1}), *words,
+    ]  # fmt: skip
+    with (home / "ray.log").open("wb") as log:
+        process = subprocess.Popen(command, env=own, cwd=home, stdout=log, stderr=log, start_new_session=True)
+    return Node(name, ip, process, home)
+
+
+def kill_node(node: Node) -> None:
+    """All of a node at once, as a lost machine."""
+    os.killpg(node.process.pid, signal.SIGKILL)
+    mine = str(node.home).encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if b"TMPDIR=" + mine in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    node.process.wait()
+
+
+def sh(line: str) -> None:
+    subprocess.run(line.split(), check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def networks(names: list[str]) -> Iterator[list[str] | None]:
+    """An address for the head, a namespace with one for each other node; None without the rights."""
+    tag = secrets.token_hex(2)
+    bridge, prefix = f"dd{tag}", f"10.{77 + secrets.randbelow(100)}.{secrets.randbelow(250)}"
+    try:
+        sh(f"ip link add {bridge} type bridge")
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        sh(f"ip addr add {prefix}.1/24 dev {bridge}")
+        sh(f"ip link set {bridge} up")
+        for number, name in enumerate(names):
+            sh(f"ip netns add {name}")
+            sh(f"ip link add v{tag}{number} type veth peer name eth0 netns {name}")
+            sh(f"ip link set v{tag}{number} master {bridge}")
+            sh(f"ip link set v{tag}{number} up")
+            sh(f"ip netns exec {name} ip addr add {prefix}.{number + 2}/24 dev eth0")
+            sh(f"ip netns exec {name} ip link set eth0 up")
+            sh(f"ip netns exec {name} ip link set lo up")
+        yield [f"{prefix}.{number + 1}" for number in range(len(names) + 1)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[TestCluster]:
+    """Everything, up; afterwards, everything gone."""
+    directory = Path(tempfile.mkdtemp(prefix="ddc-", dir="/tmp"))  # sockets need short paths
+    (directory / "laptop").mkdir()
+    tag = secrets.token_hex(2)
+    names = [f"n{number}{tag}" for number in (1, 2, 3)]  # the third is for the place of a lost one
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        found = stack.enter_context(networks(names))
+        ips = found or ["127.0.0.1"] * 4
+        database = stack.enter_context(postgres())
+        mlflow = stack.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
+        keys = stack.enter_context(s3_server(ips[0]))
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **keys,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": CANARIES["RAY_AUTH_TOKEN"],
+            "MLFLOW_TRACKING_USERNAME": "trainer",
+            "MLFLOW_TRACKING_PASSWORD": CANARIES["MLFLOW_TRACKING_PASSWORD"],
+            "HF_TOKEN": CANARIES["HF_TOKEN"],
+            "OMP_NUM_THREADS": "1",
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "4000",
+            "RAY_health_check_failure_threshold": "5",
+        }
+        port, dashboard, agent, client = (free_port(ips[0]) for _ in range(4))
+        words = [
+            "--head",
+            "--port",
+            str(port),
+            "--dashboard-host",
+            ips[0],
+            "--dashboard-port",
+            str(dashboard),
+        ]
+        words += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
+        head = start_node(Place("head", ips[0], directory, False), environment, words, cpus=0)
+        made = TestCluster(
+            f"http://{ips[0]}:{dashboard}",
+            CANARIES["RAY_AUTH_TOKEN"],
+            head,
+            [],
+            mlflow,
+            environment,
+            directory,
+            port,
+            bool(found),
+        )
+        stack.callback(
+            lambda: [kill_node(node) for node in (*made.nodes, head) if node.process.poll() is None]
+        )
+        until(lambda: answers(f"{made.url}/api/version") or head.process.poll() is not None, 120)
+        assert head.process.poll() is None, (head.home / "ray.log").read_text()[-2000:]
+        for number in (0, 1):
+            made.add(names[number], ips[number + 1])
+        until(lambda: alive_nodes(made) == 3, 120)
+        yield made
+
+
+def alive_nodes(made: TestCluster) -> int:
+    """Nodes that the head counts."""
+    request = urllib.request.Request(
+        f"{made.url}/nodes?view=summary", headers={"Authorization": f"Bearer {made.token}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found = json.load(answer)["data"]["summary"]
+    except OSError:
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in found)

@@ -1,0 +1,83 @@
+"""A store that speaks S3, in a process of its own (moto)."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+
+import fsspec
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "tester",
+    "AWS_SECRET_ACCESS_KEY": "canary-of-the-s3-store",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Of this machine, that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Whether a server says anything at all there."""
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def until(truth: object, seconds: float = 60.0) -> None:
+    """Wait until a function says yes."""
+    end = time.monotonic() + seconds
+    while not truth():  # type: ignore[operator]
+        assert time.monotonic() < end, f"{truth} not true after {seconds} s"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """A process while inside; afterwards it is gone."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def s3_server(host: str = "127.0.0.1", keys: Mapping[str, str] = KEYS) -> Iterator[dict[str, str]]:
+    """The environment that leads to a fresh, empty store with one bucket, `bucket`."""
+    port = free_port(host)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    environment = dict(keys) | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    with stopped(process):
+        until(lambda: answers(environment["AWS_ENDPOINT_URL"]))
+        fs = fsspec.filesystem(
+            "s3",
+            key=keys["AWS_ACCESS_KEY_ID"],
+            secret=keys["AWS_SECRET_ACCESS_KEY"],
+            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            skip_instance_cache=True,
+        )
+        fs.mkdir("bucket")
+        yield environment

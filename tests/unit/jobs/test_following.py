@@ -1,0 +1,82 @@
+"""A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
+
+import pytest
+
+from jobs.following import MOST_LINES, Cluster, ClusterError, first_error, merged, reason
+
+PREFIX = "\x1b[36m(Worker pid=8, ip=10.0.0.3)\x1b[0m "
+WRAPPED = """\
+12:00:01 clip: 12 steps of 16 images
+(RayTrainWorker pid=811) Traceback (most recent call last):
+(RayTrainWorker pid=811)   File "/venv/site-packages/torch/distributed/c10d.py", line 9, in wait
+(RayTrainWorker pid=811)     work.wait()
+(RayTrainWorker pid=811) RuntimeError: connection closed by peer
+(Worker pid=8, ip=10.0.0.3) Traceback (most recent call last):
+(Worker pid=8, ip=10.0.0.3)   File "/venv/site-packages/ray/train/v2/worker.py", line 51, in run
+(Worker pid=8, ip=10.0.0.3)     fn()
+(Worker pid=8, ip=10.0.0.3)   File "/tmp/ray/_ray_pkg_1/workflows/worker.py", line 88, in work
+(Worker pid=8, ip=10.0.0.3)     return trained_to_the_end(job)
+(Worker pid=8, ip=10.0.0.3)   File "/tmp/ray/_ray_pkg_1/dd_core/losses.py", line 7, in eps_mse
+(Worker pid=8, ip=10.0.0.3)     return a @ b
+(Worker pid=8, ip=10.0.0.3) RuntimeError: mat1 and mat2 shapes cannot be multiplied
+Traceback (most recent call last):
+  File "/tmp/ray/_ray_pkg_1/jobs/run.py", line 50, in run_all
+    made = run_pipeline(spec)
+workflows.training.TrainingError: clip: mat1 and mat2 shapes cannot be multiplied
+ddiff: TrainingError: clip: mat1 and mat2 shapes cannot be multiplied
+"""
+
+
+def test_the_first_error_of_our_code_comes_with_its_place_and_not_with_its_wrappers() -> None:
+    assert first_error(WRAPPED) == [
+        "RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        "  workflows/worker.py:88 in work: return trained_to_the_end(job)",
+        "  dd_core/losses.py:7 in eps_mse: return a @ b",
+        "ddiff: TrainingError: clip: mat1 and mat2 shapes cannot be multiplied",
+    ]
+    deep = WRAPPED.replace(
+        '(Worker pid=8, ip=10.0.0.3)   File "/tmp/ray/_ray_pkg_1/dd_core/losses.py"',
+        "\n".join(
+            f'  File "/tmp/ray/_ray_pkg_1/dd_core/deep.py", line {number}, in deeper\n    deeper()'
+            for number in range(40)
+        )
+        + '\n  File "/tmp/ray/_ray_pkg_1/dd_core/losses.py"',
+    )
+    shown = first_error(deep)
+    assert len(shown) == MOST_LINES
+    assert shown[0].startswith("RuntimeError: mat1")
+    assert shown[-2].startswith("  dd_core/losses.py:7")
+
+
+def test_a_refusal_without_a_traceback_is_the_error() -> None:
+    assert first_error("12:00 hello\nddiff: clip: batch_size 3 is odd\n") == [
+        "ddiff: clip: batch_size 3 is odd"
+    ]
+    assert first_error("all is well\n") == []
+
+
+def test_lines_of_all_ranks_say_where_they_come_from_and_ray_is_quiet() -> None:
+    lines = [
+        "12:00:01 clip: 12 steps",
+        f"{PREFIX}clip: continues at step 6 [repeated 2x across cluster] (Ray deduplicates logs)",
+        "\x1b[36m(PlacementGroupCleaner pid=1)\x1b[0m Failed to query Ray Train Controller actor state.",
+        "",
+    ]
+    assert list(merged(iter(lines))) == [
+        "12:00:01 clip: 12 steps",
+        "Worker 10.0.0.3 | clip: continues at step 6",
+    ]
+
+
+def test_what_a_server_says_of_itself_is_one_line() -> None:
+    text = 'Request failed with status code 500: {"msg": "Traceback:\\n  File x\\nValueError: no"}.'
+    assert reason(text) == "ValueError: no"
+    assert reason("plain") == "plain"
+
+
+@pytest.mark.parametrize("address", ["", "auto", "ray://head:10001", "head:6379"])
+def test_an_address_that_is_no_dashboard_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"such as http://head:8265.*use --address or RAY_ADDRESS"):
+        Cluster()

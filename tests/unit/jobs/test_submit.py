@@ -1,0 +1,104 @@
+"""What travels to a cluster is our code and the configuration, and nothing that is secret."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.attempts import attempted
+from jobs.config import ConfigError
+from jobs.submit import CONFIG, ROOT, order_of, packed, quoted
+
+CANARY = "canary-0123456789"
+
+
+def test_words_become_a_command_there() -> None:
+    run = order_of(("smoke",), None, None, ("name=mine",))
+    assert (run.words, run.run) == (("run", "--config", CONFIG), "mine")
+    assert order_of(("run",), "smoke", None, ()).run == "smoke"
+    assert order_of(("train", "base"), "smoke", None, ()).words == ("train", "base", "--config", CONFIG)
+    assert order_of(("evaluate", "--url", "http://x"), None, None, ()).words == ("eval", "--url", "http://x")
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "changes", "message"),
+    [
+        (("smoke",), None, ("name=../../x",), "name: String should match pattern"),
+        (("smoke",), None, ("name=a b",), "name: String should match pattern"),
+        (("train",), "smoke", (), "train: name one stage"),
+        (("train", "bases"), "smoke", (), "smoke has no stage 'bases'"),
+        (("prepare",), "smoke", (), "prepare needs kind 'pairs'"),
+        (("runn",), None, (), "no recipe 'runn'"),
+        (("deploy",), "smoke", (), "write a recipe, or run, train STAGE"),
+    ],
+)
+def test_words_that_are_no_order_are_refused_here(
+    words: tuple[str, ...], recipe: str | None, changes: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        order_of(words, recipe, None, changes)
+
+
+def test_the_pack_is_our_code_and_the_whole_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(CANARY)
+    (tmp_path / "data.tar").write_bytes(bytes(10**6))
+    monkeypatch.setenv("SOME_API_KEY", CANARY)
+    order = order_of(("smoke",), None, None, ("stages.base.budget.steps=7",))
+    with packed(order, {"DDIFF_STORAGE": "s3://bucket/runs"}) as (directory, pack):
+        files = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
+        ours = {
+            path.relative_to(ROOT)
+            for package in ("dd_core", "jobs", "serve", "workflows")
+            for path in (ROOT / package).rglob("*.py")
+        }
+        assert ours | {Path(CONFIG), Path("workflows/report.css")} <= files
+        assert {path.suffix for path in files} <= {
+            ".py",
+            ".css",
+            ".yaml",
+            ".json",
+            ".typed",
+            ".html",
+            ".js",
+            "",
+        }
+        assert (pack.files, pack.bytes) == (
+            len(files),
+            sum((directory / file).stat().st_size for file in files),
+        )
+        assert pack.bytes < 2_000_000
+        assert all(CANARY.encode() not in (directory / file).read_bytes() for file in files)
+        sent = yaml.safe_load((directory / CONFIG).read_text())
+        assert [stage["budget"]["steps"] for stage in sent["stages"] if stage["name"] == "base"] == [7]
+    assert not directory.exists()
+
+
+def test_a_secret_in_the_configuration_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", CANARY)
+    order = order_of(("smoke",), None, None, (f"pairs.shards=['https://x/{CANARY}.tar']",))
+    with (
+        pytest.raises(ConfigError, match="the value of SOME_API_KEY is in the configuration") as found,
+        packed(order, {}),
+    ):
+        pass
+    assert CANARY not in str(found.value)
+    order = order_of(("smoke",), None, None, ())
+    with (
+        pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI holds a password"),
+        packed(order, {"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow"}),
+    ):
+        pass
+
+
+def test_words_reach_the_shell_as_they_are() -> None:
+    assert quoted("a'b; rm -rf $HOME") == "'a'\\''b; rm -rf $HOME'"
+    assert quoted("s3://bucket/runs") == "s3://bucket/runs"
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_by_itself_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
+    assert attempted(3, ["run", "--recipe", "no-such"]) == 2
+    assert capfd.readouterr().err.count("no recipe 'no-such'") == 1

@@ -1,0 +1,78 @@
+"""What a whole run is: data, stages, cascade and how it is judged.  Reading one needs no Ray."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from dd_core.cascade import CascadeSpec
+from dd_core.spec import SafeName, Spec
+from workflows.evaluation import EvaluationSpec
+from workflows.pairs import PairsSpec
+from workflows.shape_shards import ShapesSpec
+from workflows.train_spec import TrainSpec
+
+
+class RunSpec(Spec):
+    """Everything from raw pairs to a judged cascade."""
+
+    kind: Literal["run"] = "run"
+    name: SafeName
+    shapes: ShapesSpec | None = None
+    """The embedded world to write first; then pairs.shards and pairs.destination follow the run."""
+    pairs: PairsSpec
+    stages: tuple[TrainSpec, ...]
+    """In any order; each is trained after its parents."""
+    cascade: CascadeSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunSpec":
+        names = [stage.name for stage in self.stages]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two stages are named {min(twice)!r}")
+        for stage in self.stages:
+            if stage.stage.image_size not in self.pairs.sizes:
+                raise ValueError(
+                    f"stage {stage.name!r} trains on images of {stage.stage.image_size} px, "
+                    f"but pairs.sizes is {self.pairs.sizes}; add it there"
+                )
+        for hop in self.cascade.hops:
+            if hop.stage not in names:
+                raise ValueError(f"cascade: no stage is named {hop.stage!r}; there are {', '.join(names)}")
+        if self.cascade.context_length != self.pairs.context_length:
+            raise ValueError(
+                f"cascade.context_length is {self.cascade.context_length}, "
+                f"pairs.context_length {self.pairs.context_length}; make them equal"
+            )
+        in_order(self.stages)
+        return self
+
+    def stage(self, name: str) -> TrainSpec:
+        """The stage of this name.
+
+        Raises:
+            ValueError: There is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(
+            f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
+        )
+
+
+def in_order(stages: tuple[TrainSpec, ...]) -> list[TrainSpec]:
+    """Every stage after those it stands on; otherwise as they are listed.
+
+    Raises:
+        ValueError: Stages stand on each other in a circle.
+    """
+    waiting, done = list(stages), list[TrainSpec]()
+    while waiting:
+        left = {stage.name for stage in waiting}
+        ready = next((stage for stage in waiting if not left & set(stage.parents.values())), None)
+        if ready is None:
+            raise ValueError(f"stages stand on each other in a circle: {', '.join(sorted(left))}")
+        done.append(ready)
+        waiting.remove(ready)
+    return done

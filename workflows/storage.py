@@ -1,0 +1,363 @@
+"""Where a run lives: a directory that every machine sees, or an address in a store (s3://, gs://, ...).
+
+In a store nothing is shared but the store.  Each machine keeps a scratch directory of its own for
+each run; a file is made there and sent when it is whole, and a machine that needs one fetches it
+and checks it.  A sealed directory is sent with its manifest last, and fetched only if it has one.
+The store is what is true: what a scratch directory has of an earlier time is never relied upon.
+
+    s3://bucket/runs/smoke/clip/bundle      Home("s3://bucket/runs/smoke", "clip/bundle")
+    <tmp>/ddiff-<user>/<hash>/clip/bundle   its `here` on a machine
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import fsspec
+
+from dd_core import sealed
+
+log = logging.getLogger(__name__)
+SEND_EVERY_S = 2.0
+"""How far what others see of a file that grows may lag behind."""
+
+
+class StorageError(ValueError):
+    """The store cannot be reached, or does not let us."""
+
+
+class Home(NamedTuple):
+    """A directory of a run, wherever it is."""
+
+    root: str
+    """Of the run: an absolute path, or an address of fsspec."""
+    inner: str = ""
+    """The directory within it."""
+
+    @classmethod
+    def of(cls, place: "Home | Path | str") -> "Home":
+        """A path, an address, or what is one already."""
+        if isinstance(place, Home):
+            return place
+        if isinstance(place, str) and is_address(place):
+            return cls(place.rstrip("/"))
+        return cls(str(Path(str(place).removeprefix("file://")).absolute()))
+
+    def at(self, name: str) -> "Home":
+        """A directory, or a file, within this one."""
+        return Home(self.root, f"{self.inner}/{name}".lstrip("/"))
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is in a store, and each machine has a copy of what it needs."""
+        return is_address(self.root)
+
+    @property
+    def address(self) -> str:
+        """For people, other programs and other machines."""
+        return f"{self.root}/{self.inner}".rstrip("/")
+
+    @property
+    def here(self) -> Path:
+        """The directory itself, or its copy on this machine."""
+        return (scratch(self.root) if self.stored else Path(self.root)) / self.inner
+
+    # what is there
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+        if not self.stored:
+            path = self.here / name
+            return path.stat().st_size if path.is_file() else None
+        with said(self.address):
+            try:
+                info = store(self.root).info(self.at(name).address)
+            except FileNotFoundError:
+                return None
+            return int(info["size"]) if info["type"] == "file" else None
+
+    def names(self) -> list[str]:
+        """Files and directories directly within, sorted."""
+        if not self.stored:
+            return sorted(path.name for path in self.here.iterdir()) if self.here.is_dir() else []
+        with said(self.address):
+            try:
+                found = store(self.root).ls(self.address, detail=False, refresh=True)
+            except FileNotFoundError:
+                return []
+            return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found} - {""})
+
+    def text(self, name: str) -> str:
+        """A small file; empty if it is not there."""
+        if not self.stored:
+            path = self.here / name
+            return path.read_text() if path.is_file() else ""
+        with said(self.address):
+            try:
+                return str(store(self.root).cat_file(self.at(name).address).decode())
+            except FileNotFoundError:
+                return ""
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """A small JSON object; empty if it is not there or was cut."""
+        try:
+            found = json.loads(self.text(name))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    # changing it
+
+    def write(self, name: str, text: str) -> None:
+        """A small file, whole or not at all."""
+        path = self.here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        draft.write_text(text)
+        os.replace(draft, path)
+        self.send(name)
+
+    def drop(self, name: str) -> None:
+        """Remove a file, or a directory with all in it; its manifest goes first."""
+        path = self.here / name
+        if path.is_dir():
+            (path / sealed.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if self.stored:
+            with said(self.address):
+                fs, address = store(self.root), self.at(name).address
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm_file(f"{address}/{sealed.MANIFEST}")
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm(address, recursive=True)
+
+    # between this machine and the store; all of it nothing where the directory is one for all
+
+    def send(self, *names: str) -> None:
+        """Files and directories to the store; the manifest of a sealed one comes last."""
+        if not self.stored:
+            return
+        with said(self.address):
+            fs = store(self.root)
+            for name in names:
+                path, address = self.here / name, self.at(name).address
+                if path.is_dir():
+                    send_directory(fs, path, address)
+                elif path.exists():
+                    fs.put_file(str(path), address)
+
+    def fetch(self, *names: str) -> None:
+        """Files from the store; one that the store has not is removed here too."""
+        if not self.stored:
+            return
+        with said(self.address):
+            for name in names:
+                path = self.here / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+                try:
+                    store(self.root).get_file(self.at(name).address, str(draft))
+                    os.replace(draft, path)
+                except FileNotFoundError:
+                    path.unlink(missing_ok=True)
+                finally:
+                    draft.unlink(missing_ok=True)
+
+    def rejoin(self, name: str) -> None:
+        """Fetch a file that only grows, unless the one here begins with it: then nobody has written since."""
+        if self.stored:
+            there, path = self.text(name), self.here / name
+            if not there or not path.exists() or not path.read_text().startswith(there):
+                self.fetch(name)
+
+    def unseal(self) -> None:
+        """Take the manifest from the store: what is there is unfinished from now on."""
+        if self.stored:
+            with said(self.address), contextlib.suppress(FileNotFoundError):
+                store(self.root).rm_file(self.at(sealed.MANIFEST).address)
+
+    def fetched(self) -> Path:
+        """This sealed directory, on this machine.  The caller verifies it, as it would any other.
+
+        Raises:
+            sealed.SealError: It has no manifest.
+        """
+        if not self.stored:
+            return self.here
+        manifest = self.text(sealed.MANIFEST)
+        if not manifest:
+            raise sealed.SealError(f"{self.address} has no {sealed.MANIFEST}: it was never finished")
+        with one_at_a_time(self):
+            if not is_copy(self.here, manifest):
+                self.fetch_directory(manifest)
+        return self.here
+
+    def fetch_directory(self, manifest: str) -> None:
+        """Every file that the manifest lists, then the manifest; what was here before goes."""
+        draft = self.here.with_name(f".{self.here.name}.fetched")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        try:
+            names = list(json.loads(manifest)["files"])
+        except (ValueError, KeyError) as error:
+            raise sealed.SealError(f"{self.address}/{sealed.MANIFEST} is damaged: {error!r}") from None
+        with said(self.address):
+            for name in names:
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    store(self.root).get_file(self.at(name).address, str(draft / name))
+                except FileNotFoundError:
+                    raise sealed.SealError(f"{self.address}/{name} is missing") from None
+        (draft / sealed.MANIFEST).write_text(manifest)
+        shutil.rmtree(self.here, ignore_errors=True)
+        draft.rename(self.here)
+
+
+def is_address(place: str) -> bool:
+    """Whether it names a store and not a directory of this machine."""
+    return "://" in place and not place.startswith("file://")
+
+
+@functools.cache
+def store(root: str) -> Any:
+    """The file system of an address; it remembers no listings, since others write too.
+
+    Raises:
+        StorageError: There is none for such addresses.
+    """
+    try:
+        fs, _ = fsspec.url_to_fs(root, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"{root} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
+    return fs
+
+
+@contextlib.contextmanager
+def said(address: str) -> Iterator[None]:
+    """Turn what each store raises into one line that names the address."""
+    try:
+        yield
+    except (StorageError, sealed.SealError):
+        raise
+    except Exception as error:  # each store has its own kinds (botocore's, aiohttp's)
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(
+            f"{address}: {text:.300}; check the address and, for s3://, AWS_ENDPOINT_URL and the credentials"
+        ) from error
+
+
+def scratch(root: str) -> Path:
+    """This machine's own directory for a run in a store; only its owner may look into it."""
+    base = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}"
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise StorageError(f"{base} belongs to somebody else; set TMPDIR to a directory of your own")
+    return base / hashlib.sha256(root.encode()).hexdigest()[:16]
+
+
+def send_directory(fs: Any, path: Path, address: str) -> None:
+    """Every file of a directory, the manifest last; while it is under way there is none."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    if path / sealed.MANIFEST in files:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(f"{address}/{sealed.MANIFEST}")
+        files.remove(path / sealed.MANIFEST)
+        files.append(path / sealed.MANIFEST)
+    for file in files:
+        fs.put_file(str(file), f"{address}/{file.relative_to(path).as_posix()}")
+
+
+def is_copy(directory: Path, manifest: str) -> bool:
+    """Whether a directory here is whole and the one of this manifest."""
+    try:
+        return sealed.verify(directory).digest == json.loads(manifest).get("digest")
+    except (sealed.SealError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def one_at_a_time(home: Home) -> Iterator[None]:
+    """Among the processes of this machine: several workers of one node share its scratch directory."""
+    lock = scratch(home.root) / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Again:
+    """While inside, do something again and again, and once more at the end; what fails is said once.
+
+    Args:
+        act: What to do.
+        every_s: The pause.
+    """
+
+    def __init__(self, act: Callable[[], None], *, every_s: float = SEND_EVERY_S) -> None:
+        self.act, self.every_s, self.over, self.complained = act, every_s, threading.Event(), False
+        self.thread = threading.Thread(target=self.keep_on, name="storage", daemon=True)
+
+    def keep_on(self) -> None:
+        while not self.over.wait(self.every_s):
+            try:
+                self.act()
+                self.complained = False
+            except StorageError as error:
+                if not self.complained:
+                    log.warning("storage: %s; it is tried again", error)
+                self.complained = True
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.act()
+
+
+class Sending:
+    """Sends files that have changed since the last time."""
+
+    def __init__(self, home: Home, *patterns: str) -> None:
+        self.home, self.patterns, self.sent = home, patterns, dict[Path, tuple[int, int]]()
+
+    def __call__(self) -> None:
+        if not self.home.stored:
+            return
+        for pattern in self.patterns:
+            for path in self.home.here.glob(pattern):
+                now = path.stat()
+                if self.sent.get(path) != (stamp := (now.st_mtime_ns, now.st_size)):
+                    self.home.send(path.relative_to(self.home.here).as_posix())
+                    self.sent[path] = stamp
+
+
+def following(home: Home, name: str) -> Again:
+    """While inside, keep the copy of a file here as the store has it: somebody else writes it."""
+
+    def look() -> None:
+        size = home.size(name) if home.stored else None
+        path = home.here / name
+        if size is not None and (not path.exists() or path.stat().st_size < size):
+            home.fetch(name)  # on the machine of the writer, its own copy is never behind
+
+    return Again(look)
