@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
-from jobs.environment import ray_cluster, runs, tracking_uri
+from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
+from jobs.nodes import Node, joined, nodes_of, this_machine
+from jobs.plan import Plan, plan_of, refuse
+from jobs.plan import told as plan_text
 from workflows.evaluation import EvaluationSpec, evaluate_endpoint
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.report import write_report
@@ -42,16 +45,21 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
         verbose: Show what Ray says.
 
     Raises:
+        PlanError: It cannot fit; nothing has been started.
         PortTakenError: Something else listens at the address; nothing has been started.
         The errors of run_pipeline, start_endpoint and write_report.
     """
     run = runs() / spec.name
+    if not joins_cluster():
+        announce(spec, this_machine())
     run.mkdir(parents=True, exist_ok=True)
     stop_endpoint(run)
     if address:
         refuse_taken(address)
     with tracked(run, uri=tracking_uri() or "") as tracking:
         with ray_cluster(verbose=verbose):
+            if joins_cluster():
+                announce(spec, joined())
             made = run_pipeline(spec, run=run, tracked=tracking)
         before = judged_before(run, made, spec.evaluation)
         url = ""
@@ -76,9 +84,40 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
     run = runs() / spec.name
     for role in spec.stage(stage).parents:
         parent_path(spec.stage(stage), role, run)  # before anything is started
+    one = only(spec, stage)
+    if not joins_cluster():
+        announce(one, this_machine())
     with tracked(run, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
+        if joins_cluster():
+            announce(one, joined())
         path = run_stage(spec, stage, run=run, tracked=tracking)
     return {"bundle": str(path), "seconds": seconds_of(run).get(stage, 0.0)}
+
+
+def announce(spec: RunSpec, nodes: list[Node]) -> None:
+    """Show the plan of a run, and refuse it if it cannot fit.
+
+    Raises:
+        PlanError: It cannot.
+    """
+    plan = plan_of(spec, nodes, run=str(runs() / spec.name))
+    for line in plan_text(plan).splitlines():
+        log.info("%s", line)
+    refuse(plan)
+
+
+def rehearsed(spec: RunSpec, stage: str = "") -> Plan:
+    """The plan of a run, or of one of its stages, for --dry-run: on the cluster at RAY_ADDRESS, or here.
+
+    Raises:
+        ValueError: A parent is missing, or there is no such stage.
+    """
+    return plan_of(only(spec, stage) if stage else spec, nodes_of(), run=str(runs() / spec.name))
+
+
+def only(spec: RunSpec, stage: str) -> RunSpec:
+    """A run as far as one stage goes: that stage, on parents that are there."""
+    return spec.model_construct(**(dict(spec) | {"stages": (spec.stage(stage),)}))
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.pipeline import RunSpec
 from workflows.shape_shards import ShapesSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 CONTEXT = 32
+WORKER = ResourcesSpec(memory_gib=2)  # on any node, with a GPU if there is one for each
 TOWERS = ClipNetSpec(
     embedding_width=64,
     image_size=64,
@@ -61,6 +62,8 @@ def clip() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
         budget=Budget(steps=600, checkpoint_every=300, report_every=20),
         batch_size=128,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -83,6 +86,8 @@ def autoencoder() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=2e-3, warmup_steps=50, ema_images=400),
         budget=Budget(steps=1_200, checkpoint_every=600, report_every=50),
         batch_size=4,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -95,6 +100,8 @@ def noised_clip() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=3_000),
         budget=Budget(steps=150, checkpoint_every=75, report_every=15),
         batch_size=64,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -125,6 +132,8 @@ def base() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=6_000),
         budget=Budget(steps=2_000, checkpoint_every=400, report_every=25, sample_every=500),
         batch_size=48,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15, guidance_scale=2.0)),
     )
 
@@ -148,6 +157,8 @@ def upsampler() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
         budget=Budget(steps=450, checkpoint_every=225, report_every=25),
         batch_size=64,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -167,6 +178,8 @@ def prior() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
         budget=Budget(steps=320, checkpoint_every=160, report_every=20),
         batch_size=128,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
