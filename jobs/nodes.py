@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from dd_core.spec import Spec
 from jobs import environment
+from jobs.dashboard import Dashboard, is_dashboard
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
@@ -53,7 +54,7 @@ def nodes_of() -> list[Node]:
     address = environment.cluster_address()
     if not address:
         return this_machine()
-    if address.startswith(("http://", "https://")):
+    if is_dashboard(address):
         return seen_from_outside(address)
     with environment.ray_cluster():
         return joined()
@@ -81,19 +82,18 @@ def joined() -> list[Node]:
     return grown(alive)
 
 
-def seen_from_outside(dashboard: str) -> list[Node]:
+def seen_from_outside(address: str) -> list[Node]:
     """The same, asked over HTTP; nothing is joined.
 
     Raises:
-        ray.util.state.exception.RayStateApiException, OSError: It does not answer.
+        DashboardError: It does not answer, or not to us.
     """
-    from ray.util.state import list_nodes  # noqa: PLC0415
-
-    found: list[Any] = list_nodes(address=dashboard, detail=True, timeout=10)
+    with Dashboard(address) as dashboard:
+        found = dashboard.get("/api/v0/nodes", {"detail": "1", "limit": "10000"})["data"]["result"]["result"]
     alive = [
-        node_of(node.node_ip, node.resources_total, node.labels or {})
+        node_of(node["node_ip"], node["resources_total"], node.get("labels") or {})
         for node in found
-        if node.state == "ALIVE"
+        if node["state"] == "ALIVE"
     ]
     return grown(alive)
 
@@ -104,17 +104,9 @@ def node_of(name: str, resources: Mapping[str, Any], labels: Mapping[str, str]) 
         name,
         float(resources.get("CPU", 0)),
         float(resources.get("GPU", 0)),
-        as_bytes(resources.get("memory", 0)),
+        float(resources.get("memory", 0)),
         dict(labels),
     )
-
-
-def as_bytes(amount: Any) -> float:
-    """A number, or what Ray shows to people: 8.000 GiB."""
-    if not isinstance(amount, str):
-        return float(amount)
-    number, _, unit = amount.partition(" ")
-    return float(number) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit or "B")
 
 
 def grown(alive: Sequence[Node]) -> list[Node]:

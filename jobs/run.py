@@ -20,6 +20,7 @@ from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from workflows.evaluation import EvaluationSpec, evaluate_endpoint
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
+from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW
 from workflows.report import write_report
 from workflows.tracking import Tracked, tracked
 from workflows.training import parent_path
@@ -181,8 +182,17 @@ def report(run: Path, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -
         path = write_report(run, prompts=prompts_of(spec))
     shares = {f"oracle/{name}": value for name, value in facts["oracle"].items() if isinstance(value, float)}
     tracking.journal.log(shares, 0)
+    tags = {"bundle_sha256": facts["digest"]} | score_tags(facts["oracle"], spec.evaluation)
+    tracking.journal.model(spec.cascade.name, run / "cascade", alias=CURRENT, tags=tags)
     for file in (path, run / "summary.json"):
         tracking.journal.artifact(file)
+
+
+def score_tags(scores: dict[str, Any], spec: EvaluationSpec) -> dict[str, str]:
+    """What a registered cascade says of how well it paints; `ddiff promote` compares it."""
+    low, high = scores["intervals"]["all"]
+    found = {SCORE: scores["all"], SCORE_LOW: low, SCORE_HIGH: high, JUDGED: scores["n"]}
+    return {name: str(value) for name, value in found.items()} | {ASKED: fingerprint(spec)}
 
 
 def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:

@@ -1,0 +1,49 @@
+"""The commands of ddiff that concern a cluster; jobs/cli.py adds them to the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from jobs.shell import FILE, Group, answer
+
+cluster = Group("cluster")
+
+
+@cluster.command()
+@click.argument("cascade", metavar="NAME@ALIAS", required=False)
+@click.option("--config", "file", type=FILE, help="Deploy this config instead: one that was written before.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Such as hops.base.num_gpus=1.")
+@click.option("--address", help="Of the cluster's dashboard, http://HEAD:8265; RAY_ADDRESS unless given.")
+@click.option("--dry-run", is_flag=True, help="Print the Serve config, change nothing on the cluster.")
+def deploy(
+    cascade: str | None, file: Path | None, changes: tuple[str, ...], address: str | None, dry_run: bool
+) -> None:
+    """Serve a registered cascade on a cluster, such as demo@production.
+
+    MLflow is asked once what the alias means; what is deployed is an address and a digest.  The config is
+    kept: to go back, deploy the former one with --config.
+    """
+    from jobs.environment import cluster_address
+    from jobs.rollout import deploy as put_on_air
+    from jobs.rollout import resolved, written_before
+
+    if (cascade is None) == (file is None) or (file and changes):
+        raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
+    config = written_before(file) if file else resolved(str(cascade), changes)
+    if dry_run:
+        return answer(config.fields, config.text().rstrip())
+    return answer(put_on_air(config, address or cluster_address()))
+
+
+@cluster.command()
+@click.argument("cascade", metavar="NAME@ALIAS")
+@click.option("--to", "alias", default="production", show_default=True, help="The alias to move.")
+@click.option("--url", default="", help="Judge the candidate first, at this endpoint that serves it.")
+@click.option("--force", is_flag=True, help="Move it whatever the scores say.")
+def promote(cascade: str, alias: str, url: str, force: bool) -> None:
+    """Move an alias to a cascade that paints better than the one that holds it."""
+    from jobs.rollout import promote as move
+
+    answer(move(cascade, alias, force=force, url=url))

@@ -1,0 +1,155 @@
+"""A registered cascade on the Serve of a cluster with a token: deployed, promoted, rolled back."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray.serve.schema
+import yaml
+from click.testing import CliRunner, Result
+
+from jobs.cli import main
+from tests.ray_head import Head, free_ports, ray_head
+from tests.unit.serve.tiny import tiny_cascade
+from workflows.journal import Entry
+from workflows.tracking import Book
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's and Ray's
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def here(head: Head, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in head.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    monkeypatch.setenv("DDIFF_STORAGE", str(store / "runs"))
+
+
+def register(store: Path, run: Path, score: float, *, asked: str = "a", seed: int = 0) -> str:
+    """Train nothing, and register the cascade as a run does when it has been judged."""
+    digest = tiny_cascade(run, seed=seed)
+    tags = {
+        "bundle_sha256": digest,
+        "score.all": str(score),
+        "score.low": str(score - 0.05),
+        "score.high": str(score + 0.05),
+        "score.captions": "320",
+        "score.evaluation": asked,
+    }
+    value = {"source": str(run / "cascade"), "alias": "current", "tags": tags}
+    book = Book(run, uri=f"sqlite:///{store}/mlflow.db")
+    book.sender()([Entry("model", "tiny", value, 0, 0)])
+    return digest
+
+
+def ddiff(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+def done(*words: str) -> dict[str, Any]:
+    result = ddiff(*words, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+def refused(result: Result, code: int, *said: str) -> None:
+    assert result.exit_code == code, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    for words in said:
+        assert words in result.stderr
+
+
+def painted_by(url: str) -> str:
+    """Who answers."""
+    body = {"prompt": "a red circle", "response_format": "b64_json", "seed": 1}
+    reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["data"][0]["b64_json"]
+    return reply.headers["x-model-version"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_a_better_one_and_comes_back(
+    store: Path, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    settings = ["--set", f"port={port}", "--set", "hop.threads=1", "--set", "hop.num_cpus=0.2"]
+    first = register(store, tmp_path / "run", 0.5)
+    assert done("promote", "tiny")["was"] == "nobody"
+    shown = ddiff("deploy", "tiny@production", *settings, "--dry-run")
+    config = yaml.safe_load(shown.stdout)
+    assert config["applications"][0]["args"]["digest"] == first
+    ray.serve.schema.ServeDeploySchema.model_validate(config)
+
+    on_air = done("deploy", "tiny@production", *settings)
+    assert (on_air["digest"], on_air["former"]) == (first, "")
+    assert painted_by(on_air["endpoint"]) == first
+
+    second = register(store, tmp_path / "run", 0.4, seed=1)  # the run's directory holds another one now
+    refused(ddiff("promote", "tiny"), 2, "tiny@production stays", "version 2 (40.0% right of 320", "--force")
+    assert done("deploy", "tiny@production", "--dry-run")["applications"][0]["args"]["digest"] == first
+    assert done("promote", "tiny@current", "--force")["digest"] == second
+    now = done("deploy", "tiny@production", *settings)
+    assert painted_by(now["endpoint"]) == second
+    assert now["former"] == on_air["config"]
+
+    back = done("deploy", "--config", now["former"])
+    assert painted_by(back["endpoint"]) == first
+    assert back["former"] == now["config"]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_gate_compares_like_with_like(store: Path, tmp_path: Path) -> None:
+    register(store, tmp_path / "one", 0.5, seed=2)
+    assert done("promote", "tiny", "--to", "gate", "--force")["alias"] == "tiny@gate"
+    register(store, tmp_path / "two", 0.9, asked="b", seed=3)
+    refused(ddiff("promote", "tiny", "--to", "gate"), 2, "judged on other captions")
+    better = register(store, tmp_path / "two", 0.51, seed=3)
+    moved = done("promote", "tiny", "--to", "gate")
+    assert moved["digest"] == better
+    assert "50.0% right of 320" in moved["was"]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_deployed_is_said_in_one_line(
+    store: Path, tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(store, tmp_path / "run", 0.5, seed=4)
+    refused(ddiff("deploy", "tiny@nowhere"), 2, "MLflow has no tiny@nowhere; there are: tiny@")
+    refused(ddiff("deploy", "../../x"), 2, "is no NAME@ALIAS")
+    refused(ddiff("deploy", "tiny", "--set", "hop.num_gpu=1"), 2, "did you mean 'num_gpus'?")
+    refused(ddiff("deploy", "tiny", "--address", "head:6379"), 2, "http://HEAD:8265")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    refused(ddiff("deploy", "tiny"), 2, "the token is not its", "RAY_AUTH_TOKEN")
+    tiny_cascade(tmp_path / "run", seed=5)  # trained again, not registered
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "other"))
+    refused(ddiff("deploy", "tiny", "--dry-run"), 4, "holds cascade", "deploy a newer version")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_cascade_that_cannot_be_opened_is_said_and_the_former_one_stays(
+    store: Path, tmp_path: Path, head: Head
+) -> None:
+    digest = register(store, tmp_path / "run", 0.5, seed=6)
+    (port,) = free_ports(1)
+    on_air = done("deploy", "tiny", "--set", f"port={port}", "--set", "hop.num_cpus=0.2")
+    served = yaml.safe_load(Path(on_air["config"]).read_text())
+    served["applications"][0]["args"]["digest"] = "f" * 64
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(served))
+    refused(ddiff("deploy", "--config", str(tmp_path / "bad.yaml")), 70, "ffffffffffff is not served")
+    assert painted_by(on_air["endpoint"]) == digest
