@@ -47,3 +47,24 @@ def promote(cascade: str, alias: str, url: str, force: bool) -> None:
     from jobs.rollout import promote as move
 
     answer(move(cascade, alias, force=force, url=url))
+
+
+@cluster.command()
+@click.option("--recipe", help="Compare with what this recipe needs.")
+@click.option("--config", "file", type=FILE, help="The same for a file.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where an endpoint would listen.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host: str, port: int) -> None:
+    """Try what a run needs: versions, cluster, resources, storage, MLflow, disk, GPU, clocks, port.
+
+    Ends with 2 if a line says fail.
+    """
+    from jobs.config import run_spec
+    from jobs.deploy import Address
+    from jobs.doctor import examine, facts_of, failed, told
+
+    spec = run_spec(recipe, file, changes) if recipe or file else None
+    found = examine(spec, Address(host, port))
+    answer(facts_of(found), told(found))
+    click.get_current_context().exit(2 if failed(found) else 0)

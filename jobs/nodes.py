@@ -152,3 +152,20 @@ def free_disk(directory: Path) -> int:
         directory = directory.parent
     stats = os.statvfs(directory)
     return stats.f_bavail * stats.f_frsize
+
+
+def node_text(node: Node) -> str:
+    """What a node has, in a few words."""
+    gpus = f", {node.gpus:g} GPU" if node.gpus else ""
+    labels = "".join(f", {name}={value}" for name, value in shown(node.labels).items())
+    return f"{node.name}: {node.cpus:g} CPU{gpus}, {amount(node.memory_bytes)}{labels}"
+
+
+def shown(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels that tell nodes apart for people; Ray gives every node its number as one."""
+    return {name: value for name, value in labels.items() if name not in ("ray.io/node-id",)}
+
+
+def amount(size: float) -> str:
+    """1536 MiB -> 1.5 GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

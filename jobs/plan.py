@@ -1,10 +1,10 @@
 """The plan of a run, shown before anything starts, and refused with its arithmetic if it cannot fit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.nodes import Node, free_disk, has_labels, places
+from jobs.nodes import Node, amount, free_disk, has_labels, node_text, places
 from workflows.estimate import Need, needs
 from workflows.pipeline import RunSpec, in_order
 from workflows.shape_shards import ShapesSpec, pair
@@ -111,6 +111,12 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
     }
     free = None if "://" in run else free_disk(here.absolute()) + taken(here)
     return Plan(run, stages, tuple(nodes), disk, free)
+
+
+def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
+    """The same plan on other nodes."""
+    stages = tuple(stage_plan(stage.spec, stage.need, nodes) for stage in plan.stages)
+    return plan._replace(stages=stages, nodes=tuple(nodes))
 
 
 def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node]) -> StagePlan:
@@ -244,20 +250,3 @@ def row(plan: StagePlan) -> tuple[str, ...]:
         f"{spec.budget.steps * spec.batch_size:,}",
         f"{plan.checkpoints} x {amount(plan.need.state)}",
     )
-
-
-def node_text(node: Node) -> str:
-    """What a node has, in a few words."""
-    gpus = f", {node.gpus:g} GPU" if node.gpus else ""
-    labels = "".join(f", {name}={value}" for name, value in shown(node.labels).items())
-    return f"{node.name}: {node.cpus:g} CPU{gpus}, {amount(node.memory_bytes)}{labels}"
-
-
-def shown(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels that tell nodes apart for people; Ray gives every node its number as one."""
-    return {name: value for name, value in labels.items() if name not in ("ray.io/node-id",)}
-
-
-def amount(size: float) -> str:
-    """1536 MiB -> 1.5 GiB."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -153,3 +153,38 @@ def test_a_cascade_that_cannot_be_opened_is_said_and_the_former_one_stays(
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(served))
     refused(ddiff("deploy", "--config", str(tmp_path / "bad.yaml")), 70, "ffffffffffff is not served")
     assert painted_by(on_air["endpoint"]) == digest
+
+
+def by_check(result: Result) -> dict[str, dict[str, Any]]:
+    return {one["check"]: one for one in json.loads(result.stdout)["findings"]}
+
+
+@pytest.mark.usefixtures("here")
+def test_the_doctor_finds_the_cluster_its_token_and_its_nodes(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    well = ddiff("doctor", "--json", "--recipe", "smoke", "--set", "stages.base.resources.labels.zone=here")
+    assert well.exit_code == 0, well.stdout
+    found = by_check(well)
+    assert found["cluster token"]["says"] == f"{head.dashboard} asks for a token"
+    assert "127.0.0.1: 4 CPU" in found["resources"]["says"]
+    assert "zone=here" in found["resources"]["says"]
+    elsewhere = ddiff(
+        "doctor", "--json", "--recipe", "smoke", "--set", "stages.base.resources.labels.zone=there"
+    )
+    assert elsewhere.exit_code == 2
+    assert "room for 0 on no node with labels {'zone': 'there'}" in by_check(elsewhere)["resources"]["says"]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    wrong = ddiff("doctor", "--json")
+    assert wrong.exit_code == 2
+    assert "the token is not its" in by_check(wrong)["cluster"]["says"]
+    assert head.token not in wrong.stdout + wrong.stderr + well.stdout + well.stderr
+
+
+def test_the_doctor_warns_of_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ray_head(token=False, cpus=1) as open_head:
+        monkeypatch.setenv("RAY_ADDRESS", open_head.dashboard)
+        found = ddiff("doctor", "--json")
+    assert found.exit_code == 2
+    assert "runs code for anybody" in by_check(found)["cluster token"]["says"]
+    assert "RAY_AUTH_MODE=token" in by_check(found)["cluster token"]["fix"]

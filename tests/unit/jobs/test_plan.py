@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from jobs.cli import main
 from jobs.config import RECIPES, recipe_spec
-from jobs.nodes import Node, grown, has_labels, places
-from jobs.plan import Plan, PlanError, amount, plan_of, refusals, refuse, told
+from jobs.nodes import Node, amount, grown, has_labels, places
+from jobs.plan import Plan, PlanError, plan_of, refusals, refuse, told
 from jobs.recipes import smoke
 from workflows.pipeline import RunSpec
 from workflows.train_spec import ResourcesSpec
