@@ -68,3 +68,39 @@ def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host
     found = examine(spec, Address(host, port))
     answer(facts_of(found), told(found))
     click.get_current_context().exit(2 if failed(found) else 0)
+
+
+@cluster.command()
+@click.argument("kind", type=click.Choice(["job", "cluster", "service", "settings"]))
+@click.option("--recipe", help="The run, for a job or a cluster: demo, smoke.")
+@click.option(
+    "--config", "file", type=FILE, help="A run; for a service, what `ddiff deploy --dry-run` prints."
+)
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value of the run.")
+@click.option("--cluster", "settings", type=FILE, help="YAML as `ddiff manifest settings` prints it.")
+def manifest(
+    kind: str, recipe: str | None, file: Path | None, changes: tuple[str, ...], settings: Path | None
+) -> None:
+    """Print manifests for KubeRay: a RayJob, a RayCluster, a RayService, or the settings they follow.
+
+    Groups of nodes and their sizes come from the resources of the stages, or the replicas of a service.
+    """
+    from jobs.cluster.manifests import job, read_cluster, service, standing, text_of
+    from jobs.config import run_spec, shown
+    from jobs.rollout import written_before
+
+    where = read_cluster(settings)
+    match kind:
+        case "settings":
+            return answer(where.model_dump(mode="json"), shown(where).rstrip())
+        case "service":
+            if not file or recipe or changes:
+                raise click.UsageError(
+                    "a service needs --config FILE, as `ddiff deploy NAME --dry-run` prints it"
+                )
+            found = service(written_before(file), where)
+        case "job":
+            found = job(run_spec(recipe, file, changes), where)
+        case _:
+            found = standing(run_spec(recipe, file, changes), where)
+    return answer({"manifests": found}, text_of(found).rstrip())

@@ -19,7 +19,7 @@ from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_toke
 from jobs.deploy import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of
 from jobs.nodes import Node, amount, free_disk, node_text, nodes_of
-from jobs.plan import plan_of, refusals
+from jobs.plan import Plan, on, plan_of, refusals
 from workflows.pipeline import RunSpec
 from workflows.registry import Registry, RegistryError, shown
 

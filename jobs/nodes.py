@@ -37,6 +37,13 @@ class NodeGroup(Spec):
     memory_bytes: int
     labels: dict[str, str] = Field(default_factory=dict)
 
+    def nodes(self) -> list[Node]:
+        """All that there may be."""
+        return [
+            Node(f"{self.name}-{number}", self.cpus, self.gpus, self.memory_bytes, self.labels)
+            for number in range(self.count)
+        ]
+
 
 def this_machine() -> list[Node]:
     """The node that a Ray of our own would have, with as many CPUs as that Ray counts.
@@ -115,11 +122,7 @@ def grown(alive: Sequence[Node]) -> list[Node]:
     if not groups:
         return list(alive)
     found = TypeAdapter(list[NodeGroup]).validate_python(json.loads(groups))
-    return [
-        Node(f"{group.name}-{number}", group.cpus, group.gpus, group.memory_bytes, group.labels)
-        for group in found
-        for number in range(group.count)
-    ]
+    return [node for group in found for node in group.nodes()]
 
 
 def has_labels(node: Node, asked: Mapping[str, str]) -> bool:

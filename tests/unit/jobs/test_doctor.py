@@ -17,7 +17,7 @@ from jobs.cli import main
 from workflows.registry import Registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's, of its own dependencies
-NAMES = "RAY_ADDRESS MLFLOW_TRACKING_URI DDIFF_STORAGE AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 DDIFF_NODE_GROUPS".split()
+NAMES = ["RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "DDIFF_NODE_GROUPS"]
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,8 @@ def test_what_is_installed_is_compared_with_what_is_asked_for(
     other = tmp_path / "ddiff-9.dist-info"
     other.mkdir()
     (other / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: ddiff\nVersion: 9\nRequires-Dist: ray>=99\nRequires-Dist: no-such-thing\n"
+        "Metadata-Version: 2.1\nName: ddiff\nVersion: 9\n"
+        "Requires-Dist: ray>=99\nRequires-Dist: no-such-thing\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     wrong = doctor(code=2)["versions"][0]
