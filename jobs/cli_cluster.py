@@ -13,12 +13,12 @@ cluster = Group("cluster")
 
 @cluster.command()
 @click.argument("cascade", metavar="NAME@ALIAS", required=False)
-@click.option("--config", "file", type=FILE, help="Deploy this config instead: one that was written before.")
+@click.option("--config", "file", help="Deploy this config instead: a file or address written before.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Such as hops.base.num_gpus=1.")
 @click.option("--address", help="Of the cluster's dashboard, http://HEAD:8265; RAY_ADDRESS unless given.")
 @click.option("--dry-run", is_flag=True, help="Print the Serve config, change nothing on the cluster.")
 def deploy(
-    cascade: str | None, file: Path | None, changes: tuple[str, ...], address: str | None, dry_run: bool
+    cascade: str | None, file: str | None, changes: tuple[str, ...], address: str | None, dry_run: bool
 ) -> None:
     """Serve a registered cascade on a cluster, such as demo@production.
 
@@ -98,7 +98,7 @@ def manifest(
                 raise click.UsageError(
                     "a service needs --config FILE, as `ddiff deploy NAME --dry-run` prints it"
                 )
-            found = service(written_before(file), where)
+            found = service(written_before(str(file)), where)
         case "job":
             found = job(run_spec(recipe, file, changes), where)
         case _:

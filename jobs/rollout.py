@@ -20,7 +20,7 @@ from jobs.config import ConfigError, apply, loaded
 from jobs.dashboard import Dashboard
 from jobs.run import score_tags
 from serve import app
-from serve.fetching import on_this_machine
+from serve.fetching import in_a_store, on_this_machine
 from serve.replicas import opened
 from workflows.evaluation import EvaluationSpec, evaluate_endpoint
 from workflows.registry import Registry, Version, split
@@ -95,13 +95,13 @@ def serve_fields(spec: app.ServeSpec) -> dict[str, Any]:
     }
 
 
-def written_before(file: Path) -> Config:
-    """A config as `ddiff deploy` wrote it.
+def written_before(file: str) -> Config:
+    """A config as `ddiff deploy` wrote it, in a file or at an address.
 
     Raises:
         ConfigError: It is none.
     """
-    config = Config(loaded(file))
+    config = Config(fetched(file) if in_a_store(file) else loaded(Path(file)))
     try:
         entry, digest = config.fields["applications"][0]["import_path"], config.spec.digest
     except (KeyError, IndexError, TypeError, ValidationError):
@@ -109,6 +109,15 @@ def written_before(file: Path) -> Config:
     if entry != ENTRY or not digest:
         raise ConfigError(f"{file} is no config of `ddiff deploy`: it needs {ENTRY} and a digest")
     return config
+
+
+def fetched(address: str) -> Any:
+    """The fields of a config in a store."""
+    files, path = fsspec.url_to_fs(address)
+    try:
+        return yaml.safe_load(files.cat_file(path))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{address} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def registry(name: str) -> Registry:
@@ -170,11 +179,14 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
 
     Raises:
         DashboardError: The cluster does not answer.
+        ConfigError: Serve listens elsewhere there; nothing has been changed.
         DeployError: The cascade did not come up.
     """
     storage = environment.storage()
     with Dashboard(address) as dashboard:
-        former = on_air(dashboard)
+        details = dashboard.get(SERVE)
+        same_door(details, config.spec)
+        former = on_air(details)
         path = kept(config, storage)
         back = kept(former, storage) if former and former.fields != config.fields else ""
         dashboard.put(SERVE, config.fields)
@@ -182,9 +194,19 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
     return {"endpoint": url, "digest": config.spec.digest, "config": path, "former": back}
 
 
-def on_air(dashboard: Dashboard) -> Config | None:
+def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:
+    """A Serve that runs keeps the address it was started with; another one would be waited for in vain."""
+    http = details.get("http_options") or {}
+    running = (http.get("host"), http.get("port"))
+    if details.get("applications") and running != (spec.host, spec.port):
+        raise ConfigError(
+            f"Serve on this cluster listens at {running[0]}:{running[1]}, not at {spec.host}:{spec.port}; "
+            f"--set host={running[0]} --set port={running[1]}, or `serve shutdown` first"
+        )
+
+
+def on_air(details: dict[str, Any]) -> Config | None:
     """What Serve runs now, if it is ours."""
-    details = dashboard.get(SERVE)
     ours = details.get("applications", {}).get(app.APPLICATION, {}).get("deployed_app_config")
     if not ours or not ours.get("args", {}).get("digest"):
         return None

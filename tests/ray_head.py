@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def ray_head(*, token: bool = True, cpus: int = 4) -> Iterator[Head]:
+def ray_head(
+    *, token: bool = True, cpus: int = 4, variables: Mapping[str, str] | None = None
+) -> Iterator[Head]:
     """Start it, wait until its dashboard answers, stop it with all that it started."""
     temporary = tempfile.mkdtemp(prefix="rayhead-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
     gcs, dashboard, agent, client, metrics = free_ports(5)
@@ -60,6 +62,7 @@ def ray_head(*, token: bool = True, cpus: int = 4) -> Iterator[Head]:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **mode,
+        **(variables or {}),
         "PYTHONPATH": str(ROOT),
         "RAY_USAGE_STATS_ENABLED": "0",
     }

@@ -1,15 +1,20 @@
-"""A registered cascade on the Serve of a cluster with a token: deployed, promoted, rolled back."""
+"""A registered cascade on the Serve of a cluster with a token: deployed, promoted, rolled back.
+
+The cluster's nodes and this process share an S3 server and nothing else.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import pytest
 import ray.serve.schema
 import yaml
 from click.testing import CliRunner, Result
+from moto.server import ThreadedMotoServer
 
 from jobs.cli import main
 from tests.ray_head import Head, free_ports, ray_head
@@ -21,8 +26,26 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ign
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with ray_head() as started:
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """How a store is reached; it holds one bucket.  The cluster's nodes have a TMPDIR of their own."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "TMPDIR": str(tmp_path_factory.mktemp("node")),
+    }
+    yield variables
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def head(s3: dict[str, str]) -> Iterator[Head]:
+    with ray_head(variables=s3) as started:
         yield started
 
 
@@ -32,11 +55,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(head: Head, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in head.environment.items():
+def here(head: Head, s3: dict[str, str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (head.environment | s3).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TMPDIR", str(store))
+    if not fsspec.filesystem("s3").exists("ddiff"):
+        fsspec.filesystem("s3").mkdir("ddiff")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
-    monkeypatch.setenv("DDIFF_STORAGE", str(store / "runs"))
+    monkeypatch.setenv("DDIFF_STORAGE", "s3://ddiff/runs")
 
 
 def register(store: Path, run: Path, score: float, *, asked: str = "a", seed: int = 0) -> str:
@@ -93,12 +119,15 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     assert done("promote", "tiny")["was"] == "nobody"
     shown = ddiff("deploy", "tiny@production", *settings, "--dry-run")
     config = yaml.safe_load(shown.stdout)
-    assert config["applications"][0]["args"]["digest"] == first
+    served = config["applications"][0]["args"]
+    assert (served["digest"], served["cascade"]) == (first, f"s3://ddiff/runs/cascades/{first}")
     ray.serve.schema.ServeDeploySchema.model_validate(config)
 
     on_air = done("deploy", "tiny@production", *settings)
     assert (on_air["digest"], on_air["former"]) == (first, "")
     assert painted_by(on_air["endpoint"]) == first
+
+    refused(ddiff("deploy", "tiny", "--set", "port=1"), 2, f"listens at 127.0.0.1:{port}, not at 127.0.0.1:1")
 
     second = register(store, tmp_path / "run", 0.4, seed=1)  # the run's directory holds another one now
     refused(ddiff("promote", "tiny"), 2, "tiny@production stays", "version 2 (40.0% right of 320", "--force")
@@ -112,7 +141,7 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     assert painted_by(back["endpoint"]) == first
     assert back["former"] == now["config"]
 
-    served = yaml.safe_load(Path(back["config"]).read_text())
+    served = yaml.safe_load(fsspec.filesystem("s3").cat_file(back["config"]))
     served["applications"][0]["args"]["digest"] = "f" * 64
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(served))
     refused(ddiff("deploy", "--config", str(tmp_path / "bad.yaml")), 70, "ffffffffffff is not served")
