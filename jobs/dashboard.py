@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -97,10 +98,16 @@ def without_token(url: str) -> Answer:
     """What anybody gets who asks there, and how far the clock there is off.
 
     Raises:
-        httpx.HTTPError: Nobody answers.
+        DashboardError: Nobody answers.
     """
     before = time.time()
-    reply = httpx.get(url, timeout=TIMEOUT_S)
+    try:
+        reply = httpx.get(url, timeout=TIMEOUT_S)
+    except httpx.HTTPError as error:
+        why = f"{type(error).__name__}: {error}"
+        raise DashboardError(
+            f"{urlsplit(url).netloc.rpartition('@')[2]} does not answer ({why}); is it up, and reachable from here?"
+        ) from None
     middle = (before + time.time()) / 2
     said = reply.headers.get("date")
     skew = parsedate_to_datetime(said).timestamp() + 0.5 - middle if said else None  # Date counts in seconds

@@ -73,7 +73,8 @@ def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
     try:
         yield from check()
     except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
-        yield Finding(name, "fail", line_of(error))
+        says, _, fix = line_of(error).rpartition("; ")
+        yield Finding(name, "fail", says or fix, fix if says else "run again with -v for the traceback")
 
 
 def versions() -> Iterator[Finding]:
@@ -295,8 +296,8 @@ def clock() -> Iterator[Finding]:
     for server in asked:
         try:
             skew = without_token(server).skew_s
-        except httpx.HTTPError as error:
-            yield Finding("clock", "warn", f"{shown(server)} was not asked: {type(error).__name__}: {error}")
+        except DashboardError as error:
+            yield Finding("clock", "warn", str(error), "see the lines about this server")
             continue
         if skew is None:
             yield Finding("clock", "ok", f"{shown(server)} does not say what time it is")

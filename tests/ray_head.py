@@ -52,8 +52,30 @@ def free_ports(count: int) -> list[int]:
 def ray_head(
     *, token: bool = True, cpus: int = 4, variables: Mapping[str, str] | None = None
 ) -> Iterator[Head]:
-    """Start it, wait until its dashboard answers, stop it with all that it started."""
-    temporary = tempfile.mkdtemp(prefix="rayhead-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    """Start it, wait until its node is alive, stop it with all that it started.
+
+    On a busy machine Ray's own parts may give up waiting for each other; then it is started again.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix="rayhead-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+    for attempt in range(3):
+        head, process = started(temporary / str(attempt), token=token, cpus=cpus, variables=variables or {})
+        if is_up(head, process):
+            break
+        stop(process)
+    else:
+        raise AssertionError((temporary / "2" / "head.log").read_text())
+    try:
+        yield head
+    finally:
+        stop(process)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def started(
+    temporary: Path, *, token: bool, cpus: int, variables: Mapping[str, str]
+) -> tuple[Head, subprocess.Popen[bytes]]:
+    """The process, which may still fail."""
+    temporary.mkdir()
     gcs, dashboard, agent, client, metrics = free_ports(5)
     head = Head(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32) if token else "")
     mode = (
@@ -62,11 +84,12 @@ def ray_head(
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **mode,
-        **(variables or {}),
+        **variables,
         "PYTHONPATH": str(ROOT),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "300000",
+        "RAY_raylet_start_wait_time_s": "120",
     }
-    program = str(Path(sys.executable).with_name("ray"))
     options = {
         "--port": gcs,
         "--dashboard-port": dashboard,
@@ -81,7 +104,8 @@ def ray_head(
         "--labels": "zone=here",
     }
     words = [str(word) for option in options.items() for word in option]
-    with (Path(temporary) / "head.log").open("w") as output:
+    program = str(Path(sys.executable).with_name("ray"))
+    with (temporary / "head.log").open("w") as output:
         process = subprocess.Popen(
             [program, "start", "--head", "--block", "--disable-usage-stats", *words],
             env=environment,
@@ -90,28 +114,19 @@ def ray_head(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        await_dashboard(head, process, Path(temporary) / "head.log")
-        yield head
-    finally:
-        stop(process)
-        shutil.rmtree(temporary, ignore_errors=True)
+    return head, process
 
 
-def await_dashboard(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it answers who may ask."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()
-        try:
-            headers = {"Authorization": f"Bearer {head.token}"}
-            reply = httpx.get(f"{head.dashboard}/api/version", headers=headers, timeout=5)
-            if reply.status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
+def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
+    """Whether its node comes alive; False if it ends before, or takes too long."""
+    end, headers = time.monotonic() + 120, {"Authorization": f"Bearer {head.token}"}
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(httpx.HTTPError, ValueError, LookupError):
+            reply = httpx.get(f"{head.dashboard}/api/v0/nodes", headers=headers, timeout=10)
+            if any(node["state"] == "ALIVE" for node in reply.json()["data"]["result"]["result"]):
+                return True
         time.sleep(0.3)
-    raise AssertionError(log.read_text())
+    return False
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
