@@ -104,10 +104,8 @@ def without_token(url: str) -> Answer:
     try:
         reply = httpx.get(url, timeout=TIMEOUT_S)
     except httpx.HTTPError as error:
-        why = f"{type(error).__name__}: {error}"
-        raise DashboardError(
-            f"{urlsplit(url).netloc.rpartition('@')[2]} does not answer ({why}); is it up, and reachable from here?"
-        ) from None
+        host, why = urlsplit(url).netloc.rpartition("@")[2], f"{type(error).__name__}: {error}"
+        raise DashboardError(f"{host} does not answer ({why}); is it up, and reachable from here?") from None
     middle = (before + time.time()) / 2
     said = reply.headers.get("date")
     skew = parsedate_to_datetime(said).timestamp() + 0.5 - middle if said else None  # Date counts in seconds

@@ -1,6 +1,5 @@
 """`ddiff doctor`: what a run needs, tried before there is one; every line ok, warn or fail, with the fix."""
 
-import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -172,12 +171,14 @@ def storage() -> Iterator[Finding]:
     """Whether a file can be written where runs are kept, read back, and removed."""
     place = environment.storage()
     files, root = fsspec.url_to_fs(place, use_listings_cache=False)
-    fresh = not files.exists(root)
+    directory = "://" not in place  # a bucket is not made by the way: it would hide a misspelt name
+    fresh = directory and not files.exists(root)
     name, content = f"{root}/.ddiff-doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     began = time.time()
     step = "made"
     try:
-        files.makedirs(root, exist_ok=True)
+        if directory:
+            files.makedirs(root, exist_ok=True)
         step = "written to"
         files.pipe_file(name, content)
         step = "read"
@@ -185,8 +186,7 @@ def storage() -> Iterator[Finding]:
         step = "deleted from"
         files.rm_file(name)
         if fresh:
-            with contextlib.suppress(OSError):  # a store has no directories
-                files.rmdir(root)
+            files.rmdir(root)
     except Exception as error:  # noqa: BLE001 each store has errors of its own
         fix = "check the address in DDIFF_STORAGE, its permissions and, for s3://, AWS_* and AWS_ENDPOINT_URL"
         yield Finding("storage", "fail", f"{place} cannot be {step}: {line_of(error)}", fix)

@@ -152,7 +152,8 @@ def published(version: Version, storage: str) -> str:
             )
         names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: without it there is nothing
         for name in names:
-            files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
+            if not in_a_store(storage):
+                files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
             files.put_file(str(source / name), f"{place}/{name}")
     return str(files.unstrip_protocol(place)).removeprefix("file://")
 
@@ -163,7 +164,8 @@ def kept(config: Config, storage: str) -> str:
     spec = config.spec
     name = spec.cascade.rstrip("/").rpartition("/")[2][:12]
     path = f"{root}/deployments/{name}-{sealed.digest_of(config.fields)[:8]}.yaml"
-    files.makedirs(f"{root}/deployments", exist_ok=True)
+    if not in_a_store(storage):
+        files.makedirs(f"{root}/deployments", exist_ok=True)
     files.pipe_file(path, config.text().encode())
     return str(files.unstrip_protocol(path)).removeprefix("file://")
 
