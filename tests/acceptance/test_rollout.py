@@ -116,7 +116,8 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     store: Path, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
-    settings = ["--set", f"port={port}", "--set", "hop.threads=1", "--set", "hop.num_cpus=0.2"]
+    patience = ["--set", "startup_s=900"]  # of a busy machine
+    settings = ["--set", f"port={port}", "--set", "hop.threads=1", "--set", "hop.num_cpus=0.2", *patience]
     first = register(store, tmp_path / "run", 0.5)
     assert done("promote", "tiny")["was"] == "nobody"
     shown = ddiff("deploy", "tiny@production", *settings, "--dry-run")
@@ -190,7 +191,7 @@ def test_the_doctor_finds_the_cluster_its_token_and_its_nodes(
     assert well.exit_code == 0, well.stdout
     found = by_check(well)
     assert found["cluster token"]["says"] == f"{head.dashboard} asks for a token"
-    assert "127.0.0.1: 4 CPU" in found["resources"]["says"]
+    assert ": 4 CPU, " in found["resources"]["says"]
     assert "zone=here" in found["resources"]["says"]
     elsewhere = ddiff(
         "doctor", "--json", "--recipe", "smoke", "--set", "stages.base.resources.labels.zone=there"
