@@ -57,17 +57,21 @@ def ray_head(
     On a busy machine Ray's own parts may give up waiting for each other; then it is started again.
     """
     temporary = Path(tempfile.mkdtemp(prefix="rayhead-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
-    for attempt in range(3):
-        head, process = started(temporary / str(attempt), token=token, cpus=cpus, variables=variables or {})
-        if is_up(head, process):
-            break
-        stop(process)
-    else:
-        raise AssertionError((temporary / "2" / "head.log").read_text())
+    tried: list[subprocess.Popen[bytes]] = []
     try:
+        for attempt in range(3):
+            where = temporary / str(attempt)
+            head, process = started(where, token=token, cpus=cpus, variables=variables or {})
+            tried.append(process)
+            if is_up(head, process):
+                break
+            stop(process)
+        else:
+            raise AssertionError((where / "head.log").read_text())
         yield head
     finally:
-        stop(process)
+        for process in tried:
+            stop(process)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -131,6 +135,8 @@ def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """The head, then whatever of its session is left: workers have sessions, but die with their raylet."""
+    if process.poll() is not None:
+        return
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)
