@@ -123,7 +123,8 @@ def started(
 
 def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
     """Whether its node comes alive; False if it ends before, or takes too long."""
-    end, headers = time.monotonic() + 120, {"Authorization": f"Bearer {head.token}"}
+    headers = {"Authorization": f"Bearer {head.token}"} if head.token else {}
+    end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         with suppress(httpx.HTTPError, ValueError, LookupError):
             reply = httpx.get(f"{head.dashboard}/api/v0/nodes", headers=headers, timeout=10)
