@@ -16,9 +16,13 @@ from typing import Any, NamedTuple
 from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
+from jobs.nodes import Node, joined, nodes_of, this_machine
+from jobs.plan import Plan, plan_of, refuse
+from jobs.plan import told as plan_text
 from workflows.evaluation import EvaluationSpec, evaluate_endpoint
 from workflows.journal import JOURNAL
 from workflows.pipeline import RunResult, RunSpec, opened, run_pipeline, run_stage, seconds_of, timed
+from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW
 from workflows.report import write_report
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
@@ -45,15 +49,20 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
         verbose: Show what Ray says.
 
     Raises:
+        PlanError: It cannot fit; nothing has been started.
         PortTakenError: Something else listens at the address; nothing has been started.
         The errors of run_pipeline, start_endpoint and write_report.
     """
+    if not joins_cluster():
+        announce(spec, this_machine())
     home = opened(home_of(spec))
     stop_endpoint(home.here)
     if address:
         refuse_taken(address)
     with tracked(home, uri=tracking_uri() or "") as tracking:
         with ray_cluster(verbose=verbose):
+            if joins_cluster():
+                announce(spec, joined())
             made = run_pipeline(spec, run=home, tracked=tracking)
         before, url = judged_before(home, made, spec.evaluation), ""
         if elsewhere(home):
@@ -90,10 +99,41 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
     home = opened(home_of(spec))
     for role in spec.stage(stage).parents:
         parent_home(spec.stage(stage), role, home)  # before anything is started
+    one = only(spec, stage)
+    if not joins_cluster():
+        announce(one, this_machine())
     with tracked(home, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
+        if joins_cluster():
+            announce(one, joined())
         run_stage(spec, stage, run=home, tracked=tracking)
     bundle = home.at(f"{stage}/bundle").address
     return {"bundle": bundle, "seconds": seconds_of(home).get(stage, 0.0)}
+
+
+def announce(spec: RunSpec, nodes: list[Node]) -> None:
+    """Show the plan of a run, and refuse it if it cannot fit.
+
+    Raises:
+        PlanError: It cannot.
+    """
+    plan = plan_of(spec, nodes, run=home_of(spec).address)
+    for line in plan_text(plan).splitlines():
+        log.info("%s", line)
+    refuse(plan)
+
+
+def rehearsed(spec: RunSpec, stage: str = "") -> Plan:
+    """The plan of a run, or of one of its stages, for --dry-run: on the cluster at RAY_ADDRESS, or here.
+
+    Raises:
+        ValueError: A parent is missing, or there is no such stage.
+    """
+    return plan_of(only(spec, stage) if stage else spec, nodes_of(), run=home_of(spec).address)
+
+
+def only(spec: RunSpec, stage: str) -> RunSpec:
+    """A run as far as one stage goes: that stage, on parents that are there."""
+    return spec.model_construct(**(dict(spec) | {"stages": (spec.stage(stage),)}))
 
 
 @contextmanager
@@ -156,8 +196,19 @@ def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) 
     home.send("report.html")
     shares = {f"oracle/{name}": value for name, value in facts["oracle"].items() if isinstance(value, float)}
     tracking.journal.log(shares, 0)
+    tags = {"bundle_sha256": facts["digest"]} | score_tags(facts["oracle"], spec.evaluation)
+    tracking.journal.model(spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=tags)
     for file in (path, home.here / "summary.json"):
         tracking.journal.artifact(file)
+
+
+def score_tags(scores: dict[str, Any], spec: EvaluationSpec) -> dict[str, str]:
+    """What a registered cascade says of how well it paints; `ddiff promote` compares it."""
+    if not scores:
+        return {}
+    low, high = scores["intervals"]["all"]
+    found = {SCORE: scores["all"], SCORE_LOW: low, SCORE_HIGH: high, JUDGED: scores["n"]}
+    return {name: str(value) for name, value in found.items()} | {ASKED: fingerprint(spec)}
 
 
 def gather(home: Home, spec: RunSpec) -> None:

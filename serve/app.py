@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import ray.serve
@@ -25,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from dd_core.cascade import CascadeSpec
 from dd_core.sealed import MANIFEST
 from dd_core.spec import SafeName, Spec
+from serve.fetching import in_a_store, on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
 from serve.painter import Painter
@@ -64,7 +64,7 @@ class ServeSpec(Spec):
     """A cascade on the air."""
 
     cascade: str
-    """Directory of the cascade."""
+    """Directory of the cascade, or its address in a store, such as s3://bucket/runs/demo/cascade."""
     digest: str = ""
     """Serve this cascade only; empty: whatever is in the directory."""
     host: str = "127.0.0.1"
@@ -114,23 +114,23 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
         dd_core.sealed.SealError: The cascade is damaged, unfinished or another one.
     """
     spec = ServeSpec.model_validate(args)
-    directory = Path(spec.cascade).resolve()
+    directory = on_this_machine(spec.cascade, spec.digest)
     cascade, digest = opened(directory, spec.digest)
     stages = {hop.stage for hop in cascade.hops}
     if strangers := spec.hops.keys() - stages:
         raise ValueError(
             f"hops: {min(strangers)!r} is no hop of {cascade.name}; it has {', '.join(sorted(stages))}"
         )
+    place = spec.cascade if in_a_store(spec.cascade) else str(directory)  # each replica fetches its own copy
     hops = {
-        stage: deployment(spec.hops.get(stage, spec.hop), stage, str(directory), digest)
-        for stage in sorted(stages)
+        stage: deployment(spec.hops.get(stage, spec.hop), stage, place, digest) for stage in sorted(stages)
     }
     created = int((directory / MANIFEST).stat().st_mtime)
     ingress = Ingress.options(num_replicas=spec.ingress_replicas)  # type: ignore[attr-defined]
     return ingress.bind(spec, cascade, digest, created, hops)
 
 
-def deployment(spec: ReplicaSpec, stage: str, directory: str, digest: str) -> ray.serve.Application:
+def deployment(spec: ReplicaSpec, stage: str, cascade: str, digest: str) -> ray.serve.Application:
     """A hop with its own replicas.
 
     The engine bounds its queue itself, so Serve hands it a few requests more than it takes: they are
@@ -151,7 +151,7 @@ def deployment(spec: ReplicaSpec, stage: str, directory: str, digest: str) -> ra
         "max_constructor_retry_count": 3,
     }
     return HopReplica.options(**options).bind(  # type: ignore[attr-defined]
-        directory,
+        cascade,
         stage,
         digest=digest,
         max_rows=spec.max_rows,
@@ -175,7 +175,7 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
         ValueError, dd_core.sealed.SealError: As `build` does.
     """
     application = build(spec.model_dump())
-    _, digest = opened(Path(spec.cascade), spec.digest)
+    _, digest = opened(on_this_machine(spec.cascade, spec.digest), spec.digest)
     url = f"http://{spec.host}:{spec.port}"
     if not serving(url):
         refuse_taken_port(spec.host, spec.port)

@@ -26,6 +26,19 @@ class SamplesSpec(Spec):
     how: SamplingSpec = SamplingSpec()
 
 
+class ResourcesSpec(Spec):
+    """What each worker of a stage is given, and on which nodes.  Its GPU is TrainSpec.use_gpu."""
+
+    cpus: float | None = Field(None, gt=0)
+    """Reserved in Ray.  None: one, or an equal share where there are fewer."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Reserved in Ray; less than the plan finds to be needed is refused.  None: nothing is reserved."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Of the GPU that a worker is given; a stage that needs more is refused.  None: not checked."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Of the nodes, as Ray's label selectors: `ray.io/accelerator-type: H100`, `zone: in(a, b)`, `!spot`."""
+
+
 class TrainSpec(Spec):
     """One training run of one stage."""
 
@@ -46,6 +59,7 @@ class TrainSpec(Spec):
     num_workers: int = Field(1, ge=1)
     use_gpu: bool | None = None
     """None: if Ray has a GPU for each worker."""
+    resources: ResourcesSpec = ResourcesSpec()
     restarts: int = Field(10, ge=0)
     """How often lost workers are replaced before giving up."""
     seed: int = 0
@@ -88,6 +102,7 @@ class TrainSpec(Spec):
         technical = {
             "num_workers",
             "use_gpu",
+            "resources",
             "restarts",
             "samples",
             "checkpoints_kept",

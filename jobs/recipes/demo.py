@@ -20,9 +20,10 @@ from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.shape_shards import ShapesSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 CONTEXT = 32
+WORKER = ResourcesSpec(memory_gib=2)  # on any node, with a GPU if there is one for each
 TOWERS = ClipNetSpec(
     embedding_width=64,
     image_size=64,
@@ -63,6 +64,8 @@ def clip() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, warmup_steps=20, ema_images=5_000),
         budget=Budget(steps=400, checkpoint_every=200, report_every=20),
         batch_size=192,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -85,6 +88,8 @@ def autoencoder() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=2e-3, warmup_steps=50, ema_images=400),
         budget=Budget(steps=1_200, checkpoint_every=600, report_every=50),
         batch_size=4,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -97,6 +102,8 @@ def noised_clip() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=3_000),
         budget=Budget(steps=150, checkpoint_every=75, report_every=15),
         batch_size=64,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -109,6 +116,8 @@ def draft() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=2e-3, warmup_steps=50, ema_images=3_000),
         budget=Budget(steps=2_400, checkpoint_every=800, report_every=100),
         batch_size=64,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -138,6 +147,8 @@ def base() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=6_000),
         budget=Budget(steps=1_400, checkpoint_every=350, report_every=25, sample_every=350),
         batch_size=48,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=PROMPTS, how=SamplingSpec(num_steps=15, guidance_scale=1.5)),
     )
 
@@ -161,6 +172,8 @@ def upsampler() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
         budget=Budget(steps=450, checkpoint_every=225, report_every=25),
         batch_size=64,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -180,6 +193,8 @@ def prior() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
         budget=Budget(steps=600, checkpoint_every=300, report_every=20),
         batch_size=128,
+        num_workers=1,
+        resources=WORKER,
     )
 
 

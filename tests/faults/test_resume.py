@@ -170,5 +170,3 @@ def test_what_is_done_is_skipped_what_is_changed_is_redone_and_bad_inputs_are_na
         train_stage(SPEC.but(parents={"clip": "nowhere"}), run=run, data=data)
     with pytest.raises(DataError, match="is no finished prepared data"):
         train_stage(SPEC, run=run, data=tmp_path)
-    with pytest.raises(ValueError, match="use_gpu with 1 workers, but Ray has 0 GPUs"):
-        train_stage(SPEC.but(use_gpu=True), run=tmp_path, data=data)

@@ -1,0 +1,106 @@
+"""The commands of ddiff that concern a cluster; jobs/cli.py adds them to the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from jobs.shell import FILE, Group, answer
+
+cluster = Group("cluster")
+
+
+@cluster.command()
+@click.argument("cascade", metavar="NAME@ALIAS", required=False)
+@click.option("--config", "file", help="Deploy this config instead: a file or address written before.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Such as hops.base.num_gpus=1.")
+@click.option("--address", help="Of the cluster's dashboard, http://HEAD:8265; RAY_ADDRESS unless given.")
+@click.option("--dry-run", is_flag=True, help="Print the Serve config, change nothing on the cluster.")
+def deploy(
+    cascade: str | None, file: str | None, changes: tuple[str, ...], address: str | None, dry_run: bool
+) -> None:
+    """Serve a registered cascade on a cluster, such as demo@production.
+
+    MLflow is asked once what the alias means; what is deployed is an address and a digest.  The config is
+    kept: to go back, deploy the former one with --config.
+    """
+    from jobs.environment import cluster_address
+    from jobs.rollout import deploy as put_on_air
+    from jobs.rollout import resolved, written_before
+
+    if (cascade is None) == (file is None) or (file and changes):
+        raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
+    config = written_before(file) if file else resolved(str(cascade), changes)
+    if dry_run:
+        return answer(config.fields, config.text().rstrip())
+    return answer(put_on_air(config, address or cluster_address()))
+
+
+@cluster.command()
+@click.argument("cascade", metavar="NAME@ALIAS")
+@click.option("--to", "alias", default="production", show_default=True, help="The alias to move.")
+@click.option("--url", default="", help="Judge the candidate first, at this endpoint that serves it.")
+@click.option("--force", is_flag=True, help="Move it whatever the scores say.")
+def promote(cascade: str, alias: str, url: str, force: bool) -> None:
+    """Move an alias to a cascade that paints better than the one that holds it."""
+    from jobs.rollout import promote as move
+
+    answer(move(cascade, alias, force=force, url=url))
+
+
+@cluster.command()
+@click.option("--recipe", help="Compare with what this recipe needs.")
+@click.option("--config", "file", type=FILE, help="The same for a file.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where an endpoint would listen.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host: str, port: int) -> None:
+    """Try what a run needs: versions, cluster, resources, storage, MLflow, disk, GPU, clocks, port.
+
+    Ends with 2 if a line says fail.
+    """
+    from jobs.config import run_spec
+    from jobs.deploy import Address
+    from jobs.doctor import examine, facts_of, failed, told
+
+    spec = run_spec(recipe, file, changes) if recipe or file else None
+    found = examine(spec, Address(host, port))
+    answer(facts_of(found), told(found))
+    click.get_current_context().exit(2 if failed(found) else 0)
+
+
+@cluster.command()
+@click.argument("kind", type=click.Choice(["job", "cluster", "service", "settings"]))
+@click.option("--recipe", help="The run, for a job or a cluster: demo, smoke.")
+@click.option(
+    "--config", "file", type=FILE, help="A run; for a service, what `ddiff deploy --dry-run` prints."
+)
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value of the run.")
+@click.option("--cluster", "settings", type=FILE, help="YAML as `ddiff manifest settings` prints it.")
+def manifest(
+    kind: str, recipe: str | None, file: Path | None, changes: tuple[str, ...], settings: Path | None
+) -> None:
+    """Print manifests for KubeRay: a RayJob, a RayCluster, a RayService, or the settings they follow.
+
+    Groups of nodes and their sizes come from the resources of the stages, or the replicas of a service.
+    """
+    from jobs.cluster.manifests import job, read_cluster, service, standing, text_of
+    from jobs.config import run_spec, shown
+    from jobs.rollout import written_before
+
+    where = read_cluster(settings)
+    match kind:
+        case "settings":
+            return answer(where.model_dump(mode="json"), shown(where).rstrip())
+        case "service":
+            if not file or recipe or changes:
+                raise click.UsageError(
+                    "a service needs --config FILE, as `ddiff deploy NAME --dry-run` prints it"
+                )
+            found = service(written_before(str(file)), where)
+        case "job":
+            found = job(run_spec(recipe, file, changes), where)
+        case _:
+            found = standing(run_spec(recipe, file, changes), where)
+    return answer({"manifests": found}, text_of(found).rstrip())

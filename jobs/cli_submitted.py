@@ -1,0 +1,129 @@
+"""The commands of ddiff that submit to a cluster and follow what was submitted; jobs/cli.py adds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.shell import DIRECTORY, FILE, Group, answer
+
+if TYPE_CHECKING:
+    from jobs.following import Cluster
+
+submitted = Group("submitted")
+
+
+@submitted.command()
+@click.argument("words", nargs=-1, required=True, metavar="RECIPE | run | train STAGE | prepare | ...")
+@click.option("--recipe", help="A function of jobs/recipes: demo, smoke.")
+@click.option("--config", "file", type=FILE, help="YAML as `ddiff config show` prints it.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
+@click.option("--address", help="Of the cluster's dashboard, http://head:8265; else RAY_ADDRESS.")
+@click.option("--follow", is_flag=True, help="Stay, show what it says, and end as it ends.")
+def submit(
+    words: tuple[str, ...],
+    recipe: str | None,
+    file: Path | None,
+    changes: tuple[str, ...],
+    address: str | None,
+    follow: bool,
+) -> None:
+    """Run a command on a cluster; the same submission again resumes it.
+
+    RECIPE, or run, train STAGE, prepare with --recipe or --config, evaluate URL, deploy CASCADE.  Prints
+    the id of the job.
+    """
+    from jobs.following import Cluster
+    from jobs.submit import as_facts, order_of, told
+    from jobs.submit import submit as hand_over
+
+    cluster = Cluster(address)
+    done = hand_over(order_of(words, recipe, file, changes), cluster)
+    if not click.get_current_context().obj.quiet:
+        click.echo(told(done), err=True)
+    answer(as_facts(done), done.id)
+    if follow:
+        show_log(cluster, done.id, to_the_end=True, err=True)
+
+
+@submitted.command()
+@click.argument("job")
+@click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
+def status(job: str, address: str | None) -> None:
+    """How a JOB, or the newest job of a run, stands."""
+    from jobs.following import Cluster, since
+
+    found = Cluster(address).job(job)
+    text = f"{found.id}: {found.status}, run {found.run}, since {since(found.started)}"
+    answer(found._asdict(), f"{text}\n{found.message}".rstrip())
+
+
+@submitted.command()
+@click.argument("job")
+@click.option("-f", "--follow", is_flag=True, help="Until the job is over; then end as it ended.")
+@click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
+def logs(job: str, follow: bool, address: str | None) -> None:
+    """What a JOB says, all its processes in one; of one that failed, the first error at the end."""
+    from jobs.following import Cluster
+
+    show_log(Cluster(address), job, to_the_end=follow)
+
+
+def show_log(cluster: Cluster, job: str, *, to_the_end: bool, err: bool = False) -> None:
+    """Print a log, and of a job that failed the first error of our code; its end is our end."""
+    from jobs.failures import JobFailedError
+    from jobs.following import first_error, merged
+
+    said = []
+    for line in merged(cluster.follow(job) if to_the_end else iter(cluster.log(job).splitlines())):
+        said.append(line)
+        click.echo(json.dumps({"line": line}) if click.get_current_context().obj.as_json else line, err=err)
+    facts = cluster.job(job)
+    if facts.status == "FAILED":
+        click.echo("\n".join(["", "the first error:", *first_error(cluster.log(job))]), err=True)
+        raise JobFailedError(f"{facts.id} has failed: {facts.message:.200}")
+
+
+@submitted.command("list")
+@click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
+def list_jobs(address: str | None) -> None:
+    """The jobs of a cluster, the newest first."""
+    from jobs.following import Cluster, table
+
+    found = Cluster(address).jobs()
+    answer({"jobs": [job._asdict() for job in found]}, table(found))
+
+
+@submitted.command()
+@click.argument("job")
+@click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
+def delete(job: str, address: str | None) -> None:
+    """Forget a JOB that is over, with its log.  The run itself stays where it is."""
+    from jobs.following import Cluster
+
+    found = Cluster(address).delete(job)
+    answer({"deleted": found.id}, f"deleted {found.id}")
+
+
+@submitted.command()
+@click.argument("job", required=False)
+@click.option("--run", "directory", type=DIRECTORY, help="The run whose local endpoint to stop.")
+@click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
+def stop(job: str | None, directory: Path | None, address: str | None) -> None:
+    """Stop a JOB of a cluster, which saves itself first, or the endpoint that `ddiff run --serve` left."""
+    if (job is None) == (directory is None):
+        raise click.UsageError("name either a job of a cluster, or with --run the run of a local endpoint")
+    if job is not None:
+        from jobs.following import Cluster
+
+        found = Cluster(address).stop(job)
+        answer({"stopped": found.id, "status": found.status}, f"{found.id}: {found.status}")
+        return
+    from jobs.deploy import stop_endpoint
+
+    assert directory is not None
+    was = stop_endpoint(directory)
+    answer({"stopped": was}, f"stopped {was}" if was else f"{directory} has no endpoint running")

@@ -1,0 +1,235 @@
+"""`ddiff manifest`: the objects of KubeRay for a run, a service or a standing cluster, from their specs."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster
+from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
+from jobs.config import ConfigError, loaded
+from jobs.plan import StagePlan, plan_of, refuse, stage_plan
+from jobs.rollout import Config, serve_fields
+from serve.app import ReplicaSpec, ServeSpec
+from workflows.pipeline import RunSpec
+
+KIND = "ddiff.io/stage-kind"
+SERVE_PORT = 8000
+Manifest = dict[str, Any]
+
+
+def read_cluster(file: Path | None) -> ClusterSpec:
+    """The settings in a file, or the defaults.
+
+    Raises:
+        ConfigError: The file cannot be used.
+    """
+    try:
+        return ClusterSpec.model_validate(loaded(file)) if file else ClusterSpec()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def text_of(manifests: list[Manifest]) -> str:
+    """As one file for kubectl."""
+    return "---\n".join(
+        yaml.safe_dump(one, sort_keys=False, allow_unicode=True, width=100) for one in manifests
+    )
+
+
+def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
+    """A RayJob that makes a run on a cluster of its own.
+
+    A retry is a new cluster and a new driver; the run resumes because its name and its storage, and so all
+    that it has finished, are the same.
+    """
+    name = object_name(spec.name)
+    bound, groups = on_groups(spec, cluster)
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{name}-run", "namespace": cluster.namespace},
+        "data": {"run.yaml": yaml.safe_dump(bound.model_dump(mode="json"), sort_keys=False)},
+    }
+    rayjob = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
+        "spec": {
+            "entrypoint": f"ddiff run --config {CONFIG}/run.yaml",
+            "metadata": {"run": spec.name, "storage": f"{cluster.storage}/{spec.name}"},
+            "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_TRAIN_V2_ENABLED": "1"}}),
+            "backoffLimit": cluster.retries,
+            "submitterConfig": {"backoffLimit": 2},
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": ray_cluster(cluster, groups, name=name, config=f"{name}-run"),
+        },
+    }
+    return [*claims(cluster), config, network_policy(cluster, name, ports=[]), rayjob]
+
+
+def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
+    """A RayCluster that stays, with the groups that the stages of a run need, for `ddiff submit`."""
+    name = object_name(spec.name)
+    _, groups = on_groups(spec, cluster)
+    body = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
+        "spec": ray_cluster(cluster, groups, name=name),
+    }
+    return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+
+
+def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
+    """A RayService for a config of `ddiff deploy --dry-run`.
+
+    Another cascade in the config is taken up in place, replica by replica; a change of the pods starts a new
+    cluster beside the old one, which answers until the new one is ready.
+    """
+    spec = config.spec.but(host="0.0.0.0", port=SERVE_PORT)  # noqa: S104 behind a NetworkPolicy
+    cascade = spec.cascade.rstrip("/").rpartition("/")[2]
+    name = object_name(f"serve-{cascade[:12]}")
+    fields = serve_fields(spec) | {"proxy_location": "EveryNode"}
+    body = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
+        "spec": {
+            "serveConfigV2": yaml.safe_dump(fields, sort_keys=False),
+            "upgradeStrategy": {"type": "NewCluster"},
+            "rayClusterDeletionDelaySeconds": 120,
+            "excludeHeadPodFromServeSvc": True,
+            "rayClusterConfig": ray_cluster(cluster, hop_groups(spec, cluster), name=name),
+        },
+    }
+    return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+
+
+def on_groups(spec: RunSpec, cluster: ClusterSpec) -> tuple[RunSpec, list[Group]]:
+    """A run with everything about its nodes said, and the groups of nodes it says.
+
+    Raises:
+        PlanError: A stage cannot fit even there.
+    """
+    gpus = [
+        stage.but(use_gpu=cluster.gpus if stage.use_gpu is None else stage.use_gpu) for stage in spec.stages
+    ]
+    plan = plan_of(spec.but(stages=tuple(gpus)), [], run=f"{cluster.storage}/{spec.name}")
+    decode = Group("decode", cluster.decode, 0, cluster.decode_nodes, {KIND: "decode"})
+    groups = [*stage_groups(plan.stages), decode]
+    bound = spec.but(stages=tuple(stage_bound(stage) for stage in plan.stages))
+    nodes = [node for group in groups for node in group.nodes().nodes()]
+    told = zip(plan.stages, bound.stages, strict=True)
+    stages = tuple(stage_plan(stage, before.need, nodes) for before, stage in told)
+    refuse(plan._replace(stages=stages, nodes=tuple(nodes)))
+    return bound, groups
+
+
+def stage_bound(plan: StagePlan) -> Any:
+    """A stage whose workers run on the group of its kind."""
+    spec, cpus = plan.spec, plan.spec.resources.cpus or 1.0
+    labels = {**spec.resources.labels, KIND: group_name(spec.stage.kind)}
+    memory = plan.reserved_bytes / 2**30
+    return spec.but(
+        use_gpu=plan.gpu, resources=spec.resources.but(cpus=cpus, memory_gib=memory, labels=labels)
+    )
+
+
+def stage_groups(plans: tuple[StagePlan, ...]) -> list[Group]:
+    """One group for each kind of stage, as large as the largest stage of that kind needs; empty at first."""
+    found: list[Group] = []
+    for kind in dict.fromkeys(plan.spec.stage.kind for plan in plans):
+        alike = [plan for plan in plans if plan.spec.stage.kind == kind]
+        pod = pod_for(
+            cpus=max(plan.spec.resources.cpus or 1.0 for plan in alike),
+            memory_bytes=max(plan.reserved_bytes for plan in alike),
+            gpus=max(int(plan.gpu) for plan in alike),
+        )
+        labels = {KIND: group_name(kind)}
+        for plan in alike:
+            labels |= said(plan.spec.resources.labels)
+        most = max(plan.spec.num_workers for plan in alike)
+        found.append(Group(group_name(kind), pod, 0, most, labels))
+    return found
+
+
+def said(selectors: Mapping[str, str]) -> dict[str, str]:
+    """The labels that a node needs to be chosen; of several it may have, the first."""
+    chosen = {}
+    for name, selector in selectors.items():
+        if not selector.startswith("!"):
+            inside = re.fullmatch(r"in\((.*)\)", selector)
+            chosen[name] = inside[1].split(",")[0].strip() if inside else selector
+    return chosen
+
+
+def hop_groups(spec: ServeSpec, cluster: ClusterSpec) -> list[Group]:
+    """Nodes for the replicas of the hops, of those that ask for a GPU and of those that do not.
+
+    Twice as many as replicas at most, since new ones start before the old ones stop.
+    """
+    hops = list(spec.hops.values()) or [spec.hop]
+    unnamed = 0 if spec.hops else 2  # a cascade has three hops or so, and each is like spec.hop
+    found = []
+    for gpu in (True, False):
+        alike = [hop for hop in hops if bool(hop.num_gpus) is gpu]
+        if not alike and gpu:
+            continue
+        pod = PodSpec(
+            cpus=cluster.hop.cpus,
+            memory_gib=cluster.hop.memory_gib,
+            gpus=max([1, cluster.hop.gpus]) if gpu else 0,
+        )
+        least = nodes_for(alike, pod, "min_replicas") + (unnamed if alike and not spec.hops else 0)
+        most = nodes_for(alike, pod, "max_replicas") + (unnamed if alike and not spec.hops else 0)
+        name = "hops-gpu" if gpu else "hops-cpu"
+        found.append(Group(name, pod, max(1, least), max(2, 2 * most), {KIND: name}))
+    return found
+
+
+def nodes_for(hops: list[ReplicaSpec], pod: PodSpec, which: str) -> int:
+    """How many pods take so many replicas, each whole on one."""
+    count = 0
+    for hop in hops:
+        fit = min(
+            int(pod.cpus / hop.num_cpus) if hop.num_cpus else 64,
+            int(pod.gpus / hop.num_gpus) if hop.num_gpus else 64,
+        )
+        if not fit:
+            raise ConfigError(
+                f"a replica wants {hop.num_cpus:g} CPUs and {hop.num_gpus:g} GPUs, a pod of hops has "
+                f"{pod.cpus} and {pod.gpus}; raise hop.cpus or hop.gpus of the cluster"
+            )
+        count += -(-getattr(hop, which) // fit)
+    return count
+
+
+def claims(cluster: ClusterSpec) -> list[Manifest]:
+    """The volume for a storage that is a path."""
+    if not cluster.claim:
+        return []
+    spec: Manifest = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": f"{cluster.claim_gib}Gi"}},
+    }
+    if cluster.claim_class:
+        spec["storageClassName"] = cluster.claim_class
+    metadata = {"name": cluster.claim, "namespace": cluster.namespace}
+    return [{"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}]
+
+
+def group_name(kind: str) -> str:
+    """noised_clip -> noised-clip."""
+    return kind.replace("_", "-")
+
+
+def object_name(name: str) -> str:
+    """The name of a run as Kubernetes accepts it, with room for what KubeRay adds."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].rstrip("-")

@@ -1,0 +1,115 @@
+"""A cluster asked over HTTP: the API of Ray's dashboard, with the token of this user."""
+
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from jobs import environment
+
+TIMEOUT_S = 20.0
+
+
+class DashboardError(ValueError):
+    """The cluster does not answer, or not to us; the message says what to do."""
+
+
+class Answer(NamedTuple):
+    """What came back of a question asked without a token."""
+
+    status: int
+    body: Any
+    skew_s: float | None
+    """How far its clock is ahead of ours; None: it did not say."""
+
+
+class Dashboard:
+    """The dashboard of a cluster.
+
+    Args:
+        address: Such as http://head:8265.
+        token: Shown to it; None: that of this user.
+    """
+
+    def __init__(self, address: str, *, token: str | None = None) -> None:
+        if not is_dashboard(address):
+            raise DashboardError(
+                f"{address!r} is no address of a dashboard; set RAY_ADDRESS to it, such as http://HEAD:8265"
+            )
+        self.address = address.rstrip("/")
+        shown = environment.ray_token() if token is None else token
+        headers = {"Authorization": f"Bearer {shown}"} if shown else {}
+        self.client = httpx.Client(base_url=self.address, headers=headers, timeout=TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
+        """What is there, read from JSON.
+
+        Raises:
+            DashboardError: It does not answer, or not to us.
+        """
+        return self.answered(self.client.build_request("GET", path, params=query)).json()
+
+    def put(self, path: str, body: Any) -> None:
+        """Change what is there.
+
+        Raises:
+            DashboardError: As above, or it refuses.
+        """
+        self.answered(self.client.build_request("PUT", path, json=body))
+
+    def answered(self, request: httpx.Request) -> httpx.Response:
+        """The answer to a request, if it is one."""
+        try:
+            reply = self.client.send(request)
+        except httpx.HTTPError as error:
+            why = f"{type(error).__name__}: {error}"
+            raise DashboardError(
+                f"{self.address} does not answer ({why}); is the cluster up and its dashboard within reach?"
+            ) from None
+        if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            how = (
+                "no token was shown" if "Authorization" not in self.client.headers else "the token is not its"
+            )
+            raise DashboardError(
+                f"{self.address} says {reply.status_code}: {how}; put the cluster's token into "
+                "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH"
+            )
+        if reply.status_code != httpx.codes.OK:
+            last = (reply.text.strip().splitlines() or [""])[-1]  # of a traceback
+            raise DashboardError(f"{self.address}{request.url.path} says {reply.status_code}: {last:.300}")
+        return reply
+
+
+def is_dashboard(address: str) -> bool:
+    """Whether an address is one of HTTP."""
+    return address.startswith(("http://", "https://"))
+
+
+def without_token(url: str) -> Answer:
+    """What anybody gets who asks there, and how far the clock there is off.
+
+    Raises:
+        DashboardError: Nobody answers.
+    """
+    before = time.time()
+    try:
+        reply = httpx.get(url, timeout=TIMEOUT_S)
+    except httpx.HTTPError as error:
+        host, why = urlsplit(url).netloc.rpartition("@")[2], f"{type(error).__name__}: {error}"
+        raise DashboardError(f"{host} does not answer ({why}); is it up, and reachable from here?") from None
+    middle = (before + time.time()) / 2
+    said = reply.headers.get("date")
+    skew = parsedate_to_datetime(said).timestamp() + 0.5 - middle if said else None  # Date counts in seconds
+    try:
+        return Answer(reply.status_code, reply.json(), skew)
+    except ValueError:
+        return Answer(reply.status_code, reply.text, skew)

@@ -1,0 +1,350 @@
+"""`ddiff doctor`: what a run needs, tried before there is one; every line ok, warn or fail, with the fix."""
+
+import functools
+import importlib.metadata
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import fsspec
+import httpx
+from packaging.requirements import Requirement
+
+from jobs import environment
+from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
+from jobs.deploy import Address, refuse_taken
+from jobs.failures import PortTakenError, line_of
+from jobs.nodes import Node, amount, free_disk, node_text, nodes_of
+from jobs.plan import Plan, on, plan_of, refusals
+from workflows.pipeline import RunSpec
+from workflows.registry import Registry, RegistryError, shown
+
+State = Literal["ok", "warn", "fail"]
+DRIVER = Path("/proc/driver/nvidia/version")
+SPARE_BYTES = 5 * 2**30
+"""Less free disk than this is worth a warning where no recipe says what it needs."""
+SKEW_WARN_S, SKEW_FAIL_S = 5.0, 600.0
+"""Stores with signed requests refuse from 15 minutes on; times in logs mislead long before."""
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    check: str
+    state: State
+    says: str
+    fix: str = ""
+    """What to do, where there is something to do."""
+
+
+def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
+    """Try everything; what one check raises is its finding and stops no other.
+
+    Args:
+        spec: The run whose needs are compared with what there is.
+        address: Where the endpoint would listen.
+    """
+    plan = functools.cache(lambda: None if spec is None else plan_of(spec, [], run=place_of(spec)))
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "versions": versions,
+        "cluster": cluster,
+        "resources": lambda: resources(plan()),
+        "storage": storage,
+        "disk": lambda: disk(plan()),
+        "mlflow": mlflow,
+        "gpu": gpu,
+        "clock": clock,
+        "port": lambda: port(address),
+    }
+    return [finding for name, check in checks.items() for finding in findings(name, check)]
+
+
+def place_of(spec: RunSpec) -> str:
+    """Where a run would be kept."""
+    return f"{environment.runs()}/{spec.name}"
+
+
+def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a check finds, or that it could not be made."""
+    try:
+        yield from check()
+    except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
+        says, _, fix = line_of(error).rpartition("; ")
+        yield Finding(name, "fail", says or fix, fix if says else "run again with -v for the traceback")
+
+
+def versions() -> Iterator[Finding]:
+    """Whether what is installed is what this distribution asks for."""
+    try:
+        asked = importlib.metadata.requires("ddiff") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("versions", "warn", "ddiff is not installed, only on the path", "pip install -e .")
+        return
+    wrong = []
+    for requirement in map(Requirement, asked):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found = installed(requirement.name)
+            if not found or not requirement.specifier.contains(found, prereleases=True):
+                wrong.append(f"{requirement.name} {found or 'missing'}, needs {requirement.specifier}")
+    if wrong:
+        yield Finding(
+            "versions", "fail", "; ".join(wrong), "pip install -c constraints.txt -e . in the folder of ddiff"
+        )
+    main = ", ".join(f"{name} {installed(name)}" for name in ("ddiff", "ray", "torch", "mlflow"))
+    yield Finding("versions", "ok", f"Python {platform.python_version()}, {main}")
+
+
+def installed(name: str) -> str:
+    """The version of a distribution; empty if there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def cluster() -> Iterator[Finding]:
+    """Whether the cluster at RAY_ADDRESS answers, to us alone, and is of our version of Ray."""
+    address = environment.cluster_address()
+    if not address:
+        yield Finding(
+            "cluster", "ok", "RAY_ADDRESS is not set: a run starts a Ray of its own on this machine"
+        )
+        return
+    if not is_dashboard(address):
+        yield Finding("cluster", "ok", f"{address} is joined by a run; its dashboard is not asked")
+        return
+    mode = without_token(f"{address}/api/authentication_mode")
+    open_to_all = without_token(f"{address}/api/version").status == httpx.codes.OK
+    if open_to_all:
+        said = mode.body.get("authentication_mode", "?") if isinstance(mode.body, dict) else "?"
+        yield Finding(
+            "cluster token",
+            "fail",
+            f"{address} runs code for anybody who reaches it (authentication mode {said})",
+            "start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token)",
+        )
+    else:
+        yield Finding("cluster token", "ok", f"{address} asks for a token")
+    with Dashboard(address) as dashboard:
+        theirs = str(dashboard.get("/api/version").get("ray_version"))
+    ours = installed("ray")
+    if theirs == ours:
+        yield Finding("cluster", "ok", f"{address} answers, Ray {theirs}")
+    else:
+        yield Finding(
+            "cluster",
+            "fail",
+            f"{address} runs Ray {theirs}, here is Ray {ours}",
+            f"pip install ray=={theirs}",
+        )
+
+
+def resources(plan: Plan | None) -> Iterator[Finding]:
+    """Whether every stage of the run fits on the nodes that there are."""
+    try:
+        nodes = nodes_of()
+    except DashboardError:
+        yield Finding("resources", "fail", "the nodes are not known: the cluster does not answer")
+        return
+    there = listed(nodes)
+    if plan is None:
+        yield Finding("resources", "ok", f"{there}; name a recipe to compare with what it needs")
+        return
+    lacking = [line for line in refusals(on(plan, nodes)) if not line.startswith("disk: ")]
+    for line in lacking:
+        what, _, fix = line.rpartition("; ")
+        yield Finding("resources", "fail", what, fix)
+    if not lacking:
+        yield Finding("resources", "ok", f"every stage of {plan.run} fits on {there}")
+
+
+def listed(nodes: list[Node]) -> str:
+    """A few nodes, and how many more."""
+    more = f" and {len(nodes) - 4} more" if len(nodes) > 4 else ""
+    return "; ".join(map(node_text, nodes[:4])) + more if nodes else "no node at all"
+
+
+def storage() -> Iterator[Finding]:
+    """Whether a file can be written where runs are kept, read back, and removed."""
+    place = environment.runs()
+    files, root = fsspec.url_to_fs(place, use_listings_cache=False)
+    directory = "://" not in place  # a bucket is not made by the way: it would hide a misspelt name
+    fresh = directory and not files.exists(root)
+    name, content = f"{root}/.ddiff-doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    began = time.time()
+    step = "made"
+    try:
+        if directory:
+            files.makedirs(root, exist_ok=True)
+        step = "written to"
+        files.pipe_file(name, content)
+        step = "read"
+        same = files.cat_file(name) == content
+        step = "deleted from"
+        files.rm_file(name)
+        if fresh:
+            files.rmdir(root)
+    except Exception as error:  # noqa: BLE001 each store has errors of its own
+        fix = "check the address in DDIFF_STORAGE, its permissions and, for s3://, AWS_* and AWS_ENDPOINT_URL"
+        yield Finding("storage", "fail", f"{place} cannot be {step}: {line_of(error)}", fix)
+        return
+    if not same:
+        yield Finding(
+            "storage", "fail", f"{place} gave back other bytes than were written", "use another store"
+        )
+        return
+    took = time.time() - began
+    yield Finding("storage", "ok", f"{place}: written, read and deleted in {took:.2f} s")
+    if environment.cluster_address() and "://" not in place:
+        yield Finding(
+            "storage",
+            "warn",
+            f"{place} is a directory: every node of the cluster must see it under this name",
+            "set DDIFF_STORAGE to s3://... or to a shared directory",
+        )
+
+
+def disk(plan: Plan | None) -> Iterator[Finding]:
+    """Whether there is room for what the run writes."""
+    place = environment.runs()
+    if "://" in place:
+        yield Finding("disk", "ok", f"{place} is a store; how full it may get is its own affair")
+        return
+    free = free_disk(Path(place).absolute())
+    if plan is not None:
+        for line in refusals(plan):
+            if line.startswith("disk: "):
+                what, _, fix = line.removeprefix("disk: ").rpartition("; ")
+                yield Finding("disk", "fail", what, fix)
+                return
+        needed = f"{plan.run} will hold {amount(sum(plan.disk.values()))}"
+        yield Finding("disk", "ok", f"{amount(free)} free at {place}, {needed}")
+    elif free < SPARE_BYTES:
+        yield Finding("disk", "warn", f"{amount(free)} free at {place}", "free some or set DDIFF_STORAGE")
+    else:
+        yield Finding("disk", "ok", f"{amount(free)} free at {place}")
+
+
+def mlflow() -> Iterator[Finding]:
+    """Whether a run can be begun, filled, registered and deleted."""
+    uri = environment.tracking_uri()
+    if not uri:
+        state: State = "warn" if environment.cluster_address() else "ok"
+        fix = "set MLFLOW_TRACKING_URI to a server that the cluster reaches" if state == "warn" else ""
+        yield Finding(
+            "mlflow", state, "MLFLOW_TRACKING_URI is not set: each run keeps its own mlflow.db", fix
+        )
+        return
+    if uri.startswith("http"):
+        yield from mlflow_server(uri)
+    refused = Registry(uri).probe("ddiff")
+    for what, why in refused.items():
+        fix = "check MLFLOW_TRACKING_USERNAME and _PASSWORD and this user's permissions on the server"
+        yield Finding("mlflow", "fail", f"{shown(uri)}: cannot {what}: {why}", fix)
+    if not refused:
+        yield Finding("mlflow", "ok", f"{shown(uri)}: began a run, logged, stored, registered, deleted")
+
+
+def mlflow_server(uri: str) -> Iterator[Finding]:
+    """Whether the server is of our version."""
+    theirs, ours = str(without_token(f"{uri.rstrip('/')}/version").body).strip(), installed("mlflow")
+    if not theirs[:1].isdigit():
+        raise RegistryError(
+            f"{shown(uri)} is no MLflow server, or does not know this host name: {theirs:.120}"
+        )
+    if theirs.split(".")[0] != ours.split(".")[0]:
+        yield Finding(
+            "mlflow", "warn", f"the server is MLflow {theirs}, here is {ours}", "use one major version"
+        )
+
+
+def gpu() -> Iterator[Finding]:
+    """Whether torch can use the GPU that is here."""
+    import torch  # noqa: PLC0415 the other checks do not need it
+
+    if not DRIVER.exists():
+        yield Finding("gpu", "ok", "no NVIDIA driver on this machine: what runs here runs on the CPU")
+        return
+    driver = DRIVER.read_text().splitlines()[0].split("  ")
+    version = next((part.strip() for part in driver[1:] if part.strip()), "?")
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
+        yield Finding(
+            "gpu",
+            "fail",
+            f"driver {version} is here, but torch sees no GPU: {built}",
+            "install a torch whose CUDA the driver knows, or a newer driver; look at CUDA_VISIBLE_DEVICES",
+        )
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        total = float(torch.ones(8, device=f"cuda:{number}").sum())
+        state: State = "ok" if total == 8 else "fail"
+        says = f"{about.name}, {amount(about.total_memory)}, driver {version}, CUDA {torch.version.cuda}"
+        yield Finding("gpu", state, says, "" if total == 8 else "it adds wrongly: take it out of service")
+
+
+def clock() -> Iterator[Finding]:
+    """Whether our clock goes with those of the servers that we use."""
+    servers = [environment.cluster_address(), environment.tracking_uri() or "", environment.store_endpoint()]
+    asked = [server for server in servers if is_dashboard(server)]
+    if not asked:
+        yield Finding("clock", "ok", "no server to compare with")
+    for server in asked:
+        try:
+            skew = without_token(server).skew_s
+        except DashboardError as error:
+            yield Finding("clock", "warn", str(error), "see the lines about this server")
+            continue
+        if skew is None:
+            yield Finding("clock", "ok", f"{shown(server)} does not say what time it is")
+            continue
+        off = abs(skew)
+        state: State = "fail" if off > SKEW_FAIL_S else "warn" if off > SKEW_WARN_S else "ok"
+        fix = "" if state == "ok" else "let both follow a time server (chrony, systemd-timesyncd)"
+        yield Finding("clock", state, f"{shown(server)} is {skew:+.0f} s from this machine", fix)
+
+
+def port(address: Address) -> Iterator[Finding]:
+    """Whether an endpoint can listen here; on a cluster, what Serve does there."""
+    where = environment.cluster_address()
+    if is_dashboard(where):
+        with Dashboard(where) as dashboard:
+            details = dashboard.get("/api/serve/applications/")
+        running = ", ".join(details.get("applications", {})) or "nothing"
+        http = details.get("http_options") or {}
+        at = f" at {http.get('host')}:{http.get('port')}" if http else ""
+        yield Finding("port", "ok", f"Serve on the cluster runs {running}{at}")
+        return
+    try:
+        refuse_taken(address)
+    except PortTakenError as error:
+        yield Finding(
+            "port", "fail", str(error).rpartition("; ")[0], "stop what listens there, or use --port"
+        )
+    else:
+        yield Finding("port", "ok", f"{address.host}:{address.port} is free")
+
+
+def told(found: list[Finding]) -> str:
+    """For people."""
+    lines = []
+    for finding in found:
+        lines.append(f"{finding.state:<5} {finding.check:<14} {finding.says}")
+        if finding.fix:
+            lines.append(f"{'':<20} fix: {finding.fix}")
+    return "\n".join(lines)
+
+
+def facts_of(found: list[Finding]) -> dict[str, Any]:
+    """For programs."""
+    worst = "fail" if failed(found) else "warn" if any(one.state == "warn" for one in found) else "ok"
+    return {"state": worst, "findings": [finding._asdict() for finding in found]}
+
+
+def failed(found: list[Finding]) -> bool:
+    """Whether a run would."""
+    return any(finding.state == "fail" for finding in found)

@@ -1,0 +1,252 @@
+"""The plan of a run, shown before anything starts, and refused with its arithmetic if it cannot fit."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.nodes import Node, amount, free_disk, has_labels, node_text, places
+from workflows.estimate import Need, needs
+from workflows.pipeline import RunSpec, in_order
+from workflows.shape_shards import ShapesSpec, pair
+from workflows.train_spec import TrainSpec
+
+PROCESS_BYTES = 1_220_000_000
+"""Of a worker before it has a model: Python, torch, Ray.  Measured on four stages of the smoke and the
+demo recipe: 1.10e9 to 1.22e9 bytes resident beside what workflows.estimate adds up (torch 2.15, CPU)."""
+PREPARED_SHARE = 0.8
+"""Prepared bytes for a byte of the embedded world's tars; measured: 0.80 of 240 and of 400 pairs."""
+
+
+class PlanError(ValueError):
+    """The run cannot fit; the message holds the arithmetic."""
+
+
+class StagePlan(NamedTuple):
+    """One stage of a plan."""
+
+    spec: TrainSpec
+    need: Need
+    """Of one worker."""
+    gpu: bool
+    cpus: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the machine, for one worker."""
+        inside = self.need.bundle + self.need.frozen if self.gpu else self.need.total
+        return PROCESS_BYTES + inside
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Of its GPU."""
+        return self.need.total if self.gpu else 0
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the machine, as Ray is asked for it; at least what is needed."""
+        return max(self.memory_bytes, round((self.spec.resources.memory_gib or 0) * 2**30))
+
+    @property
+    def checkpoints(self) -> int:
+        """How many lie on disk at most, the one being written included."""
+        budget, kept = self.spec.budget, self.spec.checkpoints_kept + 1
+        every = self.spec.keep_every
+        written = -(-budget.steps // budget.checkpoint_every)
+        return min(written, kept + (budget.steps // every if every else 0))
+
+    def arithmetic(self) -> str:
+        """What one worker's memory is made of."""
+        need, images = self.need, self.spec.micro_batch_size or self.spec.batch_size // self.spec.num_workers
+        parts = {
+            "process": 0 if self.gpu else PROCESS_BYTES,
+            "weights, optimizer and averages": need.state,
+            "gradients": need.gradients,
+            "parents": need.frozen,
+            f"activations of {images} images": need.activations,
+        }
+        return " + ".join(f"{amount(value)} {name}" for name, value in parts.items() if value)
+
+
+class Plan(NamedTuple):
+    """What a run will take, and what there is."""
+
+    run: str
+    stages: tuple[StagePlan, ...]
+    nodes: tuple[Node, ...]
+    disk: dict[str, int]
+    """What -> bytes on disk at the end."""
+    free: int | None
+    """Bytes free for it; None: a store, which does not say."""
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "run": self.run,
+            "nodes": [{**node._asdict(), "labels": dict(node.labels)} for node in self.nodes],
+            "stages": {plan.spec.name: stage_facts(plan) for plan in self.stages},
+            "disk_bytes": self.disk | {"total": sum(self.disk.values())},
+            "free_bytes": self.free,
+            "refused": refusals(self),
+        }
+
+
+def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
+    """Work out what a run takes; nothing is started.
+
+    Args:
+        spec: The run.
+        nodes: Where it would run.
+        run: Its directory, or its address in a store.
+
+    Raises:
+        ValueError: A parent is missing or does not fit.
+    """
+    here = Path(run)
+    needed = needs(in_order(spec.stages), context_length=spec.pairs.context_length, run=here)
+    stages = tuple(stage_plan(stage, needed[stage.name], nodes) for stage in in_order(spec.stages))
+    disk = {
+        "data": data_bytes(spec.shapes) if spec.shapes else 0,
+        "checkpoints": sum(plan.checkpoints * plan.need.state for plan in stages),
+        "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
+    }
+    free = None if "://" in run else free_disk(here.absolute()) + taken(here)
+    return Plan(run, stages, tuple(nodes), disk, free)
+
+
+def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
+    """The same plan on other nodes."""
+    stages = tuple(stage_plan(stage.spec, stage.need, nodes) for stage in plan.stages)
+    return plan._replace(stages=stages, nodes=tuple(nodes))
+
+
+def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node]) -> StagePlan:
+    """One stage on these nodes; what the spec leaves open is decided as workflows.training does."""
+    has_gpus = sum(node.gpus for node in nodes) >= spec.num_workers
+    gpu = has_gpus if spec.use_gpu is None else spec.use_gpu
+    share = max(0.01, (sum(node.cpus for node in nodes) - 0.5) / spec.num_workers)
+    return StagePlan(spec, need, gpu, spec.resources.cpus or round(min(1.0, share), 2))
+
+
+def data_bytes(spec: ShapesSpec) -> int:
+    """Raw tars of the embedded world and what is prepared of them, from eight of its pairs.
+
+    A tar rounds each member up to 512 bytes and gives it a header as long.
+    """
+    some = [pair(spec, number)[1] for number in range(min(8, spec.pairs))]
+    padded = [sum(512 + -(-len(data) // 512) * 512 for data in members.values()) for members in some]
+    return round(spec.pairs * sum(padded) / len(padded) * (1 + PREPARED_SHARE))
+
+
+def taken(directory: Path) -> int:
+    """Bytes that the run has written before: they are among those it needs."""
+    files = directory.rglob("*") if directory.is_dir() else []
+    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
+
+
+def refusals(plan: Plan) -> list[str]:
+    """Why the plan cannot be carried out, one line each; none if it can."""
+    found = [line for stage in plan.stages for line in stage_refusals(stage, plan.nodes)]
+    total = sum(plan.disk.values())
+    if plan.free is not None and total > plan.free:
+        parts = " + ".join(f"{amount(size)} {name}" for name, size in plan.disk.items() if size)
+        found.append(
+            f"disk: {plan.run} will hold {amount(total)} = {parts}, and {amount(plan.free)} are free; "
+            "free some, keep fewer checkpoints (checkpoints_kept) or set DDIFF_STORAGE"
+        )
+    return found
+
+
+def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
+    """Why a stage cannot run."""
+    name, asked = plan.spec.name, plan.spec.resources
+    if asked.memory_gib and plan.memory_bytes > asked.memory_gib * 2**30:
+        what = "process and copies of weights" if plan.gpu else plan.arithmetic()
+        yield (
+            f"{name}: a worker needs {amount(plan.memory_bytes)} = {what}, more than "
+            f"resources.memory_gib {asked.memory_gib:g}; raise it or set micro_batch_size"
+        )
+        return
+    if asked.gpu_memory_gib and plan.gpu_bytes > asked.gpu_memory_gib * 2**30:
+        yield (
+            f"{name}: a worker needs {amount(plan.gpu_bytes)} of its GPU = {plan.arithmetic()}, more than "
+            f"resources.gpu_memory_gib {asked.gpu_memory_gib:g}; set micro_batch_size or more num_workers"
+        )
+        return
+    fitting = [node for node in nodes if has_labels(node, asked.labels)]
+    size = {"cpus": plan.cpus, "gpus": float(plan.gpu), "memory_bytes": float(plan.reserved_bytes)}
+    if (room := places(fitting, **size)) < plan.spec.num_workers:
+        each = f"{plan.cpus:g} CPU{', 1 GPU' if plan.gpu else ''} and {amount(plan.reserved_bytes)}"
+        reason = "" if plan.gpu or plan.reserved_bytes > plan.memory_bytes else f" = {plan.arithmetic()}"
+        labels = f" with labels {asked.labels}" if asked.labels else ""
+        there = "; ".join(map(node_text, fitting[:4])) or f"no node{labels} of {len(nodes)}"
+        yield (
+            f"{name}: {plan.spec.num_workers} workers of {each} each{reason}; there is room for {room} on "
+            f"{there}; lower num_workers, set micro_batch_size, or bring larger nodes"
+        )
+
+
+def refuse(plan: Plan) -> None:
+    """Say so if the plan cannot be carried out.
+
+    Raises:
+        PlanError: Every reason, with its arithmetic.
+    """
+    if found := refusals(plan):
+        raise PlanError("the plan does not fit: " + " | ".join(found))
+
+
+def stage_facts(plan: StagePlan) -> dict[str, Any]:
+    """For programs."""
+    spec = plan.spec
+    return {
+        "kind": spec.stage.kind,
+        "parameters": plan.need.parameters,
+        "workers": spec.num_workers,
+        "cpus_per_worker": plan.cpus,
+        "gpus_per_worker": int(plan.gpu),
+        "memory_bytes_per_worker": plan.memory_bytes,
+        "reserved_bytes_per_worker": plan.reserved_bytes,
+        "gpu_bytes_per_worker": plan.gpu_bytes,
+        "memory_is": plan.need._asdict(),
+        "labels": spec.resources.labels,
+        "steps": spec.budget.steps,
+        "images": spec.budget.steps * spec.batch_size,
+        "checkpoints": plan.checkpoints,
+        "checkpoint_bytes": plan.need.state,
+    }
+
+
+def told(plan: Plan) -> str:
+    """The plan for people: a table, the disk, the nodes."""
+    head = ("stage", "parameters", "workers", "memory each", "GPU memory", "steps", "images", "checkpoints")
+    rows = [head, *(row(stage) for stage in plan.stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(one, widths, strict=True)) for one in rows]
+    total = sum(plan.disk.values())
+    parts = ", ".join(f"{name} {amount(size)}" for name, size in plan.disk.items() if size)
+    free = "a store" if plan.free is None else f"{amount(plan.free)} free"
+    more = f" and {len(plan.nodes) - 4} more" if len(plan.nodes) > 4 else ""
+    return "\n".join(
+        [
+            f"plan of {plan.run}",
+            *(line.rstrip() for line in table),
+            f"disk:  {amount(total)} ({parts}), {free}",
+            f"nodes: {'; '.join(map(node_text, plan.nodes[:4]))}{more}",
+        ]
+    )
+
+
+def row(plan: StagePlan) -> tuple[str, ...]:
+    """One line of the table."""
+    spec = plan.spec
+    labels = "".join(f" {name}={value}" for name, value in spec.resources.labels.items())
+    return (
+        spec.name,
+        f"{plan.need.parameters:,}",
+        f"{spec.num_workers} x {plan.cpus:g} CPU{' + 1 GPU' if plan.gpu else ''}{labels}",
+        amount(plan.reserved_bytes),
+        amount(plan.gpu_bytes) if plan.gpu else "-",
+        f"{spec.budget.steps:,}",
+        f"{spec.budget.steps * spec.batch_size:,}",
+        f"{plan.checkpoints} x {amount(plan.need.state)}",
+    )

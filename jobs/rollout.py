@@ -1,0 +1,286 @@
+"""`ddiff deploy` and `ddiff promote`: a registered cascade onto the Serve of a cluster, and back again.
+
+<storage>/cascades/<digest>/           what was ever deployed, never changed
+<storage>/deployments/<name>-<12>.yaml  its config; deploying the former one is the way back
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import fsspec
+import yaml
+from pydantic import ValidationError
+
+from dd_core import sealed
+from jobs import environment
+from jobs.config import ConfigError, apply, loaded
+from jobs.dashboard import Dashboard
+from jobs.run import score_tags
+from serve import app
+from serve.fetching import in_a_store, on_this_machine
+from serve.replicas import opened
+from workflows.evaluation import EvaluationSpec, evaluate_endpoint
+from workflows.registry import Registry, Version, split
+
+SERVE = "/api/serve/applications/"
+ENTRY = "serve.app:build"
+
+
+class DeployError(RuntimeError):
+    """The cascade is not on the air; what was there before is, unless the message says otherwise."""
+
+
+class Config(NamedTuple):
+    """What Ray Serve is told."""
+
+    fields: dict[str, Any]
+    """As ray.serve.schema.ServeDeploySchema has them."""
+    about: str = ""
+    """Where it comes from, for people."""
+
+    @property
+    def spec(self) -> app.ServeSpec:
+        """The fields of our application."""
+        return app.ServeSpec.model_validate(self.fields["applications"][0]["args"])
+
+    def text(self) -> str:
+        """As a file."""
+        head = f"# {self.about}\n" if self.about else ""
+        return head + yaml.safe_dump(self.fields, sort_keys=False, allow_unicode=True)
+
+
+def resolved(wanted: str, changes: Sequence[str] = ()) -> Config:
+    """The config for NAME@ALIAS as the registry knows it now: from here on an address and a digest.
+
+    Args:
+        wanted: NAME@ALIAS, or NAME for its current version.
+        changes: Of the fields of serve.app.ServeSpec, such as `hops.base.num_gpus=1`.
+
+    Raises:
+        RegistryError: There is none.
+        ConfigError: A change is refused.
+        SealError: What lies at the address is no longer what was registered.
+    """
+    version = registry(split(wanted)[0]).version(wanted)
+    address = published(version, environment.runs())
+    fields: dict[str, Any] = {"cascade": address, "digest": version.digest}
+    for change in changes:
+        apply(fields, change)
+    try:
+        spec = app.ServeSpec.model_validate(fields)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
+    return Config(serve_fields(spec), f"{wanted}: {version.says()}, digest {version.digest[:12]}")
+
+
+def serve_fields(spec: app.ServeSpec) -> dict[str, Any]:
+    """The whole config of Ray Serve for one cascade."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": spec.host, "port": spec.port},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": app.APPLICATION,
+                "route_prefix": "/",
+                "import_path": ENTRY,
+                "args": spec.model_dump(mode="json", exclude_defaults=True)
+                | {"cascade": spec.cascade, "digest": spec.digest},
+            }
+        ],
+    }
+
+
+def written_before(file: str) -> Config:
+    """A config as `ddiff deploy` wrote it, in a file or at an address.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    config = Config(fetched(file) if in_a_store(file) else loaded(Path(file)))
+    try:
+        entry, digest = config.fields["applications"][0]["import_path"], config.spec.digest
+    except (KeyError, IndexError, TypeError, ValidationError):
+        raise ConfigError(f"{file} is no config of `ddiff deploy`") from None
+    if entry != ENTRY or not digest:
+        raise ConfigError(f"{file} is no config of `ddiff deploy`: it needs {ENTRY} and a digest")
+    return config
+
+
+def fetched(address: str) -> Any:
+    """The fields of a config in a store."""
+    files, path = fsspec.url_to_fs(address)
+    try:
+        return yaml.safe_load(files.cat_file(path))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{address} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def registry(name: str) -> Registry:
+    """MLflow at MLFLOW_TRACKING_URI; without it, the store in the directory of the run of this name.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if uri := environment.tracking_uri():
+        return Registry(uri)
+    store = Path(environment.runs()) / name / "mlflow.db"
+    if not store.exists():
+        raise ConfigError(f"set MLFLOW_TRACKING_URI: {name} is looked up in MLflow, and there is no {store}")
+    return Registry(f"sqlite:///{store.absolute()}")
+
+
+def published(version: Version, storage: str) -> str:
+    """The address under its digest where a cascade stays for ever; copied there if it is not there yet.
+
+    Raises:
+        SealError: What its run left has been replaced since, so that only its digest is known.
+    """
+    files, root = fsspec.url_to_fs(storage)
+    place = f"{root}/cascades/{version.digest}"
+    if not files.exists(f"{place}/{sealed.MANIFEST}"):
+        source = on_this_machine(version.address, version.digest)
+        _, found = opened(source)
+        if found != version.digest:
+            raise sealed.SealError(
+                f"{version.address} holds cascade {found[:12]} by now, not {version.digest[:12]} as version "
+                f"{version.number} of {version.name} was; deploy a newer version"
+            )
+        names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: without it there is nothing
+        for name in names:
+            if not in_a_store(storage):
+                files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
+            files.put_file(str(source / name), f"{place}/{name}")
+    return str(files.unstrip_protocol(place)).removeprefix("file://")
+
+
+def kept(config: Config, storage: str) -> str:
+    """Write a config where `ddiff deploy --config` finds it again; one cascade and its settings, one file."""
+    files, root = fsspec.url_to_fs(storage)
+    spec = config.spec
+    name = spec.cascade.rstrip("/").rpartition("/")[2][:12]
+    path = f"{root}/deployments/{name}-{sealed.digest_of(config.fields)[:8]}.yaml"
+    if not in_a_store(storage):
+        files.makedirs(f"{root}/deployments", exist_ok=True)
+    files.pipe_file(path, config.text().encode())
+    return str(files.unstrip_protocol(path)).removeprefix("file://")
+
+
+def deploy(config: Config, address: str) -> dict[str, Any]:
+    """Put a config on the air and wait until its cascade answers.
+
+    What was on the air answers until the new replicas have drawn an image.
+
+    Args:
+        config: What.
+        address: Of the cluster's dashboard.
+
+    Raises:
+        DashboardError: The cluster does not answer.
+        ConfigError: Serve listens elsewhere there; nothing has been changed.
+        DeployError: The cascade did not come up.
+    """
+    storage = environment.runs()
+    with Dashboard(address) as dashboard:
+        details = dashboard.get(SERVE)
+        same_door(details, config.spec)
+        former = on_air(details)
+        path = kept(config, storage)
+        back = kept(former, storage) if former and former.fields != config.fields else ""
+        dashboard.put(SERVE, config.fields)
+        url = await_running(dashboard, config.spec)
+    return {"endpoint": url, "digest": config.spec.digest, "config": path, "former": back}
+
+
+def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:
+    """A Serve that runs keeps the address it was started with; another one would be waited for in vain."""
+    http = details.get("http_options") or {}
+    running = (http.get("host"), http.get("port"))
+    if details.get("applications") and running != (spec.host, spec.port):
+        raise ConfigError(
+            f"Serve on this cluster listens at {running[0]}:{running[1]}, not at {spec.host}:{spec.port}; "
+            f"--set host={running[0]} --set port={running[1]}, or `serve shutdown` first"
+        )
+
+
+def on_air(details: dict[str, Any]) -> Config | None:
+    """What Serve runs now, if it is ours."""
+    ours = details.get("applications", {}).get(app.APPLICATION, {}).get("deployed_app_config")
+    if not ours or not ours.get("args", {}).get("digest"):
+        return None
+    return Config(serve_fields(app.ServeSpec.model_validate(ours["args"])), "what was on the air before")
+
+
+def await_running(dashboard: Dashboard, spec: app.ServeSpec) -> str:
+    """The address of the endpoint, when the cascade with this digest answers there.
+
+    An endpoint that listens on the cluster's own loopback alone cannot be asked from elsewhere; then what
+    Serve says of it must do.
+    """
+    url = endpoint_of(dashboard.address, spec)
+    until, why = time.monotonic() + spec.startup_s, ""
+    while time.monotonic() < until:
+        ours = dashboard.get(SERVE).get("applications", {}).get(app.APPLICATION, {})
+        status = ours.get("status", "UNKNOWN")
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            why = app.cause(ours.get("message", ""))
+            raise DeployError(f"{spec.digest[:12]} is not served: {why}; deploy the former config")
+        if not (why := state_of(ours, spec) or (app.missing(url, spec.digest) if url else "")):
+            return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
+        time.sleep(0.5)
+    raise DeployError(
+        f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s: {why}; `serve status` says more"
+    )
+
+
+def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
+    """What Serve still has to do; nothing if it runs this very cascade."""
+    running = (ours.get("deployed_app_config") or {}).get("args", {}).get("digest")
+    if running != spec.digest:
+        return "Serve has not taken the config yet"
+    return (
+        "" if ours["status"] == "RUNNING" else f"Serve says {ours['status']}: {ours.get('message', '')[:200]}"
+    )
+
+
+def endpoint_of(dashboard: str, spec: app.ServeSpec) -> str:
+    """Where clients reach it; empty if they cannot."""
+    head = urlsplit(dashboard).hostname or ""
+    loopback = {"127.0.0.1", "localhost"}
+    if spec.host in loopback and head not in loopback:
+        return ""
+    host = head if spec.host in {"0.0.0.0", "::"} else spec.host  # noqa: S104 compared, not listened at
+    return f"http://{host}:{spec.port}"
+
+
+def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str, Any]:
+    """Move an alias to a cascade that paints better than the one that holds it.
+
+    Args:
+        wanted: The candidate, NAME@ALIAS.
+        alias: To move.
+        force: Move it whatever the scores say.
+        url: An endpoint that serves the candidate: it is judged there first.
+
+    Raises:
+        PromotionError: The candidate is not better, or has never been judged.
+        DeployError: The endpoint serves another cascade.
+    """
+    models = registry(split(wanted)[0])
+    candidate = models.version(wanted)
+    if url:
+        if why := app.missing(url.rstrip("/"), candidate.digest):
+            raise DeployError(f"{url} does not serve {wanted}: {why}")
+        spec = EvaluationSpec()
+        candidate = models.note(candidate, score_tags(evaluate_endpoint(url, spec), spec))
+    holder = models.promote(candidate, alias, force=force)
+    return {
+        "alias": f"{candidate.name}@{alias}",
+        "now": candidate.says(),
+        "was": holder.says() if holder else "nobody",
+        "digest": candidate.digest,
+    }

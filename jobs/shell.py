@@ -1,0 +1,105 @@
+"""How every `ddiff` command speaks: --json, -v, -q, one line an error, an exit code.  Imports click alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import FrameType
+
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Manner(NamedTuple):
+    """How a command speaks."""
+
+    verbose: bool
+    quiet: bool
+    as_json: bool
+
+
+class Command(click.Command):
+    """A command with --json, -v and -q, whose every error is one line and an exit code."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [
+            *super().get_params(ctx),
+            click.Option(["--json", "as_json"], is_flag=True, help="Print JSON."),
+            click.Option(["-v", "--verbose"], is_flag=True, help="Say more; tracebacks."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="Say only what is wrong."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, and turn an error into a line and an exit code."""
+        manner = ctx.obj = Manner(**{name: ctx.params.pop(name) for name in Manner._fields})
+        listen(manner)
+        signal.signal(signal.SIGTERM, stopped)
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the one place where errors end
+            fail(error, manner)
+
+
+class Group(click.Group):
+    """A group whose commands are of the kind above."""
+
+    command_class = Command
+    group_class = type
+
+
+def listen(manner: Manner) -> None:
+    """One line per event, on stderr."""
+    level = logging.DEBUG if manner.verbose else logging.WARNING if manner.quiet else logging.INFO
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for package in ("dd_core", "workflows", "serve", "jobs"):
+        logging.getLogger(package).setLevel(level)
+
+
+def stopped(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM: end like an error, so that what was started is stopped."""
+    from jobs.failures import StoppedError
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise StoppedError("stopped by SIGTERM; run the same command again to continue")
+
+
+def fail(error: BaseException, manner: Manner) -> NoReturn:
+    """Say what is wrong and end with its code."""
+    from jobs.failures import cause_of, code_of, line_of, trace_of
+
+    if manner.verbose:
+        click.echo(trace_of(error), err=True)
+    error = cause_of(error)
+    code, line = code_of(error), line_of(error)
+    if manner.as_json:
+        click.echo(json.dumps({"error": line, "code": int(code)}), err=True)
+    else:
+        click.echo(f"ddiff: {line}", err=True)
+    sys.exit(int(code))
+
+
+def answer(facts: Mapping[str, Any], text: str = "") -> None:
+    """The result of a command, on stdout."""
+    manner: Manner = click.get_current_context().obj
+    if manner.as_json:
+        click.echo(json.dumps(dict(facts), indent=2, default=str))
+    else:
+        click.echo(text or "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def verbose() -> bool:
+    """Whether -v was given."""
+    return bool(click.get_current_context().obj.verbose)

@@ -1,0 +1,98 @@
+"""The cascade that a config names, on this machine: a directory as it is, or fetched from a store once.
+
+A fetched cascade lies in a directory named after its digest and is never changed; every byte is
+verified before the directory gets its name, so one that is there can be opened.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dd_core import sealed
+
+DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def on_this_machine(address: str, digest: str) -> Path:
+    """The directory of a cascade.
+
+    Args:
+        address: A path, or an address of fsspec such as s3://bucket/runs/demo/cascade.
+        digest: Which cascade; may be empty for a directory, which is then taken as it is.
+
+    Raises:
+        sealed.SealError: What is there is damaged, unfinished or another cascade.
+        ValueError: An address in a store without a digest, or of a kind of store that is not installed.
+        OSError: The store does not answer.
+    """
+    if not in_a_store(address):
+        return Path(address.removeprefix("file://")).resolve()
+    if not DIGEST.fullmatch(digest):
+        raise ValueError(f"{address} is fetched by its digest; set digest, as `ddiff deploy` does")
+    place = cache() / digest
+    if not place.exists():
+        fetch(address, digest, place)
+    return place
+
+
+def in_a_store(address: str) -> bool:
+    """Whether it has to be fetched."""
+    return "://" in address and not address.startswith("file://")
+
+
+def cache() -> Path:
+    """Where fetched cascades lie; only their owner may look into it."""
+    base = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}" / "cascades"
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise OSError(f"{base} belongs to somebody else; set TMPDIR to a directory of your own")
+    return base
+
+
+def fetch(address: str, digest: str, place: Path) -> None:
+    """Every file that the manifest lists, verified, then renamed into place; the first of two wins."""
+    try:
+        files, root = fsspec.url_to_fs(address, use_listings_cache=False)
+    except ImportError as error:
+        raise ValueError(f"{address} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
+    draft = place.with_name(f".{digest[:16]}-{uuid.uuid4().hex}")
+    try:
+        copy(files, root, address, draft)
+        found = sealed.verify(draft).digest
+        if found != digest:
+            raise sealed.SealError(f"{address} is cascade {found[:12]}, not {digest[:12]} as asked for")
+        try:
+            draft.rename(place)
+        except OSError:  # another process of this machine was sooner
+            if not place.exists():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def copy(files: Any, root: str, address: str, draft: Path) -> None:
+    """The files of a sealed directory in a store."""
+    try:
+        manifest = files.cat_file(f"{root}/{sealed.MANIFEST}")
+        names = [str(name) for name in json.loads(manifest)["files"]]
+    except FileNotFoundError:
+        raise sealed.SealError(f"{address} has no {sealed.MANIFEST}: it was never finished") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise sealed.SealError(f"{address}/{sealed.MANIFEST} is damaged: {error!r}") from None
+    for name in names:
+        path = (draft / name).resolve()
+        if not path.is_relative_to(draft.resolve()):
+            raise sealed.SealError(f"{address}/{sealed.MANIFEST} names {name!r}, outside the cascade")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            files.get_file(f"{root}/{name}", str(path))
+        except FileNotFoundError:
+            raise sealed.SealError(f"{address}/{name} is missing") from None
+    (draft / sealed.MANIFEST).write_bytes(manifest)

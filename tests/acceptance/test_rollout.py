@@ -1,0 +1,214 @@
+"""A registered cascade on the Serve of a cluster with a token: deployed, promoted, rolled back.
+
+The cluster's nodes and this process share an S3 server and nothing else.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import httpx
+import pytest
+import ray.serve.schema
+import yaml
+from click.testing import CliRunner, Result
+from moto.server import ThreadedMotoServer
+
+from jobs.cli import main
+from tests.ray_head import Head, free_ports, ray_head
+from tests.unit.serve.tiny import tiny_cascade
+from workflows.journal import Entry
+from workflows.tracking import Book
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's and Ray's
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """How a store is reached; it holds one bucket.  The cluster's nodes have a TMPDIR of their own."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "TMPDIR": str(tmp_path_factory.mktemp("node")),
+    }
+    yield variables
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def head(s3: dict[str, str]) -> Iterator[Head]:
+    with ray_head(variables=s3) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def here(head: Head, s3: dict[str, str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (head.environment | s3).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TMPDIR", str(store))
+    if not fsspec.filesystem("s3").exists("ddiff"):
+        fsspec.filesystem("s3").mkdir("ddiff")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    monkeypatch.setenv("DDIFF_STORAGE", "s3://ddiff/runs")
+
+
+def register(store: Path, run: Path, score: float, *, asked: str = "a", seed: int = 0) -> str:
+    """Train nothing, and register the cascade as a run does when it has been judged."""
+    digest = tiny_cascade(run, seed=seed)
+    tags = {
+        "bundle_sha256": digest,
+        "score.all": str(score),
+        "score.low": str(score - 0.05),
+        "score.high": str(score + 0.05),
+        "score.captions": "320",
+        "score.evaluation": asked,
+    }
+    value = {"source": str(run / "cascade"), "alias": "current", "tags": tags}
+    book = Book(run, uri=f"sqlite:///{store}/mlflow.db")
+    book.sender()([Entry("model", "tiny", value, 0, 0)])
+    return digest
+
+
+def ddiff(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+def done(*words: str) -> dict[str, Any]:
+    result = ddiff(*words, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+def refused(result: Result, code: int, *said: str) -> None:
+    assert result.exit_code == code, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    for words in said:
+        assert words in result.stderr
+
+
+def painted_by(url: str) -> str:
+    """Who answers."""
+    body = {"prompt": "a red circle", "response_format": "b64_json", "seed": 1}
+    reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["data"][0]["b64_json"]
+    return reply.headers["x-model-version"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_back(
+    store: Path, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    patience = ["--set", "startup_s=900"]  # of a busy machine
+    settings = ["--set", f"port={port}", "--set", "hop.threads=1", "--set", "hop.num_cpus=0.2", *patience]
+    first = register(store, tmp_path / "run", 0.5)
+    assert done("promote", "tiny")["was"] == "nobody"
+    shown = ddiff("deploy", "tiny@production", *settings, "--dry-run")
+    config = yaml.safe_load(shown.stdout)
+    served = config["applications"][0]["args"]
+    assert (served["digest"], served["cascade"]) == (first, f"s3://ddiff/runs/cascades/{first}")
+    ray.serve.schema.ServeDeploySchema.model_validate(config)
+
+    on_air = done("deploy", "tiny@production", *settings)
+    assert (on_air["digest"], on_air["former"]) == (first, "")
+    assert painted_by(on_air["endpoint"]) == first
+
+    refused(ddiff("deploy", "tiny", "--set", "port=1"), 2, f"listens at 127.0.0.1:{port}, not at 127.0.0.1:1")
+
+    second = register(store, tmp_path / "run", 0.4, seed=1)  # the run's directory holds another one now
+    refused(ddiff("promote", "tiny"), 2, "tiny@production stays", "version 2 (40.0% right of 320", "--force")
+    assert done("deploy", "tiny@production", "--dry-run")["applications"][0]["args"]["digest"] == first
+    assert done("promote", "tiny@current", "--force")["digest"] == second
+    now = done("deploy", "tiny@production", *settings)
+    assert painted_by(now["endpoint"]) == second
+    assert now["former"] == on_air["config"]
+
+    back = done("deploy", "--config", now["former"])
+    assert painted_by(back["endpoint"]) == first
+    assert back["former"] == now["config"]
+
+    served = yaml.safe_load(fsspec.filesystem("s3").cat_file(back["config"]))
+    served["applications"][0]["args"]["digest"] = "f" * 64
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(served))
+    refused(ddiff("deploy", "--config", str(tmp_path / "bad.yaml")), 70, "ffffffffffff is not served")
+    assert painted_by(back["endpoint"]) == first  # what was on the air still is
+
+
+@pytest.mark.usefixtures("here")
+def test_the_gate_compares_like_with_like(store: Path, tmp_path: Path) -> None:
+    register(store, tmp_path / "one", 0.5, seed=2)
+    assert done("promote", "tiny", "--to", "gate", "--force")["alias"] == "tiny@gate"
+    register(store, tmp_path / "two", 0.9, asked="b", seed=3)
+    refused(ddiff("promote", "tiny", "--to", "gate"), 2, "judged on other captions")
+    better = register(store, tmp_path / "two", 0.51, seed=3)
+    moved = done("promote", "tiny", "--to", "gate")
+    assert moved["digest"] == better
+    assert "50.0% right of 320" in moved["was"]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_deployed_is_said_in_one_line(
+    store: Path, tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(store, tmp_path / "run", 0.5, seed=4)
+    refused(ddiff("deploy", "tiny@nowhere"), 2, "MLflow has no tiny@nowhere; there are: tiny@")
+    refused(ddiff("deploy", "../../x"), 2, "is no NAME@ALIAS")
+    refused(ddiff("deploy", "tiny", "--set", "hop.num_gpu=1"), 2, "did you mean 'num_gpus'?")
+    refused(ddiff("deploy", "tiny", "--address", "head:6379"), 2, "http://HEAD:8265")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    refused(ddiff("deploy", "tiny"), 2, "the token is not its", "RAY_AUTH_TOKEN")
+    tiny_cascade(tmp_path / "run", seed=5)  # trained again, not registered
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "other"))
+    refused(ddiff("deploy", "tiny", "--dry-run"), 4, "holds cascade", "deploy a newer version")
+
+
+def by_check(result: Result) -> dict[str, dict[str, Any]]:
+    return {one["check"]: one for one in json.loads(result.stdout)["findings"]}
+
+
+@pytest.mark.usefixtures("here")
+def test_the_doctor_finds_the_cluster_its_token_and_its_nodes(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    well = ddiff("doctor", "--json", "--recipe", "smoke", "--set", "stages.base.resources.labels.zone=here")
+    assert well.exit_code == 0, well.stdout
+    found = by_check(well)
+    assert found["cluster token"]["says"] == f"{head.dashboard} asks for a token"
+    assert ": 4 CPU, " in found["resources"]["says"]
+    assert "zone=here" in found["resources"]["says"]
+    elsewhere = ddiff(
+        "doctor", "--json", "--recipe", "smoke", "--set", "stages.base.resources.labels.zone=there"
+    )
+    assert elsewhere.exit_code == 2
+    assert "room for 0 on no node with labels {'zone': 'there'}" in by_check(elsewhere)["resources"]["says"]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    wrong = ddiff("doctor", "--json")
+    assert wrong.exit_code == 2
+    assert "the token is not its" in by_check(wrong)["cluster"]["says"]
+    assert head.token not in wrong.stdout + wrong.stderr + well.stdout + well.stderr
+
+
+def test_the_doctor_warns_of_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ray_head(token=False, cpus=1) as open_head:
+        monkeypatch.setenv("RAY_ADDRESS", open_head.dashboard)
+        found = ddiff("doctor", "--json")
+    assert found.exit_code == 2
+    assert "runs code for anybody" in by_check(found)["cluster token"]["says"]
+    assert "RAY_AUTH_MODE=token" in by_check(found)["cluster token"]["fix"]

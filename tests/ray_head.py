@@ -1,0 +1,146 @@
+"""A Ray head as a process of its own, as an operator starts it: dashboard, token, ports of its own."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = iter(range(7000 + os.getpid() % 1000, 10_000))
+
+
+class Head(NamedTuple):
+    """A cluster of one node."""
+
+    dashboard: str
+    token: str
+    """Empty: anybody may use it."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of somebody who may use it."""
+        return {"RAY_ADDRESS": self.dashboard, "RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below those that Ray gives to its workers, each given once: some are listened at late."""
+    found: list[int] = []
+    for port in NUMBERS:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("no free ports")
+
+
+@contextmanager
+def ray_head(
+    *, token: bool = True, cpus: int = 4, variables: Mapping[str, str] | None = None
+) -> Iterator[Head]:
+    """Start it, wait until its node is alive, stop it with all that it started.
+
+    On a busy machine Ray's own parts may give up waiting for each other; then it is started again.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix="rayhead-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+    tried: list[subprocess.Popen[bytes]] = []
+    try:
+        for attempt in range(3):
+            where = temporary / str(attempt)
+            head, process = started(where, token=token, cpus=cpus, variables=variables or {})
+            tried.append(process)
+            if is_up(head, process):
+                break
+            stop(process)
+        else:
+            raise AssertionError((where / "head.log").read_text())
+        yield head
+    finally:
+        for process in tried:
+            stop(process)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def started(
+    temporary: Path, *, token: bool, cpus: int, variables: Mapping[str, str]
+) -> tuple[Head, subprocess.Popen[bytes]]:
+    """The process, which may still fail."""
+    temporary.mkdir()
+    gcs, dashboard, agent, client, metrics = free_ports(5)
+    head = Head(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32) if token else "")
+    mode = (
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token} if token else {"RAY_AUTH_MODE": "disabled"}
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        **mode,
+        **variables,
+        "PYTHONPATH": str(ROOT),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "300000",
+        "RAY_raylet_start_wait_time_s": "120",
+    }
+    options = {
+        "--port": gcs,
+        "--dashboard-port": dashboard,
+        "--dashboard-agent-listen-port": agent,
+        "--ray-client-server-port": client,
+        "--metrics-export-port": metrics,
+        "--node-ip-address": "127.0.0.1",
+        "--dashboard-host": "127.0.0.1",
+        "--num-cpus": cpus,
+        "--object-store-memory": 100_000_000,
+        "--temp-dir": temporary,
+        "--labels": "zone=here",
+    }
+    words = [str(word) for option in options.items() for word in option]
+    program = str(Path(sys.executable).with_name("ray"))
+    with (temporary / "head.log").open("w") as output:
+        process = subprocess.Popen(
+            [program, "start", "--head", "--block", "--disable-usage-stats", *words],
+            env=environment,
+            cwd=temporary,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return head, process
+
+
+def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
+    """Whether its node comes alive; False if it ends before, or takes too long."""
+    headers = {"Authorization": f"Bearer {head.token}"} if head.token else {}
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(httpx.HTTPError, ValueError, LookupError):
+            reply = httpx.get(f"{head.dashboard}/api/v0/nodes", headers=headers, timeout=10)
+            if any(node["state"] == "ALIVE" for node in reply.json()["data"]["result"]["result"]):
+                return True
+        time.sleep(0.3)
+    return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """The head, then whatever of its session is left: workers have sessions, but die with their raylet."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

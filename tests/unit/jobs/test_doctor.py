@@ -1,0 +1,173 @@
+"""ddiff doctor: each thing that can be wrong is made wrong, and found with its fix."""
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from click.testing import CliRunner
+from moto.server import ThreadedMotoServer
+
+from jobs.cli import main
+from workflows.registry import Registry
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's, of its own dependencies
+NAMES = ["RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "DDIFF_NODE_GROUPS"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+
+
+def doctor(*words: str, code: int) -> dict[str, list[dict[str, Any]]]:
+    """Check -> its findings."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    done = CliRunner().invoke(main, ["doctor", "--json", *(words or ("--port", port))])
+    assert done.exit_code == code, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["state"] == ("fail" if code else report["state"])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in report["findings"]:
+        assert one["state"] == "ok" or one["fix"], one
+        found.setdefault(one["check"], []).append(one)
+    return found
+
+
+def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    found = doctor(code=0)
+    assert set(found) == {
+        *("versions", "cluster", "resources", "storage", "disk", "mlflow", "gpu", "clock", "port")
+    }
+    assert "written, read and deleted" in found["storage"][0]["says"]
+    assert not (tmp_path / "runs").exists()
+    client = Registry(uri).client
+    assert not client.search_registered_models()
+    assert not client.search_runs([client.get_experiment_by_name("ddiff").experiment_id])
+
+
+def test_storage_that_cannot_be_written_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "file" / "runs"))
+    found = doctor(code=2)
+    assert found["storage"][0]["state"] == "fail"
+    assert "DDIFF_STORAGE" in found["storage"][0]["fix"]
+
+
+def test_a_bucket_is_written_to_and_a_missing_one_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    try:
+        fsspec.filesystem("s3").mkdir("there")
+        monkeypatch.setenv("DDIFF_STORAGE", "s3://there/runs")
+        found = doctor(code=0)
+        assert found["storage"][0]["says"].startswith("s3://there/runs: written, read and deleted")
+        assert not fsspec.filesystem("s3").find("there")
+        assert found["clock"][0]["says"].startswith(f"http://{host}:{port} is ")
+        monkeypatch.setenv("DDIFF_STORAGE", "s3://absent/runs")
+        assert doctor(code=2)["storage"][0]["state"] == "fail"
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
+
+
+class AnHourAhead(BaseHTTPRequestHandler):
+    """A server whose clock is wrong."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"3.0.0")
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        import time  # noqa: PLC0415
+
+        return super().date_time_string(int(time.time()) + 3600)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def fast_clock() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), AnHourAhead) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_clock_that_is_an_hour_off_is_a_failure(fast_clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", fast_clock)
+    (clock,) = doctor(code=2)["clock"]
+    assert clock["state"] == "fail"
+    assert "+3600 s" in clock["says"] or "+3601 s" in clock["says"] or "+3599 s" in clock["says"]
+
+
+def test_an_mlflow_that_is_away_and_a_cluster_that_is_away_are_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as taken:  # bound, not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        monkeypatch.setenv("RAY_ADDRESS", url)
+        done = CliRunner().invoke(main, ["doctor", "--json"])
+    report = json.loads(done.stdout)
+    assert done.exit_code == 2
+    state = {one["check"]: one["state"] for one in report["findings"]}
+    assert (state["mlflow"], state["cluster"], state["resources"]) == ("fail", "fail", "fail")
+
+
+def test_a_run_that_does_not_fit_a_full_disk_and_a_taken_port_are_failures(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        much = [
+            *("--set", "stages.clip.resources.memory_gib=100000", "--set", "stages.clip.keep_every=1"),
+            *("--set", "stages.clip.budget.steps=10000000", "--set", "stages.clip.budget.checkpoint_every=1"),
+        ]
+        found = doctor("--recipe", "smoke", "--port", port, *much, code=2)
+    assert "clip: 1 workers of" in found["resources"][0]["says"]
+    assert "set micro_batch_size, or bring larger nodes" in found["resources"][0]["fix"]
+    assert "checkpoints" in found["disk"][0]["says"]
+    assert f"port {port}" in found["port"][0]["says"]
+
+
+def test_what_is_installed_is_compared_with_what_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "ddiff-9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: ddiff\nVersion: 9\n"
+        "Requires-Dist: ray>=99\nRequires-Dist: no-such-thing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wrong = doctor(code=2)["versions"][0]
+    assert wrong["says"].startswith("ray 2.")
+    assert "needs >=99; no-such-thing missing" in wrong["says"]
+    assert wrong["fix"].startswith("pip install -c constraints.txt")

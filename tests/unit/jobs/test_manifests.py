@@ -1,0 +1,229 @@
+"""Manifests say what the recipe says, and nothing that KubeRay, Serve or Ray would not understand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from click.testing import CliRunner, Result
+from ray.runtime_env import RuntimeEnv
+from ray.serve.schema import ServeDeploySchema
+
+from jobs.cli import main
+from jobs.cluster.manifests import said
+from jobs.cluster.spec import ClusterSpec, pod_for
+from jobs.config import AnySpec
+from jobs.nodes import Node
+from jobs.plan import plan_of, refusals
+from jobs.rollout import Config, serve_fields
+from serve.app import ServeSpec
+from tests.unit.jobs.kuberay import SCHEMAS
+from workflows.pipeline import RunSpec
+
+pytestmark = pytest.mark.slow
+SECRET = "hunter2-canary"
+SETTINGS = ClusterSpec(
+    storage="/data/runs",
+    claim="ddiff-data",
+    claim_class="shared",
+    s3_endpoint="http://s3:9000",
+    gpu_nodes={"gpu": "h100"},
+)
+SERVED = ServeSpec.model_validate(
+    {
+        "cascade": f"s3://ddiff/runs/cascades/{'e' * 64}",
+        "digest": "e" * 64,
+        "hops": {"base": {"num_gpus": 1, "max_replicas": 3}, "prior": {}},
+    }
+)
+
+
+def ddiff(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the command prints, of every kind; a secret is in the environment meanwhile."""
+    folder = tmp_path_factory.mktemp("manifests")
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(SETTINGS.model_dump(mode="json")))
+    (folder / "serve.yaml").write_text(Config(serve_fields(SERVED), "tiny").text())
+    base = ["--set", "stages.base.num_workers=2", "--set", "stages.base.resources.labels.zone=in(a, b)"]
+    words = {
+        "job": ["--recipe", "smoke", *base],
+        "cluster": ["--recipe", "smoke", *base, "--cluster", str(folder / "cluster.yaml")],
+        "service": ["--config", str(folder / "serve.yaml")],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN"):
+            patch.setenv(name, SECRET)
+        done = {kind: ddiff("manifest", kind, *more) for kind, more in words.items()}
+    for result in done.values():
+        assert result.exit_code == 0, result.stderr
+        assert SECRET not in result.stdout + result.stderr
+    return {kind: list(yaml.safe_load_all(result.stdout)) for kind, result in done.items()}
+
+
+def one(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = [each for each in manifests if each["kind"] == kind]
+    return found
+
+
+def group(cluster: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [each for each in cluster["workerGroupSpecs"] if each["groupName"] == name]
+    return dict(found)
+
+
+def errors(document: dict[str, Any]) -> list[str]:
+    schema = SCHEMAS[document["apiVersion"], document["kind"]]
+    return [
+        f"{'/'.join(map(str, error.path))}: {error.message}"
+        for error in jsonschema.Draft7Validator(schema).iter_errors(document)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["job", "cluster", "service"])
+def test_every_manifest_is_of_the_schema_and_a_misspelt_one_is_not(
+    kind: str, made: dict[str, list[dict[str, Any]]]
+) -> None:
+    for document in made[kind]:
+        assert not errors(document)
+    ours = one(made[kind], {"job": "RayJob", "cluster": "RayCluster", "service": "RayService"}[kind])
+    assert errors({**ours, "spec": {**ours["spec"], "shutDownAfterJobFinishes": True}})
+    if kind == "job":
+        assert errors({**ours, "spec": {**ours["spec"], "backoffLimit": "3"}})
+
+
+def test_a_job_runs_the_resolved_recipe_retries_and_resumes(made: dict[str, list[dict[str, Any]]]) -> None:
+    job = one(made["job"], "RayJob")["spec"]
+    assert (job["backoffLimit"], job["shutdownAfterJobFinishes"]) == (3, True)
+    assert job["entrypoint"] == "ddiff run --config /etc/ddiff/run.yaml"
+    assert job["metadata"]["storage"] == "s3://ddiff/runs/smoke"  # the same for every retry
+    RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
+    config = one(made["job"], "ConfigMap")
+    head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "config", "configMap": {"name": config["metadata"]["name"]}} in head["volumes"]
+    spec = AnySpec.validate_python(yaml.safe_load(config["data"]["run.yaml"]))
+    assert isinstance(spec, RunSpec)
+    base = spec.stage("base")
+    assert (base.num_workers, base.use_gpu, base.resources.cpus) == (2, True, 1)
+    assert base.resources.labels == {"zone": "in(a, b)", "ddiff.io/stage-kind": "base"}
+
+
+def test_groups_have_what_the_stages_state_and_the_plan_fits_on_them(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    cluster = one(made["job"], "RayJob")["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == ray.__version__
+    names = [each["groupName"] for each in cluster["workerGroupSpecs"]]
+    assert names == ["clip", "autoencoder", "noised-clip", "base", "upsampler", "prior", "decode"]
+    base = group(cluster, "base")
+    assert (base["minReplicas"], base["maxReplicas"]) == (0, 2)
+    assert base["labels"] == {"ddiff.io/stage-kind": "base", "zone": "a"}
+    limits = base["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "2", "memory": "4Gi", "nvidia.com/gpu": "1"}  # 1.5 GiB is 70 % of it, and one
+    assert "nvidia.com/gpu" not in str(group(cluster, "decode")["template"])
+    environment = {
+        each["name"]: each["value"]
+        for each in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    nodes = [
+        Node(each["name"], each["cpus"], each["gpus"], each["memory_bytes"], each["labels"])
+        for each in json.loads(environment["DDIFF_NODE_GROUPS"])
+        for _ in range(each["count"])
+    ]
+    config = yaml.safe_load(one(made["job"], "ConfigMap")["data"]["run.yaml"])
+    spec = AnySpec.validate_python(config)
+    assert isinstance(spec, RunSpec)
+    assert not refusals(plan_of(spec, nodes, run="s3://ddiff/runs/smoke"))
+
+
+def test_no_pod_is_root_or_holds_a_secret_and_the_cluster_asks_for_a_token(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    for manifests, place in (("job", "rayClusterSpec"), ("cluster", ""), ("service", "rayClusterConfig")):
+        body = made[manifests][-1]["spec"]
+        cluster = body[place] if place else body
+        assert cluster["authOptions"] == {"mode": "token", "secretName": "ddiff-ray-token"}
+        templates = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        for pod in (each["template"]["spec"] for each in templates):
+            assert pod["securityContext"]["runAsNonRoot"]
+            (container,) = pod["containers"]
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert [one["secretRef"]["name"] for one in container["envFrom"]] == [
+                "ddiff-storage",
+                "ddiff-mlflow",
+            ]
+            named = {each["name"] for each in container["env"]}
+            assert not {name for name in named if "TOKEN" in name or "SECRET" in name or "PASSWORD" in name}
+            assert container["image"].startswith("ddiff:")
+
+
+def test_only_its_own_pods_the_operator_and_clients_reach_a_cluster(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    policy = one(made["service"], "NetworkPolicy")["spec"]
+    service = one(made["service"], "RayService")
+    labels = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert policy["policyTypes"] == ["Ingress"]
+    ports = [[port["port"] for port in rule.get("ports", [])] for rule in policy["ingress"]]
+    assert ports == [[], [8265, 8000], [8000]]
+    assert all(rule["from"] for rule in policy["ingress"])  # an empty one would let everybody in
+
+
+def test_a_service_embeds_a_config_that_serve_reads_and_that_our_application_builds_from(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    service = one(made["service"], "RayService")["spec"]
+    config = yaml.safe_load(service["serveConfigV2"])
+    parsed = ServeDeploySchema.model_validate(config)
+    assert parsed.http_options.host == "0.0.0.0"
+    spec = ServeSpec.model_validate(parsed.applications[0].args)
+    assert spec.but(host=SERVED.host) == SERVED
+    assert service["upgradeStrategy"]["type"] == "NewCluster"
+    gpu, cpu = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert (gpu["minReplicas"], gpu["maxReplicas"]) == (1, 6)  # three replicas, twice while they are replaced
+    assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert cpu["minReplicas"] == 1
+
+
+def test_settings_come_back_as_they_were_printed_and_wrong_ones_are_refused(tmp_path: Path) -> None:
+    printed = ddiff("manifest", "settings").stdout
+    assert ClusterSpec.model_validate(yaml.safe_load(printed)) == ClusterSpec()
+    for line, said_of_it in {
+        "storage: runs": "neither an address",
+        "imgae: x": "did you mean 'image'",
+        "token_secret: ../x": "token_secret",
+    }.items():
+        (tmp_path / "c.yaml").write_text(line)
+        done = ddiff("manifest", "job", "--recipe", "smoke", "--cluster", str(tmp_path / "c.yaml"))
+        assert (done.exit_code, said_of_it in done.stderr) == (2, True), done.stderr
+
+
+def test_a_claim_is_made_for_a_storage_that_is_a_path(made: dict[str, list[dict[str, Any]]]) -> None:
+    claim = one(made["cluster"], "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    cluster = one(made["cluster"], "RayCluster")["spec"]
+    for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        mounts = each["template"]["spec"]["containers"][0]["volumeMounts"]
+        assert {"name": "data", "mountPath": "/data"} in mounts
+    assert group(cluster, "base")["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
+    assert not [each for each in made["job"] if each["kind"] == "PersistentVolumeClaim"]
+
+
+def test_a_pod_has_room_for_its_worker() -> None:
+    for gib in (0.5, 1.5, 30, 700):
+        pod = pod_for(cpus=1, memory_bytes=round(gib * 2**30), gpus=0)
+        assert pod.memory_bytes >= gib * 2**30
+    assert said({"a": "x", "b": "in(y, z)", "c": "!w", "d": "!in(q)"}) == {"a": "x", "b": "y"}
+
+
+def test_the_image_is_built_as_the_makefile_installs() -> None:
+    text = (Path(__file__).parents[3] / "jobs" / "cluster" / "Dockerfile").read_text()
+    assert "-c constraints.txt" in text
+    assert "USER 1000:1000" in text
+    assert "latest" not in text

@@ -1,0 +1,146 @@
+"""The plan: what a run takes is said before it starts, and one that cannot fit is refused with the sums."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import main
+from jobs.config import RECIPES, recipe_spec
+from jobs.nodes import Node, amount, grown, has_labels, places
+from jobs.plan import Plan, PlanError, plan_of, refusals, refuse, told
+from jobs.recipes import smoke
+from workflows.pipeline import RunSpec
+from workflows.train_spec import ResourcesSpec
+
+ROOMY = Node("roomy", cpus=8, gpus=0, memory_bytes=64 * 2**30)
+GPU = Node("gpu", cpus=8, gpus=2, memory_bytes=64 * 2**30, labels={"ray.io/accelerator-type": "H100"})
+
+
+def with_base(**changes: object) -> RunSpec:
+    """Smoke's clip and base alone, the base changed."""
+    run = smoke.run()
+    stages = (run.stage("clip"), run.stage("base").but(**changes))
+    return RunSpec.model_construct(**(dict(run) | {"stages": stages}))  # unchecked: no whole cascade
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of(smoke.run(), [ROOMY], run="runs/smoke")
+
+
+def test_a_plan_says_parameters_memory_steps_images_checkpoints_and_disk(plan: Plan) -> None:
+    clip = plan.facts()["stages"]["clip"]
+    assert (clip["steps"], clip["images"], clip["workers"], clip["gpus_per_worker"]) == (12, 192, 1, 0)
+    assert clip["memory_bytes_per_worker"] > clip["memory_is"]["state"] > clip["parameters"] * 12
+    assert clip["checkpoints"] == 2  # of steps 6 and 12; a third would be one too many for checkpoints_kept
+    assert plan.disk["checkpoints"] == sum(s.checkpoints * s.need.state for s in plan.stages)
+    assert plan.disk["data"] > 240 * 1000
+    text = told(plan)
+    assert text.startswith("plan of runs/smoke\n")
+    for word in ("3,418,881", "1.5 GiB", "192", "roomy: 8 CPU, 64.0 GiB", amount(plan.disk["checkpoints"])):
+        assert word in text
+    refuse(plan)
+
+
+def test_less_memory_than_needed_is_refused_with_the_sum(plan: Plan) -> None:
+    tight = plan._replace(nodes=(ROOMY._replace(memory_bytes=2**30),))
+    with pytest.raises(
+        PlanError, match=r"clip: 1 workers of 1 CPU and 1\.5 GiB each; there is room for 0 on"
+    ):
+        refuse(tight)
+    (base,) = refusals(plan_of(with_base(resources=ResourcesSpec(memory_gib=1)), [ROOMY], run="runs/x"))
+    assert "1.1 GiB process + 4.3 MiB weights, optimizer and averages + 1.1 MiB gradients" in base
+    assert "more than resources.memory_gib 1; raise it or set micro_batch_size" in base
+    unstated = plan_of(with_base(resources=ResourcesSpec()), [ROOMY], run="runs/x")
+    assert "process + " in refusals(unstated._replace(nodes=tight.nodes))[1]
+
+
+def test_workers_without_their_gpu_or_their_labels_are_refused() -> None:
+    wanted = with_base(num_workers=4, use_gpu=True)
+    (line,) = refusals(plan_of(wanted, [ROOMY, GPU], run="runs/x"))
+    assert "base: 4 workers of 1 CPU, 1 GPU and 1.5 GiB each; there is room for 2 on roomy: 8 CPU, " in line
+    assert not refusals(plan_of(with_base(num_workers=2, use_gpu=True), [ROOMY, GPU], run="runs/x"))
+    there = with_base(resources=ResourcesSpec(labels={"ray.io/accelerator-type": "A100"}))
+    (line,) = refusals(plan_of(there, [ROOMY, GPU], run="runs/x"))
+    assert "room for 0 on no node with labels {'ray.io/accelerator-type': 'A100'} of 2" in line
+    small = with_base(use_gpu=True, resources=ResourcesSpec(gpu_memory_gib=0.01))
+    (line,) = refusals(plan_of(small, [ROOMY, GPU], run="runs/x"))
+    assert "of its GPU = 4.3 MiB weights, optimizer and averages" in line
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_sum(plan: Plan) -> None:
+    (line,) = refusals(plan._replace(free=1000))
+    assert line.startswith(f"disk: runs/smoke will hold {amount(sum(plan.disk.values()))} = ")
+    assert "0.0 MiB are free" in line
+
+
+def test_what_a_run_has_written_already_counts_as_room(tmp_path: Path) -> None:
+    before = plan_of(with_base(), [ROOMY], run=str(tmp_path / "run")).free
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "big").write_bytes(bytes(2**24))
+    after = plan_of(with_base(), [ROOMY], run=str(tmp_path / "run")).free
+    assert before is not None
+    assert after is not None
+    assert abs(after - before) < 2**26  # the file took room, and is counted as room
+
+
+@pytest.mark.parametrize(
+    ("choice", "fits"),
+    [("a", True), ("b", False), ("!a", False), ("!b", True), ("in(a, b)", True), ("!in(a, b)", False)],
+)
+def test_labels_are_chosen_in_the_words_of_ray(choice: str, fits: bool) -> None:
+    assert has_labels(Node("n", 1, 0, 1, {"zone": "a"}), {"zone": choice}) is fits
+
+
+def test_ray_itself_reads_these_selectors() -> None:
+    from ray._common.ray_option_utils import task_options  # noqa: F401, PLC0415
+    from ray.util.placement_group import validate_placement_group  # noqa: PLC0415
+
+    for choice in ("a", "!a", "in(a, b)", "!in(a, b)"):
+        validate_placement_group(
+            bundles=[{"CPU": 1}], bundle_label_selector=[{"zone": choice}], strategy="PACK", lifetime=None
+        )
+
+
+def test_a_worker_lies_on_one_node() -> None:
+    half = Node("half", cpus=1.5, gpus=0, memory_bytes=3)
+    assert places([half, half], cpus=1, gpus=0, memory_bytes=1) == 2
+    assert places([half, half], cpus=0.5, gpus=0, memory_bytes=1) == 6
+    assert places([half], cpus=1, gpus=1, memory_bytes=1) == 0
+
+
+def test_nodes_that_an_autoscaler_may_bring_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [{"name": "base", "count": 2, "cpus": 8, "gpus": 1, "memory_bytes": 10, "labels": {"a": "b"}}]
+    monkeypatch.setenv("DDIFF_NODE_GROUPS", json.dumps(groups))
+    assert grown([ROOMY]) == [Node(f"base-{n}", 8, 1, 10, {"a": "b"}) for n in range(2)]
+
+
+def test_every_recipe_states_workers_and_memory() -> None:
+    for path in RECIPES.glob("[a-z]*.py"):
+        spec = recipe_spec(path.stem)
+        assert isinstance(spec, RunSpec)
+        for stage in spec.stages:
+            assert stage.resources.memory_gib, f"{path.stem}.{stage.name}: state resources.memory_gib"
+            assert {"num_workers", "resources"} <= stage.model_fields_set
+
+
+def test_a_dry_run_shows_the_plan_starts_nothing_and_says_whether_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "DDIFF_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    shown = CliRunner().invoke(main, ["train", "clip", "--recipe", "smoke", "--dry-run", "--json"])
+    assert shown.exit_code == 0, shown.stderr
+    assert list(json.loads(shown.stdout)["stages"]) == ["clip"]
+    more = "stages.clip.resources.memory_gib=1"
+    done = CliRunner().invoke(main, ["run", "--recipe", "smoke", "--dry-run", "--set", more])
+    assert done.exit_code == 2
+    assert "clip: a worker needs 1.2 GiB = 1.1 GiB process" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    started = CliRunner().invoke(main, ["train", "clip", "--recipe", "smoke", "--set", more])
+    assert (started.exit_code, "the plan does not fit" in started.stderr) == (2, True)
+    assert not list(tmp_path.iterdir())

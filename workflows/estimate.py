@@ -1,0 +1,152 @@
+"""What a worker of a stage will need, found by running the real stage on tensors without content.
+
+Nothing is allocated and nothing computed: PyTorch carries shapes and types alone through the very
+modules, optimizers and the very forward of the training (torch.FakeTensorMode), and what it would
+keep is added up.  Where a value would decide (a random crop, a mask), the case that needs most is
+taken.  A check that costs a second, not a model of memory that must be kept true by hand.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dd_core import bundle
+from dd_core.stage import PairBatch, Stage, Trained
+from dd_core.stages import build_stage
+from dd_core.stages.clip import ClipSpec
+from dd_core.training import TrainState
+from workflows.train_spec import TrainSpec
+
+OPS = torch.ops.aten
+
+
+class Need(NamedTuple):
+    """What one worker holds while it trains, in bytes; `parameters` is a count."""
+
+    parameters: int
+    """Of the model that ships."""
+    bundle: int
+    """Its weights, as shipped."""
+    state: int
+    """Weights, optimizers and averages: what a checkpoint holds."""
+    gradients: int
+    """With several workers twice, since DDP sums them in buckets of its own."""
+    frozen: int
+    """Parents inside the stage, and their bundles beside it."""
+    activations: int
+    """What forward keeps for backward, for a micro-batch."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.gradients + self.frozen + self.activations
+
+
+class Content(TorchDispatchMode):
+    """Answers the questions for values that tensors without content cannot: zero, and every row of a mask."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is OPS._local_scalar_dense.default:
+            return 0.0 if args[0].is_floating_point() else 0
+        if func is OPS.index.Tensor:
+            source, places, *rest = args
+            args = (source, [all_rows(place) for place in places], *rest)
+        return func(*args, **(kwargs or {}))
+
+
+def all_rows(place: Tensor | None) -> Tensor | None:
+    """A mask as if it chose everything; indices as they are."""
+    if place is None or place.dtype is not torch.bool or place.ndim != 1:
+        return place
+    return torch.zeros(len(place), dtype=torch.long, device=place.device)
+
+
+def needs(stages: list[TrainSpec], *, context_length: int, run: Path) -> dict[str, Need]:
+    """What each stage needs; parents come before their children.
+
+    Args:
+        stages: In the order of training.
+        context_length: Tokens of a caption.
+        run: Where parents that are paths are looked for first.
+
+    Raises:
+        ValueError: A parent is missing, or does not fit its child.
+        dd_core.sealed.SealError: A parent that was trained before is damaged.
+    """
+    trained: dict[str, Trained] = {}
+    found: dict[str, Need] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), Content():
+        for spec in stages:
+            parents = {role: parent(spec, role, trained, run) for role in spec.parents}
+            fresh = not (isinstance(spec.stage, ClipSpec) and spec.stage.pretrained)
+            state = TrainState(build_stage(spec.stage, parents), spec.optimizer)
+            trained[spec.name] = Trained(spec.stage, state.average)
+            found[spec.name] = need(spec, state, parents, context_length if fresh else 0)
+    return found
+
+
+def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Path) -> Trained:
+    """A parent of the same run, imagined; else the bundle that is there."""
+    named = spec.parents[role]
+    if named in trained:
+        return trained[named]
+    for path in (run / named / "bundle", Path(named)):
+        if (path / "spec.json").exists():
+            return bundle.load(path).trained
+    raise ValueError(f"{spec.name}: its {role} {named!r} is neither a stage of the run nor a bundle")
+
+
+def need(spec: TrainSpec, state: TrainState, parents: Mapping[str, Trained], context_length: int) -> Need:
+    """The parts, added up; without a context length the stage is taken as it is and not trained."""
+    stage = state.stage
+    assert isinstance(stage, Stage)
+    weights = sum(size(tensor) for tensor in state.average.values())
+    count = sum(parameter.numel() for parameter in stage.model.parameters())
+    if not context_length:
+        return Need(count, weights, weights, 0, 0, 0)
+    gradients = sum(size(parameter) for parameter in stage.parameters() if parameter.requires_grad)
+    inside = sum(size(tensor) for module in stage.frozen for tensor in module.state_dict().values())
+    beside = sum(size(tensor) for known in parents.values() for tensor in known.weights.values())
+    return Need(
+        parameters=count,
+        bundle=weights,
+        state=sum(size(tensor) for tensor in state.tensors().values()),
+        gradients=gradients * (1 if spec.num_workers == 1 else 2),
+        frozen=inside + beside,
+        activations=max(kept(spec, stage, phase, context_length) for phase in stage.phases),
+    )
+
+
+def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int) -> int:
+    """Bytes that one forward keeps for backward beside the parameters."""
+    rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
+    side = spec.stage.image_size
+    batch = PairBatch(
+        torch.zeros(rows, 3, side, side, dtype=torch.uint8),
+        torch.zeros(rows, context_length, dtype=torch.long),
+        torch.zeros(rows, dtype=torch.long) if spec.label else None,
+    )
+    own = {id(tensor.untyped_storage()) for tensor in stage.state_dict().values()}
+    seen: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen[id(tensor.untyped_storage())] = tensor  # holding it, so that no other gets its number
+        return tensor
+
+    stage.train()
+    half = torch.autocast("cpu", torch.bfloat16, enabled=spec.optimizer.precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+        stage(batch, phase)
+    return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes."""
+    return tensor.numel() * tensor.element_size()

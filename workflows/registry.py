@@ -1,0 +1,200 @@
+"""Cascades by name: MLflow's registry says which version an alias means, and is told a better one.
+
+`demo@current`     the newest that a run of this name has made
+`demo@production`  what `ddiff promote` has moved there
+`demo`             the same as demo@current
+"""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from dd_core.spec import SafeName
+from workflows.tracking import Book
+
+CURRENT = "current"
+SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
+    "score.all",
+    "score.low",
+    "score.high",
+    "score.captions",
+    "score.evaluation",
+)
+"""Tags of a version: share of captions painted right, its interval, how many, and a digest of which."""
+NAME: TypeAdapter[str] = TypeAdapter(SafeName)
+
+
+class RegistryError(ValueError):
+    """The registry does not have what was asked for, or cannot be asked."""
+
+
+class PromotionError(ValueError):
+    """The candidate is not known to be better than what holds the alias."""
+
+
+class Version(NamedTuple):
+    """A registered cascade."""
+
+    name: str
+    number: str
+    address: str
+    """Where the run left it; what is there may have changed since: the digest tells."""
+    digest: str
+    tags: dict[str, str]
+
+    @property
+    def score(self) -> float | None:
+        """Share of captions that it painted right, all of what they say; None: never judged."""
+        return float(self.tags[SCORE]) if SCORE in self.tags else None
+
+    def says(self) -> str:
+        """For people."""
+        if self.score is None:
+            return f"version {self.number} (never judged)"
+        within = f"{float(self.tags[SCORE_LOW]):.1%} to {float(self.tags[SCORE_HIGH]):.1%}"
+        return f"version {self.number} ({self.score:.1%} right of {self.tags[JUDGED]}, {within})"
+
+
+class Registry:
+    """The models of a tracking server.
+
+    Args:
+        uri: Of the server, or sqlite:///... for the store of one run.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        book = Book(Path(), uri=uri)
+        book.connect()
+        self.client: Any = book.client
+
+    def version(self, wanted: str) -> Version:
+        """What NAME@ALIAS means now.
+
+        Raises:
+            RegistryError: There is none, it is no cascade of ours, or MLflow does not answer.
+        """
+        name, alias = split(wanted)
+        found = self.asked(name, alias)
+        if found is None:
+            there = ", ".join(self.known()) or "none"
+            raise RegistryError(f"MLflow has no {name}@{alias}; there are: {there}")
+        digest = found.tags.get("bundle_sha256", "")
+        if not digest:
+            raise RegistryError(f"{name}@{alias} is no cascade of ddiff: it has no tag bundle_sha256")
+        return Version(
+            name, str(found.version), str(found.source).removeprefix("file://"), digest, dict(found.tags)
+        )
+
+    def asked(self, name: str, alias: str) -> Any | None:
+        """The version, or None if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise RegistryError(f"MLflow at {shown(self.uri)}: {one_line(error)}; `ddiff doctor`") from None
+
+    def known(self) -> Iterator[str]:
+        """Every name with its aliases, for messages."""
+        for model in self.client.search_registered_models(max_results=100):
+            yield from (f"{model.name}@{alias}" for alias in model.aliases)
+
+    def promote(self, candidate: Version, alias: str, *, force: bool = False) -> Version | None:
+        """Move an alias to a version that scores better than the one that holds it, and return that one.
+
+        Args:
+            candidate: The version.
+            alias: Such as production.
+            force: Move it whatever the scores say.
+
+        Raises:
+            PromotionError: It is not better, or the two cannot be compared; the alias stays where it was.
+        """
+        NAME.validate_python(alias)
+        found = self.asked(candidate.name, alias)
+        holder = None if found is None else self.version(f"{candidate.name}@{alias}")
+        if not force and (why := worse(candidate, holder)):
+            raise PromotionError(f"{candidate.name}@{alias} stays: {why}; --force moves it nevertheless")
+        self.client.set_registered_model_alias(candidate.name, alias, candidate.number)
+        return holder
+
+    def note(self, version: Version, tags: dict[str, str]) -> Version:
+        """Write scores down on a version, and return it with them."""
+        for tag, value in tags.items():
+            self.client.set_model_version_tag(version.name, version.number, tag, value)
+        return version._replace(tags=version.tags | tags)
+
+    def probe(self, experiment: str) -> dict[str, str]:
+        """Do once what a run does, and undo it: what could not be done -> why; empty if all is well.
+
+        The experiment is made if it is new; the run that is begun in it is deleted again.
+        """
+        refused: dict[str, str] = {}
+        name = f"ddiff-doctor-{uuid.uuid4().hex[:8]}"
+        try:
+            book = Book(Path(), uri=self.uri, experiment=experiment)
+            book.connect()
+            run_id = self.client.create_run(book.experiment_id(), run_name=name).info.run_id
+        except Exception as error:  # noqa: BLE001 whatever the server or the network says is the finding
+            return {"begin a run": one_line(error)}
+        for what, act in {
+            "log a metric": lambda: self.client.log_metric(run_id, "probe", 1.0),
+            "store an artifact": lambda: self.client.log_text(run_id, "probe", "probe.txt"),
+            "register a model": lambda: self.registered(name),
+            "delete the run": lambda: self.client.delete_run(run_id),
+        }.items():
+            try:
+                act()
+            except Exception as error:  # noqa: BLE001 as above
+                refused[what] = one_line(error)
+        return refused
+
+    def registered(self, name: str) -> None:
+        """Make a model without versions and delete it."""
+        self.client.create_registered_model(name)
+        self.client.delete_registered_model(name)
+
+
+def worse(candidate: Version, holder: Version | None) -> str:
+    """Why a candidate may not take a holder's place; empty if it may."""
+    if candidate.score is None:
+        return f"the candidate is {candidate.says()}; run its recipe to the end, which judges it"
+    if holder is None or holder.digest == candidate.digest:
+        return ""
+    if holder.score is None:
+        return f"its holder is {holder.says()}"
+    if holder.tags.get(ASKED) != candidate.tags.get(ASKED):
+        return "candidate and holder were judged on other captions, so their scores say nothing of each other"
+    if candidate.score <= holder.score:
+        return f"the candidate, {candidate.says()}, is not better than its holder, {holder.says()}"
+    return ""
+
+
+def split(wanted: str) -> tuple[str, str]:
+    """NAME@ALIAS, or NAME for its current version.
+
+    Raises:
+        RegistryError: These are no names.
+    """
+    name, _, alias = wanted.partition("@")
+    try:
+        return NAME.validate_python(name), NAME.validate_python(alias or CURRENT)
+    except ValidationError:
+        raise RegistryError(f"{wanted!r} is no NAME@ALIAS; letters, digits, '.', '_', '-' in both") from None
+
+
+def shown(uri: str) -> str:
+    """An address without the password that may be in it."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
+
+
+def one_line(error: BaseException) -> str:
+    """What it says, short enough for a line."""
+    return f"{' '.join(str(error).split()):.240}" or type(error).__name__
