@@ -99,9 +99,8 @@ def ended(denoise: Denoiser) -> Denoiser:
     """
 
     def answered(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Denoised:
-        end = sigma == 0
-        found = denoise(x, torch.where(end, torch.ones_like(sigma), sigma)).x0
-        return Denoised(torch.where(spread(end, x), x, found))
+        found = denoise(x, torch.where(sigma == 0, torch.ones_like(sigma), sigma)).x0
+        return Denoised(torch.where(spread(sigma, x) == 0, x, found))
 
     return answered
 
