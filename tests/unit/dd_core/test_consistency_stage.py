@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dd_core import checkpoint, consistency, edits
+from dd_core import checkpoint, consistency, edits, images
 from dd_core.cascade import CascadeState, run
 from dd_core.consistency import ended, teacher_step
 from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, Parameterization
-from dd_core.guidance import rows_of
+from dd_core.guidance import clip_x0, rows_of
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.dit import DiTSpec
 from dd_core.noise import karras_sigmas, spread
@@ -29,6 +29,7 @@ from dd_core.stages.consistency import (
     GrowingLevels,
     Heard,
     TeacherSpec,
+    bound,
 )
 from dd_core.text import null_tokens, tokens
 from dd_core.training import TrainState, train
@@ -219,6 +220,33 @@ def test_the_model_alone_is_trained_and_the_target_follows_it(
     frozen = [p for parent in stage.frozen for p in parent.parameters()]
     assert all(p.grad is None for p in (*frozen, *stage.target.parameters()))
     assert set(state.average) == set(parents["base"].weights)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "v", "edm"])
+def test_a_teacher_may_predict_what_it_likes(predicts: Parameterization, parents: dict[str, Trained]) -> None:
+    """The last step of its path is its own estimate: there a student that starts as it has no gap."""
+    base = BASE.but(predicts=predicts, sigma_max=10.0, caption_dropout=0.0, embedding_dropout=0.0)
+    teacher = Trained(base, random_weights(build_stage(base, parents).model))
+    spec = SPEC.but(base=base, teacher=TeacherSpec(guidance_scale=1.0))
+    stage = made(spec, parents | {"base": teacher})
+    batch = next(squares())
+    x0 = images.to_unit(batch.image)
+    heard = stage.heard(batch, x0)
+    assert spec.teacher is not None
+    walker = stage.walker(spec.teacher, heard)
+
+    def student(x: Tensor, sigma: Tensor) -> Denoised:
+        return clip_x0(bound(stage.model, heard.by(stage.model)))(x, sigma)
+
+    pair = consistency.draw_pair(x0, 2, sigma_min=0.1, sigma_max=10.0, to_zero=True)
+    gap = consistency.distillation(student, ended(student), walker, x0, pair, consistency.l2)
+    assert gap.max() < 1e-10
+    loss = stage(batch).total
+    loss.backward()
+    assert loss.isfinite()
+    grads = [weight.grad for weight in stage.model.parameters() if weight.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(grad.any() for grad in grads)
 
 
 def test_every_weight_of_the_model_can_learn(parents: dict[str, Trained]) -> None:
