@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dd_core.denoiser import Denoiser
+from dd_core.denoiser import Denoised, Denoiser
 from dd_core.noise import karras_sigmas, spread
-from dd_core.samplers import heun_step, sample
+from dd_core.samplers import Query, Sampling, sample
 
 Distance = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], Float[Tensor, " b"]]
 """Between estimates of images, one value per sample: l1, l2, pseudo_huber, or a perceptual one."""
@@ -69,12 +69,56 @@ class Pair(NamedTuple):
 
 
 def draw_pair(
-    like: Float[Tensor, " b *s"], num_levels: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0
+    like: Float[Tensor, " b *s"],
+    num_levels: int,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    to_zero: bool = False,
 ) -> Pair:
-    """Uniform neighbours on a Karras grid of num_levels from sigma_max to sigma_min."""
-    grid = karras_sigmas(num_levels, sigma_min=sigma_min, sigma_max=sigma_max)[:-1].to(like)
+    """Uniform neighbours on a Karras grid of num_levels from sigma_max.
+
+    Args:
+        like: One sample for each pair that is wanted, on their device.
+        num_levels: At least 2.
+        sigma_min: Lowest level that is not 0.
+        sigma_max: Highest level.
+        to_zero: Whether 0 is the last of the levels, as samplers walk, or sigma_min, as published.
+    """
+    grid = karras_sigmas(num_levels - to_zero, sigma_min=sigma_min, sigma_max=sigma_max)[:num_levels].to(like)
     place = torch.randint(num_levels - 1, (len(like),), device=like.device)
     return Pair(grid[place], grid[place + 1])
+
+
+def ended(denoise: Denoiser) -> Denoiser:
+    """A denoiser as a consistency function whose paths end at level 0: there it answers what it is shown.
+
+    Networks that predict eps, v or edm tend to that by themselves.
+
+    Source: Song et al. 2023, eq. 4, with epsilon 0.
+    """
+
+    def answered(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Denoised:
+        found = denoise(x, torch.where(sigma == 0, torch.ones_like(sigma), sigma)).x0
+        return Denoised(torch.where(spread(sigma, x) == 0, x, found))
+
+    return answered
+
+
+def teacher_step(x: Float[Tensor, " b *s"], high: Tensor, low: Tensor) -> Sampling:
+    """From high to low along the teacher's path, as `samplers.heun` walks: Heun's step, Euler's to level 0.
+
+    Args:
+        x: Images at the levels `high`.
+        high: One level for each sample, shaped to broadcast against x.
+        low: Where they go; may be 0.
+    """
+    x0 = (yield Query(x, high)).x0
+    last = low == 0
+    there, level = torch.where(last, x, torch.lerp(x0, x, low / high)), torch.where(last, high, low)
+    x0_there = (yield Query(there, level)).x0
+    slope = ((x - x0) / high + (there - x0_there) / level) / 2
+    return torch.where(last, x0, x + (low - high) * slope)
 
 
 def distillation(
@@ -85,7 +129,7 @@ def distillation(
     pair: Pair,
     distance: Distance,
 ) -> Float[Tensor, " b"]:
-    """Consistency distillation: the path is followed by one step of Heun's method with the teacher.
+    """Consistency distillation: the path is followed by one step of a sampler with the teacher.
 
     Args:
         student: What is trained, told the captions.
@@ -99,7 +143,7 @@ def distillation(
     """
     high, low = spread(pair.high, x0), spread(pair.low, x0)
     x = x0 + high * torch.randn_like(x0)
-    return gap(student, target, (x, sample(heun_step(x, high, low), teacher)), pair, distance)
+    return gap(student, target, (x, sample(teacher_step(x, high, low), teacher)), pair, distance)
 
 
 def training(

@@ -13,7 +13,7 @@ def averaged_init(model: nn.Module) -> dict[str, Tensor]:
 def update(
     average: dict[str, Tensor], model: nn.Module, *, images_seen: int, images: int, horizon: int
 ) -> None:
-    """Move the average towards the model by one step, in place.
+    """Move the average towards the model by one step, in place; buffers, which are not learned, are copied.
 
     The decay is exp(-images / horizon), and less at the beginning, so that the start is forgotten:
     after n images the average spans about min(horizon, n / 10) of them.
@@ -30,7 +30,9 @@ def update(
     span = min(horizon, max(images, images_seen / 10))
     weight = 1 - float(torch.exp(torch.tensor(-images / span, dtype=torch.float64)))
     now = model.state_dict()
-    floats = [name for name, value in average.items() if value.is_floating_point()]
-    torch._foreach_lerp_([average[name] for name in floats], [now[name].detach() for name in floats], weight)
-    for name in average.keys() - set(floats):
+    learned = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    torch._foreach_lerp_(
+        [average[name] for name in learned], [now[name].detach() for name in learned], weight
+    )
+    for name in average.keys() - set(learned):
         average[name].copy_(now[name])

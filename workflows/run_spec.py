@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from dd_core.cascade import CascadeSpec
+from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
+from dd_core.stages.consistency import ConsistencySpec
 from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
@@ -39,6 +40,7 @@ class RunSpec(Spec):
         for hop in self.cascade.hops:
             if hop.stage not in names:
                 raise ValueError(f"cascade: no stage is named {hop.stage!r}; there are {', '.join(names)}")
+            refuse_sampler(hop, self.stage(hop.stage))
         if self.cascade.context_length != self.pairs.context_length:
             raise ValueError(
                 f"cascade.context_length is {self.cascade.context_length}, "
@@ -58,6 +60,15 @@ class RunSpec(Spec):
                 return stage
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
+        )
+
+
+def refuse_sampler(hop: HopSpec, stage: TrainSpec) -> None:
+    """Raises ValueError if a hop jumps where its stage walks, or walks where it jumps."""
+    if isinstance(stage.stage, ConsistencySpec) != (hop.how.sampler == "consistency"):
+        raise ValueError(
+            f"cascade: hop {hop.stage!r} is a {stage.stage.kind} and is sampled by {hop.how.sampler}; "
+            "sampler consistency and stages of kind consistency need each other"
         )
 
 

@@ -17,6 +17,7 @@ from dd_core.stages import load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
 from workflows.train_spec import SamplesSpec
@@ -37,12 +38,12 @@ def drawn(
         known: Pictures of the data: those that an upsampler or an autoencoder is shown.
 
     Returns:
-        base: one for each prompt; upsampler and autoencoder: known and made pictures in turn.
+        base and consistency: one for each prompt; upsampler and autoencoder: known and made pictures in turn.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     truth = images.to_unit(known)
     match trained.spec:
-        case BaseSpec():
+        case BaseSpec() | ConsistencySpec():
             if not what.prompts:
                 return None
             clip = parents["clip"].spec

@@ -1,0 +1,172 @@
+"""The autoregressive prior of unCLIP: caption -> CLIP image embedding, code by code.
+
+It takes the place of the diffusion prior in a cascade.  Its one query asks about pure noise, each number of
+which draws one code (`prior.chosen_code`), so a seed fixes the embedding; as many calls of the network as
+there are axes answer it, and `SamplingSpec` says no more than the guidance scale.
+
+Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dd_core import embeddings, images
+from dd_core.cascade import CascadeState, Draw
+from dd_core.denoiser import Conditioning, Denoised, Denoiser, cat
+from dd_core.guidance import Rows, rows_of
+from dd_core.nets.clip import Clip
+from dd_core.nets.code_prior import CodePrior, CodePriorSpec
+from dd_core.noise import SeededNoise
+from dd_core.samplers import Query, Sampling, SamplingSpec
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.base import null_like
+from dd_core.stages.clip import clip_of
+from dd_core.stages.prior import chosen_code, nearer_of_two, twins
+
+
+class AutoregressivePriorSpec(Spec):
+    """Autoregressive prior on the embeddings of the parent CLIP."""
+
+    kind: Literal["autoregressive_prior"] = "autoregressive_prior"
+    net: CodePriorSpec
+    image_size: int = Field(64, ge=8)
+    """Of the prepared images whose embeddings it learns."""
+    measured_images: int = Field(2048, ge=1)
+    """Images, the first of the training, whose embeddings fix the axes and buckets; until then nothing is
+    learned and the loss is 0."""
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AutoregressivePriorSpec":
+        if self.measured_images < 2 * self.net.axes:
+            raise ValueError(
+                f"measured_images {self.measured_images} are too few for {self.net.axes} axes; "
+                f"take {2 * self.net.axes} or more"
+            )
+        return self
+
+
+class AutoregressivePriorStage(Stage):
+    """Looks at the first embeddings to find the axes, then learns to continue captions by codes.
+
+    With several workers the axes are those of the first one's images.
+    """
+
+    model: CodePrior
+    looked: Float[Tensor, " n d"]
+    nearness: Float[Tensor, " n"]
+    count: Tensor
+    """Images looked at.  A buffer, as the two above, so that a resumed run finds the same axes."""
+
+    def __init__(self, spec: AutoregressivePriorSpec, clip: Trained) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = CodePrior(spec.net)
+        self.register_buffer("looked", torch.zeros(spec.measured_images, spec.net.embedding_width))
+        self.register_buffer("nearness", torch.zeros(spec.measured_images))
+        self.register_buffer("count", torch.tensor(0))
+        self.freeze(clip_of(clip))
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        clip = self.frozen[0]
+        assert isinstance(clip, Clip)
+        dropped = torch.rand(len(batch.tokens), 1, device=batch.tokens.device) < self.spec.caption_dropout
+        with torch.no_grad():
+            embedding = clip.embed_image(images.to_unit(batch.image))
+            nearness = (embedding * clip.read(batch.tokens).embedding).sum(1)
+            caption = clip.read(torch.where(dropped, null_like(batch.tokens), batch.tokens))
+        if self.count < self.spec.measured_images:
+            self.look(embedding, nearness)
+            nothing = torch.stack([weight.sum() for weight in self.model.parameters()]).sum() * 0.0
+            return Losses(nothing, {})
+        codes, product = self.model.codes(embedding), self.model.product_codes(nearness)
+        logits = self.model(self.model.read(caption), product, codes[:, :-1])
+        nats = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+        return Losses(nats, {"nats": nats.detach()})
+
+    @torch.no_grad()
+    def look(self, embedding: Float[Tensor, " b d"], nearness: Float[Tensor, " b"]) -> None:
+        """Remember these; with the last of them, find the axes."""
+        if not self.training:
+            return
+        start = int(self.count)
+        stop = min(start + len(embedding), self.spec.measured_images)
+        self.looked[start:stop] = embedding[: stop - start]
+        self.nearness[start:stop] = nearness[: stop - start]
+        self.count.fill_(stop)
+        if stop == self.spec.measured_images:
+            self.model.measure(embeddings.fit_pca(self.looked, self.spec.net.axes), self.nearness)
+
+
+class AutoregressivePriorHop:
+    """Caption -> image embedding: two are drawn, the one nearer to the caption is kept."""
+
+    def __init__(self, trained: Trained, clip: Trained, *, device: torch.device | str) -> None:
+        assert isinstance(trained.spec, AutoregressivePriorSpec)
+        self.spec, self.device = trained.spec, torch.device(device)
+        self.model = CodePrior(trained.spec.net)
+        self.model.load_state_dict(trained.weights)
+        if not self.model.products.any():
+            raise ValueError(
+                f"this prior has not seen its first {trained.spec.measured_images} images, "
+                "so it has no axes; train it longer"
+            )
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.clip = clip_of(clip).to(self.device)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        if how.guidance_interval or how.guidance_rescale:
+            raise ValueError(
+                "an autoregressive prior has no noise levels; "
+                "leave out guidance_interval and guidance_rescale"
+            )
+        noise = SeededNoise(twins(state.seeds))
+        x = noise(torch.empty(2 * len(state.seeds), 1 + self.spec.net.axes)).to(self.device)
+        null = null_like(state.tokens) if state.negative is None else state.negative
+        return Draw(one_answer(x), rows_of(how, self.told(state.tokens), self.told(null), len(x)))
+
+    def told(self, tokens: Int[Tensor, " b l"]) -> Conditioning:
+        """Each caption twice, as the network hears it."""
+        text = self.model.read(self.clip.read(tokens.to(self.device)))
+        return Conditioning(text=text.repeat_interleave(2, 0))
+
+    def denoiser(self, rows: Rows) -> Denoiser:
+        """Draws all codes of each row, by the guided logits: null + scale * (caption - null)."""
+        guided = (rows.scale != 1).nonzero()[:, 0]
+        both = cat([rows.cond, rows.null.pick(guided)]).text
+        assert both is not None
+
+        def written(x: Float[Tensor, " b k_plus_1"], sigma: Float[Tensor, " b"]) -> Denoised:
+            picked, scale = guided.to(x.device), rows.scale[guided].to(x)[:, None]
+            product = self.near(x[:, 0])
+            codes = product.new_empty(len(x), 0)
+            for eps in x[:, 1:].unbind(1):
+                heard = (torch.cat([part, part[picked]]) for part in (product, codes))
+                logits = self.model(both, *heard)[:, -1].float()
+                with_caption, without = logits[: len(x)], logits[len(x) :]
+                pushed = torch.lerp(without, with_caption[picked], scale)
+                code = chosen_code(with_caption.index_copy(0, picked, pushed), eps)
+                codes = torch.cat([codes, code[:, None]], 1)
+            return Denoised(self.model.embedding(codes))
+
+        return written
+
+    def near(self, eps: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """How near the image shall be to the caption: a draw from the nearer half of the data."""
+        seen = self.model.products
+        nearer = (seen.cumsum(0) - (seen.sum() + 1) // 2).clamp(min=0).diff(prepend=seen.new_zeros(1))
+        return chosen_code(nearer.double().log().expand(len(eps), -1), eps)
+
+    def finish(self, state: CascadeState, x0: Float[Tensor, " two_b d"]) -> CascadeState:
+        return nearer_of_two(self.clip, state, x0)
+
+
+def one_answer(x: Float[Tensor, " b k"]) -> Sampling:
+    """A sampling of one query, whose answer is the result."""
+    return (yield Query(x, 1.0)).x0

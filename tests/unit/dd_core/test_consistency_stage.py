@@ -1,0 +1,420 @@
+"""The consistency stage: its paths, what it follows, what it is after training, and Algorithm 4's edits."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dd_core import checkpoint, consistency, edits, images
+from dd_core.cascade import CascadeState, run
+from dd_core.consistency import ended, teacher_step
+from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, Parameterization
+from dd_core.guidance import clip_x0, rows_of
+from dd_core.nets.clip import ClipNetSpec
+from dd_core.nets.dit import DiTSpec
+from dd_core.noise import karras_sigmas, spread
+from dd_core.samplers import SamplingSpec, heun, sample
+from dd_core.stage import Budget, Losses, OptimizerSpec, PairBatch, Trained
+from dd_core.stages import build_stage, load_hop
+from dd_core.stages.base import BaseHop, BaseSpec
+from dd_core.stages.clip import ClipSpec
+from dd_core.stages.consistency import (
+    ConsistencyHop,
+    ConsistencySpec,
+    ConsistencyStage,
+    FixedLevels,
+    GrowingLevels,
+    Heard,
+    TeacherSpec,
+    bound,
+)
+from dd_core.text import null_tokens, tokens
+from dd_core.training import TrainState, train
+
+STD = 0.5
+CLIP = ClipSpec(
+    net=ClipNetSpec(
+        embedding_width=8,
+        image_size=16,
+        patch_size=8,
+        image_width=16,
+        image_layers=1,
+        context_length=12,
+        text_width=16,
+        text_layers=1,
+        head_width=8,
+    )
+)
+BASE = BaseSpec(
+    net=DiTSpec(
+        image_size=16,
+        stem=2,
+        conv_width=8,
+        conv_blocks=1,
+        width=16,
+        layers=1,
+        head_width=8,
+        text_width=16,
+        embedding_width=8,
+    ),
+    image_size=16,
+    sigma_min=0.1,
+)
+SPEC = ConsistencySpec(base=BASE, teacher=TeacherSpec(guidance_scale=2.0), levels=FixedLevels(num_levels=8))
+ALONE = SPEC.but(teacher=None, levels=GrowingLevels(steps=10, s1=20))
+OPTIMIZER = OptimizerSpec(learning_rate=3e-3, precision="fp32", warmup_steps=5, ema_images=300)
+JUMPS = SamplingSpec(sampler="consistency", num_steps=2, guidance_scale=1.0)
+
+
+def told(*captions: str) -> Tensor:
+    return torch.tensor(tokens(captions, 12))
+
+
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
+    """No weight left at zero, so that everything that is told may matter."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def parents() -> dict[str, Trained]:
+    torch.manual_seed(0)
+    clip = Trained(CLIP, random_weights(build_stage(CLIP, {}).model))
+    return {"clip": clip, "base": Trained(BASE, random_weights(build_stage(BASE, {"clip": clip}).model))}
+
+
+def made(spec: ConsistencySpec, parents: dict[str, Trained]) -> ConsistencyStage:
+    torch.manual_seed(1)
+    stage = build_stage(spec, parents)
+    assert isinstance(stage, ConsistencyStage)
+    return stage
+
+
+def hop(parents: dict[str, Trained]) -> ConsistencyHop:
+    found = load_hop(Trained(SPEC, parents["base"].weights), parents, device="cpu")
+    assert isinstance(found, ConsistencyHop)
+    return found
+
+
+def squares(count: int = 8) -> Iterator[PairBatch]:
+    """A red or a blue square somewhere on grey, and its caption."""
+    generator = torch.Generator().manual_seed(0)
+    captions = told("a red square", "a blue square")
+    while True:
+        blue = torch.randint(0, 2, (count,), generator=generator)
+        image = torch.full((count, 3, 16, 16), 60, dtype=torch.uint8)
+        for place, (y, x) in enumerate(torch.randint(0, 9, (count, 2), generator=generator).tolist()):
+            image[place, 2 * int(blue[place]), y : y + 8, x : x + 8] = 240
+        yield PairBatch(image, captions[blue])
+
+
+def posterior(x: Tensor, sigma: Tensor) -> Denoised:
+    """The exact denoiser of N(0, STD**2)."""
+    return Denoised(x * STD**2 / (STD**2 + spread(sigma, x) ** 2))
+
+
+class Gains(nn.Module):
+    """A network that can do nothing but multiply what has unit variance, by another number at every level."""
+
+    def __init__(self, grid: Tensor) -> None:
+        super().__init__()
+        self.grid, self.gain = grid, nn.Parameter(torch.ones_like(grid))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Denoised:
+        place = (self.grid - sigma[:, None]).abs().argmin(1)
+        return Denoised(spread(self.gain[place] / (STD**2 + sigma**2).sqrt(), x) * x)
+
+
+def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_function() -> None:
+    """Which is x STD / sqrt(STD**2 + sigma**2): where the path through x ends at level 0."""
+    torch.manual_seed(0)
+    count, low, high = 24, 0.05, 10.0
+    grid = karras_sigmas(count - 1, sigma_min=low, sigma_max=high)[:-1]
+    student, target = Gains(grid), Gains(grid)
+    optimizer = torch.optim.SGD(student.parameters(), lr=8.0)
+    for _ in range(250):
+        x0 = STD * torch.randn(256, 4, dtype=torch.float64)
+        pair = consistency.draw_pair(x0, count, sigma_min=low, sigma_max=high, to_zero=True)
+        loss = consistency.distillation(student, ended(target), posterior, x0, pair, consistency.l2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            target.gain.lerp_(student.gain, 0.5)
+    torch.testing.assert_close(student.gain.detach(), torch.full_like(grid, STD), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "edm"])
+def test_at_level_zero_the_answer_is_what_was_shown(predicts: Parameterization) -> None:
+    class Waves(nn.Module):
+        def forward(self, x: Tensor, told: Tensor, cond: Conditioning) -> Tensor:
+            return torch.sin(3 * x) + told[:, None] / 10
+
+    denoise = NetworkDenoiser(Waves(), predicts)
+    x = torch.randn(3, 5)
+
+    def answer(x: Tensor, sigma: Tensor) -> Denoised:
+        return denoise(x, sigma, Conditioning())
+
+    assert torch.equal(ended(answer)(x, torch.zeros(3)).x0, x)
+    some = torch.tensor([0.0, 0.3, 2.0])
+    assert torch.equal(ended(answer)(x, some).x0[1:], answer(x[1:], some[1:]).x0)
+    near = (answer(x, torch.full((3,), 1e-5)).x0 - x).abs().max()
+    assert (near < 1e-3) == (predicts != "x0")  # the other parameterisations tend to it by themselves
+
+
+def test_the_teachers_steps_are_those_of_the_heun_sampler_down_to_zero() -> None:
+    grid = karras_sigmas(6, sigma_min=0.1, sigma_max=10.0)
+    x = walked = 10 * torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for high, low in itertools.pairwise(grid):
+        walked = sample(teacher_step(walked, high.expand(2, 1), low.expand(2, 1)), posterior)
+    torch.testing.assert_close(walked, sample(heun(x, grid), posterior))
+
+
+def test_levels_to_zero_are_as_many_and_their_last_is_zero() -> None:
+    x = torch.zeros(500, 1, dtype=torch.float64)
+    pair = consistency.draw_pair(x, 5, sigma_min=0.1, sigma_max=10.0, to_zero=True)
+    grid = karras_sigmas(4, sigma_min=0.1, sigma_max=10.0).tolist()
+    assert set(zip(pair.high.tolist(), pair.low.tolist(), strict=True)) == set(itertools.pairwise(grid))
+
+
+def test_the_teacher_is_followed_as_it_would_be_sampled(parents: dict[str, Trained]) -> None:
+    """Guided at the spec's scale, then clipped: the denoiser of its own hop."""
+    stage, teacher = made(SPEC, parents), load_hop(parents["base"], parents, device="cpu")
+    assert isinstance(teacher, BaseHop)
+    captions, embedding = told("a red circle", "a star"), torch.randn(2, 8)
+    empty = torch.tensor([null_tokens(12)] * 2)
+    heard = Heard(teacher.clip.read(captions), teacher.clip.read(empty), embedding)
+    how = SamplingSpec(guidance_scale=2.0)
+    rows = rows_of(how, teacher.told(captions, embedding), teacher.told(empty, None), 2)
+    x, sigma = 3 * torch.randn(2, 3, 16, 16), torch.tensor([3.0, 0.4])
+    assert SPEC.teacher is not None
+    with torch.no_grad():
+        followed, sampled = stage.walker(SPEC.teacher, heard)(x, sigma), teacher.denoiser(rows)(x, sigma)
+    assert torch.equal(followed.x0, sampled.x0)
+
+
+@pytest.mark.parametrize("spec", [SPEC, ALONE], ids=["distilled", "alone"])
+def test_the_model_alone_is_trained_and_the_target_follows_it(
+    spec: ConsistencySpec, parents: dict[str, Trained]
+) -> None:
+    stage = made(spec, parents)
+    before = {name: value.clone() for name, value in stage.target.state_dict().items()}
+    assert all(torch.equal(before[name], value) for name, value in stage.model.state_dict().items())
+    same = all(torch.equal(before[name], value) for name, value in parents["base"].weights.items())
+    assert same == (spec.teacher is not None)
+    state = TrainState(stage, OPTIMIZER)
+    budget = Budget(steps=1, checkpoint_every=9)
+    list(train(state, squares(), optimizer=OPTIMIZER, budget=budget))
+    mu = spec.levels.at(torch.tensor(0)).mu
+    for name, value in stage.model.state_dict().items():
+        expected = mu * before[name] + (1 - mu) * value
+        torch.testing.assert_close(stage.target.state_dict()[name], expected, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(before[name], value) for name, value in stage.model.state_dict().items())
+    assert stage.steps == 1
+    frozen = [p for parent in stage.frozen for p in parent.parameters()]
+    assert all(p.grad is None for p in (*frozen, *stage.target.parameters()))
+    assert set(state.average) == set(parents["base"].weights)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "v", "edm"])
+def test_a_teacher_may_predict_what_it_likes(predicts: Parameterization, parents: dict[str, Trained]) -> None:
+    """The last step of its path is its own estimate: there a student that starts as it has no gap."""
+    base = BASE.but(predicts=predicts, sigma_max=10.0, caption_dropout=0.0, embedding_dropout=0.0)
+    teacher = Trained(base, random_weights(build_stage(base, parents).model))
+    spec = SPEC.but(base=base, teacher=TeacherSpec(guidance_scale=1.0))
+    stage = made(spec, parents | {"base": teacher})
+    batch = next(squares())
+    x0 = images.to_unit(batch.image)
+    heard = stage.heard(batch, x0)
+    assert spec.teacher is not None
+    walker = stage.walker(spec.teacher, heard)
+
+    def student(x: Tensor, sigma: Tensor) -> Denoised:
+        return clip_x0(bound(stage.model, heard.by(stage.model)))(x, sigma)
+
+    pair = consistency.draw_pair(x0, 2, sigma_min=0.1, sigma_max=10.0, to_zero=True)
+    gap = consistency.distillation(student, ended(student), walker, x0, pair, consistency.l2)
+    assert gap.max() < 1e-10
+    loss = stage(batch).total
+    loss.backward()
+    assert loss.isfinite()
+    grads = [weight.grad for weight in stage.model.parameters() if weight.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(grad.any() for grad in grads)
+
+
+def test_every_weight_of_the_model_can_learn(parents: dict[str, Trained]) -> None:
+    base = BASE.but(net=BASE.net.but(caption_width=8))
+    stage = build_stage(ALONE.but(base=base), {"clip": parents["clip"]})
+    assert isinstance(stage, ConsistencyStage)
+    random_weights(stage.model)
+    stage(next(squares())).total.backward()
+    still = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+def test_levels_grow_with_the_steps_and_survive_a_restart(
+    parents: dict[str, Trained], tmp_path: Path
+) -> None:
+    def steps(state: TrainState, last: int) -> list[dict[str, float]]:
+        supply = itertools.islice(squares(), state.step, None)
+        reports = train(state, supply, optimizer=OPTIMIZER, budget=Budget(steps=6, checkpoint_every=9))
+        return [report.read() for report in itertools.islice(reports, last - state.step)]
+
+    whole = TrainState(made(ALONE, parents), OPTIMIZER)
+    curve = steps(whole, 6)
+    expected = [consistency.pace(k, 10, s0=2, s1=20, mu0=0.9).num_levels for k in range(6)]
+    assert [int(one["levels"]) for one in curve] == expected
+    assert expected[-1] > expected[0]
+    first = TrainState(made(ALONE, parents), OPTIMIZER)
+    head = steps(first, 3)
+    facts = {"step": first.step, "images": first.images}
+    checkpoint.write(tmp_path / "c", first.tensors(), facts)
+    torch.manual_seed(99)  # a new process knows nothing
+    second = TrainState(build_stage(ALONE, parents), OPTIMIZER)
+    tensors = second.tensors()
+    second.restored(tensors, **checkpoint.read(tmp_path / "c", tensors))
+    assert head + steps(second, 6) == curve
+    ours, theirs = second.tensors(), whole.tensors()
+    assert any(name.startswith("model.target.") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_distilled_base_paints_in_one_jump_what_its_teacher_paints_in_many_steps() -> None:
+    """From the same noise, nearer to it than the teacher's own first estimate."""
+    torch.manual_seed(0)
+    clip = Trained(CLIP, random_weights(build_stage(CLIP, {}).model))
+    base = BASE.but(log_sigma_mean=0.5, weight_range=(0.5, 4.0))
+    state = TrainState(build_stage(base, {"clip": clip}), OPTIMIZER)
+    budget = Budget(steps=120, checkpoint_every=999)
+    list(train(state, squares(24), optimizer=OPTIMIZER, budget=budget))
+    parents = {"clip": clip, "base": Trained(base, state.average)}
+    spec = SPEC.but(base=base, levels=FixedLevels(num_levels=8, mu=0.9))
+    state = TrainState(made(spec, parents), OPTIMIZER)
+    reports = train(state, squares(16), optimizer=OPTIMIZER, budget=budget.but(steps=80))
+    gaps = [report.read()["gap"] for report in reports]
+    assert sum(gaps[-20:]) < 0.8 * sum(gaps[:20])
+    teacher = load_hop(parents["base"], parents, device="cpu")
+    student = load_hop(Trained(spec, state.average), parents, device="cpu")
+    asked = CascadeState(seeds=list(range(16)), tokens=told("a red square", "a blue square").repeat(8, 1))
+    slow = run(teacher, asked, SamplingSpec(sampler="heun", num_steps=7, guidance_scale=2.0)).image
+    hasty = run(teacher, asked, SamplingSpec(sampler="ddim", num_steps=1, guidance_scale=2.0)).image
+    jumped = run(student, asked, JUMPS.but(num_steps=1)).image
+    assert slow is not None
+    assert hasty is not None
+    assert jumped is not None
+    assert (jumped - slow).square().mean() < 0.6 * (hasty - slow).square().mean()
+
+
+@pytest.mark.parametrize(("jumps", "levels"), [(1, [80.0]), (2, None), (4, None)])
+def test_n_jumps_ask_the_network_n_times_beginning_at_the_noise(
+    parents: dict[str, Trained], jumps: int, levels: list[float] | None
+) -> None:
+    model, asked = hop(parents), CascadeState(seeds=[1], tokens=told("a star"))
+    draw = model.start(asked, JUMPS.but(num_steps=jumps))
+    seen = []
+
+    def looking(x: Tensor, sigma: Tensor) -> Denoised:
+        seen.append(sigma.item())
+        return model.denoiser(draw.rows)(x, sigma)
+
+    sample(draw.sampling, looking)
+    grid = karras_sigmas(jumps + 1, sigma_min=0.1, sigma_max=80.0)[:jumps]
+    assert seen == pytest.approx(levels or grid.tolist())
+
+
+def test_a_seed_gives_the_same_picture_alone_and_in_company(parents: dict[str, Trained]) -> None:
+    model = hop(parents)
+    captions = told("a red circle", "a blue star", "a cross")
+    together = run(model, CascadeState(seeds=[5, 6, 7], tokens=captions), JUMPS).image
+    alone = run(model, CascadeState(seeds=[6], tokens=captions[1:2]), JUMPS).image
+    assert together is not None
+    assert alone is not None
+    torch.testing.assert_close(together[1:2], alone, atol=1e-2, rtol=0)
+
+
+def unquantised(parents: dict[str, Trained], state: CascadeState, jumps: int) -> Tensor:
+    """What the hop draws, before it is rounded to 256 levels and cut at the ends of the range."""
+    model = hop(parents)
+    draw = model.start(state, JUMPS.but(num_steps=jumps))
+    return sample(draw.sampling, model.denoiser(draw.rows))
+
+
+@pytest.mark.parametrize("jumps", [1, 3])
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_edit_keeps_what_is_known_for_any_batch(
+    parents: dict[str, Trained], count: int, jumps: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (count, 3, 16, 16), generator=generator) / 127.5 - 1
+    hole = torch.zeros(count, 1, 16, 16, dtype=torch.bool)
+    hole[..., 8:] = True
+    luma = torch.tensor(edits.LUMA).view(1, 3, 1, 1)
+    gray, coarse = (luma * image).sum(1, keepdim=True), nn.functional.avg_pool2d(image, 4)
+    asked = CascadeState(seeds=list(range(count)), tokens=told(*["a star"] * count))
+    plain = unquantised(parents, asked, jumps)
+    painted = run(hop(parents), asked._replace(known=image, hole=hole), JUMPS.but(num_steps=jumps)).image
+    assert painted is not None
+    assert torch.equal(painted[..., :8], image[..., :8])
+    assert not torch.equal(painted[..., 8:], image[..., 8:])
+    coloured = unquantised(parents, asked._replace(gray=gray), jumps)
+    torch.testing.assert_close((luma * coloured).sum(1, keepdim=True), gray, atol=1e-5, rtol=0)
+    enlarged = unquantised(parents, asked._replace(coarse=coarse), jumps)
+    torch.testing.assert_close(nn.functional.avg_pool2d(enlarged, 4), coarse, atol=1e-5, rtol=0)
+    for edited in (coloured, enlarged):
+        assert not torch.allclose(edited, plain, atol=0.1)
+
+
+def test_a_large_known_image_is_kept_at_the_side_of_the_hop(parents: dict[str, Trained]) -> None:
+    gray = torch.rand(2, 1, 64, 64)
+    asked = CascadeState(seeds=[1, 2], tokens=told("a star", "a box"), gray=gray)
+    luma = torch.tensor(edits.LUMA).view(1, 3, 1, 1)
+    kept = (luma * unquantised(parents, asked, 2)).sum(1, keepdim=True)
+    torch.testing.assert_close(kept, nn.functional.avg_pool2d(gray, 4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "how", "message"),
+    [
+        ({}, JUMPS.but(sampler="heun"), "set its sampler to consistency, not heun"),
+        (
+            {"gray": torch.zeros(1, 1, 16, 16), "coarse": torch.zeros(1, 3, 4, 4)},
+            JUMPS,
+            "one edit at a time: gray and coarse",
+        ),
+        ({"coarse": torch.zeros(1, 3, 5, 5)}, JUMPS, "5 x 5 does not enlarge to 16 x 16"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_network_is_asked(
+    parents: dict[str, Trained], change: dict[str, Tensor], how: SamplingSpec, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        hop(parents).start(CascadeState(seeds=[1], tokens=told("a star"), **change), how)  # type: ignore[arg-type]
+
+
+def test_a_teacher_must_be_the_base_that_the_spec_describes(parents: dict[str, Trained]) -> None:
+    with pytest.raises(ValueError, match="needs the parent 'base'"):
+        build_stage(SPEC, {"clip": parents["clip"]})
+    with pytest.raises(ValueError, match="'base' is a ClipSpec, it must be a base"):
+        build_stage(SPEC, parents | {"base": parents["clip"]})
+    with pytest.raises(ValueError, match=r"base\.sigma_max is not that of the parent base"):
+        build_stage(SPEC.but(base=BASE.but(sigma_max=40.0)), parents)
+    build_stage(ALONE, {"clip": parents["clip"]})
+
+
+def test_a_spec_of_either_kind_survives_json() -> None:
+    for spec in (SPEC, ALONE):
+        assert ConsistencySpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_losses_name_the_gap(parents: dict[str, Trained]) -> None:
+    found: Losses = made(SPEC, parents)(next(squares()))
+    assert set(found.parts) == {"gap", "levels"}
+    assert found.parts["levels"] == 8

@@ -1,0 +1,74 @@
+"""Re-ranking: of n pictures those that the cascade's CLIP finds nearest to the prompt, and no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import Tensor
+
+from dd_core import bundle, images
+from dd_core.stages.clip import clip_of
+from dd_core.text import tokens
+from jobs.cli import main
+from jobs.sample import Order, paint
+from tests.unit.serve.tiny import tiny_cascade
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_cascade(directory)
+    return directory / "cascade"
+
+
+def by_hand(cascade: Path, files: list[Path]) -> list[float]:
+    """Cosine of each file and the prompt, by the bundle of the cascade's CLIP."""
+    clip = clip_of(bundle.load(cascade / "clip").trained)
+    wanted = clip.read(torch.tensor(tokens([PROMPT], 12))).embedding[0]
+    pixels = [torch.tensor(images.decoded(file.read_bytes())) for file in files]
+    found: list[Tensor] = [clip.embed_image(images.to_unit(one[None]))[0] for one in pixels]
+    return [float(one @ wanted) for one in found]
+
+
+def test_the_best_are_kept_in_their_order_and_are_what_their_seeds_paint(
+    cascade: Path, tmp_path: Path
+) -> None:
+    all_of_them = paint(Order(PROMPT, seed=3, images=5), cascade, tmp_path / "all")
+    scores = by_hand(cascade, [one.path for one in all_of_them])
+    kept = paint(Order(PROMPT, seed=3, images=5, keep=2), cascade, tmp_path / "kept")
+    best = sorted(range(5), key=lambda place: -scores[place])[:2]
+    assert [one.path.name for one in kept] == [all_of_them[place].path.name for place in best]
+    assert [one.score for one in kept] == pytest.approx([scores[place] for place in best], abs=1e-5)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
+        one.path.name for one in kept
+    )
+    for one, place in zip(kept, best, strict=True):
+        assert (
+            images.decoded(one.path.read_bytes()).tobytes()
+            == images.decoded(all_of_them[place].path.read_bytes()).tobytes()
+        )
+        with Image.open(one.path) as picture:
+            assert float(picture.info["clip"]) == pytest.approx(scores[place], abs=1e-4)
+    assert all(one.score is None for one in all_of_them)
+
+
+def test_the_command_says_the_scores(cascade: Path, tmp_path: Path) -> None:
+    words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path), "-n", "3", "--keep", "1"]
+    done = CliRunner().invoke(main, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert len(facts["images"]) == len(facts["scores"]) == 1
+    assert [str(path) for path in tmp_path.iterdir()] == facts["images"]
+
+
+def test_more_cannot_be_kept_than_painted(cascade: Path, tmp_path: Path) -> None:
+    words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path / "none"), "--keep", "3"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert "paint more, -n 3 at least" in done.stderr
+    assert not (tmp_path / "none").exists()
