@@ -18,8 +18,10 @@ from typing import Literal, NamedTuple
 from pydantic import model_validator
 
 from dd_core import bundle, sealed
-from dd_core.cascade import CascadeSpec
+from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
+from dd_core.stages.chain_hop import refuse
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.evaluation import EvaluationSpec
@@ -58,8 +60,10 @@ class RunSpec(Spec):
                     f"but pairs.sizes is {self.pairs.sizes}; add it there"
                 )
         for hop in self.cascade.hops:
-            if hop.stage not in names:
-                raise ValueError(f"cascade: no stage is named {hop.stage!r}; there are {', '.join(names)}")
+            for name in (hop.stage, *hop.guides.values()):
+                if name not in names:
+                    raise ValueError(f"cascade: no stage is named {name!r}; there are {', '.join(names)}")
+            self.check_hop(hop)
         if self.cascade.context_length != self.pairs.context_length:
             raise ValueError(
                 f"cascade.context_length is {self.cascade.context_length}, "
@@ -67,6 +71,30 @@ class RunSpec(Spec):
             )
         in_order(self.stages)
         return self
+
+    def check_hop(self, hop: HopSpec) -> None:
+        """What a hop asks, its stage and its guides can do; said before anything is trained.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        kinds = {"classifier": "noised_classifier"}
+        for role, name in hop.guides.items():
+            kind, wanted = self.stage(name).stage.kind, kinds.get(role, role)
+            if kind != wanted:
+                raise ValueError(f"hop {hop.stage}: guide {role!r} is a {kind}, a {wanted} is needed")
+        spec = self.stage(hop.stage).stage
+        if not isinstance(spec, ChainSpec):
+            return
+        try:
+            refuse(spec, hop.how, hop.guides)
+        except ValueError as error:
+            raise ValueError(f"hop {hop.stage}: {error}") from None
+        if spec.context_length not in (0, self.pairs.context_length):
+            raise ValueError(
+                f"stage {hop.stage!r} reads {spec.context_length} tokens, pairs.context_length is "
+                f"{self.pairs.context_length}; make them equal"
+            )
 
     def stage(self, name: str) -> TrainSpec:
         """The stage of this name.

@@ -137,7 +137,7 @@ def gathered(values: Shaped[Tensor, " b"]) -> Shaped[Tensor, " n"]:
 
 
 def widened(start: Trained, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """First weights from another model; input channels that it did not have are zero, so it answers as before.
+    """First weights from another model; input channels that it lacked are zero: it answers as before.
 
     Raises:
         ValueError: A weight is missing, or differs in more than input channels.
@@ -156,7 +156,7 @@ def wider(name: str, weight: Tensor, like: Tensor) -> Tensor:
         missing < 0 or weight.shape[0] != like.shape[0] or weight.shape[2:] != like.shape[2:]
     ):
         raise ValueError(
-            f"chain: {name} of the parent 'start' is {tuple(weight.shape)}, this network's {tuple(like.shape)}; "
+            f"chain: {name} of the parent 'start' is {tuple(weight.shape)}, here {tuple(like.shape)}; "
             "only input channels may be added"
         )
     return F.pad(weight, (0, 0, 0, 0, 0, missing)) if missing else weight

@@ -143,7 +143,7 @@ class ChainHop:
 
 
 def in_vp(sampling: Sampling, sigma: float) -> Sampling:
-    """The same sampling, its end, which is still at a level, in DDPM's frame (latent diffusion's last step)."""
+    """The same sampling, its end, which is at a level still, in DDPM's frame (latent diffusion)."""
     return to_vp((yield from sampling), sigma)
 
 
@@ -176,14 +176,14 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
     remedies = (
         (
             unlearned,
-            "this network does not learn its variance (loss simple); set variance: fixed_small, or fixed_large "
-            "for 250 steps and more",
+            "this network does not learn its variance (loss simple); set variance: fixed_small, or "
+            "fixed_large for 250 steps and more",
         ),
         (how.sampler == "consistency", "a chain is no consistency model; use ddim or dpmpp_2m, or distil it"),
         (
             alone,
-            f"guidance_scale {how.guidance_scale:g}, but the model has not learned to paint both told and not "
-            "told; set guidance_scale: 1, or train with told_dropout",
+            f"guidance_scale {how.guidance_scale:g}, but the model has not learned to paint both told and "
+            "not told; set guidance_scale: 1, or train with told_dropout",
         ),
         (
             bool(lacking),
@@ -210,26 +210,25 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
         ValueError: With what to do about it.
     """
     refuse_edit(how, state, has_channels=spec.inpaints)
-    label, small, gradient = state.label, state.image, how.gradient
-    side = spec.image_size // spec.factor
-    length = spec.context_length
-    classes = bool(spec.labels) or bool(gradient and gradient.classes)
-    needs_label = (spec.labels and spec.labels == spec.classes) or (gradient and gradient.classes)
+    label, small, gradient, length = state.label, state.image, how.gradient, spec.context_length
+    side, by_class = spec.image_size // spec.factor, bool(gradient and gradient.classes)
+    unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
     remedies = (
         (
             bool(length) and state.tokens.shape[1] != length,
             f"captions of {state.tokens.shape[1]} tokens, but the model reads {length}; prepare with that",
         ),
-        (bool(needs_label) and label is None, "paints by class, and the request names none; give a label"),
         (
-            classes and label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
-            if spec.labels
-            else False,
-            f"label {label.tolist() if label is not None else ''} is no class; there are 0 to {spec.classes - 1}",
+            label is None and (by_class or 0 < spec.labels == spec.classes),
+            "it paints by class, and the request names none; give a label",
+        ),
+        (
+            bool(spec.labels) and unknown,
+            f"label {label if label is None else label.tolist()}: classes are 0 to {spec.classes - 1}",
         ),
         (
             spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)),
-            f"enlarges a picture of {side} px and got {None if small is None else tuple(small.shape[1:])}; "
+            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
             "put the hop that paints it before this one",
         ),
         (
