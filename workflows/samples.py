@@ -76,7 +76,7 @@ def painted(
     what: SamplesSpec,
     truth: Float[Tensor, " b 3 h w"],
 ) -> Float[Tensor, " n 3 h w"] | None:
-    """What a chain paints: one picture for each prompt, and, where it enlarges, of the data; classes in turn."""
+    """What a chain paints: one for each prompt, classes in turn; enlarged ones beside the true ones."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = len(truth) if spec.factor > 1 else len(what.prompts)
     if not count:

@@ -116,8 +116,8 @@ class ChainHop:
 
     def edit(self, state: CascadeState) -> Edit | None:
         """What is to be edited, at the size of this hop."""
-        if state.known is None:
-            return None
+        if state.known is None or (self.spec.factor > 1 and state.hole is None):
+            return None  # an enlarging model varies nothing: it is told what to enlarge
         size = (self.spec.image_size, self.spec.image_size)
         known = F.interpolate(state.known.to(self.device), size, mode="area")
         if state.hole is None:

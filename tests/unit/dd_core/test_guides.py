@@ -106,15 +106,15 @@ def test_a_led_image_begins_with_the_noise_of_an_unled_one() -> None:
 
 
 def mixture(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Two classes of one-pixel images, N(-1, .09) and N(2, .25), one as likely as the other: log p(y, x) up to
-    the same constant, and E[x0 | x, y]."""
+    """Two classes of one-pixel images, N(-1, .09) and N(2, .25), one as likely as the other: log p(y, x) up
+    to the same constant, and E[x0 | x, y]."""
     mean, variance = torch.tensor([-1.0, 2.0]).to(x), torch.tensor([0.09, 0.25]).to(x)
     noisy = variance + sigma[:, None] ** 2
     log_p = -0.5 * (x[:, :1] - mean) ** 2 / noisy - 0.5 * noisy.log()
     return log_p, (variance * x[:, :1] + sigma[:, None] ** 2 * mean) / noisy
 
 
-def test_bayes_rule_with_an_exact_classifier_a_request_of_a_class_is_a_draw_from_that_class() -> None:
+def test_with_an_exact_classifier_a_request_of_a_class_is_a_draw_from_that_class() -> None:
     def unconditional(x: Tensor, sigma: Tensor) -> Denoised:
         log_p, means = mixture(x, sigma)
         return Denoised((log_p.softmax(1) * means).sum(1, keepdim=True))
