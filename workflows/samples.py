@@ -63,7 +63,7 @@ def drawn(
         case AutoencoderSpec():
             model = autoencoder_of(trained).to(device)
             with torch.no_grad():
-                made = model.generate(model.posterior(truth.to(device)).mean)
+                made = model.reconstruct(truth.to(device))
             return in_turn(truth, made.float().cpu())
         case _:
             return None

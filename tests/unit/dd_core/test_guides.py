@@ -1,11 +1,13 @@
 """Guides of a hop: each score moves the estimate by Bayes' rule, sums add, rows do not mix."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from dd_core import scores
-from dd_core.cascade import CascadeState, Hop, run
+from dd_core import bundle, scores
+from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, run
 from dd_core.denoiser import Denoised
 from dd_core.guidance import by_gradient, stack
 from dd_core.nets.classifier import ClassifierSpec as NetSpec
@@ -216,3 +218,29 @@ def test_guides_that_are_not_there_or_do_not_fit_are_named() -> None:
         load_hop(trained(GLIDE), other, device="cpu").start(asked(1), how_of(classes=1.0))
     with pytest.raises(ValueError, match="pulls nowhere"):
         GradientSpec()
+
+
+def test_a_cascade_on_disk_opens_a_hop_with_the_guides_that_it_names(tmp_path: Path) -> None:
+    led = how_of(classes=20.0, caption=5.0)
+    guides = {"noised_clip": "noised", "clip": "clip", "classifier": "judge"}
+    cascade = CascadeSpec(
+        name="led",
+        hops=(HopSpec(stage="base", how=led, guides=guides),),
+        context_length=12,
+        image_size=16,
+    )
+    stages = {"clip": PARENTS["clip"], "noised": PARENTS["noised_clip"], "judge": PARENTS["classifier"]}
+    stages |= {"first": trained(GLIDE), "base": trained(GLIDE)}
+    digests: dict[str, str] = {}
+    for name, one in stages.items():
+        parents = {"noised": {"clip": "clip"}, "base": {"start": "first"}}.get(name, {})
+        named = {role: digests[parent] for role, parent in parents.items()}
+        digests[name] = bundle.save(tmp_path / name, one.spec, one.weights, parents=named, facts={})
+    directories = {name: tmp_path / name for name in stages}
+    bundle.save_cascade(tmp_path / "cascade", cascade, directories, card="led")
+    opened = bundle.load_cascade(tmp_path / "cascade")
+    assert torch.equal(run(opened.hops[0], asked(1), led).image, run(HOP, asked(1), led).image)
+    with pytest.raises(ValueError, match="hop 'judge' has no bundle"):
+        bundle.save_cascade(
+            tmp_path / "other", cascade, {k: v for k, v in directories.items() if k != "judge"}, card=""
+        )
