@@ -47,8 +47,8 @@ class AutoencoderSpec(Spec):
     kl_weight: float = Field(1e-6, ge=0)
     """Of the Gaussian bottleneck.  A codebook (net.codes) has the commitment in its place, with weight 1."""
     commitment: Literal["fixed", "legacy"] = "fixed"
-    """Of a codebook: its vectors follow the encoder at full weight, the encoder them at a quarter; legacy is the
-    other way round, as in the published code."""
+    """Of a codebook: its vectors follow the encoder at full weight, it them at a quarter; legacy is the other
+    way round, as in the published code."""
     perceptual: Literal["clip", "lpips", "none"] = "clip"
     """Features of the parent CLIP, LPIPS from `lpips_weights`, or pixels alone."""
     perceptual_weight: float = Field(1.0, ge=0)
