@@ -92,10 +92,13 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Path]:
 
 def how_of(hop: HopSpec, order: Order) -> SamplingSpec:
     """How one hop is sampled: as the cascade says, with what the order changes."""
-    asked = {"num_steps": order.steps, "guidance_scale": order.guidance, "strength": order.strength}
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    how = hop.how.but(**changes) if hop.follows_request else hop.how
-    return how.but(inpainting="projection") if order.training_free else how
+    asked: dict[str, Any] = {
+        "num_steps": order.steps if hop.follows_request else None,
+        "guidance_scale": order.guidance if hop.follows_request else None,
+        "strength": order.strength,
+        "inpainting": "projection" if order.training_free else None,
+    }
+    return hop.how.but(**{name: value for name, value in asked.items() if value is not None})
 
 
 def rgb(path: Path, side: int | None) -> Float[Tensor, " 1 3 h w"]:

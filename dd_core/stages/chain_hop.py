@@ -150,16 +150,17 @@ def in_vp(sampling: Sampling, sigma: float) -> Sampling:
 def levels_of(spec: ChainSpec, how: SamplingSpec) -> Float[Tensor, " n"]:
     """The noise levels that a sampling visits; fewer for a variation, which begins in between.
 
+    A model that enlarges varies nothing: it is told what to enlarge.
+
     Raises:
-        ValueError: The spacing cannot give so many steps.
+        ValueError: The spacing cannot give so many steps, or the strength takes none.
     """
     table = schedules.sigmas(spec.schedule)
     low, high = float(table[0]), float(table[-1])
     sigmas = sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
     if how.sampler != "ddim":  # as published: only there does the last step end on the level of timestep 0
         sigmas = torch.cat([sigmas[:-1], torch.zeros_like(sigmas[:1])])
-    count = len(sigmas) - 1
-    return sigmas[count - max(1, round(how.strength * count)) :]
+    return edits.varied(sigmas, how.strength) if spec.factor == 1 else sigmas
 
 
 def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:

@@ -41,6 +41,15 @@ def cascade(how: SamplingSpec, context_length: int) -> CascadeSpec:
     return CascadeSpec(name="latent", hops=(hop,), context_length=context_length, image_size=256)
 
 
+def vq() -> RunSpec:
+    """The same on a codebook of 1,024 vectors, which the decoder keeps: the base paints what goes into it."""
+    whole, before = run(), demo.autoencoder()
+    assert isinstance(before.stage, AutoencoderSpec)
+    book = before.but(stage=before.stage.but(net=before.stage.net.but(codes=1024)))
+    cascaded = whole.cascade.but(name="latent_vq")
+    return whole.but(name="latent_vq", stages=(demo.clip(), book, base()), cascade=cascaded)
+
+
 def base() -> TrainSpec:
     """32 x 32 x 4 latents of 256 px; transformers look at the caption's states."""
     unet = ddpm.UNET.but(

@@ -48,9 +48,9 @@ def test_what_is_no_picture_is_refused(data: bytes, tmp_path: Path) -> None:
         rgb(tmp_path / "absent.png", 8)
 
 
-def test_an_order_changes_the_hop_that_follows_requests_and_the_training_free_way_all() -> None:
+def test_an_order_changes_the_hop_that_follows_requests_and_an_edit_all() -> None:
     base = HopSpec(stage="base", how=SamplingSpec(num_steps=20), follows_request=True)
     upsampler = HopSpec(stage="upsampler", how=SamplingSpec(num_steps=4))
     order = Order("x", steps=10, strength=0.5, training_free=True)
     assert how_of(base, order) == SamplingSpec(num_steps=10, strength=0.5, inpainting="projection")
-    assert how_of(upsampler, order) == SamplingSpec(num_steps=4, inpainting="projection")
+    assert how_of(upsampler, order) == SamplingSpec(num_steps=4, strength=0.5, inpainting="projection")
