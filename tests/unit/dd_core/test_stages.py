@@ -179,8 +179,9 @@ def test_a_layout_without_its_loss_is_refused() -> None:
 def test_a_variation_by_the_base_stays_the_nearer_the_fewer_steps_it_takes() -> None:
     known = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
     how = FAST.but(num_steps=20, guidance_scale=1.0, eta=0.0)
+    spec = BASE.but(predicts="eps")  # the estimate of an untrained one is near x where there is little noise
     far = [
-        (drawn(BASE, asked([1], "a star", known=known), how.but(strength=s)) - known).square().mean().item()
+        (drawn(spec, asked([1], "a star", known=known), how.but(strength=s)) - known).square().mean().item()
         for s in (0.05, 0.6, 1.0)
     ]
     assert far[0] < 0.25 * far[1]
