@@ -58,8 +58,10 @@ def base() -> TrainSpec:
     )
 
 
-def bound() -> TrainSpec:
-    """The same by L_vlb, for likelihoods."""
-    trained = base()
+def bound() -> RunSpec:
+    """The same network by L_vlb, for likelihoods."""
+    whole, trained = run(), base()
     assert isinstance(trained.stage, ChainSpec)
-    return trained.but(name="bound", stage=trained.stage.but(loss="vlb"))
+    by_bound = trained.but(stage=trained.stage.but(loss="vlb"))
+    cascaded = whole.cascade.but(name="improved_ddpm_bound")
+    return whole.but(name="improved_ddpm_bound", stages=(by_bound,), cascade=cascaded)
