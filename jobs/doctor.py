@@ -19,8 +19,8 @@ from jobs.deploy import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of
 from jobs.nodes import Node, amount, free_disk, node_text, nodes_of
 from jobs.plan import Plan, on, plan_of, refusals
-from workflows.pipeline import RunSpec
 from workflows.registry import Registry, RegistryError, shown
+from workflows.run_spec import RunSpec
 
 State = Literal["ok", "warn", "fail"]
 DRIVER = Path("/proc/driver/nvidia/version")

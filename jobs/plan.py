@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jobs.nodes import Node, amount, free_disk, has_labels, node_text, places
 from workflows.estimate import Need, needs
-from workflows.pipeline import RunSpec, in_order
+from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import ShapesSpec, pair
 from workflows.train_spec import TrainSpec
 

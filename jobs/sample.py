@@ -5,15 +5,17 @@ import json
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
-from dd_core.cascade import CascadeState, run
+from dd_core.cascade import CascadeState, HopSpec, run
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
@@ -33,6 +35,18 @@ class Order(NamedTuple):
     keep: int | None = None
     """How many of the images are kept: those that the cascade's CLIP finds nearest to the prompt.  None: all,
     and CLIP is not asked."""
+    label: int | None = None
+    """Class, for a cascade that paints by class or is led by a classifier."""
+    image: Path | None = None
+    """An RGB picture of the cascade's size, to vary or to fill."""
+    mask: Path | None = None
+    """A greyscale picture of the same size: white is made anew.  None: all of it is varied."""
+    strength: float | None = None
+    """Share of the steps of a variation."""
+    training_free: bool = False
+    """Fill the hole with models that were not trained to."""
+    reference: Path | None = None
+    """An RGB picture whose content, style or structure is to be taken on."""
 
 
 class Painted(NamedTuple):
@@ -66,8 +80,8 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         if they were ranked.
 
     Raises:
-        ValueError: The prompt is empty, more are to be kept than painted, or the cascade has no CLIP to
-            rank by.
+        ValueError: The prompt is empty, a picture cannot be used, more are to be kept than painted, or the
+            cascade has no CLIP to rank by.
         sealed.SealError: The cascade is damaged or unfinished.
     """
     if not order.prompt.strip():
@@ -79,13 +93,12 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     opened = bundle.load_cascade(cascade, device=device())
     caption = torch.tensor(tokens([order.prompt], opened.spec.context_length))
     rank = None if order.keep is None else ranking(cascade, opened, caption)
-    asked = {"num_steps": order.steps, "guidance_scale": order.guidance}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    how = [hop.how.but(**changes) if hop.follows_request else hop.how for hop in opened.spec.hops]
+    how = [how_of(hop, order) for hop in opened.spec.hops]
+    asked = state_of(order, caption, opened.spec.image_size)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"prompt": order.prompt, "cascade": opened.digest, "how": written(how)}
     seeds = range(order.seed, order.seed + order.images)
-    drawn = (Canvas(seed, painted(opened, caption, seed, how)) for seed in seeds)
+    drawn = (Canvas(seed, painted(opened, asked._replace(seeds=[seed]), how)) for seed in seeds)
     if rank is None or order.keep is None:
         return [saved(canvas, None, facts, out) for canvas in drawn]
     scored = ((rank(canvas.image), canvas) for canvas in drawn)
@@ -93,11 +106,22 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     return [saved(canvas, score, facts, out) for score, canvas in best]
 
 
-def painted(
-    cascade: Cascade, caption: Int[Tensor, " 1 l"], seed: int, how: list[SamplingSpec]
-) -> Float[Tensor, " 1 3 h w"]:
+def state_of(order: Order, caption: Int[Tensor, " 1 l"], side: int) -> CascadeState:
+    """What every picture of an order begins with, its seed aside."""
+    state = CascadeState(seeds=[], tokens=caption)
+    if order.label is not None:
+        state = state._replace(label=torch.tensor([order.label]))
+    if order.image is not None:
+        state = state._replace(known=rgb(order.image, side))
+    if order.mask is not None:
+        state = state._replace(hole=hole(order.mask, side))
+    if order.reference is not None:
+        state = state._replace(reference=rgb(order.reference, None))
+    return state
+
+
+def painted(cascade: Cascade, state: CascadeState, how: list[SamplingSpec]) -> Float[Tensor, " 1 3 h w"]:
     """One picture through every hop."""
-    state = CascadeState(seeds=[seed], tokens=caption)
     for hop, chosen in zip(cascade.hops, how, strict=True):
         state = run(hop, state, chosen)
     if state.image is None:
@@ -136,6 +160,52 @@ def saved(canvas: Canvas, score: float | None, facts: dict[str, str], out: Path)
     draft = out / f".{canvas.seed:08d}.png"
     draft.write_bytes(images.png(canvas.image, told))
     return Painted(draft.rename(out / f"{canvas.seed:08d}.png"), score)
+
+
+def how_of(hop: HopSpec, order: Order) -> SamplingSpec:
+    """How one hop is sampled: as the cascade says, with what the order changes."""
+    asked: dict[str, Any] = {
+        "num_steps": order.steps if hop.follows_request else None,
+        "guidance_scale": order.guidance if hop.follows_request else None,
+        "strength": order.strength,
+        "inpainting": "projection" if order.training_free else None,
+    }
+    return hop.how.but(**{name: value for name, value in asked.items() if value is not None})
+
+
+def rgb(path: Path, side: int | None) -> Float[Tensor, " 1 3 h w"]:
+    """A picture in [-1, 1].
+
+    Raises:
+        ValueError: It cannot be read, is not RGB, or has another size than the cascade paints.
+    """
+    found = opened_picture(path, "RGB", side)
+    return images.to_unit(torch.from_numpy(np.array(found)).permute(2, 0, 1)[None])
+
+
+def hole(path: Path, side: int) -> Bool[Tensor, " 1 1 h w"]:
+    """Where a mask is white.
+
+    Raises:
+        ValueError: It cannot be read, is not greyscale, or has another size than the cascade paints.
+    """
+    return torch.from_numpy(np.array(opened_picture(path, "L", side)) > 127)[None, None]
+
+
+def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> Image.Image:
+    """A picture of this mode and size, or why not."""
+    try:
+        found = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
+        found.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: no PNG, JPEG or WebP that can be read ({error})") from None
+    if found.mode != mode:
+        name = {"RGB": "RGB", "L": "greyscale (8 bits)"}[mode]
+        raise ValueError(f"{path}: its mode is {found.mode}; convert it to {name}")
+    if side is not None and found.size != (side, side):
+        width, height = found.size
+        raise ValueError(f"{path}: {width} x {height}, but the cascade paints {side} x {side}; resize it")
+    return found
 
 
 def written(how: list[SamplingSpec]) -> str:

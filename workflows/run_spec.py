@@ -6,6 +6,8 @@ from pydantic import model_validator
 
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
+from dd_core.stages.chain_hop import refuse
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
@@ -38,9 +40,10 @@ class RunSpec(Spec):
                     f"but pairs.sizes is {self.pairs.sizes}; add it there"
                 )
         for hop in self.cascade.hops:
-            if hop.stage not in names:
-                raise ValueError(f"cascade: no stage is named {hop.stage!r}; there are {', '.join(names)}")
-            refuse_sampler(hop, self.stage(hop.stage))
+            for name in (hop.stage, *hop.guides.values()):
+                if name not in names:
+                    raise ValueError(f"cascade: no stage is named {name!r}; there are {', '.join(names)}")
+            self.check_hop(hop)
         if self.cascade.context_length != self.pairs.context_length:
             raise ValueError(
                 f"cascade.context_length is {self.cascade.context_length}, "
@@ -48,6 +51,35 @@ class RunSpec(Spec):
             )
         in_order(self.stages)
         return self
+
+    def check_hop(self, hop: HopSpec) -> None:
+        """What a hop asks, its stage and its guides can do; said before anything is trained.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        kinds = {"classifier": "noised_classifier"}
+        for role, name in hop.guides.items():
+            kind, wanted = self.stage(name).stage.kind, kinds.get(role, role)
+            if kind != wanted:
+                raise ValueError(f"hop {hop.stage}: guide {role!r} is a {kind}, a {wanted} is needed")
+        spec = self.stage(hop.stage).stage
+        if isinstance(spec, ConsistencySpec) != (hop.how.sampler == "consistency"):
+            raise ValueError(
+                f"cascade: hop {hop.stage!r} is a {spec.kind} and is sampled by {hop.how.sampler}; "
+                "sampler consistency and stages of kind consistency need each other"
+            )
+        if not isinstance(spec, ChainSpec):
+            return
+        try:
+            refuse(spec, hop.how, hop.guides)
+        except ValueError as error:
+            raise ValueError(f"hop {hop.stage}: {error}") from None
+        if spec.context_length not in (0, self.pairs.context_length):
+            raise ValueError(
+                f"stage {hop.stage!r} reads {spec.context_length} tokens, pairs.context_length is "
+                f"{self.pairs.context_length}; make them equal"
+            )
 
     def stage(self, name: str) -> TrainSpec:
         """The stage of this name.
@@ -60,15 +92,6 @@ class RunSpec(Spec):
                 return stage
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
-        )
-
-
-def refuse_sampler(hop: HopSpec, stage: TrainSpec) -> None:
-    """Raises ValueError if a hop jumps where its stage walks, or walks where it jumps."""
-    if isinstance(stage.stage, ConsistencySpec) != (hop.how.sampler == "consistency"):
-        raise ValueError(
-            f"cascade: hop {hop.stage!r} is a {stage.stage.kind} and is sampled by {hop.how.sampler}; "
-            "sampler consistency and stages of kind consistency need each other"
         )
 
 

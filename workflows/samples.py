@@ -16,6 +16,7 @@ from dd_core.stage import Trained
 from dd_core.stages import load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.upsampler import UpsamplerSpec
@@ -51,6 +52,8 @@ def drawn(
             caption = torch.tensor(tokens(what.prompts, clip.net.context_length))
             state = CascadeState(seeds=seeds(what, len(caption)), tokens=caption)
             return run(load_hop(trained, parents, device=device), state, what.how).image
+        case ChainSpec() as spec:
+            return painted(spec, trained, parents, what, truth)
         case UpsamplerSpec() as spec:
             small = F.avg_pool2d(truth, spec.factor)
             nothing = torch.zeros(len(truth), 1, dtype=torch.long)
@@ -61,10 +64,38 @@ def drawn(
         case AutoencoderSpec():
             model = autoencoder_of(trained).to(device)
             with torch.no_grad():
-                made = model.generate(model.posterior(truth.to(device)).mean)
+                made = model.reconstruct(truth.to(device))
             return in_turn(truth, made.float().cpu())
         case _:
             return None
+
+
+def painted(
+    spec: ChainSpec,
+    trained: Trained,
+    parents: Mapping[str, Trained],
+    what: SamplesSpec,
+    truth: Float[Tensor, " b 3 h w"],
+) -> Float[Tensor, " n 3 h w"] | None:
+    """What a chain paints: one for each prompt, classes in turn; enlarged ones beside the true ones."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = len(truth) if spec.factor > 1 else len(what.prompts)
+    if not count:
+        return None
+    length = spec.context_length
+    if not length and "clip" in parents:
+        clip = parents["clip"].spec
+        assert isinstance(clip, ClipSpec)
+        length = clip.net.context_length
+    prompts = [*what.prompts, *[""] * count][:count]
+    state = CascadeState(seeds=seeds(what, count), tokens=torch.tensor(tokens(prompts, length or 2)))
+    if spec.labels:
+        state = state._replace(label=torch.arange(count) % spec.classes)
+    if spec.factor > 1:
+        state = state._replace(image=F.avg_pool2d(truth, spec.factor))
+    made = run(load_hop(trained, parents, device=device), state, what.how).image
+    assert made is not None
+    return in_turn(truth, made) if spec.factor > 1 else made
 
 
 def seeds(what: SamplesSpec, count: int) -> list[int]:

@@ -11,6 +11,8 @@ from dd_core.samplers import SamplingSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages import StageSpec
+from dd_core.stages.chain_hop import refuse
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
 from workflows.labels import LabelSpec
 
@@ -82,14 +84,27 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> "TrainSpec":
-        if isinstance(self.stage, ClassifierSpec):
-            if self.label is None:
-                raise ValueError("a noised_classifier learns labels; set label.path and label.classes")
-            if len(self.label.classes) != self.stage.net.classes:
-                raise ValueError(
-                    f"stage.net.classes is {self.stage.net.classes}, but label.classes names "
-                    f"{len(self.label.classes)}; make them equal"
-                )
+        classes = self.stage.net.classes if isinstance(self.stage, ClassifierSpec) else 0
+        where = "stage.net.classes"
+        if isinstance(self.stage, ChainSpec):
+            classes, where = self.stage.classes, "stage.net.unet.labels, that of nothing aside,"
+        if classes and self.label is None:
+            raise ValueError(f"a {self.stage.kind} learns labels; set label.path and label.classes")
+        if classes and self.label is not None and len(self.label.classes) != classes:
+            raise ValueError(
+                f"{where} is {classes}, but label.classes names {len(self.label.classes)}; make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chain_fits(self) -> "TrainSpec":
+        if not isinstance(self.stage, ChainSpec):
+            return self
+        for role in self.stage.needs:
+            if role not in self.parents:
+                raise ValueError(f"parents lack {role!r}: this chain stands on one; name it there")
+        if self.budget.sample_every:
+            refuse(self.stage, self.samples.how, ())
         return self
 
     def fingerprint(self, data: str, parents: Mapping[str, str]) -> str:

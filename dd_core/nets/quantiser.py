@@ -28,7 +28,7 @@ class Quantiser(nn.Module):
         nn.init.uniform_(self.vectors.weight, -1 / codes, 1 / codes)
 
     def forward(self, latent: Float[Tensor, " b z h w"]) -> Quantised:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(latent.device.type, enabled=False):
             rows, book = latent.movedim(1, -1).flatten(0, -2), self.vectors.weight.to(latent)
             apart = book.square().sum(1) - 2 * rows @ book.T  # less the square of the row, alike for all
             codes = apart.argmin(1).view(len(latent), *latent.shape[2:])

@@ -15,7 +15,7 @@ departs from what it says, this file does as follows:
 """
 
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float
@@ -45,6 +45,10 @@ class AutoencoderSpec(Spec):
     """Of the squared error beside the absolute one, 0 as published.  Where most of a picture is ground, the
     absolute error alone is slow to see the colours of small things."""
     kl_weight: float = Field(1e-6, ge=0)
+    """Of the Gaussian bottleneck.  A codebook (net.codes) has the commitment in its place, with weight 1."""
+    commitment: Literal["fixed", "legacy"] = "fixed"
+    """Of a codebook: its vectors follow the encoder at full weight, it them at a quarter; legacy is the other
+    way round, as in the published code."""
     perceptual: Literal["clip", "lpips", "none"] = "clip"
     """Features of the parent CLIP, LPIPS from `lpips_weights`, or pixels alone."""
     perceptual_weight: float = Field(1.0, ge=0)
@@ -65,6 +69,18 @@ class AutoencoderSpec(Spec):
         if self.perceptual == "lpips" and not self.lpips_weights:
             raise ValueError('perceptual "lpips" needs lpips_weights, a path; or use "clip"')
         return self
+
+
+class Squeezed(NamedTuple):
+    """What an image is between the two halves."""
+
+    latent: Float[Tensor, " b z i j"]
+    """What goes to the decoder, unscaled."""
+    cost: Float[Tensor, ""]
+    """Of the bottleneck, weighed."""
+    parts: dict[str, Float[Tensor, ""]]
+    observed: Float[Tensor, " b z i j"]
+    """What a diffusion will paint, before scaling."""
 
 
 class AutoencoderStage(Stage):
@@ -102,20 +118,33 @@ class AutoencoderStage(Stage):
         if phase == "discriminator":
             return self.judge(image)
         playing = bool(self.batches >= self.spec.disc_start)
-        posterior = self.model.posterior(image)
-        x0_hat = self.model.generate(posterior.draw(torch.randn_like(posterior.mean)))
+        squeezed = self.bottleneck(image)
+        x0_hat = self.model.generate(squeezed.latent, quantise=False)
         if self.training:
-            self.model.observe(posterior.mean)
+            self.model.observe(squeezed.observed)
             self.batches += 1
-        values = image[0].numel()
-        kl = losses.kl_to_normal(posterior.mean, posterior.logvar).mean() / values
         if playing and torch.is_grad_enabled():
             total, parts = self.deceive(x0_hat, image)
         else:
             total, parts = self.reconstruction(x0_hat, image)
         error = (x0_hat.detach().clamp(-1, 1) - image).square().mean()
-        parts |= {"kl": kl.detach() * values, "psnr": 10 * torch.log10(4 / error.clamp(min=1e-12))}
-        return Losses(total + self.spec.kl_weight * kl, parts)
+        parts |= squeezed.parts | {"psnr": 10 * torch.log10(4 / error.clamp(min=1e-12))}
+        return Losses(total + squeezed.cost, parts)
+
+    def bottleneck(self, image: Float[Tensor, " b 3 h w"]) -> "Squeezed":
+        """An image through the Gaussian or the codebook."""
+        if self.model.quantiser is None:
+            posterior = self.model.posterior(image)
+            latent, values = posterior.draw(torch.randn_like(posterior.mean)), image[0].numel()
+            kl = losses.kl_to_normal(posterior.mean, posterior.logvar).mean() / values
+            cost = self.spec.kl_weight * kl
+            return Squeezed(latent, cost, {"kl": kl.detach() * values}, posterior.mean)
+        z = self.model.unquantised(image)
+        vectors, codes = self.model.quantiser(z)
+        commitment = losses.vq_commitment(z, vectors, form=self.spec.commitment).mean()
+        used = torch.zeros(self.spec.net.codes, device=z.device).index_fill(0, codes.flatten(), 1).mean()
+        parts = {"commitment": commitment.detach(), "used": used}
+        return Squeezed(losses.straight_through(z, vectors), commitment, parts, z)
 
     def reconstruction(
         self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]
@@ -157,8 +186,7 @@ class AutoencoderStage(Stage):
             idle = sum((weight.sum() for weight in self.discriminator.parameters()), torch.tensor(0.0)) * 0
             return Losses(idle, {})
         with torch.no_grad():
-            posterior = self.model.posterior(image)
-            x0_hat = self.model.generate(posterior.draw(torch.randn_like(posterior.mean)))
+            x0_hat = self.model.generate(self.bottleneck(image).latent, quantise=False)
         real, fake = self.discriminator(image), self.discriminator(x0_hat)
         parts = {"real": real.detach().mean(), "fake": fake.detach().mean()}
         return Losses(losses.hinge(real, fake), parts)

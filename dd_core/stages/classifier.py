@@ -17,7 +17,7 @@ from dd_core.labels import UNLABELLED
 from dd_core.nets import classifier as nets
 from dd_core.noise import spread
 from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage
+from dd_core.stage import Losses, PairBatch, Stage, Trained
 
 
 class ClassifierSpec(Spec):
@@ -76,3 +76,16 @@ class ClassifierStage(Stage):
             "accuracy_clear": ((logits.argmax(1) == batch.label) & clear).sum() / clear.sum().clamp(min=1),
         }
         return Losses(each.sum() / count, parts)
+
+
+def classifier_of(trained: Trained) -> NoisedClassifier:
+    """A trained classifier, ready to guide.
+
+    Raises:
+        ValueError: It is another stage.
+    """
+    if not isinstance(trained.spec, ClassifierSpec):
+        raise ValueError(f"the parent 'classifier' is a {type(trained.spec).__name__}")
+    model = NoisedClassifier(trained.spec.net)
+    model.load_state_dict(trained.weights)
+    return model.eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.refusals import refuse_edit, refuse_gradient
 
 
 class UpsamplerSpec(Spec):
@@ -97,6 +98,8 @@ class UpsamplerHop:
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         if state.image is None:
             raise ValueError("the upsampler is told a small image, but CascadeState.image is None")
+        refuse_edit(how, state, has_channels=False)
+        refuse_gradient(how, "upsampler")
         spec, noise = self.spec, SeededNoise(state.seeds)
         sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)

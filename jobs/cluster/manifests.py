@@ -14,7 +14,7 @@ from jobs.config import ConfigError, loaded
 from jobs.plan import StagePlan, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
 from serve.app import ReplicaSpec, ServeSpec
-from workflows.pipeline import RunSpec
+from workflows.run_spec import RunSpec
 
 KIND = "ddiff.io/stage-kind"
 SERVE_PORT = 8000

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dd_core import bundle, checkpoint, images, losses
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.perceptual import PatchGanSpec
+from dd_core.nets.quantiser import Quantiser
 from dd_core.stage import Budget, OptimizerSpec, PairBatch
 from dd_core.stages import build_stage
 from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage, autoencoder_of, crops
@@ -195,6 +196,55 @@ def test_a_run_resumed_as_the_discriminator_enters_repeats_the_unbroken_one_bit_
 def test_it_learns_to_reconstruct() -> None:
     log = run(fresh(SPEC.but(disc_start=1000)), 60)
     assert log[-1]["psnr"] > log[0]["psnr"] + 3
+
+
+VQ = SPEC.but(net=NET.but(codes=32), disc_start=1000)
+
+
+def test_a_codebook_learns_to_reconstruct_and_its_vectors_are_used() -> None:
+    log = run(fresh(VQ), 60)
+    assert log[-1]["psnr"] > log[0]["psnr"] + 3
+    assert log[-1]["used"] > 1 / 32
+    assert log[-1]["commitment"] >= 0
+
+
+def test_the_gradient_of_a_codebook_passes_to_the_encoder_and_the_vectors_are_pulled() -> None:
+    stage = AutoencoderStage(VQ)
+    stage(next(batches())).total.backward()
+    assert all(p.grad is not None for p in stage.model.parameters())
+    assert stage.model.encoder.conv_in.weight.grad.any()
+    assert stage.model.quantiser.vectors.weight.grad.any()
+
+
+@pytest.mark.parametrize("form", ["fixed", "legacy"])
+def test_the_commitment_pulls_codebook_and_encoder_four_to_one_as_its_form_says(form: str) -> None:
+    stage = AutoencoderStage(VQ.but(commitment=form))
+    image = images.to_unit(next(batches()).image)
+    z = stage.model.unquantised(image).detach().requires_grad_()
+    vectors = stage.model.quantiser(z).vectors
+    cost = losses.vq_commitment(z, vectors, form=stage.spec.commitment).mean()
+    torch.manual_seed(0)
+    assert stage.bottleneck(image).cost.item() == pytest.approx(cost.item(), rel=1e-5)
+    pull_z, pull_code = torch.autograd.grad(cost, [z, vectors])
+    ratio = (pull_code.norm() / pull_z.norm()).item()
+    assert ratio == pytest.approx(4.0 if form == "fixed" else 0.25, rel=1e-4)
+
+
+def test_codes_are_chosen_in_full_precision_under_autocast() -> None:
+    quantiser = Quantiser(512, 4)
+    latent = torch.randn(2, 4, 8, 8) / 512
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = quantiser(latent).codes
+    assert torch.equal(codes, quantiser(latent).codes)
+
+
+def test_the_discriminator_of_a_codebook_takes_part_and_observes_nothing() -> None:
+    state = fresh(VQ.but(disc_start=0))
+    log = run(state, 3)
+    assert "deception" in log[-1]
+    stage = state.stage
+    assert isinstance(stage, AutoencoderStage)
+    assert stage.model.observed == stage.batches == 3
 
 
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")  # a matter of speed

@@ -9,6 +9,7 @@ from torch import Tensor
 from dd_core.denoiser import Conditioning, Denoised
 from dd_core.guidance import (
     Rows,
+    bounded,
     by_gradient,
     classifier_free,
     clip_x0,
@@ -18,7 +19,7 @@ from dd_core.guidance import (
     stack,
 )
 from dd_core.noise import from_vp, to_vp
-from dd_core.samplers import SamplingSpec, ddim, ddpm, edited, sample
+from dd_core.samplers import SamplingSpec, begin, ddim, ddpm, edited, sample
 from dd_core.schedules import ScheduleSpec, alpha_bars, sigmas
 
 BAR, TABLE = alpha_bars(ScheduleSpec()), sigmas(ScheduleSpec()).tolist()
@@ -136,6 +137,45 @@ def test_dynamic_threshold_treats_each_sample_by_itself() -> None:
     assert (together[2].abs() == 1).float().mean().item() == pytest.approx(0.1, abs=0.02)
     static = dynamic_threshold(lambda x, sigma: Denoised(x), share=0.9, ceiling=1.0)
     assert torch.equal(static(x, torch.ones(3)).x0, x.clamp(-1, 1))
+
+
+def test_each_row_is_kept_within_its_own_limits() -> None:
+    cond = Conditioning(text=torch.zeros(1, 1, 1))
+    asked = [
+        SamplingSpec(),
+        SamplingSpec(dynamic_threshold=0.9),
+        SamplingSpec(sampler="ddim", clip="none"),
+        SamplingSpec(dynamic_threshold=0.5),
+    ]
+    parts = [rows_of(how, cond, cond, 1) for how in asked]
+    assert parts[0].limits is None
+    x, sigma = 3 * torch.randn(4, 3, 8, 8), torch.ones(4)
+    found = bounded(lambda x, sigma: Denoised(x), stack(parts))(x, sigma).x0
+    assert torch.equal(found[0], x[0].clamp(-1, 1))
+    assert torch.equal(found[2], x[2])
+    for place, share in ((1, 0.9), (3, 0.5)):
+        alone = dynamic_threshold(lambda x, sigma: Denoised(x), share=share)(
+            x[place : place + 1], sigma[:1]
+        ).x0
+        torch.testing.assert_close(found[place : place + 1], alone)
+    for place, part in enumerate(parts):
+        alone = bounded(lambda x, sigma: Denoised(x), part)(x[place : place + 1], sigma[:1]).x0
+        torch.testing.assert_close(found[place : place + 1], alone)
+
+
+def test_clip_image_keeps_the_direction_of_the_network() -> None:
+    """Song et al. 2021: x0 clipped, eps as the network says; ADM derives eps from the clipped x0."""
+    x, sigmas = 5 * torch.randn(2, 3), torch.tensor([2.0, 1.0])
+    images = {}
+    for clip in ("image", "none", "estimate"):
+        how = SamplingSpec(sampler="ddim", clip=clip)
+        rows = rows_of(how, Conditioning(text=torch.zeros(2, 1, 1)), Conditioning(), 2)
+        denoise = bounded(lambda x, sigma: Denoised(0.9 * x), rows)
+        images[clip] = sample(begin(how, x, sigmas, NoNoise()), denoise)
+    eps, x0 = 0.05 * x, 0.9 * x
+    torch.testing.assert_close(images["none"], x0 + eps)
+    torch.testing.assert_close(images["image"], x0.clamp(-1, 1) + eps)
+    torch.testing.assert_close(images["estimate"], x0.clamp(-1, 1) + (x - x0.clamp(-1, 1)) / 2)
 
 
 def constants(x: Tensor, sigma: Tensor, cond: Conditioning) -> Denoised:

@@ -199,11 +199,26 @@ def test_a_base_from_drafts_refuses_to_be_without_or_with_one_of_another_size() 
         build_stage(BASE, {"clip": clip, "draft": Trained(large, stage(large).model.state_dict())})
 
 
+def test_a_variation_by_the_base_stays_the_nearer_the_fewer_steps_it_takes() -> None:
+    known = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
+    how = FAST.but(num_steps=20, guidance_scale=1.0, eta=0.0)
+    spec = BASE.but(predicts="eps")  # the estimate of an untrained one is near x where there is little noise
+    far = [
+        (drawn(spec, asked([1], "a star", known=known), how.but(strength=s)) - known).square().mean().item()
+        for s in (0.05, 0.6, 1.0)
+    ]
+    assert far[0] < 0.25 * far[1]
+    assert far[0] < 0.25 * far[2]
+    with pytest.raises(ValueError, match="needs the picture that it is of"):
+        drawn(BASE, asked([1], "a star"), how.but(strength=0.5))
+
+
 def test_what_is_known_comes_through_an_edit_untouched() -> None:
     known = torch.rand(1, 3, 64, 64).mul(255).round().div(127.5) - 1
     hole = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
     hole[..., 32:] = True
-    image = drawn(UPSAMPLER, asked([1], "a star", known=known, hole=hole))
+    how = FAST.but(inpainting="projection")
+    image = drawn(UPSAMPLER, asked([1], "a star", known=known, hole=hole), how)
     torch.testing.assert_close(image[..., :32], known[..., :32], atol=1e-6, rtol=0)
     assert not torch.equal(image[..., 32:], known[..., 32:])
 

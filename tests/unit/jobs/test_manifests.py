@@ -21,7 +21,7 @@ from jobs.plan import plan_of, refusals
 from jobs.rollout import Config, serve_fields
 from serve.app import ServeSpec
 from tests.unit.jobs.kuberay import SCHEMAS
-from workflows.pipeline import RunSpec
+from workflows.run_spec import RunSpec
 
 pytestmark = pytest.mark.slow
 SECRET = "hunter2-canary"

@@ -11,7 +11,7 @@ from jobs.config import RECIPES, recipe_spec
 from jobs.nodes import Node, amount, grown, has_labels, places
 from jobs.plan import Plan, PlanError, plan_of, refusals, refuse, told
 from jobs.recipes import smoke
-from workflows.pipeline import RunSpec
+from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec
 
 ROOMY = Node("roomy", cpus=8, gpus=0, memory_bytes=64 * 2**30)

@@ -1,0 +1,242 @@
+"""A trained chain as a link of the cascade: painting, guided, varying, filling holes, enlarging.
+
+Its samplers walk in the sigma frame, so x begins as sqrt(1 + sigma**2) eps, DDPM's N(0, 1), at the level of
+the first timestep.  Everything that cannot work is refused before a network is asked.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dd_core import edits, images, schedules
+from dd_core.cascade import CascadeState, Draw
+from dd_core.denoiser import Conditioning, Denoiser
+from dd_core.guidance import UNLIMITED, Rows, bounded, classifier_free, rows_of
+from dd_core.noise import SeededNoise, from_vp, to_vp
+from dd_core.samplers import Sampling, SamplingSpec, begin, edited, sigmas_of
+from dd_core.stage import Trained
+from dd_core.stages.base import null_like
+from dd_core.stages.chain import parents_of
+from dd_core.stages.chain_spec import ChainSpec, denoiser_of
+from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told
+from dd_core.stages.guides import Leaders, leaders_of
+from dd_core.stages.refusals import refuse_edit
+
+
+class Edit(NamedTuple):
+    """A picture to vary or to fill, at the size of the hop, on its device."""
+
+    known: Float[Tensor, " b 3 h w"]
+    hole: Bool[Tensor, " b 1 h w"] | None
+    """None: all of it is varied."""
+
+
+class ChainHop:
+    """Caption, class, embedding, pictures -> a picture.
+
+    Args:
+        trained: The chain.
+        parents: What it stands on, and its guides: "classifier", "noised_clip" and that one's "clip".
+        device: Where it paints.
+
+    Raises:
+        ValueError: A parent is missing or of another kind.
+    """
+
+    def __init__(
+        self, trained: Trained, parents: Mapping[str, Trained], *, device: torch.device | str
+    ) -> None:
+        assert isinstance(trained.spec, ChainSpec)
+        self.spec, self.device = trained.spec, torch.device(device)
+        clip, autoencoder = parents_of(self.spec, parents)
+        self.model = denoiser_of(self.spec)
+        self.model.load_state_dict(trained.weights)
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.clip = clip and clip.to(self.device)
+        self.autoencoder = autoencoder and autoencoder.to(self.device)
+        self.leaders: Leaders = leaders_of(parents, self.device)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        refuse(self.spec, how, self.leaders.roles())
+        refuse_state(self.spec, how, state)
+        sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
+        edit, spec = self.edit(state), self.spec
+        shape = (len(state.seeds), spec.channels, self.side(), self.side())
+        eps = noise(torch.empty(shape, device=self.device))
+        first = float(sigmas[0])
+        x, fill = from_vp(eps, first), None
+        if edit is not None:
+            known = encoded(edit.known, self.autoencoder)
+            if edit.hole is None or how.strength < 1:
+                x = known + first * eps
+            if edit.hole is not None:
+                fill = edits.inpaint(known, covering(edit.hole, known))
+        sampling = begin(how, x, sigmas, noise)
+        if sigmas[-1] > 0:
+            sampling = in_vp(sampling, float(sigmas[-1]))
+        return Draw(edited(sampling, fill) if fill else sampling, self.rows(state, how, edit))
+
+    def rows(self, state: CascadeState, how: SamplingSpec, edit: Edit | None) -> Rows:
+        """What the samples of a request should become."""
+        spec, count = self.spec, len(state.seeds)
+        picture = self.shown(state, edit)
+        null = null_like(state.tokens) if state.negative is None else state.negative
+        label = torch.full((count,), UNLABELLED) if state.label is None else state.label
+        embedding = state.image_embedding
+        if embedding is None or not spec.embedding_width:
+            embedding = torch.zeros(count, spec.embedding_width)
+        nothing = Heard(null, torch.full_like(label, UNLABELLED), torch.zeros_like(embedding))
+        cond = self.told(Heard(state.tokens, label, embedding), picture)
+        without = cond if how.guidance_scale == 1 else self.told(nothing, picture)
+        rows = rows_of(how, cond, without, count)
+        if spec.latent_channels and how.clip is None:
+            rows = rows._replace(limits=torch.tensor([UNLIMITED] * count))
+        if how.gradient is not None:
+            rows = rows._replace(pull=self.leaders.pull(how.gradient, state, self.side()))
+        return rows
+
+    def told(self, heard: Heard, picture: Tensor | None) -> Conditioning:
+        """What the network is told of a request."""
+        heard = Heard(*(part.to(self.device) for part in heard))
+        return told(self.spec, self.model.network, self.clip, heard, picture)
+
+    def shown(self, state: CascadeState, edit: Edit | None) -> Tensor | None:
+        """The pictures that the network is told; with no hole an inpainting model is told of nothing else."""
+        spec, size = self.spec, self.spec.image_size
+        small = None if state.image is None or spec.factor == 1 else state.image.to(self.device)
+        if edit is None or edit.hole is None:
+            count = len(state.seeds)
+            hole = torch.ones(count, 1, size, size, dtype=torch.bool, device=self.device)
+            edit = Edit(torch.zeros(count, 3, size, size, device=self.device), hole)
+        return seen(spec, self.autoencoder, small=small, known=edit.known, hole=edit.hole)
+
+    def edit(self, state: CascadeState) -> Edit | None:
+        """What is to be edited, at the size of this hop."""
+        if state.known is None or (self.spec.factor > 1 and state.hole is None):
+            return None  # an enlarging model varies nothing: it is told what to enlarge
+        size = (self.spec.image_size, self.spec.image_size)
+        known = F.interpolate(state.known.to(self.device), size, mode="area")
+        if state.hole is None:
+            return Edit(known, None)
+        hole = F.adaptive_max_pool2d(state.hole.float().to(self.device), size) > 0
+        return Edit(known, hole)
+
+    def side(self) -> int:
+        """Of x, in pixels or latents."""
+        return self.spec.image_size // (self.autoencoder.spec.factor if self.autoencoder else 1)
+
+    def denoiser(self, rows: Rows) -> Denoiser:
+        guided = bounded(classifier_free(self.model, rows, rescaled_as=self.spec.predicts), rows)
+        return self.leaders.lead(guided, rows)
+
+    @torch.no_grad()
+    def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
+        picture = x0.float() if self.autoencoder is None else self.autoencoder.decode(x0.float())
+        edit = self.edit(state)
+        if edit is not None and edit.hole is not None:
+            picture = torch.where(edit.hole, picture, edit.known)
+        return state._replace(image=images.quantised(picture.cpu()))
+
+
+def in_vp(sampling: Sampling, sigma: float) -> Sampling:
+    """The same sampling, its end, which is at a level still, in DDPM's frame (latent diffusion)."""
+    return to_vp((yield from sampling), sigma)
+
+
+def levels_of(spec: ChainSpec, how: SamplingSpec) -> Float[Tensor, " n"]:
+    """The noise levels that a sampling visits; fewer for a variation, which begins in between.
+
+    A model that enlarges varies nothing: it is told what to enlarge.
+
+    Raises:
+        ValueError: The spacing cannot give so many steps, or the strength takes none.
+    """
+    table = schedules.sigmas(spec.schedule)
+    low, high = float(table[0]), float(table[-1])
+    sigmas = sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
+    if how.sampler != "ddim":  # as published: only there does the last step end on the level of timestep 0
+        sigmas = torch.cat([sigmas[:-1], torch.zeros_like(sigmas[:1])])
+    return edits.varied(sigmas, how.strength) if spec.factor == 1 else sigmas
+
+
+def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
+    """What a chain cannot do, whatever it is asked to paint.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    levels_of(spec, how)
+    wanted = how.gradient.guides() if how.gradient else set()
+    lacking = sorted(wanted - set(guides))
+    unlearned = how.sampler == "ddpm" and how.variance == "learned" and not spec.learns_variance
+    alone = how.guidance_scale != 1 and not spec.guides_itself
+    remedies = (
+        (
+            unlearned,
+            "this network does not learn its variance (loss simple); set variance: fixed_small, or "
+            "fixed_large for 250 steps and more",
+        ),
+        (how.sampler == "consistency", "a chain is no consistency model; use ddim or dpmpp_2m, or distil it"),
+        (
+            alone,
+            f"guidance_scale {how.guidance_scale:g}, but the model has not learned to paint both told and "
+            "not told; set guidance_scale: 1, or train with told_dropout",
+        ),
+        (
+            bool(lacking),
+            f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",
+        ),
+        (
+            bool(wanted) and bool(spec.latent_channels),
+            "guides look at pixels, and this model paints latents; leave gradient out, use guidance_scale",
+        ),
+        (
+            how.dynamic_threshold is not None and bool(spec.latent_channels),
+            "dynamic_threshold is for pixels, and this model paints latents; leave it out",
+        ),
+    )
+    for wrong, remedy in remedies:
+        if wrong:
+            raise ValueError(remedy)
+
+
+def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> None:
+    """What a request lacks, or has in another shape.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    refuse_edit(how, state, has_channels=spec.inpaints)
+    label, small, gradient, length = state.label, state.image, how.gradient, spec.context_length
+    side, by_class = spec.image_size // spec.factor, bool(gradient and gradient.classes)
+    unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
+    remedies = (
+        (
+            bool(length) and state.tokens.shape[1] != length,
+            f"captions of {state.tokens.shape[1]} tokens, but the model reads {length}; prepare with that",
+        ),
+        (
+            label is None and (by_class or 0 < spec.labels == spec.classes),
+            "it paints by class, and the request names none; give a label",
+        ),
+        (
+            bool(spec.labels) and unknown,
+            f"label {label if label is None else label.tolist()}: classes are 0 to {spec.classes - 1}",
+        ),
+        (
+            spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)),
+            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
+            "put the hop that paints it before this one",
+        ),
+        (
+            bool(gradient and gradient.looks_at_reference()) and state.reference is None,
+            "gradient image, style and structure look at a reference picture; give one, or weigh them 0",
+        ),
+    )
+    for wrong, remedy in remedies:
+        if wrong:
+            raise ValueError(remedy)

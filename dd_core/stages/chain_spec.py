@@ -1,0 +1,156 @@
+"""What a chain is, and its network: see `chain`."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from dd_core.denoiser import NetworkDenoiser, Tell
+from dd_core.nets.dit import DiT, DiTSpec
+from dd_core.nets.network import PlainSpec, build
+from dd_core.nets.text import CaptionedSpec, UnclipSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.schedules import Clock, ScheduleSpec
+from dd_core.spec import Spec
+from dd_core.text import END
+
+ChainNet = Annotated[DiTSpec | PlainSpec | CaptionedSpec | UnclipSpec, Field(discriminator="kind")]
+"""The networks that can be trained on a chain."""
+
+
+class ChainSpec(Spec):
+    """A diffusion model on timesteps: noise -> picture or latent, told what its network is told."""
+
+    kind: Literal["chain"] = "chain"
+    net: ChainNet
+    """A UNet with level_scale 1 is told the timestep, every other network log sigma."""
+    image_size: int = Field(64, ge=8)
+    """Side of the pictures, in pixels."""
+    latent_channels: int = Field(0, ge=0)
+    """Channels of the latents of the parent autoencoder that it paints; 0: it paints pixels."""
+    factor: int = Field(1, ge=1)
+    """Above 1 it enlarges: told the picture, so many times smaller, bilinearly enlarged (ADM, GLIDE)."""
+    inpaints: bool = False
+    """Told a picture with a hole, and where it is known: x's channels and one more."""
+    schedule: ScheduleSpec = ScheduleSpec()
+    rescaled_time: bool = False
+    """Told t * 1000 / T instead of t (Improved DDPM)."""
+    predicts: Literal["eps", "x0", "v"] = "eps"
+    loss: Literal["simple", "hybrid", "vlb"] = "simple"
+    """Squared error of what is predicted; with the bound on top, for a network that learns its variance too;
+    or the bound alone, at timesteps drawn by their losses (Improved DDPM)."""
+    bound_rescaled: bool = True
+    """In the hybrid loss the bound counts T / 1000 (Improved DDPM; ADM has T = 1000, which is the same)."""
+    told_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of captions and classes kept back, so that it can guide itself; unCLIP: 0.5, GLIDE: 0.2.  The
+    class of nothing is the last of the network's labels."""
+    embedding_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of image embeddings kept back, independently."""
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether its network answers with the variance too, in as many channels again."""
+        return self.loss != "simple"
+
+    @property
+    def channels(self) -> int:
+        """Of x."""
+        return self.latent_channels or 3
+
+    @property
+    def unet(self) -> UNetSpec | None:
+        """Its UNet, if that is what it has."""
+        return None if isinstance(self.net, DiTSpec) else self.net.unet
+
+    @property
+    def labels(self) -> int:
+        """Classes that the network is told, that of nothing included."""
+        return self.unet.labels if self.unet else 0
+
+    @property
+    def classes(self) -> int:
+        """Classes of the data."""
+        return self.labels - bool(self.labels and self.told_dropout)
+
+    @property
+    def embedding_width(self) -> int:
+        """Of the image embedding that it is told; 0: none."""
+        return self.net.embedding_width if isinstance(self.net, DiTSpec) else self.net.unet.embedding_width
+
+    @property
+    def text_width(self) -> int:
+        """Of the caption's states that it is told; 0: none."""
+        return self.net.text_width if isinstance(self.net, DiTSpec) else self.net.unet.text_width
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption, if it reads them itself; 0 if it does not."""
+        return self.net.text.context_length if isinstance(self.net, CaptionedSpec) else 0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Roles of its parents."""
+        clip = self.embedding_width or (self.text_width and not self.context_length)
+        return (("clip",) if clip else ()) + (("autoencoder",) if self.latent_channels else ())
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether it has learned what it paints when told nothing, and when told something."""
+        told = (self.text_width or self.labels) and self.told_dropout
+        return bool(told or (self.embedding_width and self.embedding_dropout))
+
+    @property
+    def told_channels(self) -> int:
+        """Of `Conditioning.image`."""
+        return 3 * (self.factor > 1) + (self.channels + 1) * self.inpaints
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ChainSpec":
+        for wrong, remedy in refused(self):
+            if wrong:
+                raise ValueError(remedy)
+        return self
+
+
+def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
+    """What of a chain does not go together, and what to do about it."""
+    net, out = spec.net, spec.channels * (1 + spec.learns_variance)
+    latent, told = bool(spec.latent_channels), spec.told_channels
+    found = [
+        (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
+        (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
+        (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),
+    ]
+    if isinstance(net, DiTSpec):
+        other = net.image_size != spec.image_size and not latent
+        return [
+            *found,
+            (other, f"net.image_size is {net.image_size}, image_size {spec.image_size}; make them equal"),
+        ]
+    unet = net.unet
+    short = isinstance(net, CaptionedSpec) and net.text.vocab_size <= END
+    return [
+        *found,
+        (net.in_channels != spec.channels, f"net.in_channels is {net.in_channels}, x has {spec.channels}"),
+        (net.out_channels != out, f"net.out_channels is {net.out_channels}; loss {spec.loss} takes {out}"),
+        (unet.image_channels != told, f"net.unet.image_channels is {unet.image_channels}, set it to {told}"),
+        (short, f"net.text.vocab_size must be above {END}, the last of our tokens"),
+        (bool(unet.labels) and not isinstance(net, PlainSpec), "labels are for a net of kind unet"),
+    ]
+
+
+def network_of(spec: ChainSpec) -> nn.Module:
+    """The network of a chain, with first weights."""
+    if isinstance(spec.net, DiTSpec):
+        channels, out = spec.channels + spec.told_channels, spec.channels * (1 + spec.learns_variance)
+        return DiT(spec.net, in_channels=channels, out_channels=out)
+    return build(spec.net)
+
+
+def denoiser_of(spec: ChainSpec) -> NetworkDenoiser[nn.Module]:
+    """The network of a chain, seen as a denoiser."""
+    tell: Tell = torch.log
+    if spec.unet and spec.unet.level_scale == 1:
+        tell = Clock(spec.schedule, rescaled=spec.rescaled_time)
+    return NetworkDenoiser(network_of(spec), spec.predicts, tell=tell, learns_variance=spec.learns_variance)

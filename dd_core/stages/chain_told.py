@@ -1,0 +1,171 @@
+"""What the network of a chain is told: caption, class, image embedding, pictures -> `Conditioning`.
+
+In training by `heard_of`, `kept` and `holes`, in sampling by a request; from there the same functions.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dd_core.denoiser import Conditioning
+from dd_core.nets.autoencoder import Autoencoder
+from dd_core.nets.clip import Clip
+from dd_core.nets.dit import DiT
+from dd_core.nets.text import CaptionedUNet, UnclipUNet
+from dd_core.nets.unet import UNet
+from dd_core.stage import PairBatch
+from dd_core.stages.base import null_like
+from dd_core.stages.chain_spec import ChainSpec
+
+UNLABELLED = -1
+WHOLE_HOLES = 0.125
+"""Share of the training pictures of an inpainting model that are hidden whole, so that it still paints."""
+
+
+class Heard(NamedTuple):
+    """What a request or a training pair says, once per row."""
+
+    tokens: Int[Tensor, " b l"]
+    """The empty caption says nothing."""
+    label: Int[Tensor, " b"]
+    """UNLABELLED says nothing."""
+    embedding: Float[Tensor, " b d"]
+    """A row of zeros says nothing."""
+
+
+def told(
+    spec: ChainSpec, network: nn.Module, clip: Clip | None, heard: Heard, picture: Tensor | None
+) -> Conditioning:
+    """What the network is told; reads the caption, so once a request.
+
+    Args:
+        spec: The chain.
+        network: Its network.
+        clip: The parent, if the chain needs one.
+        heard: What is said.
+        picture: `Conditioning.image`, if it is told one.
+    """
+    embedding = heard.embedding if spec.embedding_width else None
+    match network:
+        case CaptionedUNet():
+            return network.read(heard.tokens, counted(heard.tokens))._replace(image=picture)
+        case UnclipUNet():
+            assert clip is not None
+            given = heard.embedding.any(1, keepdim=True)
+            embedding = torch.where(given, heard.embedding, network.no_embedding)
+            with torch.no_grad():
+                caption = clip.read(heard.tokens)
+            upto = upto_end(heard.tokens)
+            return network.read(caption.states, caption.embedding, upto, embedding)._replace(image=picture)
+        case DiT() | UNet():
+            text: Tensor | None = None
+            if spec.text_width:
+                assert clip is not None
+                with torch.no_grad():
+                    caption = clip.read(heard.tokens)
+                text = network.read(caption) if isinstance(network, DiT) else caption.states
+            level: Tensor | None = None
+            if isinstance(network, UNet) and spec.labels:
+                label = torch.where(heard.label == UNLABELLED, spec.labels - 1, heard.label)
+                level = network.of_class(label)
+            return Conditioning(text=text, image_embedding=embedding, level=level, image=picture)
+    raise AssertionError(type(network))
+
+
+def upto_end(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:
+    """The tokens of each caption, START and END among them."""
+    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
+
+
+def counted(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:
+    """The same, but none of an empty caption: to a network that reads for itself it is all padding."""
+    return upto_end(tokens) & (tokens.argmax(1, keepdim=True) > 1)
+
+
+def heard_of(spec: ChainSpec, batch: PairBatch, picture: Tensor, clip: Clip | None) -> Heard:
+    """Everything that a training pair says."""
+    if spec.labels and batch.label is None:
+        raise ValueError("chain: its network is told classes; set `label` (path and classes) of the run")
+    label = torch.full_like(batch.tokens[:, 0], UNLABELLED) if batch.label is None else batch.label
+    if spec.labels and spec.labels == spec.classes and bool((label == UNLABELLED).any()):
+        raise ValueError(
+            "chain: a picture has no class, and with told_dropout 0 the network has none for nothing; "
+            "set told_dropout, and one label more"
+        )
+    embedding = picture.new_zeros(len(picture), spec.embedding_width)
+    if spec.embedding_width:
+        assert clip is not None
+        with torch.no_grad():
+            embedding = clip.embed_image(picture)
+    return Heard(batch.tokens, label, embedding)
+
+
+def kept(spec: ChainSpec, heard: Heard) -> Heard:
+    """The same with some of it kept back: caption and class together, the embedding by itself."""
+    dropped, unseen = torch.rand(2, len(heard.tokens), 1, device=heard.tokens.device)
+    silent = dropped < spec.told_dropout
+    return Heard(
+        torch.where(silent, null_like(heard.tokens), heard.tokens),
+        torch.where(silent[:, 0], UNLABELLED, heard.label),
+        torch.where(unseen < spec.embedding_dropout, 0.0, heard.embedding),
+    )
+
+
+def encoded(
+    picture: Float[Tensor, " b 3 h w"], autoencoder: Autoencoder | None, *, noisy: bool = False
+) -> Float[Tensor, " b c i j"]:
+    """A picture as x: itself, or its latent; noisy draws from the posterior as in training."""
+    if autoencoder is None:
+        return picture
+    with torch.no_grad():
+        side, channels = picture.shape[-1] // autoencoder.spec.factor, autoencoder.spec.latent_channels
+        noise = torch.randn(len(picture), channels, side, side, device=picture.device) if noisy else None
+        return autoencoder.encode(picture, noise).float()
+
+
+def smaller(spec: ChainSpec, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 i j"] | None:
+    """What an enlarging model enlarges in training, made by averaging; None for the others."""
+    return F.avg_pool2d(picture, spec.factor) if spec.factor > 1 else None
+
+
+def seen(
+    spec: ChainSpec,
+    autoencoder: Autoencoder | None,
+    *,
+    small: Float[Tensor, " b 3 i j"] | None,
+    known: Float[Tensor, " b 3 h w"],
+    hole: Bool[Tensor, " b 1 h w"] | None,
+) -> Float[Tensor, " b n y x"] | None:
+    """What the network is told of pictures: the smaller one enlarged, and what is known beside a hole.
+
+    In GLIDE's order, known values then 1 where they are known; known latents are those of the picture with
+    the hole painted grey.
+    """
+    parts: list[Tensor] = []
+    if small is not None:
+        parts.append(F.interpolate(small, scale_factor=spec.factor, mode="bilinear"))
+    if spec.inpaints:
+        assert hole is not None
+        values = encoded(torch.where(hole, 0.0, known), autoencoder)
+        parts += [values, 1 - covering(hole, values).to(values)]
+    return torch.cat(parts, dim=1) if parts else None
+
+
+def covering(hole: Bool[Tensor, " b 1 h w"], like: Float[Tensor, " b c i j"]) -> Bool[Tensor, " b 1 i j"]:
+    """The hole at the size of x: every position of which any part is hidden."""
+    return F.adaptive_max_pool2d(hole.float(), like.shape[2:]) > 0
+
+
+def holes(picture: Float[Tensor, " b c h w"]) -> Bool[Tensor, " b 1 h w"]:
+    """A random rectangle of each picture, a quarter to the whole of a side long; some are hidden whole."""
+    count, (height, width) = len(picture), picture.shape[2:]
+    draws = torch.rand(5, count, device=picture.device)
+    inside = []
+    for share, place, side in ((draws[0], draws[1], height), (draws[2], draws[3], width)):
+        long = torch.where(draws[4] < WHOLE_HOLES, 1.0, 0.25 + 0.75 * share) * side
+        start, at = (place * (side - long))[:, None], torch.arange(side, device=picture.device)
+        inside.append((at >= start.floor()) & (at < (start + long[:, None]).ceil()))
+    return (inside[0][:, :, None] & inside[1][:, None])[:, None]

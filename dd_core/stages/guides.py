@@ -1,0 +1,112 @@
+"""Guides of a hop: trained networks whose gradient leads a sampling, and what of a request they look at."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dd_core.cascade import CascadeState
+from dd_core.denoiser import Denoiser
+from dd_core.guidance import Rows, by_gradient
+from dd_core.nets.clip import Clip
+from dd_core.noise import SeededNoise
+from dd_core.stage import Trained
+from dd_core.stages.classifier import NoisedClassifier, classifier_of
+from dd_core.stages.clip import clip_of
+from dd_core.stages.noised_clip import NoisedClip, noised_clip_of
+from dd_core.steering import GradientSpec, Guides, Pull, score_of
+
+REFERENCE = 2**41
+"""Added to a seed for the noise of the reference picture: a guided image begins as an unguided one."""
+
+
+class Leaders(NamedTuple):
+    """The guides of a hop; None where the cascade names none."""
+
+    classifier: NoisedClassifier | None = None
+    noised_clip: NoisedClip | None = None
+    clip: Clip | None = None
+    """Whose text tower the noised CLIP was trained with."""
+
+    def roles(self) -> set[str]:
+        """Those that are there."""
+        return {name for name, part in self._asdict().items() if part is not None}
+
+    def guides(self) -> Guides:
+        """As the score asks them."""
+        tower = self.noised_clip
+        if tower is None:
+            return Guides(logits=self.classifier)
+        return Guides(self.classifier, tower.embed_image, tower.features, float(tower.logit_scale()))
+
+    def lead(self, denoise: Denoiser, rows: Rows) -> Denoiser:
+        """The denoiser, its estimates moved to where the rows are to be led."""
+        if rows.pull is None:
+            return denoise
+        return by_gradient(denoise, score_of(rows.pull, self.guides()), scale=torch.ones(len(rows.scale)))
+
+    def pull(self, how: GradientSpec, state: CascadeState, side: int) -> Pull:
+        """Where a request is to be led.
+
+        Args:
+            how: What pulls, and how strongly.
+            state: The request.
+            side: Of the pictures of the hop, in pixels.
+
+        Raises:
+            ValueError: A guide is missing, reads pictures of another size, or knows fewer classes.
+        """
+        if lacking := sorted(how.guides() - self.roles()):
+            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        count = len(state.seeds)
+        read: dict[str, int] = {}
+        if self.noised_clip is not None:
+            read["noised_clip"] = self.noised_clip.spec.image_size
+        if self.classifier is not None:
+            read["classifier"] = self.classifier.network.spec.image_size
+        for role in sorted(how.guides() & read.keys()):
+            if read[role] != side:
+                raise ValueError(
+                    f"the guide {role!r} reads {read[role]} px, its hop paints {side}; train it at that"
+                )
+        label = torch.zeros(count, dtype=torch.long) if state.label is None else state.label.clamp(min=0)
+        if self.classifier is not None and how.classes:
+            self.check(state.label, self.classifier.network.spec.classes)
+        width = self.noised_clip.spec.embedding_width if self.noised_clip else 0
+        caption = torch.zeros(count, width)
+        if how.caption:
+            assert self.clip is not None
+            caption = self.clip.read(state.tokens.to(next(self.clip.parameters()).device)).embedding.cpu()
+        shape = (count, 3, side, side) if self.noised_clip else (count, 0, 0, 0)
+        reference, noise = torch.zeros(shape), torch.zeros(shape)
+        if how.looks_at_reference():
+            reference = self.at_size(state.reference, side)
+            noise = SeededNoise([seed + REFERENCE for seed in state.seeds])(reference)
+        return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
+
+    @staticmethod
+    def check(label: Tensor | None, classes: int) -> None:
+        """Every row has a class that the classifier knows."""
+        if label is None or bool(((label < 0) | (label >= classes)).any()):
+            given = None if label is None else label.tolist()
+            raise ValueError(f"label {given} is no class of the classifier; there are 0 to {classes - 1}")
+
+    @staticmethod
+    def at_size(reference: Tensor | None, side: int) -> Tensor:
+        """The reference picture as the guides read it."""
+        if reference is None or reference.ndim != 4 or reference.shape[1] != 3:
+            shape = None if reference is None else tuple(reference.shape)
+            raise ValueError(f"the reference picture is {shape}, not RGB; convert it to RGB")
+        return torch.nn.functional.interpolate(reference.float(), (side, side), mode="area")
+
+
+UNLED = Leaders()
+
+
+def leaders_of(parents: Mapping[str, Trained], device: torch.device) -> Leaders:
+    """The guides among the parents, on the device."""
+    noised = noised_clip_of(parents["noised_clip"]).to(device) if "noised_clip" in parents else None
+    clip = clip_of(parents["clip"]).to(device) if noised is not None and "clip" in parents else None
+    classifier = classifier_of(parents["classifier"]).to(device) if "classifier" in parents else None
+    return Leaders(classifier, noised, clip)

@@ -1,0 +1,69 @@
+"""ADM on ImageNet at 256 px, with classifier guidance, as published.
+
+Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), tables 11, 12 and 14, and the published code.
+"""
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.layouts.published import published
+from dd_core.nets.classifier import ClassifierSpec as ClassifierNetSpec
+from dd_core.nets.network import PlainSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.schedules import ScheduleSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.classifier import ClassifierSpec
+from dd_core.steering import GradientSpec
+from jobs.recipes.glide import paper_stage
+from workflows.labels import LabelSpec
+from workflows.pairs import PairsSpec
+from workflows.run_spec import RunSpec
+from workflows.train_spec import TrainSpec
+
+CLASSES = LabelSpec(path="label", classes=tuple(str(number) for number in range(1000)))
+"""The json beside an image has its class, 0 to 999, under `label`."""
+
+
+def run() -> RunSpec:
+    """554 M weights and a classifier of 54 M, for tars of ImageNet: set pairs.shards and pairs.destination.
+
+    Hardware and time: V100s, in days of training by the paper's table 10; none was measured here.
+    Departures: bf16 for fp16; the classifier learns at normal log noise levels where the published one draws
+    timesteps evenly, and its rate falls as half a cosine, not linearly.
+    """
+    how = SamplingSpec(
+        sampler="ddpm",
+        num_steps=250,
+        spacing="linspace",
+        guidance_scale=1.0,
+        gradient=GradientSpec(classes=1.0),
+    )
+    hop = HopSpec(stage="base", how=how, guides={"classifier": "classifier"})
+    return RunSpec(
+        name="adm",
+        pairs=PairsSpec(shards=("imagenet/*.tar",), destination="prepared", sizes=(256,)),
+        stages=(base(), classifier()),
+        cascade=CascadeSpec(name="adm", hops=(hop,), context_length=32, image_size=256),
+    )
+
+
+def base() -> TrainSpec:
+    """The class-conditional model: linear schedule, learned variance, batch 256, 1e-4, 1.98 M steps."""
+    net = published()["adm-imagenet256"].net
+    assert isinstance(net, PlainSpec)
+    stage = ChainSpec(net=net, image_size=256, schedule=ScheduleSpec(), loss="hybrid", told_dropout=0.0)
+    return paper_stage("base", stage, 1_980_000, 256, label=CLASSES)
+
+
+def classifier() -> TrainSpec:
+    """Depth 2, width 128; batch 256, 3e-4, weight decay .05, 500,000 steps."""
+    net = published()["adm-classifier256"].net
+    assert isinstance(net, ClassifierNetSpec)
+    told = net.but(unet=net.unet.but(level_scale=100.0))  # ours is told log sigma, not timesteps
+    return TrainSpec(
+        name="classifier",
+        stage=ClassifierSpec(net=told),
+        label=CLASSES,
+        optimizer=OptimizerSpec(learning_rate=3e-4, weight_decay=0.05, warmup_steps=0, betas=(0.9, 0.999)),
+        budget=Budget(steps=500_000, checkpoint_every=5_000, report_every=100),
+        batch_size=256,
+    )

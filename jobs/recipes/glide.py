@@ -1,0 +1,177 @@
+"""GLIDE: captions read by a transformer of the model's own, classifier-free guidance, an upsampler.
+
+`run` is the system at the size of the demo; `paper` is the published one; `inpainting` finetunes the demo's
+base with four more channels.
+Source: Nichol et al. 2022 (arXiv:2112.10741).
+"""
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.layouts.published import published
+from dd_core.nets.text import CaptionedSpec, TextSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.schedules import ScheduleSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.chain_spec import ChainSpec
+from jobs.recipes import ddpm, demo
+from workflows.labels import LabelSpec
+from workflows.pairs import PairsSpec
+from workflows.run_spec import RunSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
+
+ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
+FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0)
+COSINE, LINEAR = ScheduleSpec(betas="cosine"), ScheduleSpec()
+
+
+def run() -> RunSpec:
+    """10,000 pairs; base, its finetuning for guidance, upsampler.  Two CPUs, no GPU, up to 8 GB."""
+    return ddpm.run().but(
+        name="glide",
+        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=ddpm.CONTEXT),
+        stages=(base(), guided(), upsampler()),
+        cascade=cascade(ddpm.CONTEXT),
+        evaluation=demo.run().evaluation,
+    )
+
+
+def cascade(context_length: int) -> CascadeSpec:
+    """Base and upsampler, sampled as published."""
+    return CascadeSpec(
+        name="glide",
+        hops=(HopSpec(stage="guided", how=ANCESTRAL), HopSpec(stage="upsampler", how=FAST27)),
+        context_length=context_length,
+        image_size=256,
+    )
+
+
+def base() -> TrainSpec:
+    """64 px, cosine schedule, hybrid loss, captions never kept back."""
+    net = CaptionedSpec(
+        unet=ddpm.UNET.but(text_width=128),
+        text=TextSpec(width=128, layers=4, heads=4, context_length=ddpm.CONTEXT, vocab_size=49_408),
+    )
+    return TrainSpec(
+        name="base",
+        stage=ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.0),
+        optimizer=ddpm.OPTIMIZER,
+        budget=ddpm.BUDGET,
+        batch_size=32,
+        samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50, guidance_scale=1.0)),
+    )
+
+
+def guided() -> TrainSpec:
+    """The base finetuned with a fifth of the captions kept back, so that it can guide itself."""
+    before = base()
+    return before.but(
+        name="guided",
+        stage=before.stage.but(told_dropout=0.2),
+        parents={"start": "base"},
+        optimizer=ddpm.OPTIMIZER.but(learning_rate=3e-4),
+        budget=ddpm.BUDGET.but(steps=500, sample_every=250),
+        samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50)),
+    )
+
+
+def inpainting() -> RunSpec:
+    """`run` and, of its base, a model that fills holes as told."""
+    before, whole = guided(), run()
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, CaptionedSpec)
+    net = before.stage.net.but(unet=before.stage.net.unet.but(image_channels=4))
+    filling = before.but(
+        name="filling", stage=before.stage.but(net=net, inpaints=True), parents={"start": "guided"}
+    )
+    enlarged = FAST27.but(inpainting="projection")
+    hops = (HopSpec(stage="filling", how=ANCESTRAL), HopSpec(stage="upsampler", how=enlarged))
+    return whole.but(
+        name="glide_inpainting",
+        stages=(*whole.stages, filling),
+        cascade=whole.cascade.but(name="glide_inpainting", hops=hops),
+    )
+
+
+def upsampler() -> TrainSpec:
+    """64 -> 256 px, linear schedule, told the caption and the small picture; 27 steps."""
+    unet = ddpm.UNET.but(
+        width=32,
+        channel_mult=(1, 2),
+        attention_at=(),
+        stem_factor=8,
+        text_width=64,
+        image_channels=3,
+        groups=8,
+    )
+    text = TextSpec(width=64, layers=1, heads=2, context_length=ddpm.CONTEXT, vocab_size=49_408)
+    stage = ChainSpec(
+        net=CaptionedSpec(unet=unet, text=text),
+        image_size=256,
+        factor=4,
+        schedule=LINEAR,
+        loss="hybrid",
+        told_dropout=0.0,
+    )
+    return TrainSpec(
+        name="upsampler",
+        stage=stage,
+        optimizer=ddpm.OPTIMIZER,
+        budget=Budget(steps=600, checkpoint_every=300, report_every=25),
+        batch_size=16,
+    )
+
+
+def paper() -> RunSpec:
+    """The published sizes (filtered: 385 M and 398 M weights), iterations and batches, for your own tars.
+
+    Hardware and time: the paper gives neither (its compute is about that of DALL-E); none measured here.  Set
+    pairs.shards and pairs.destination.  Departures: CLIP's tokens in place of GLIDE's own, bf16 in place of
+    fp16; the learning rate is ADM's 1e-4 and the finetuning's length ours, as the paper names neither.
+    Source: section 4 and the model card of the published code.
+    """
+    known = published()
+    found = []
+    for name, source, schedule, size, steps, batch in (
+        ("base", "glide-base", COSINE, 64, 2_500_000, 2048),
+        ("upsampler", "glide-upsample", LINEAR, 256, 1_600_000, 512),
+    ):
+        net = known[source].net
+        assert isinstance(net, CaptionedSpec)
+        stage = ChainSpec(
+            net=net, image_size=size, factor=size // 64, schedule=schedule, loss="hybrid", told_dropout=0.0
+        )
+        found.append(paper_stage(name, stage, steps, batch))
+    start = found[0]
+    assert isinstance(start.stage, ChainSpec)
+    tuned = paper_stage("guided", start.stage.but(told_dropout=0.2), 250_000, 2048, {"start": "base"})
+    return RunSpec(
+        name="glide_paper",
+        pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=128),
+        stages=(start, tuned, found[1]),
+        cascade=cascade(128),
+    )
+
+
+def paper_stage(
+    name: str,
+    stage: ChainSpec,
+    steps: int,
+    batch: int,
+    parents: dict[str, str] | None = None,
+    label: LabelSpec | None = None,
+) -> TrainSpec:
+    """One training run with AdamW at 1e-4 and weights averaged over 10,000 steps."""
+    return TrainSpec(
+        name=name,
+        stage=stage,
+        parents=parents or {},
+        label=label,
+        optimizer=OptimizerSpec(
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup_steps=0,
+            betas=(0.9, 0.999),
+            ema_images=10_000 * batch,
+        ),
+        budget=Budget(steps=steps, checkpoint_every=5_000, report_every=100),
+        batch_size=batch,
+    )

@@ -1,0 +1,88 @@
+"""Guidance by gradient on the embedded world: a base that is told nothing, led by a noised CLIP.
+
+`classes` leads the same base by a noised classifier.  Neither base has heard a caption or a class: what of
+it comes out right is the guide's work.
+Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233), Nichol et al. 2022 (arXiv:2112.10741), Liu et al. 2021
+(arXiv:2112.05744); sizes are ours.
+"""
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.nets.classifier import ClassifierSpec as ClassifierNetSpec
+from dd_core.nets.network import PlainSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.schedules import ScheduleSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.classifier import ClassifierSpec
+from dd_core.steering import GradientSpec
+from jobs.recipes import ddpm, demo
+from jobs.recipes.improved_ddpm import LABEL, SHAPES
+from workflows.evaluation import EvaluationSpec
+from workflows.run_spec import RunSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
+
+ALONE = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=1.0)
+
+
+def run() -> RunSpec:
+    """10,000 pairs, CLIP, noised CLIP, base; 64 captions judged.  Two CPUs, no GPU, up to 8 GB."""
+    led = ALONE.but(gradient=GradientSpec(caption=3.0))
+    guides = {"noised_clip": "noised_clip", "clip": "clip"}
+    return ddpm.run().but(
+        name="guided",
+        stages=(demo.clip(), demo.noised_clip(), base()),
+        cascade=cascade("guided", HopSpec(stage="base", how=led, guides=guides)),
+        evaluation=EvaluationSpec(captions=64),
+    )
+
+
+def classes() -> RunSpec:
+    """The same base led to classes: `ddiff sample x --label 4` asks for a star."""
+    led = ALONE.but(gradient=GradientSpec(classes=3.0))
+    hop = HopSpec(stage="base", how=led, guides={"classifier": "classifier"})
+    return ddpm.run().but(
+        name="guided_classes",
+        stages=(classifier(), base()),
+        cascade=cascade("guided_classes", hop),
+        evaluation=EvaluationSpec(captions=4),
+    )
+
+
+def base() -> TrainSpec:
+    """64 px, cosine schedule, learned variance, told nothing."""
+    stage = ChainSpec(
+        net=PlainSpec(unet=ddpm.UNET, out_channels=6),
+        schedule=ScheduleSpec(betas="cosine", num_timesteps=1000),
+        loss="hybrid",
+        told_dropout=0.0,
+    )
+    return TrainSpec(
+        name="base",
+        stage=stage,
+        optimizer=ddpm.OPTIMIZER,
+        budget=ddpm.BUDGET,
+        batch_size=32,
+        samples=SamplesSpec(prompts=("",) * 4, how=ALONE.but(num_steps=50)),
+    )
+
+
+def classifier() -> TrainSpec:
+    """Noisy 64 px -> the shape of the first thing."""
+    unet = UNetSpec(
+        width=32, channel_mult=(1, 2, 3, 4), blocks_per_level=1, attention_at=(8,), head_width=32, groups=16
+    )
+    net = ClassifierNetSpec(unet=unet, image_size=64, classes=len(SHAPES))
+    return TrainSpec(
+        name="classifier",
+        stage=ClassifierSpec(net=net),
+        label=LABEL,
+        optimizer=OptimizerSpec(learning_rate=1e-3, weight_decay=0.05),
+        budget=Budget(steps=600, checkpoint_every=300, report_every=25),
+        batch_size=32,
+    )
+
+
+def cascade(name: str, hop: HopSpec) -> CascadeSpec:
+    """One hop at 64 px."""
+    return CascadeSpec(name=name, hops=(hop,), context_length=ddpm.CONTEXT, image_size=64)

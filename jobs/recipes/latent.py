@@ -1,0 +1,172 @@
+"""Latent diffusion: the base paints latents of the autoencoder, told the states of the frozen CLIP.
+
+`run` is the system at the size of the demo, 256 px in one hop; `paper` is Stable Diffusion's first training.
+Source: Rombach et al. 2022 (arXiv:2112.10752), the model card of Stable Diffusion 1.
+"""
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.layouts.published import published
+from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.nets.clip import ClipNetSpec
+from dd_core.nets.network import PlainSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.schedules import ScheduleSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.autoencoder import AutoencoderSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import ClipSpec
+from jobs.recipes import ddpm, demo
+from workflows.pairs import PairsSpec
+from workflows.run_spec import RunSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
+
+SCALED = ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first")
+DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one", guidance_scale=3.0)
+
+
+def run() -> RunSpec:
+    """10,000 pairs; CLIP, autoencoder, base.  Two CPUs, no GPU, up to 8 GB."""
+    return ddpm.run().but(
+        name="latent",
+        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=ddpm.CONTEXT),
+        stages=(demo.clip(), demo.autoencoder(), base()),
+        cascade=cascade(DDIM50, ddpm.CONTEXT),
+        evaluation=demo.run().evaluation,
+    )
+
+
+def cascade(how: SamplingSpec, context_length: int) -> CascadeSpec:
+    """One hop, which decodes what it paints."""
+    hop = HopSpec(stage="base", how=how)
+    return CascadeSpec(name="latent", hops=(hop,), context_length=context_length, image_size=256)
+
+
+def vq() -> RunSpec:
+    """The same on a codebook of 1,024 vectors, which the decoder keeps: the base paints what goes into it."""
+    whole, before = run(), demo.autoencoder()
+    assert isinstance(before.stage, AutoencoderSpec)
+    book = before.but(stage=before.stage.but(net=before.stage.net.but(codes=1024)))
+    cascaded = whole.cascade.but(name="latent_vq")
+    return whole.but(name="latent_vq", stages=(demo.clip(), book, base()), cascade=cascaded)
+
+
+def base() -> TrainSpec:
+    """32 x 32 x 4 latents of 256 px; transformers look at the caption's states."""
+    unet = ddpm.UNET.but(
+        channel_mult=(1, 2),
+        stem_factor=2,
+        attention_at=(2, 4),
+        attention="cross",
+        text_width=demo.TOWERS.text_width,
+        text_at_level=False,
+        scale_shift=False,
+    )
+    stage = ChainSpec(
+        net=PlainSpec(unet=unet, in_channels=4, out_channels=4),
+        image_size=256,
+        latent_channels=4,
+        schedule=SCALED,
+        told_dropout=0.1,
+    )
+    return TrainSpec(
+        name="base",
+        stage=stage,
+        parents={"clip": "clip", "autoencoder": "autoencoder"},
+        optimizer=ddpm.OPTIMIZER,
+        budget=ddpm.BUDGET,
+        batch_size=32,
+        samples=SamplesSpec(prompts=demo.PROMPTS, how=DDIM50.but(num_steps=20)),
+    )
+
+
+def inpainting() -> RunSpec:
+    """`run` and, of its base, a model that fills holes as told."""
+    before, whole = base(), run()
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, PlainSpec)
+    net = before.stage.net.but(unet=before.stage.net.unet.but(image_channels=5))
+    filling = before.but(
+        name="filling",
+        stage=before.stage.but(net=net, inpaints=True),
+        parents=before.parents | {"start": "base"},
+        budget=ddpm.BUDGET.but(steps=500, sample_every=250),
+    )
+    hop = HopSpec(stage="filling", how=DDIM50)
+    return whole.but(
+        name="latent_inpainting",
+        stages=(*whole.stages, filling),
+        cascade=whole.cascade.but(name="latent_inpainting", hops=(hop,)),
+    )
+
+
+def paper() -> RunSpec:
+    """Stable Diffusion 1 at 256 px: UNet of 860 M, ViT-L/14, f8 autoencoder of 84 M, for your own tars.
+
+    Hardware, by the model card: 32 x 8 A100, batch 2048, 237,000 steps at 256 px (of about 150,000 A100-hours
+    for all its trainings), AdamW at 1e-4 after 10,000 steps of warm-up.  Set pairs.shards and
+    pairs.destination; `clip` is downloaded by open_clip.  Departures: a tenth of the captions is kept back
+    from the beginning (there from the third training on); the autoencoder is trained on the same tars, with
+    a batch of 12 and a discriminator after 50,000 batches as published, CLIP's features in place of LPIPS.
+    """
+    net = published()["sd1"].net
+    assert isinstance(net, PlainSpec)
+    stage = ChainSpec(net=net, image_size=256, latent_channels=4, schedule=SCALED, told_dropout=0.1)
+    return RunSpec(
+        name="latent_paper",
+        pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(256, 224)),
+        stages=(paper_clip(), paper_autoencoder(), paper_base(stage)),
+        cascade=cascade(DDIM50.but(guidance_scale=7.5), 77),
+    )
+
+
+def paper_clip() -> TrainSpec:
+    """OpenAI's ViT-L/14, not trained here."""
+    net = ClipNetSpec(
+        embedding_width=768,
+        patch_size=14,
+        image_width=1024,
+        image_layers=24,
+        context_length=77,
+        text_width=768,
+        quick_gelu=True,
+    )
+    return TrainSpec(
+        name="clip",
+        stage=ClipSpec(net=net.but(text_heads=12), pretrained="ViT-L-14/openai"),
+        optimizer=OptimizerSpec(learning_rate=1e-4),
+        budget=Budget(steps=1, checkpoint_every=1),
+        batch_size=1,
+    )
+
+
+def paper_autoencoder() -> TrainSpec:
+    """The published f8 with four channels."""
+    return TrainSpec(
+        name="autoencoder",
+        stage=AutoencoderSpec(net=AutoencoderNetSpec()),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(
+            learning_rate=4.5e-6 * 12, schedule="constant", warmup_steps=0, betas=(0.5, 0.9)
+        ),
+        budget=Budget(steps=400_000, checkpoint_every=5_000, report_every=100),
+        batch_size=12,
+    )
+
+
+def paper_base(stage: ChainSpec) -> TrainSpec:
+    """Stable Diffusion's optimizer and batch."""
+    return TrainSpec(
+        name="base",
+        stage=stage,
+        parents={"clip": "clip", "autoencoder": "autoencoder"},
+        optimizer=OptimizerSpec(
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup_steps=10_000,
+            weight_decay=0.01,
+            betas=(0.9, 0.999),
+            ema_images=10_000 * 2048,
+        ),
+        budget=Budget(steps=237_000, checkpoint_every=5_000, report_every=100),
+        batch_size=2048,
+    )

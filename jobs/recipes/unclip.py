@@ -1,0 +1,86 @@
+"""unCLIP in the sizes of Karlo, its only published weights: prior, decoder of 893 M, upsampler of 692 M.
+
+Sources: Ramesh et al. 2022 (arXiv:2204.06125), table 3 (iterations, batches, rates); the model card and the
+code of Karlo (sizes, frozen CLIP states in place of a text transformer).
+"""
+
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.layouts.published import published
+from dd_core.nets.network import PlainSpec
+from dd_core.nets.prior import PriorNetSpec
+from dd_core.nets.text import UnclipSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.schedules import ScheduleSpec
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.prior import PriorSpec
+from jobs.recipes.glide import paper_stage
+from jobs.recipes.latent import paper_clip
+from workflows.pairs import PairsSpec
+from workflows.run_spec import RunSpec
+from workflows.train_spec import TrainSpec
+
+COSINE = ScheduleSpec(betas="cosine")
+
+
+def run() -> RunSpec:
+    """For your own tars: set pairs.shards and pairs.destination.
+
+    Hardware and time: neither source says, and none was measured here.  Departures: the prior is our
+    transformer in Karlo's width and depth, trained at continuous noise levels; the upsampler is trained on
+    whole pictures, without blur, its last step is no network of its own, and it is sampled by DDIM.
+    """
+    prior = SamplingSpec(num_steps=25, guidance_scale=4.0)
+    decoder = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=8.0)
+    upsampler_how = SamplingSpec(sampler="ddim", num_steps=7, spacing="trailing", guidance_scale=1.0)
+    hops = (
+        HopSpec(stage="prior", how=prior),
+        HopSpec(stage="decoder", how=decoder),
+        HopSpec(stage="upsampler", how=upsampler_how),
+    )
+    return RunSpec(
+        name="unclip",
+        pairs=PairsSpec(
+            shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(64, 224, 256)
+        ),
+        stages=(paper_clip(), prior_stage(), decoder_stage(), upsampler()),
+        cascade=CascadeSpec(name="unclip", hops=hops, context_length=77, image_size=256),
+    )
+
+
+def prior_stage() -> TrainSpec:
+    """Width 2048, 20 layers, on ViT-L/14; batch 4096, 1.1e-4, weight decay .06, 600,000 steps."""
+    net = PriorNetSpec(width=2048, layers=20, text_width=768, embedding_width=768, context_length=77)
+    return TrainSpec(
+        name="prior",
+        stage=PriorSpec(net=net, image_size=224),
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(
+            learning_rate=1.1e-4,
+            schedule="constant",
+            warmup_steps=0,
+            weight_decay=0.06,
+            betas=(0.9, 0.96),
+            ema_images=10_000 * 4096,
+        ),
+        budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
+        batch_size=4096,
+    )
+
+
+def decoder_stage() -> TrainSpec:
+    """64 px; half the captions, a tenth of the embeddings kept back; batch 2048, 1.2e-4, 800,000 steps."""
+    net = published()["karlo-decoder"].net
+    assert isinstance(net, UnclipSpec)
+    stage = ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.5, embedding_dropout=0.1)
+    trained = paper_stage("decoder", stage, 800_000, 2048, {"clip": "clip"})
+    return trained.but(optimizer=trained.optimizer.but(learning_rate=1.2e-4))
+
+
+def upsampler() -> TrainSpec:
+    """64 -> 256 px, told no caption, no attention; batch 1024, 1.2e-4, a million steps."""
+    net = published()["karlo-sr"].net
+    assert isinstance(net, PlainSpec)
+    stage = ChainSpec(net=net, image_size=256, factor=4, schedule=COSINE, told_dropout=0.0)
+    trained = paper_stage("upsampler", stage, 1_000_000, 1024)
+    return trained.but(optimizer=trained.optimizer.but(learning_rate=1.2e-4))

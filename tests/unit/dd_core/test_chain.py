@@ -1,0 +1,489 @@
+"""A stage on a discrete chain: what it learns, what it is told, and that its hop samples as published."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dd_core import schedules
+from dd_core.cascade import CascadeState, Hop, run
+from dd_core.denoiser import Conditioning, output_from
+from dd_core.losses import output_weight
+from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.nets.clip import ClipNetSpec
+from dd_core.nets.dit import DiTSpec
+from dd_core.nets.network import PlainSpec
+from dd_core.nets.text import CaptionedSpec, TextSpec, UnclipSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.noise import SeededNoise
+from dd_core.samplers import SamplingSpec, sample
+from dd_core.schedules import ScheduleSpec
+from dd_core.stage import PairBatch, Stage, Trained
+from dd_core.stages import StageSpec, build_stage, load_hop
+from dd_core.stages.autoencoder import AutoencoderSpec
+from dd_core.stages.chain import ChainStage
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.chain_told import counted, holes, upto_end
+from dd_core.stages.clip import ClipSpec
+from dd_core.text import tokens
+
+LENGTH = 12
+CLIP = ClipSpec(
+    net=ClipNetSpec(
+        embedding_width=16,
+        image_size=16,
+        patch_size=8,
+        image_width=16,
+        image_layers=1,
+        context_length=LENGTH,
+        text_width=16,
+        text_layers=1,
+        head_width=8,
+    )
+)
+AUTOENCODER = AutoencoderSpec(
+    net=AutoencoderNetSpec(width=8, channel_mult=(1, 1), blocks=1, groups=4, mid_attention=False),
+    image_size=16,
+    crop=16,
+    perceptual="none",
+)
+UNET = UNetSpec(
+    width=16,
+    channel_mult=(1, 2),
+    blocks_per_level=1,
+    attention_at=(2,),
+    head_width=8,
+    groups=4,
+    level_scale=1,
+)
+SMALL = ScheduleSpec(betas="cosine", num_timesteps=50)
+
+
+def plain(learned: bool = False, channels: int = 3, **more: object) -> PlainSpec:
+    return PlainSpec(unet=UNET.but(**more), in_channels=channels, out_channels=channels * (1 + learned))
+
+
+DDPM = ChainSpec(net=plain(), image_size=16, told_dropout=0.0)
+BARE = DDPM.but(net=plain(channel_mult=(1,), attention_at=(), attention_in_middle=False), image_size=8)
+IMPROVED = DDPM.but(net=plain(learned=True), loss="hybrid", schedule=SMALL, rescaled_time=True)
+BOUND = IMPROVED.but(loss="vlb")
+GLIDE = ChainSpec(
+    net=CaptionedSpec(
+        unet=UNET.but(text_width=16),
+        text=TextSpec(width=16, layers=1, heads=2, context_length=LENGTH, vocab_size=49408),
+    ),
+    image_size=16,
+    loss="hybrid",
+    told_dropout=0.2,
+    schedule=ScheduleSpec(betas="cosine", num_timesteps=1000),
+)
+UNCLIP = ChainSpec(
+    net=UnclipSpec(
+        unet=UNET.but(text_width=16, text_at_level=False, level_told=True, embedding_width=16), clip_width=16
+    ),
+    image_size=16,
+    loss="hybrid",
+    told_dropout=0.5,
+)
+CLASSES = DDPM.but(net=plain(labels=4), told_dropout=0.1)
+FROZEN = DDPM.but(
+    net=plain(attention="cross", text_width=16, text_at_level=False), predicts="v", told_dropout=0.1
+)
+TRANSFORMER = ChainSpec(
+    net=DiTSpec(
+        image_size=16, stem=2, conv_width=8, conv_blocks=1, width=16, layers=1, head_width=8, text_width=16
+    ),
+    image_size=16,
+    predicts="x0",
+)
+LATENT = DDPM.but(
+    net=plain(channels=4, attention="cross", text_width=16, text_at_level=False),
+    latent_channels=4,
+    schedule=ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first"),
+    told_dropout=0.1,
+)
+ENLARGING = DDPM.but(net=plain(learned=True, image_channels=3), loss="hybrid", factor=4)
+INPAINTING = GLIDE.but(
+    net=GLIDE.net.but(unet=GLIDE.net.unet.but(image_channels=4)),  # type: ignore[union-attr]
+    inpaints=True,
+)
+LATENT_INPAINTING = LATENT.but(
+    net=plain(channels=4, attention="cross", text_width=16, text_at_level=False, image_channels=5),
+    inpaints=True,
+)
+SPECS = {
+    "ddpm": DDPM,
+    "improved": IMPROVED,
+    "bound": BOUND,
+    "glide": GLIDE,
+    "unclip": UNCLIP,
+    "classes": CLASSES,
+    "frozen": FROZEN,
+    "transformer": TRANSFORMER,
+    "latent": LATENT,
+    "enlarging": ENLARGING,
+    "inpainting": INPAINTING,
+    "latent_inpainting": LATENT_INPAINTING,
+}
+
+
+def told(*captions: str) -> Tensor:
+    return torch.tensor(tokens(captions, LENGTH))
+
+
+def made(spec: StageSpec, parents: dict[str, Trained]) -> Stage:
+    """A stage with no weight left at zero, so that everything it is told may matter."""
+    torch.manual_seed(0)
+    stage = build_stage(spec, parents)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return stage
+
+
+PARENTS = {
+    "clip": Trained(CLIP, made(CLIP, {}).model.state_dict()),
+    "autoencoder": Trained(AUTOENCODER, made(AUTOENCODER, {}).model.state_dict()),
+}
+
+
+def trained(spec: ChainSpec) -> Trained:
+    return Trained(spec, made(spec, PARENTS).model.state_dict())
+
+
+def hop(spec: ChainSpec) -> Hop:
+    return load_hop(trained(spec), PARENTS, device="cpu")
+
+
+def asked(seeds: list[int], *captions: str, **more: Tensor) -> CascadeState:
+    small = torch.linspace(-1, 1, 4).expand(len(seeds), 3, 4, 4)
+    label = torch.arange(len(seeds)) % 3
+    return CascadeState(seeds=seeds, tokens=told(*captions), image=small, label=label)._replace(**more)
+
+
+def drawn(spec: ChainSpec, state: CascadeState, how: SamplingSpec) -> Tensor:
+    image = run(hop(spec), state, how).image
+    assert image is not None
+    return image
+
+
+def how_of(spec: ChainSpec, **more: object) -> SamplingSpec:
+    scale = 2.0 if spec.guides_itself else 1.0
+    return SamplingSpec(**{"sampler": "ddim", "num_steps": 3, "guidance_scale": scale, "eta": 0.5} | more)
+
+
+def batch(count: int = 4) -> PairBatch:
+    image = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8)
+    captions = ["a red circle", "a blue star", "two", "a cross"][:count]
+    return PairBatch(image, told(*captions), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_trained_weight_can_learn(name: str) -> None:
+    stage = made(SPECS[name], PARENTS)
+    torch.manual_seed(3)
+    stage(batch()).total.backward()
+    still = [key for key, p in stage.named_parameters() if p.grad is None]
+    assert still == []  # as data parallelism asks
+    zero = [key for key, p in stage.named_parameters() if not p.grad.any()]
+    assert zero in ([], ["model.network.no_embedding"])  # none was dropped in this batch
+    assert all(not p.requires_grad for parent in stage.frozen for p in parent.parameters())
+    assert len(stage.frozen) == len(SPECS[name].needs)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_seed_gives_the_same_draw_alone_and_in_company(name: str) -> None:
+    spec = SPECS[name]
+    how = how_of(spec)
+    together = drawn(spec, asked([5, 6, 7], "a red circle", "a blue star", "a cross"), how)
+    one = asked([6], "a blue star", label=torch.tensor([1]))
+    alone = drawn(spec, one, how)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-2, rtol=0)  # one of 256 levels
+    assert torch.equal(alone, drawn(spec, one, how))
+    assert not torch.equal(alone, drawn(spec, one._replace(seeds=[7]), how))
+
+
+def published_ddpm(spec: ChainSpec, seed: int, t_of: list[int], variance: str) -> Tensor:
+    """Ancestral sampling in DDPM's own frame, with its own coefficients, asking the network itself."""
+    hopped = hop(spec)
+    network, noise = hopped.model.network, SeededNoise([seed])  # type: ignore[attr-defined]
+    bars = schedules.alpha_bars(spec.schedule)
+    x = noise(torch.empty(1, 3, spec.image_size, spec.image_size))
+    for i in reversed(range(len(t_of))):
+        bar, before = bars[t_of[i]], bars[t_of[i - 1]] if i else torch.tensor(1.0, dtype=torch.float64)
+        beta = 1 - bar / before
+        told_t = torch.tensor([float(t_of[i])]) * (1000 / len(bars) if spec.rescaled_time else 1)
+        with torch.no_grad():
+            out = network(x, told_t, Conditioning())
+        eps, v = out[:, :3], out[:, 3:]
+        x0 = ((x.double() - (1 - bar).sqrt() * eps) / bar.sqrt()).clamp(-1, 1)
+        mean = before.sqrt() * beta / (1 - bar) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - bar) * x
+        tilde = beta * (1 - before) / (1 - bar)
+        if not i:
+            return mean.float()
+        match variance:
+            case "learned":
+                share = (v.double() + 1) / 2
+                log_var = share * beta.log() + (1 - share) * tilde.log()
+            case "fixed_small":
+                log_var = tilde.log()
+            case _:
+                log_var = beta.log()
+        x = (mean + (log_var / 2).exp() * noise(x)).float()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "variance"),
+    [
+        (BARE.but(schedule=ScheduleSpec(num_timesteps=250)), 250, "fixed_large"),
+        (DDPM, 25, "fixed_small"),
+        (IMPROVED, 50, "learned"),
+        (IMPROVED, 10, "learned"),
+        (IMPROVED, 10, "fixed_small"),
+    ],
+    ids=["ddpm-250-large", "ddpm-25-small", "improved-all", "improved-10", "improved-10-small"],
+)
+def test_the_hop_is_ddpm_as_published_on_the_same_network(spec: ChainSpec, steps: int, variance: str) -> None:
+    how = SamplingSpec(
+        sampler="ddpm", num_steps=steps, variance=variance, spacing="linspace", guidance_scale=1.0
+    )
+    chosen = schedules.timesteps("linspace", spec.schedule.num_timesteps, steps).tolist()
+    hopped = hop(spec)
+    draw = hopped.start(asked([3], "a star"), how)
+    found = sample(draw.sampling, hopped.denoiser(draw.rows))
+    torch.testing.assert_close(found, published_ddpm(spec, 3, chosen, variance), atol=2e-4, rtol=0)
+
+
+def test_the_last_step_of_latent_diffusion_stops_at_the_first_timestep() -> None:
+    """DDIM as published there: x_prev = sqrt(bar_0) x0 + sqrt(1 - bar_0) eps at the end, never x0 itself."""
+    spec, how = LATENT, SamplingSpec(sampler="ddim", num_steps=2, spacing="ldm_plus_one", guidance_scale=1.0)
+    hopped, state = hop(spec), asked([3], "a star")
+    draw = hopped.start(state, how)
+    found = sample(draw.sampling, hopped.denoiser(draw.rows))
+    bars = schedules.alpha_bars(spec.schedule)
+    x = SeededNoise([3])(torch.empty(1, 4, 8, 8))
+    for t, before in ((501, bars[1]), (1, bars[0])):
+        with torch.no_grad():
+            eps = hopped.model.network(x, torch.tensor([float(t)]), draw.rows.cond)  # type: ignore[attr-defined]
+        x0 = (x.double() - (1 - bars[t]).sqrt() * eps) / bars[t].sqrt()
+        x = (before.sqrt() * x0 + (1 - before).sqrt() * eps).float()
+    torch.testing.assert_close(found, x, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("spacing", ["karras", "trailing", "linspace"])
+def test_every_sampler_walks_a_chain(sampler: str, spacing: str) -> None:
+    how = SamplingSpec(sampler=sampler, num_steps=4, spacing=spacing, guidance_scale=2.0)
+    image = drawn(GLIDE, asked([1], "a star"), how)
+    assert image.shape == (1, 3, 16, 16)
+    assert image.abs().max() <= 1
+
+
+def test_an_empty_caption_is_all_padding_and_a_long_one_counts_to_its_end() -> None:
+    both = told("", "a red circle")
+    assert counted(both)[0].sum() == 0
+    assert counted(both)[1].sum() == upto_end(both)[1].sum() == 5
+    assert upto_end(both)[0].sum() == 2
+
+
+def test_what_stands_behind_the_end_of_a_caption_is_not_heard() -> None:
+    state = asked([1], "a star")
+    changed = state.tokens.clone()
+    changed[:, -1] = 7
+    how = how_of(GLIDE)
+    assert torch.equal(drawn(GLIDE, state, how), drawn(GLIDE, state._replace(tokens=changed), how))
+    assert not torch.equal(drawn(GLIDE, state, how), drawn(GLIDE, asked([1], "a cross"), how))
+
+
+@pytest.mark.parametrize("name", ["glide", "frozen", "transformer", "classes", "unclip"])
+def test_at_scale_zero_nothing_told_is_heard_and_at_one_no_negative(name: str) -> None:
+    spec = SPECS[name]
+    deaf, plain_how = how_of(spec, guidance_scale=0.0), how_of(spec, guidance_scale=1.0)
+    first = asked([1], "a star", label=torch.tensor([0]), image_embedding=torch.ones(1, 16) / 4)
+    other = asked([1], "a red box", label=torch.tensor([2]), image_embedding=-torch.ones(1, 16) / 4)
+    assert torch.equal(drawn(spec, first, deaf), drawn(spec, other, deaf))
+    assert not torch.equal(drawn(spec, first, plain_how), drawn(spec, other, plain_how))
+    negative = first._replace(negative=told("a red box"))
+    assert torch.equal(drawn(spec, first, plain_how), drawn(spec, negative, plain_how))
+
+
+def test_a_learned_variance_is_that_of_the_conditional_row_whatever_the_scale() -> None:
+    hopped, state = hop(GLIDE), asked([1], "a star")
+    x, sigma = torch.randn(1, 3, 16, 16), torch.tensor([2.0])
+    fractions = []
+    for scale in (0.0, 1.0, 3.0):
+        draw = hopped.start(state, how_of(GLIDE, guidance_scale=scale))
+        fractions.append(hopped.denoiser(draw.rows)(x, sigma).variance_fraction)
+    torch.testing.assert_close(fractions[0], fractions[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(fractions[2], fractions[1], atol=1e-6, rtol=1e-5)
+
+
+def pictures(count: int) -> PairBatch:
+    """Dark for "night", bright for "day", each pixel a little different."""
+    bright = torch.randint(0, 2, (count,))
+    image = (40 + 160 * bright[:, None, None, None] + torch.randint(0, 20, (count, 3, 8, 8))).to(torch.uint8)
+    words = told("night", "day")
+    return PairBatch(image, words[bright], bright)
+
+
+def beaten(spec: ChainSpec, steps: int) -> tuple[ChainStage, float, float]:
+    """A stage trained for some steps; its loss, and that of the best denoiser which knows no more than the
+    mean and the variance of the pixels: the baseline, linear in x and exact for Gaussians."""
+    torch.manual_seed(0)
+    stage = build_stage(spec, PARENTS)
+    assert isinstance(stage, ChainStage)
+    optimizer = torch.optim.Adam(stage.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(steps):
+        found = stage(pictures(16))
+        found.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(found.parts["mse"]))
+    values = pictures(512).image / 127.5 - 1
+    variance = float(values.var())
+    sigma = schedules.sigmas(spec.schedule)
+    baseline = float((variance * sigma**2 / (variance + sigma**2)).mean())  # E|x0 - E[x0|x]|^2
+    return stage, sum(losses[-20:]) / 20, baseline
+
+
+@pytest.fixture(scope="module")
+def night_and_day() -> tuple[Trained, float, float]:
+    unet = UNET.but(channel_mult=(1,), attention_at=(), text_width=16)
+    spec = GLIDE.but(net=GLIDE.net.but(unet=unet), image_size=8, predicts="x0")  # type: ignore[union-attr]
+    stage, loss, baseline = beaten(spec, 100)
+    return Trained(spec, stage.model.state_dict()), loss, baseline
+
+
+def test_a_short_training_beats_the_best_linear_denoiser(night_and_day: tuple[Trained, float, float]) -> None:
+    _, loss, baseline = night_and_day
+    assert loss < 0.8 * baseline, (loss, baseline)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        SamplingSpec(sampler="ddpm", num_steps=20, spacing="linspace", guidance_scale=3.0),
+        SamplingSpec(sampler="ddim", num_steps=15, spacing="linspace", guidance_scale=3.0),
+        SamplingSpec(num_steps=10, guidance_scale=3.0, dynamic_threshold=0.98),
+    ],
+    ids=["ddpm", "ddim", "dpmpp"],
+)
+def test_what_it_learned_is_painted_as_told(
+    night_and_day: tuple[Trained, float, float], how: SamplingSpec
+) -> None:
+    hopped = load_hop(night_and_day[0], {}, device="cpu")
+    state = CascadeState(seeds=[1, 2, 3, 4], tokens=told("night", "day", "night", "day"))
+    image = run(hopped, state, how).image
+    assert image is not None
+    mean = image.mean((1, 2, 3))
+    assert (mean[1::2] > mean[::2].max() + 0.4).all(), mean
+
+
+def test_a_variation_stays_the_nearer_the_fewer_steps_it_takes(
+    night_and_day: tuple[Trained, float, float],
+) -> None:
+    hopped = load_hop(night_and_day[0], {}, device="cpu")
+    known = pictures(1).image / 127.5 - 1
+    state = CascadeState(seeds=[1], tokens=told("day" if known.mean() < 0 else "night"), known=known)
+    far = []
+    for strength in (0.1, 0.5, 1.0):
+        how = SamplingSpec(sampler="ddim", num_steps=10, guidance_scale=3.0, strength=strength)
+        image = run(hopped, state, how).image
+        assert image is not None
+        far.append(float((image - known).square().mean()))
+    assert far[0] < 0.05
+    assert far[0] < far[2]
+    assert far[1] < far[2] + 0.05
+
+
+def test_importance_sampling_survives_in_the_state_and_reweighs() -> None:
+    stage = made(BOUND.but(schedule=ScheduleSpec(betas="cosine", num_timesteps=4)), PARENTS)
+    assert isinstance(stage, ChainStage)
+    assert stage.timesteps is not None
+    for _ in range(30):
+        stage(batch())
+    assert (stage.timesteps.seen >= 10).all()
+    chances = stage.timesteps.probabilities()
+    assert chances.max() > 1.2 * chances.min()
+    again = made(stage.spec, PARENTS)
+    again.load_state_dict(stage.state_dict())
+    assert torch.equal(again.timesteps.probabilities(), chances)  # type: ignore[union-attr]
+    stage.eval()
+    before = stage.timesteps.seen.clone()
+    stage(batch())
+    assert torch.equal(stage.timesteps.seen, before)
+
+
+def test_the_weights_of_the_loss_are_those_of_what_is_predicted() -> None:
+    """With the estimate x0 + d the loss is d**2 / sigma**2, d**2, d**2 (1 + 1 / sigma**2) for eps, x0, v."""
+    x0, x, sigma = (
+        torch.randn(3, 5, 3, dtype=torch.float64).unbind(0)[0],
+        torch.randn(5, 3),
+        torch.rand(5) + 0.3,
+    )
+    level = sigma[:, None].double()
+    for predicts in ("eps", "x0", "v"):
+        d = 0.1
+        apart = output_from(predicts, x0 + d, x.double(), level) - output_from(
+            predicts, x0, x.double(), level
+        )
+        expected = apart.square().mean(1)
+        torch.testing.assert_close(output_weight(predicts, sigma.double()) * d**2, expected)
+
+
+def test_holes_are_rectangles_and_some_hide_everything() -> None:
+    torch.manual_seed(0)
+    hole = holes(torch.zeros(400, 3, 16, 12))[:, 0]
+    rows, columns = hole.any(2), hole.any(1)
+    assert torch.equal(hole, rows[:, :, None] & columns[:, None])
+    assert (rows.sum(1) >= 4).all()
+    assert (columns.sum(1) >= 3).all()
+    assert 0.08 < hole.all(2).all(1).float().mean() < 0.25
+
+
+@pytest.mark.parametrize(("before", "after"), [(GLIDE, INPAINTING), (LATENT, LATENT_INPAINTING)])
+def test_an_inpainting_model_starts_as_the_model_that_it_is_made_of(
+    before: ChainSpec, after: ChainSpec
+) -> None:
+    base = trained(before)
+    stage = build_stage(after, PARENTS | {"start": base})
+    started = Trained(after, stage.model.state_dict())
+    state, how = asked([1], "a star"), how_of(before)
+    known = torch.rand(1, 3, 16, 16) * 2 - 1
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hole[..., 8:] = True
+    new = load_hop(started, PARENTS, device="cpu")
+    old = load_hop(base, PARENTS, device="cpu")
+    torch.testing.assert_close(run(new, state, how).image, run(old, state, how).image, atol=1e-2, rtol=0)
+    edit = state._replace(known=known, hole=hole)
+    training_free = run(old, edit, how.but(inpainting="projection")).image
+    torch.testing.assert_close(run(new, edit, how).image, training_free, atol=1e-2, rtol=0)
+    assert training_free is not None
+    exact = (known[..., :8] * 127.5 + 127.5).round() / 127.5 - 1
+    assert torch.equal(training_free[..., :8], exact)
+    assert not torch.equal(training_free[..., 8:], known[..., 8:])
+
+
+def test_another_network_is_no_start() -> None:
+    with pytest.raises(ValueError, match="the parent 'start' has another network"):
+        build_stage(GLIDE, PARENTS | {"start": trained(DDPM)})
+    narrow = GLIDE.but(net=GLIDE.net.but(unet=GLIDE.net.unet.but(width=8)))  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="only input channels may be added"):
+        build_stage(GLIDE, PARENTS | {"start": trained(narrow)})
+    with pytest.raises(ValueError, match="only input channels may be added"):
+        build_stage(GLIDE, PARENTS | {"start": trained(INPAINTING)})
+
+
+def test_latents_have_the_deviation_of_their_scale_and_come_back() -> None:
+    hopped = hop(LATENT)
+    state = asked([1], "a star")
+    draw = hopped.start(state, how_of(LATENT))
+    assert draw.rows.limits is not None
+    assert draw.rows.limits[0, 1] == math.inf  # latents are not clipped
+    latent = torch.randn(1, 4, 8, 8)
+    image = hopped.finish(state, latent).image
+    expected = hopped.autoencoder.decode(latent)  # type: ignore[attr-defined]
+    torch.testing.assert_close(image, (expected * 127.5 + 127.5).round() / 127.5 - 1, atol=1e-6, rtol=0)

@@ -1,0 +1,121 @@
+"""What cannot be painted is refused before any network is asked, and the way out is named."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dd_core.cascade import Hop
+from dd_core.samplers import SamplingSpec
+from dd_core.stages.chain_spec import ChainSpec
+from tests.unit.dd_core.test_chain import (
+    CLASSES,
+    DDPM,
+    ENLARGING,
+    GLIDE,
+    INPAINTING,
+    LATENT,
+    TRANSFORMER,
+    asked,
+    hop,
+    plain,
+    told,
+)
+from tests.unit.dd_core.test_stages import BASE, UPSAMPLER
+from tests.unit.dd_core.test_stages import asked as asked_of_base
+from tests.unit.dd_core.test_stages import hop as other_hop
+
+KNOWN, HOLE = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16, dtype=torch.bool)
+PLAIN = SamplingSpec(guidance_scale=1.0)
+
+
+def silent(made: Hop) -> Hop:
+    """The same hop, whose networks must not be asked."""
+
+    def asked_anyway(*_: object) -> None:
+        raise AssertionError("a network was asked")
+
+    for part in vars(made).values():
+        if isinstance(part, nn.Module):
+            for module in part.modules():
+                module.register_forward_pre_hook(asked_anyway)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("spec", "how", "more", "remedy"),
+    [
+        (DDPM, {"guidance_scale": 3.0}, {}, "set guidance_scale: 1, or train with told_dropout"),
+        (DDPM, {"sampler": "ddpm"}, {}, "does not learn its variance .* fixed_small"),
+        (DDPM, {"sampler": "consistency"}, {}, "no consistency model; use ddim or dpmpp_2m"),
+        (DDPM, {"spacing": "ddim_leading", "num_steps": 300}, {}, "no whole stride takes 300 .*use linspace"),
+        (DDPM, {"spacing": "ldm_plus_one", "num_steps": 30}, {}, "that divides it, got 30"),
+        (DDPM, {"spacing": "linspace", "num_steps": 1}, {}, "one step of linspace .* use trailing"),
+        (DDPM, {"strength": 0.5}, {}, "strength 0.5 needs the picture that it is of"),
+        (DDPM, {"strength": 0.01, "num_steps": 20}, {"known": KNOWN}, "of 20 steps is no step; raise either"),
+        (DDPM, {}, {"hole": HOLE}, "a hole needs the picture that it is of"),
+        (DDPM, {}, {"known": KNOWN, "hole": HOLE}, "no mask channels; set inpainting: projection"),
+        (DDPM, {}, {"known": KNOWN[:, :1]}, "not RGB; convert it to RGB"),
+        (
+            INPAINTING,
+            {},
+            {"known": KNOWN, "hole": HOLE[..., :8]},
+            r"hole is \(16, 8\), the picture \(16, 16\)",
+        ),
+        (GLIDE, {}, {"tokens": told("a")[:, :7]}, "captions of 7 tokens, but the model reads 12"),
+        (CLASSES, {}, {"label": torch.tensor([3])}, "classes are 0 to 2"),
+        (CLASSES.but(net=plain(labels=3), told_dropout=0.0), {}, {"label": None}, "give a label"),
+        (ENLARGING, {}, {"image": None}, "enlarges 4 px and got None"),
+        (ENLARGING, {}, {"image": torch.zeros(1, 3, 8, 8)}, r"enlarges 4 px and got \(3, 8, 8\)"),
+        (LATENT, {"dynamic_threshold": 0.9}, {}, "for pixels, and this model paints latents"),
+    ],
+)
+def test_a_chain_refuses(
+    spec: ChainSpec, how: dict[str, object], more: dict[str, Tensor | None], remedy: str
+) -> None:
+    made = silent(hop(spec))
+    with pytest.raises(ValueError, match=remedy):
+        made.start(asked([1], "a")._replace(**more), PLAIN.but(**how))
+
+
+@pytest.mark.parametrize("spec", [BASE, UPSAMPLER], ids=lambda spec: spec.kind)
+def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spec: object) -> None:
+    made = silent(other_hop(spec))
+    known, hole = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    with pytest.raises(ValueError, match="set inpainting: projection"):
+        made.start(asked_of_base([1], "a", known=known, hole=hole), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "remedy"),
+    [
+        (DDPM, {"loss": "hybrid"}, "out_channels is 3; loss hybrid takes 6"),
+        (DDPM, {"inpaints": True}, "image_channels is 0, set it to 4"),
+        (DDPM, {"factor": 3, "image_size": 16}, "must divide by 3"),
+        (LATENT, {"loss": "vlb"}, "counts the bits of pixels; use simple"),
+        (LATENT, {"factor": 2}, "an enlarging model paints pixels"),
+        (TRANSFORMER, {"image_size": 32}, "net.image_size is 16, image_size 32; make them equal"),
+    ],
+)
+def test_a_spec_whose_parts_do_not_fit_says_how_they_would(
+    spec: ChainSpec, change: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        spec.but(**change)
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"guidance_scale": -1.0}, "greater than or equal to 0"),
+        ({"sampler": "ddim", "eta": 1.5}, "less than or equal to 1"),
+        ({"sampler": "ddim", "eta": -0.5}, "greater than or equal to 0"),
+        ({"clip": "image"}, "clip image is for sampler ddim"),
+        ({"sampler": "ddim", "clip": "none", "dynamic_threshold": 0.9}, "leave one out"),
+        ({"dynamic_threshold": 1.5}, "less than or equal to 1"),
+        ({"gradient": {"clip": 2.0}}, "GradientSpec has no field 'clip'"),
+        ({"gradient": {"caption": -1.0}}, "greater than or equal to 0"),
+    ],
+)
+def test_a_sampling_that_is_none_is_refused(fields: dict[str, object], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        SamplingSpec.model_validate(fields)
