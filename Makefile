@@ -21,7 +21,7 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(RUNTIME)  ## from nothing to a served cascade: data, six stages, evaluation, report, endpoint
+demo: $(RUNTIME)  ## from nothing to a served cascade: data, seven stages, evaluation, report, endpoint
 	$(BIN)/ddiff run --recipe demo --serve --host $(HOST) --port $(PORT)
 
 stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running

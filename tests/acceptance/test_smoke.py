@@ -1,4 +1,4 @@
-"""The smoke recipe through the real command line: tars, six stages, bundle, HTTP, PNG; then again."""
+"""The smoke recipe through the real command line: tars, seven stages, bundle, HTTP, PNG; then again."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ from jobs.cli import main
 from workflows.tracking import curves
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
-STAGES = ("clip", "autoencoder", "noised_clip", "base", "upsampler", "prior")
+STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")
 
 
 SAVED = Path("runs", "smoke", "autoencoder", "checkpoints", "step-00000006", sealed.MANIFEST)
