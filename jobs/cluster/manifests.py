@@ -18,6 +18,8 @@ from workflows.run_spec import RunSpec
 
 KIND = "ddiff.io/stage-kind"
 SERVE_PORT = 8000
+SERVICE = "ddiff-serve"
+"""The name of the RayService, one to a namespace."""
 Manifest = dict[str, Any]
 
 
@@ -90,12 +92,11 @@ def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
 def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
     """A RayService for a config of `ddiff deploy --dry-run`.
 
-    Another cascade in the config is taken up in place, replica by replica; a change of the pods starts a new
-    cluster beside the old one, which answers until the new one is ready.
+    Its name is always the same: another cascade in the config is taken up in place, replica by replica; a
+    change of the pods starts a new cluster beside the old one, which answers until the new one is ready.
     """
     spec = config.spec.but(host="0.0.0.0", port=SERVE_PORT)  # noqa: S104 behind a NetworkPolicy
-    cascade = spec.cascade.rstrip("/").rpartition("/")[2]
-    name = object_name(f"serve-{cascade[:12]}")
+    name = SERVICE
     fields = serve_fields(spec) | {"proxy_location": "EveryNode"}
     body = {
         "apiVersion": "ray.io/v1",
