@@ -96,12 +96,13 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
     Raises:
         ValueError: No such stage, or a parent is missing.
     """
-    home = opened(home_of(spec))
+    home = home_of(spec)
     for role in spec.stage(stage).parents:
         parent_home(spec.stage(stage), role, home)  # before anything is started
     one = only(spec, stage)
     if not joins_cluster():
         announce(one, this_machine())
+    home = opened(home)
     with tracked(home, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
         if joins_cluster():
             announce(one, joined())

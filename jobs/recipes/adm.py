@@ -17,7 +17,10 @@ from jobs.recipes.glide import paper_stage
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import TrainSpec
+from workflows.train_spec import ResourcesSpec, TrainSpec
+
+PAPER_WORKERS = 8
+PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 CLASSES = LabelSpec(path="label", classes=tuple(str(number) for number in range(1000)))
 """The json beside an image has its class, 0 to 999, under `label`."""
@@ -66,4 +69,6 @@ def classifier() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=3e-4, weight_decay=0.05, warmup_steps=0, betas=(0.9, 0.999)),
         budget=Budget(steps=500_000, checkpoint_every=5_000, report_every=100),
         batch_size=256,
+        num_workers=PAPER_WORKERS,
+        resources=PAPER_WORKER,
     )

@@ -15,7 +15,9 @@ from workflows.evaluation import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.shape_shards import ShapesSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
 CONTEXT = 32
 OPTIMIZER = OptimizerSpec(learning_rate=1e-3, ema_images=6_000)
@@ -64,5 +66,7 @@ def base() -> TrainSpec:
         optimizer=OPTIMIZER,
         budget=BUDGET,
         batch_size=32,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=("", "", "", ""), how=ANCESTRAL.but(num_steps=50)),
     )

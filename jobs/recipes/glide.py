@@ -16,7 +16,11 @@ from jobs.recipes import ddpm, demo
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+PAPER_WORKERS = 8
+PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
 FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0)
@@ -56,6 +60,8 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=32,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50, guidance_scale=1.0)),
     )
 
@@ -117,6 +123,8 @@ def upsampler() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=Budget(steps=600, checkpoint_every=300, report_every=25),
         batch_size=16,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -174,4 +182,6 @@ def paper_stage(
         ),
         budget=Budget(steps=steps, checkpoint_every=5_000, report_every=100),
         batch_size=batch,
+        num_workers=PAPER_WORKERS,
+        resources=PAPER_WORKER,
     )

@@ -20,7 +20,9 @@ from jobs.recipes import ddpm, demo
 from jobs.recipes.improved_ddpm import LABEL, SHAPES
 from workflows.evaluation import EvaluationSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
 ALONE = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=1.0)
 
@@ -63,6 +65,8 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=32,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=("",) * 4, how=ALONE.but(num_steps=50)),
     )
 
@@ -80,6 +84,8 @@ def classifier() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-3, weight_decay=0.05),
         budget=Budget(steps=600, checkpoint_every=300, report_every=25),
         batch_size=32,
+        num_workers=1,
+        resources=WORKER,
     )
 
 

@@ -14,7 +14,9 @@ from jobs.recipes import ddpm
 from workflows.evaluation import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 LABEL = LabelSpec(path="objects.0.shape", classes=SHAPES)
@@ -54,6 +56,8 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=32,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=("",) * len(SHAPES), how=LEARNED.but(num_steps=50)),
     )
 

@@ -18,7 +18,11 @@ from dd_core.stages.clip import ClipSpec
 from jobs.recipes import ddpm, demo
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+PAPER_WORKERS = 8
+PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 SCALED = ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first")
 DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one", guidance_scale=3.0)
@@ -75,6 +79,8 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=32,
+        num_workers=1,
+        resources=WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=DDIM50.but(num_steps=20)),
     )
 
@@ -136,6 +142,8 @@ def paper_clip() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-4),
         budget=Budget(steps=1, checkpoint_every=1),
         batch_size=1,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -150,6 +158,8 @@ def paper_autoencoder() -> TrainSpec:
         ),
         budget=Budget(steps=400_000, checkpoint_every=5_000, report_every=100),
         batch_size=12,
+        num_workers=1,
+        resources=WORKER,
     )
 
 
@@ -169,4 +179,6 @@ def paper_base(stage: ChainSpec) -> TrainSpec:
         ),
         budget=Budget(steps=237_000, checkpoint_every=5_000, report_every=100),
         batch_size=2048,
+        num_workers=PAPER_WORKERS,
+        resources=PAPER_WORKER,
     )

@@ -18,7 +18,10 @@ from jobs.recipes.glide import paper_stage
 from jobs.recipes.latent import paper_clip
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import TrainSpec
+from workflows.train_spec import ResourcesSpec, TrainSpec
+
+PAPER_WORKERS = 8
+PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 COSINE = ScheduleSpec(betas="cosine")
 
@@ -65,6 +68,8 @@ def prior_stage() -> TrainSpec:
         ),
         budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
         batch_size=4096,
+        num_workers=PAPER_WORKERS,
+        resources=PAPER_WORKER,
     )
 
 

@@ -119,7 +119,7 @@ def test_groups_have_what_the_stages_state_and_the_plan_fits_on_them(
     cluster = one(made["job"], "RayJob")["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
     names = [each["groupName"] for each in cluster["workerGroupSpecs"]]
-    assert names == ["clip", "autoencoder", "noised-clip", "base", "upsampler", "prior", "decode"]
+    assert names == ["clip", "autoencoder", "noised-clip", "draft", "base", "upsampler", "prior", "decode"]
     base = group(cluster, "base")
     assert (base["minReplicas"], base["maxReplicas"]) == (0, 2)
     assert base["labels"] == {"ddiff.io/stage-kind": "base", "zone": "a"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dd_core.stages.base import BaseSpec
 from jobs.cli import main
 from jobs.config import RECIPES, recipe_spec
 from jobs.nodes import Node, amount, grown, has_labels, places
@@ -19,9 +20,12 @@ GPU = Node("gpu", cpus=8, gpus=2, memory_bytes=64 * 2**30, labels={"ray.io/accel
 
 
 def with_base(**changes: object) -> RunSpec:
-    """Smoke's clip and base alone, the base changed."""
+    """Smoke's clip and base alone, the base without drafts and changed."""
     run = smoke.run()
-    stages = (run.stage("clip"), run.stage("base").but(**changes))
+    base = run.stage("base")
+    assert isinstance(base.stage, BaseSpec)
+    alone = base.but(stage=base.stage.but(from_draft=False), parents={"clip": "clip"})
+    stages = (run.stage("clip"), alone.but(**changes))
     return RunSpec.model_construct(**(dict(run) | {"stages": stages}))  # unchecked: no whole cascade
 
 
