@@ -9,7 +9,7 @@ import torch
 from dd_core import bundle, sealed
 from dd_core.cascade import CascadeSpec, HopSpec, run
 from dd_core.samplers import SamplingSpec
-from tests.unit.dd_core.test_stages import BASE, CLIP, PRIOR, asked, stage
+from tests.unit.dd_core.test_stages import BASE, CLIP, DRAFT, PRIOR, asked, parents, stage
 
 SPEC = CascadeSpec(
     name="tiny",
@@ -20,12 +20,13 @@ SPEC = CascadeSpec(
 
 
 def stages(root: Path) -> dict[str, Path]:
-    """Bundles of a CLIP, a prior and a base that stand on each other."""
-    clip = bundle.save(root / "clip", CLIP, stage(CLIP).model.state_dict(), parents={}, facts={"step": 1})
-    for name, spec in (("prior", PRIOR), ("base", BASE)):
-        weights = stage(spec).model.state_dict()
-        bundle.save(root / name, spec, weights, parents={"clip": clip}, facts={"step": 1})
-    return {name: root / name for name in ("clip", "prior", "base")}
+    """Bundles of a CLIP, a prior, a draft and a base that stand on each other."""
+    digests: dict[str, str] = {}
+    for name, spec in (("clip", CLIP), ("prior", PRIOR), ("draft", DRAFT), ("base", BASE)):
+        weights, roles = stage(spec).model.state_dict(), parents(spec)
+        named = {role: digests[role] for role in roles}
+        digests[name] = bundle.save(root / name, spec, weights, parents=named, facts={"step": 1})
+    return {name: root / name for name in digests}
 
 
 @pytest.fixture
@@ -98,7 +99,8 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_by_name(cascade: Path, name:
 
 def test_a_cascade_that_is_made_again_replaces_the_old_one_whole(cascade: Path, tmp_path: Path) -> None:
     before = sealed.verify(cascade).digest
-    found = {name: tmp_path / name for name in ("clip", "prior", "base")}
+    names = ("base", "clip", "draft", "prior")
+    found = {name: tmp_path / name for name in names}
     after = bundle.save_cascade(cascade, SPEC.but(name="tinier"), found, card="# tinier")
     assert sealed.verify(cascade).digest == after != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "cascade", "clip", "prior"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cascade", *names])
