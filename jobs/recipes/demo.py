@@ -145,7 +145,7 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip", "draft": "draft"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=6_000),
-        budget=Budget(steps=1_400, checkpoint_every=350, report_every=25, sample_every=350),
+        budget=Budget(steps=1_000, checkpoint_every=250, report_every=25, sample_every=500),
         batch_size=48,
         num_workers=1,
         resources=WORKER,
