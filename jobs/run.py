@@ -53,12 +53,13 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
         PortTakenError: Something else listens at the address; nothing has been started.
         The errors of run_pipeline, start_endpoint and write_report.
     """
-    if not joins_cluster():
-        announce(spec, this_machine())
-    home = opened(home_of(spec))
+    home = home_of(spec)
     stop_endpoint(home.here)
     if address:
         refuse_taken(address)
+    if not joins_cluster():
+        announce(spec, this_machine())
+    home = opened(home)
     with tracked(home, uri=tracking_uri() or "") as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
