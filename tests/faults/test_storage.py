@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dd_core import sealed
+from dd_core.stage import Budget
 from tests.faults.test_resume import SPEC, assert_same, kill_a_worker, when_step
 from tests.prepared import write_prepared
 from tests.s3 import s3_server
@@ -100,7 +101,9 @@ def test_a_journal_that_goes_on_elsewhere_is_not_mixed_with_what_was_never_sent(
 def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     store: str, data: Home, local_ray: None, tmp_path: Path
 ) -> None:
-    spec = SPEC.but(name="cut", restarts=2)
+    # long enough for a sign in the store to be seen: it is looked for once in a while
+    budget = Budget(steps=600, checkpoint_every=50, report_every=1)
+    spec = SPEC.but(name="cut", restarts=2, budget=budget)
     local = tmp_path / "data"
     data.fetch(*data.names())
     shutil.copytree(data.here, local)
@@ -108,19 +111,19 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     run = Home.of(f"{store}/run")
     stage = run.at("cut")
     when_step(stage.here, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 60"):
+    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 600"):
         train_stage(spec, run=run, data=data)
     assert [name for name in stage.names() if name in ("checkpoints", "stop")] == ["checkpoints"]
     forgotten(run)
-    when_step(stage.here, 30, kill_a_worker)
+    when_step(stage.here, 500, kill_a_worker)
     made = train_stage(spec, run=run, data=data)
     assert_same(made / "weights.safetensors", whole / "weights.safetensors")
     forgotten(run)
     stage.fetch(JOURNAL)
     lines = (stage.here / JOURNAL).read_text().splitlines()
     steps = [line for line in lines if '"train/loss"' in line]
-    assert len(steps) == 60  # none lost, none twice
-    assert list(curves(stage.here / JOURNAL)["train/loss"]) == list(range(1, 61))
+    assert len(steps) == 600  # none lost, none twice
+    assert list(curves(stage.here / JOURNAL)["train/loss"]) == list(range(1, 601))
     assert len(stage.at("checkpoints").names()) == spec.checkpoints_kept
     before = storage.store(run.root).info(stage.at("bundle/manifest.json").address)["ETag"]
     assert train_stage(spec, run=run, data=data).name == "bundle"
