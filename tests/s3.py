@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 
 import fsspec
+from s3fs import S3FileSystem
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "tester",
@@ -60,6 +61,16 @@ def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def forgotten_clients() -> Iterator[None]:
+    """fsspec keeps clients by their arguments, and an address of the environment is none of them."""
+    S3FileSystem.clear_instance_cache()
+    try:
+        yield
+    finally:
+        S3FileSystem.clear_instance_cache()
+
+
+@contextlib.contextmanager
 def s3_server(host: str = "127.0.0.1", keys: Mapping[str, str] = KEYS) -> Iterator[dict[str, str]]:
     """The environment that leads to a fresh, empty store with one bucket, `bucket`."""
     port = free_port(host)
@@ -70,7 +81,7 @@ def s3_server(host: str = "127.0.0.1", keys: Mapping[str, str] = KEYS) -> Iterat
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     environment = dict(keys) | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    with stopped(process):
+    with stopped(process), forgotten_clients():
         until(lambda: answers(environment["AWS_ENDPOINT_URL"]))
         fs = fsspec.filesystem(
             "s3",

@@ -9,7 +9,6 @@ Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 1 to 4; on the guidance
 steps: Luo et al. 2023 (arXiv:2310.04378), section 4.2.
 """
 
-from copy import deepcopy
 from typing import Annotated, Literal, NamedTuple, assert_never
 
 import torch
@@ -150,10 +149,10 @@ class ConsistencyStage(Stage):
         if teacher is not None:
             refuse_other(spec, teacher)
             self.model.load_state_dict(teacher.weights)
-            parents.append(deepcopy(self.model))
+            parents.append(copy_of(self.model, spec.base))
         if (decoder := decoder_of(spec.base, draft)) is not None:
             parents.append(decoder)
-        self.target = deepcopy(self.model).requires_grad_(False)
+        self.target = copy_of(self.model, spec.base).requires_grad_(False)
         """The average of the model that it is trained towards; not what ships, which is averaged longer."""
         self.register_buffer("steps", torch.tensor(0))
         self.freeze(*parents)
@@ -295,6 +294,13 @@ def refuse_other(spec: ConsistencySpec, teacher: Trained) -> None:
             f"consistency: base.{field} is not that of the parent base; a distilled model is the same "
             "network, so give both the same spec"
         )
+
+
+def copy_of(model: NetworkDenoiser[DiT], spec: BaseSpec) -> NetworkDenoiser[DiT]:
+    """The same network with the same weights.  Not by deepcopy, which needs tensors to have content."""
+    copied = denoiser_of(spec)
+    copied.load_state_dict(model.state_dict())
+    return copied
 
 
 def bound(model: NetworkDenoiser[DiT], cond: Conditioning) -> Denoiser:

@@ -4,7 +4,6 @@ The cluster's nodes and this process share an S3 server and nothing else.
 """
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import pytest
 import ray.serve.schema
 import yaml
 from click.testing import CliRunner, Result
-from moto.server import ThreadedMotoServer
 
 from jobs.cli import main
 from tests.ray_head import Head, free_ports, ray_head
+from tests.s3 import s3_server
 from tests.unit.serve.tiny import tiny_cascade
 from workflows.journal import Entry
 from workflows.tracking import Book
@@ -29,20 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ign
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """How a store is reached; it holds one bucket.  The cluster's nodes have a TMPDIR of their own."""
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "TMPDIR": str(tmp_path_factory.mktemp("node")),
-    }
-    yield variables
-    server.stop()
-    fsspec.filesystem("s3").clear_instance_cache()
+    with s3_server() as environment:
+        yield environment | {"TMPDIR": str(tmp_path_factory.mktemp("node"))}
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +48,8 @@ def here(head: Head, s3: dict[str, str], store: Path, monkeypatch: pytest.Monkey
     for name, value in (head.environment | s3).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TMPDIR", str(store))
-    if not fsspec.filesystem("s3").exists("ddiff"):
-        fsspec.filesystem("s3").mkdir("ddiff")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
-    monkeypatch.setenv("DDIFF_STORAGE", "s3://ddiff/runs")
+    monkeypatch.setenv("DDIFF_STORAGE", "s3://bucket/runs")
 
 
 def register(store: Path, run: Path, score: float, *, asked: str = "a", seed: int = 0) -> str:
@@ -123,7 +108,7 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     shown = ddiff("deploy", "tiny@production", *settings, "--dry-run")
     config = yaml.safe_load(shown.stdout)
     served = config["applications"][0]["args"]
-    assert (served["digest"], served["cascade"]) == (first, f"s3://ddiff/runs/cascades/{first}")
+    assert (served["digest"], served["cascade"]) == (first, f"s3://bucket/runs/cascades/{first}")
     ray.serve.schema.ServeDeploySchema.model_validate(config)
 
     on_air = done("deploy", "tiny@production", *settings)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dd_core import checkpoint, embeddings, images
 from dd_core.cascade import CascadeState, run
-from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.code_prior import CodePrior, CodePriorSpec
 from dd_core.samplers import SamplingSpec, sample
 from dd_core.stage import Budget, OptimizerSpec, PairBatch, Trained
@@ -21,23 +20,11 @@ from dd_core.stages.autoregressive_prior import (
     AutoregressivePriorSpec,
     AutoregressivePriorStage,
 )
-from dd_core.stages.clip import ClipSpec, clip_of
+from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
 from dd_core.training import TrainState, train
+from tests.unit.dd_core.test_stages import CLIP
 
-CLIP = ClipSpec(
-    net=ClipNetSpec(
-        embedding_width=8,
-        image_size=16,
-        patch_size=8,
-        image_width=16,
-        image_layers=1,
-        context_length=12,
-        text_width=16,
-        text_layers=1,
-        head_width=8,
-    )
-)
 SPEC = AutoregressivePriorSpec(
     net=CodePriorSpec(
         width=16,

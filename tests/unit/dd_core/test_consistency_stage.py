@@ -13,14 +13,12 @@ from dd_core.cascade import CascadeState, run
 from dd_core.consistency import ended, teacher_step
 from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, Parameterization
 from dd_core.guidance import clip_x0, rows_of
-from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.dit import DiTSpec
 from dd_core.noise import karras_sigmas, spread
 from dd_core.samplers import SamplingSpec, heun, sample
 from dd_core.stage import Budget, Losses, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec
-from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import (
     ConsistencyHop,
     ConsistencySpec,
@@ -33,21 +31,9 @@ from dd_core.stages.consistency import (
 )
 from dd_core.text import null_tokens, tokens
 from dd_core.training import TrainState, train
+from tests.unit.dd_core.test_stages import CLIP
 
 STD = 0.5
-CLIP = ClipSpec(
-    net=ClipNetSpec(
-        embedding_width=8,
-        image_size=16,
-        patch_size=8,
-        image_width=16,
-        image_layers=1,
-        context_length=12,
-        text_width=16,
-        text_layers=1,
-        head_width=8,
-    )
-)
 BASE = BaseSpec(
     net=DiTSpec(
         image_size=16,

@@ -1,7 +1,6 @@
 """ddiff doctor: each thing that can be wrong is made wrong, and found with its fix."""
 
 import json
-import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner
-from moto.server import ThreadedMotoServer
 
 from jobs.cli import main
+from tests.s3 import s3_server
 from workflows.registry import Registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's, of its own dependencies
@@ -70,26 +69,16 @@ def test_storage_that_cannot_be_written_is_a_failure(tmp_path: Path, monkeypatch
 
 
 def test_a_bucket_is_written_to_and_a_missing_one_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    try:
-        fsspec.filesystem("s3").mkdir("there")
-        monkeypatch.setenv("DDIFF_STORAGE", "s3://there/runs")
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("DDIFF_STORAGE", "s3://bucket/runs")
         found = doctor(code=0)
-        assert found["storage"][0]["says"].startswith("s3://there/runs: written, read and deleted")
-        assert not fsspec.filesystem("s3").find("there")
-        assert found["clock"][0]["says"].startswith(f"http://{host}:{port} is ")
+        assert found["storage"][0]["says"].startswith("s3://bucket/runs: written, read and deleted")
+        assert not fsspec.filesystem("s3").find("bucket")
+        assert found["clock"][0]["says"].startswith(f"{environment['AWS_ENDPOINT_URL']} is ")
         monkeypatch.setenv("DDIFF_STORAGE", "s3://absent/runs")
         assert doctor(code=2)["storage"][0]["state"] == "fail"
-    finally:
-        server.stop()
-        fsspec.filesystem("s3").clear_instance_cache()
 
 
 class AnHourAhead(BaseHTTPRequestHandler):

@@ -99,13 +99,17 @@ def test_labels_are_chosen_in_the_words_of_ray(choice: str, fits: bool) -> None:
 
 
 def test_ray_itself_reads_these_selectors() -> None:
-    from ray._common.ray_option_utils import task_options  # noqa: F401, PLC0415
     from ray.util.placement_group import validate_placement_group  # noqa: PLC0415
 
-    for choice in ("a", "!a", "in(a, b)", "!in(a, b)"):
+    def asked(choice: str) -> None:
         validate_placement_group(
             bundles=[{"CPU": 1}], bundle_label_selector=[{"zone": choice}], strategy="PACK", lifetime=None
         )
+
+    for choice in ("a", "!a", "in(a, b)", "!in(a, b)"):
+        asked(choice)
+    with pytest.raises(ValueError, match=r"in\(a, b"):
+        asked("in(a, b")
 
 
 def test_a_worker_lies_on_one_node() -> None:
@@ -148,3 +152,12 @@ def test_a_dry_run_shows_the_plan_starts_nothing_and_says_whether_it_fits(
     started = CliRunner().invoke(main, ["train", "clip", "--recipe", "smoke", "--set", more])
     assert (started.exit_code, "the plan does not fit" in started.stderr) == (2, True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["autoregressive", "consistency", "ddpm", "glide", "guided", "improved_ddpm", "latent"]
+)
+def test_the_recipes_for_a_laptop_are_planned_and_fit(name: str) -> None:
+    spec = recipe_spec(name)
+    assert isinstance(spec, RunSpec)
+    refuse(plan_of(spec, [ROOMY._replace(cpus=2, memory_bytes=16 * 2**30)], run=f"runs/{name}"))
