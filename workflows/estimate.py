@@ -57,6 +57,8 @@ class Content(TorchDispatchMode):
             return 0.0 if args[0].is_floating_point() else 0
         if func is OPS.nonzero.default and args[0].ndim == 1:
             return torch.arange(len(args[0]), device=args[0].device)[:, None]
+        if func is OPS._unique2.default:
+            return args[0].flatten(), torch.zeros_like(args[0]), torch.zeros_like(args[0].flatten())
         if func is OPS.index.Tensor:
             source, places, *rest = args
             args = (source, [all_rows(place) for place in places], *rest)

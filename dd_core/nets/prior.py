@@ -1,9 +1,11 @@
-"""The transformers of the diffusion prior: caption and a noised image embedding -> the image embedding.
+"""The networks of the diffusion prior: caption and a noised image embedding -> the image embedding.
 
-`PriorNet` is ours: small, and every place sees every other.  `CausalPrior` is the published one, a text
-transformer that continues the sequence; it exists so that published weights can be used.
+`PriorNet` is ours: a transformer reads the caption once, a small network denoises one vector many times.
+`CausalPrior` is the published one, a text transformer that continues the sequence, noised embedding and
+all; it exists so that published weights can be used.
 
-Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2, diffusion prior.
+Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2, diffusion prior); Li et al. 2024
+(arXiv:2406.11838, section 3.2: a denoiser of vectors, told one vector by a transformer).
 """
 
 from typing import Literal
@@ -22,8 +24,12 @@ from dd_core.nets.places import wave
 from dd_core.spec import Spec
 
 
+QUERIES = 4
+"""Places of the caption's sequence that gather what the denoiser is told."""
+
+
 class PriorNetSpec(Spec):
-    """Size of the prior's transformer."""
+    """Size of the reader and of the denoiser."""
 
     width: int = Field(256, multiple_of=8)
     layers: int = Field(4, ge=1)
@@ -32,43 +38,67 @@ class PriorNetSpec(Spec):
     """Of the states of the parent CLIP."""
     embedding_width: int = Field(ge=1)
     context_length: int = Field(ge=3)
+    denoiser_width: int = Field(512, multiple_of=8)
+    denoiser_blocks: int = Field(4, ge=1)
+
+
+class DenoiserBlock(nn.Module):
+    """A two-layer network on a vector, scaled, shifted and gated by what it is told."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = dit.Modulation(width, width, 3)
+        self.enter, self.leave = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, " b w"], told: Float[Tensor, " b w"]) -> Float[Tensor, " b w"]:
+        shift, scale, gate = (part[:, 0] for part in self.modulation(told))
+        return x + (1 + gate) * self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
 
 class PriorNet(nn.Module):
-    """Reads [caption states, caption embedding, log sigma, noised embedding, query] and answers at the query.
+    """Reads [caption states, caption embedding, queries] once; then denoises, told what the queries found.
 
-    Every layer sees the whole sequence: the causal mask of the paper saves nothing where nothing is
-    generated token by token.
+    The published prior runs its transformer at every noise level.  Here a noise level costs a hundredth of
+    reading the caption, so that training can draw several for each caption and sampling takes many steps.
     """
 
     def __init__(self, spec: PriorNetSpec) -> None:
         super().__init__()
+        self.loud = spec.embedding_width**0.5
         self.text_in = nn.Linear(spec.text_width, spec.width)
         self.caption_in = nn.Linear(spec.embedding_width, spec.width)
-        self.sigma_in = nn.Linear(256, spec.width)
-        self.noised_in = nn.Linear(spec.embedding_width, spec.width)
-        self.query = nn.Parameter(0.02 * torch.randn(1, 1, spec.width))
-        self.places = nn.Parameter(0.02 * torch.randn(1, spec.context_length + 4, spec.width))
-        heads = spec.width // spec.head_width
-        self.blocks = nn.ModuleList(dit.TextBlock(spec.width, heads) for _ in range(spec.layers))
-        self.norm = nn.LayerNorm(spec.width)
-        self.out = nn.Linear(spec.width, spec.embedding_width)
+        self.query = nn.Parameter(0.5 * torch.randn(1, QUERIES, spec.width))
+        self.places = nn.Parameter(0.5 * torch.randn(1, spec.context_length, spec.width))
+        heads, hidden = spec.width // spec.head_width, spec.denoiser_width
+        self.text_blocks = nn.ModuleList(dit.TextBlock(spec.width, heads) for _ in range(spec.layers))
+        self.text_norm = nn.LayerNorm(spec.width)
+        self.found = nn.Linear(QUERIES * spec.width, hidden)
+        self.sigma_in = nn.Sequential(nn.Linear(256, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.noised_in = nn.Linear(spec.embedding_width, hidden)
+        self.blocks = nn.ModuleList(DenoiserBlock(hidden) for _ in range(spec.denoiser_blocks))
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(2 * hidden, spec.embedding_width)
 
-    def read(self, caption: ReadCaption) -> Float[Tensor, " b m w"]:
-        """The caption as the first tokens of the sequence; once a request."""
-        return torch.cat([self.text_in(caption.states), self.caption_in(caption.embedding)[:, None]], 1)
+    def read(self, caption: ReadCaption) -> Float[Tensor, " b 1 w"]:
+        """The caption as the denoiser is told it; once a request."""
+        states = self.text_in(caption.states) + self.places
+        whole = self.caption_in(caption.embedding * self.loud)[:, None]
+        x = torch.cat([states, whole, self.query.expand(len(states), -1, -1)], 1)
+        for block in self.text_blocks:
+            x = block(x)
+        return self.found(self.text_norm(x[:, -QUERIES:]).flatten(1))[:, None]
 
     def forward(
         self, x: Float[Tensor, " b d"], log_sigma: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, " b d"]:
         if cond.text is None:
             raise ValueError("the prior is told a caption, but Conditioning.text is None")
-        told = self.sigma_in(wave(log_sigma / 4, 256))[:, None]
-        query = self.query.expand(len(x), -1, -1)
-        sequence = torch.cat([cond.text, told, self.noised_in(x)[:, None], query], 1) + self.places
+        told = F.silu(self.sigma_in(wave(log_sigma / 4, 256)) + cond.text[:, 0])
+        h = self.noised_in(x)
         for block in self.blocks:
-            sequence = block(sequence)
-        return self.out(self.norm(sequence[:, -1]))
+            h = block(h, told)
+        return self.out(torch.cat([self.norm(h), told], -1))
 
 
 class CausalPriorSpec(Spec):

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dd_core import images, losses
 from dd_core.layouts.clip import net_of
+from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
@@ -20,6 +22,10 @@ class ClipSpec(Spec):
     net: ClipNetSpec = ClipNetSpec()
     pretrained: str = ""
     """Weights to take instead of training: an open_clip name such as ViT-L-14/openai, or MODEL:FILE."""
+    captioner_layers: int = Field(0, ge=0)
+    """Of a network that writes the caption from the image embedding and teaches it so; 0: none, as CLIP."""
+    caption_weight: float = Field(2.0, ge=0)
+    """Of its loss beside the contrastive one; CoCa: 2."""
 
     @property
     def image_size(self) -> int:
@@ -28,7 +34,7 @@ class ClipSpec(Spec):
 
 
 class ClipStage(Stage):
-    """Trains both towers so that a caption is nearest to its own image."""
+    """Trains both towers so that a caption is nearest to its own image, and can be written from it."""
 
     model: Clip
 
@@ -36,14 +42,34 @@ class ClipStage(Stage):
         super().__init__()
         self.spec = spec
         self.model = Clip(spec.net)
+        self.captioner = captioner_of(spec)
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         image = self.model.embed_image(images.to_unit(batch.image))
-        text = self.model.read(batch.tokens).embedding
+        caption = self.model.read(batch.tokens)
         same = (batch.tokens[:, None] == batch.tokens[None]).all(-1)
-        loss = losses.info_nce(image, text, self.model.logit_scale(), same)
-        hit = same[torch.arange(len(image)), (image @ text.T).argmax(1)].float().mean()
-        return Losses(loss, {"retrieval": hit})
+        loss = losses.info_nce(image, caption.embedding, self.model.logit_scale(), same)
+        hit = same[torch.arange(len(image)), (image @ caption.embedding.T).argmax(1)].float().mean()
+        if self.captioner is None:
+            return Losses(loss, {"retrieval": hit})
+        words = self.model.towers.token_embedding.weight
+        nats = self.captioner(image, caption.states, batch.tokens, words)
+        per_word = nats.sum() / batch.tokens.argmax(1).sum()
+        parts = {"retrieval": hit, "word_nats": per_word.detach()}
+        return Losses(loss + self.spec.caption_weight * per_word, parts)
+
+
+def captioner_of(spec: ClipSpec) -> Captioner | None:
+    """What teaches the embedding to hold the whole caption; it is not shipped."""
+    if not spec.captioner_layers:
+        return None
+    net = spec.net
+    return Captioner(
+        embedding_width=net.embedding_width,
+        width=net.text_width,
+        layers=spec.captioner_layers,
+        head_width=net.head_width,
+    )
 
 
 def clip_of(trained: Trained) -> Clip:

@@ -33,6 +33,7 @@ CLIP = ClipSpec(
         text_layers=1,
         head_width=8,
     ),
+    captioner_layers=1,
 )
 DRAFT = DraftSpec(embedding_width=8, width=8, image_size=16)
 BASE = BaseSpec(
