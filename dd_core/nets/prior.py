@@ -23,7 +23,6 @@ from dd_core.nets.layers import sinusoids
 from dd_core.nets.places import wave
 from dd_core.spec import Spec
 
-
 QUERIES = 4
 """Places of the caption's sequence that gather what the denoiser is told."""
 
