@@ -16,15 +16,16 @@ from dd_core import edits, images, schedules
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser
 from dd_core.guidance import UNLIMITED, Rows, bounded, classifier_free, rows_of
+from dd_core.nets.clip import Clip
 from dd_core.noise import SeededNoise, from_vp, to_vp
-from dd_core.samplers import Sampling, SamplingSpec, begin, edited, sigmas_of
+from dd_core.samplers import Sampling, SamplingSpec, begin, edited, invert, sigmas_of
 from dd_core.stage import Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told
 from dd_core.stages.guides import Leaders, leaders_of
-from dd_core.stages.refusals import refuse_edit
+from dd_core.stages.refusals import given_noise, refuse_edit
 
 
 class Edit(NamedTuple):
@@ -69,6 +70,8 @@ class ChainHop:
         eps = noise(torch.empty(shape, device=self.device))
         first = float(sigmas[0])
         x, fill = from_vp(eps, first), None
+        if spec.factor == 1 and (given := given_noise(state, x)) is not None:
+            x = given
         if edit is not None:
             known = encoded(edit.known, self.autoencoder)
             if edit.hole is None or how.strength < 1:
@@ -79,6 +82,23 @@ class ChainHop:
         if sigmas[-1] > 0:
             sampling = in_vp(sampling, float(sigmas[-1]))
         return Draw(edited(sampling, fill) if fill else sampling, self.rows(state, how, edit))
+
+    def embedder(self) -> Clip | None:
+        return self.clip if self.spec.embedding_width else None
+
+    def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        refuse(self.spec, how, self.leaders.roles())
+        refuse_state(self.spec, how, state)
+        if self.spec.factor > 1:
+            raise ValueError(
+                "a model that enlarges is told the picture, so it is not encoded; encode with a base"
+            )
+        sigmas, edit = levels_of(self.spec, how), self.edit(state)
+        assert edit is not None
+        known = encoded(edit.known, self.autoencoder)
+        if sigmas[-1] > 0:
+            known = from_vp(known, float(sigmas[-1]))
+        return Draw(invert(known, sigmas), self.rows(state, how, edit))
 
     def rows(self, state: CascadeState, how: SamplingSpec, edit: Edit | None) -> Rows:
         """What the samples of a request should become."""
@@ -96,7 +116,8 @@ class ChainHop:
         if spec.latent_channels and how.clip is None:
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * count))
         if how.gradient is not None:
-            rows = rows._replace(pull=self.leaders.pull(how.gradient, state, self.side()))
+            pull = self.leaders.pull(how.gradient, state, spec.image_size, decoded=bool(spec.latent_channels))
+            rows = rows._replace(pull=pull)
         return rows
 
     def told(self, heard: Heard, picture: Tensor | None) -> Conditioning:
@@ -131,7 +152,7 @@ class ChainHop:
 
     def denoiser(self, rows: Rows) -> Denoiser:
         guided = bounded(classifier_free(self.model, rows, rescaled_as=self.spec.predicts), rows)
-        return self.leaders.lead(guided, rows)
+        return self.leaders.lead(guided, rows, self.autoencoder and self.autoencoder.decode)
 
     @torch.no_grad()
     def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
@@ -189,10 +210,6 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
         (
             bool(lacking),
             f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",
-        ),
-        (
-            bool(wanted) and bool(spec.latent_channels),
-            "guides look at pixels, and this model paints latents; leave gradient out, use guidance_scale",
         ),
         (
             how.dynamic_threshold is not None and bool(spec.latent_channels),
