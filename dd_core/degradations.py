@@ -67,8 +67,9 @@ def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 
     """
     with exact(picture):
         found, steps = picture.float(), ("round", "long", "shrink", "noise", "sensor", "jpeg")
-        for at in torch.randperm(len(steps)).tolist():
-            match steps[at]:
+        place = dict(zip(steps, torch.rand(len(steps)).tolist(), strict=True))  # each once, even if all are 0
+        for step in sorted(steps, key=place.__getitem__):
+            match step:
                 case "round":
                     std = uniform(*ROUND_STD, found)
                     found = filtered(found, gaussians(std, std, torch.zeros_like(std)))
