@@ -17,6 +17,7 @@ from dd_core import bundle, images
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeState, Hop, HopSpec, run
 from dd_core.samplers import SamplingSpec
+from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
 from jobs import remake
@@ -105,9 +106,10 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         )
     opened = bundle.load_cascade(cascade, device=device())
     caption = torch.tensor(tokens([order.prompt], opened.spec.context_length))
-    rank = None if order.keep is None else ranking(cascade, opened, caption)
     how = [how_of(hop, order) for hop in opened.spec.hops]
     asked = state_of(order, caption, opened.spec.image_size)
+    refuse(order, opened, asked, how)
+    rank = None if order.keep is None else ranking(cascade, opened, caption)
     out.mkdir(parents=True, exist_ok=True)
     hops = opened.hops
     if remake.asked_for(order):
@@ -123,6 +125,37 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     scored = ((rank(canvas.image), canvas) for canvas in drawn)
     best = heapq.nlargest(order.keep, scored, key=operator.itemgetter(0))
     return [saved(canvas, score, facts, out) for score, canvas in best]
+
+
+def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> None:
+    """What cannot be painted, or would be heard by no hop, before any network is asked.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    specs, name = cascade.spec.hops, cascade.spec.name
+    follows = any(hop.follows_request for hop in specs)
+    gradients = [chosen.gradient for chosen in how if chosen.gradient is not None]
+    classes = any(gradient.classes for gradient in gradients)
+    told = any(isinstance(hop, ChainHop) and hop.spec.labels for hop in cascade.hops)
+    unheard = (
+        (order.steps is not None and not follows, "--steps", "set follows_request of one"),
+        (order.guidance is not None and not follows, "--guidance", "set follows_request of one"),
+        (order.label is not None and not (classes or told), "--label", "take one that is told classes"),
+        (
+            order.reference is not None and not any(one.looks_at_reference() for one in gradients),
+            "--reference",
+            "weigh image, style or structure in the gradient of one",
+        ),
+    )
+    for wrong, option, remedy in unheard:
+        if wrong:
+            raise ValueError(f"cascade {name}: no hop hears {option}; leave it out, or {remedy}")
+    if order.training_free and order.mask is None:
+        raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
+    begun = asked._replace(seeds=[order.seed], known=None if remake.asked_for(order) else asked.known)
+    for hop, chosen in zip(cascade.hops, how, strict=True):
+        hop.refuse(begun, chosen)
 
 
 def state_of(order: Order, caption: Int[Tensor, " 1 l"], side: int) -> CascadeState:

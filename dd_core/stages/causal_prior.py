@@ -130,16 +130,24 @@ class CausalPriorHop:
         self.model.eval().requires_grad_(False).to(self.device)
         self.clip = clip_of(clip).to(self.device)
 
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        self.levels(how)
         refuse_gradient(how, "prior")
         if how.sampler == "consistency" or (how.sampler == "ddpm" and how.variance == "learned"):
             raise ValueError(
                 f"this prior learns no variance and does not jump, so {how.sampler} needs a change: "
                 "set variance: fixed_small, or sampler: ddim"
             )
+
+    def levels(self, how: SamplingSpec) -> Float[Tensor, " n"]:
+        """The noise levels that a sampling visits."""
         table = schedules.sigmas(self.spec.schedule)
         low, high = float(table[0]), float(table[-1])
-        sigmas = sigmas_of(how, sigma_min=low, sigma_max=high, chain=self.spec.schedule)
+        return sigmas_of(how, sigma_min=low, sigma_max=high, chain=self.spec.schedule)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
+        sigmas = self.levels(how)
         noise = SeededNoise(twins(state.seeds))
         eps = noise(torch.empty(2 * len(state.seeds), self.spec.net.embedding_width))
         null = null_like(state.tokens) if state.negative is None else state.negative

@@ -61,9 +61,16 @@ class ChainHop:
         self.autoencoder = autoencoder and autoencoder.to(self.device)
         self.leaders: Leaders = leaders_of(parents, self.device)
 
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse(self.spec, how, self.leaders.roles())
         refuse_state(self.spec, how, state)
+        if how.gradient is not None:
+            decoded = bool(self.spec.latent_channels)
+            self.leaders.refuse(how.gradient, state, self.spec.image_size, decoded=decoded)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
+        refuse_small(self.spec, state.image)
         sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
         edit, spec = self.edit(state), self.spec
         shape = (len(state.seeds), spec.channels, self.side(), self.side())
@@ -87,8 +94,7 @@ class ChainHop:
         return self.clip if self.spec.embedding_width else None
 
     def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
-        refuse(self.spec, how, self.leaders.roles())
-        refuse_state(self.spec, how, state)
+        self.refuse(state, how)
         if self.spec.factor > 1:
             raise ValueError(
                 "a model that enlarges is told the picture, so it is not encoded; encode with a base"
@@ -228,8 +234,8 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
         ValueError: With what to do about it.
     """
     refuse_edit(how, state, has_channels=spec.inpaints)
-    label, small, gradient, length = state.label, state.image, how.gradient, spec.context_length
-    side, by_class = spec.image_size // spec.factor, bool(gradient and gradient.classes)
+    label, gradient, length = state.label, how.gradient, spec.context_length
+    by_class = bool(gradient and gradient.classes)
     unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
     remedies = (
         (
@@ -245,11 +251,6 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
             f"label {label if label is None else label.tolist()}: classes are 0 to {spec.classes - 1}",
         ),
         (
-            spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)),
-            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
-            "put the hop that paints it before this one",
-        ),
-        (
             bool(gradient and gradient.looks_at_reference()) and state.reference is None,
             "gradient image, style and structure look at a reference picture; give one, or weigh them 0",
         ),
@@ -257,3 +258,13 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
     for wrong, remedy in remedies:
         if wrong:
             raise ValueError(remedy)
+
+
+def refuse_small(spec: ChainSpec, small: Tensor | None) -> None:
+    """Raises ValueError unless there is a picture to enlarge, if it enlarges."""
+    side = spec.image_size // spec.factor
+    if spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)):
+        raise ValueError(
+            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
+            "put the hop that paints it before this one"
+        )

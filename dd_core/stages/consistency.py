@@ -34,6 +34,7 @@ from dd_core.stage import Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like
 from dd_core.stages.clip import clip_of
 from dd_core.stages.draft import drawn
+from dd_core.stages.refusals import refuse_edit, refuse_gradient
 
 
 class FixedLevels(Spec):
@@ -240,9 +241,19 @@ class ConsistencyHop:
         assert isinstance(trained.spec, ConsistencySpec)
         self.base = BaseHop(Trained(trained.spec.base, trained.weights), clip, draft, device=device)
 
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         if how.sampler != "consistency":
             raise ValueError(f"a consistency model jumps; set its sampler to consistency, not {how.sampler}")
+        refuse_gradient(how, "consistency model")
+        refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
+        if state.known is not None and state.hole is None:
+            raise ValueError(
+                "a consistency model varies no picture, it fills holes; give a mask, or take the base "
+                "that it was distilled from"
+            )
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
         spec, device, noise = self.base.spec, self.base.device, SeededNoise(state.seeds)
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
         sigmas = sigmas_of(jumps, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)

@@ -98,19 +98,10 @@ class Leaders(NamedTuple):
         Raises:
             ValueError: A guide is missing, reads pictures of another size, or knows fewer classes.
         """
-        if lacking := sorted(how.guides() - self.roles()):
-            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        self.refuse(how, state, side, decoded=decoded)
         count = len(state.seeds)
-        for role in sorted(how.guides() & set(ROLES)):
-            read = self.reads({role})
-            if read > side or (read != side and not decoded):
-                raise ValueError(
-                    f"the guide {role!r} reads {read} px, its hop paints {side}; train it at that"
-                )
         side = self.reads(ROLES) if decoded else side
         label = torch.zeros(count, dtype=torch.long) if state.label is None else state.label.clamp(min=0)
-        if self.classifier is not None and how.classes:
-            self.check(state.label, self.classifier.network.spec.classes)
         width = self.noised_clip.spec.embedding_width if self.noised_clip else 0
         caption = torch.zeros(count, width)
         if how.caption:
@@ -123,6 +114,23 @@ class Leaders(NamedTuple):
             noise = SeededNoise([seed + REFERENCE for seed in state.seeds])(reference)
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
 
+    def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:
+        """Raises ValueError as `pull` does, and asks no network."""
+        if lacking := sorted(how.guides() - self.roles()):
+            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        for role in sorted(how.guides() & set(ROLES)):
+            read = self.reads({role})
+            if read > side or (read != side and not decoded):
+                raise ValueError(
+                    f"the guide {role!r} reads {read} px, its hop paints {side}; train it at that"
+                )
+        if decoded:
+            self.reads(ROLES)
+        if self.classifier is not None and how.classes:
+            self.check(state.label, self.classifier.network.spec.classes)
+        if how.looks_at_reference():
+            self.at_size(state.reference, self.reads(ROLES) if decoded else side)
+
     @staticmethod
     def check(label: Tensor | None, classes: int) -> None:
         """Every row has a class that the classifier knows."""
@@ -133,9 +141,12 @@ class Leaders(NamedTuple):
     @staticmethod
     def at_size(reference: Tensor | None, side: int) -> Tensor:
         """The reference picture as the guides read it."""
-        if reference is None or reference.ndim != 4 or reference.shape[1] != 3:
-            shape = None if reference is None else tuple(reference.shape)
-            raise ValueError(f"the reference picture is {shape}, not RGB; convert it to RGB")
+        if reference is None:
+            raise ValueError(
+                "gradient image, style and structure look at a reference picture; give one, or weigh them 0"
+            )
+        if reference.ndim != 4 or reference.shape[1] != 3:
+            raise ValueError(f"the reference picture is {tuple(reference.shape)}, not RGB; convert it to RGB")
         return torch.nn.functional.interpolate(reference.float(), (side, side), mode="area")
 
 

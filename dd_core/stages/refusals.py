@@ -56,6 +56,6 @@ def refuse_edit(how: SamplingSpec, state: CascadeState, *, has_channels: bool) -
         )
     if how.inpainting == "model" and not has_channels:
         raise ValueError(
-            "this model has no mask channels; set inpainting: projection, which needs no training, "
-            "or train one with inpaints: true"
+            "this model has no mask channels; set inpainting: projection (--training-free), which needs no "
+            "training, or train one with inpaints: true"
         )
