@@ -67,7 +67,9 @@ def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 
     """
     with exact(picture):
         found, steps = picture.float(), ("round", "long", "shrink", "noise", "sensor", "jpeg")
-        place = dict(zip(steps, torch.rand(len(steps)).tolist(), strict=True))  # each once, even if all are 0
+        place = dict(
+            zip(steps, torch.rand(len(steps)).tolist(), strict=True)
+        )  # each once, even if all are alike
         for step in sorted(steps, key=place.__getitem__):
             match step:
                 case "round":

@@ -116,3 +116,13 @@ def test_the_published_prior_is_planned_as_if_it_had_measured() -> None:
     spec = clip.but(name="prior", stage=CausalPriorStageSpec(net=net), parents={"clip": clip.name})
     found = needs([wide, spec], context_length=smoke.CONTEXT, run=Path("nowhere"))["prior"]
     assert found.activations > clip.batch_size * towers.context_length * 64 * 4
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "radam", "muon"])
+def test_every_optimizer_is_planned_with_what_it_keeps(algorithm: str) -> None:
+    clip = smoke.run().stages[0]
+    spec = clip.but(optimizer=clip.optimizer.but(algorithm=algorithm))
+    found = needs([spec], context_length=smoke.CONTEXT, run=Path("nowhere"))["clip"]
+    torch.manual_seed(0)
+    state = TrainState(build_stage(spec.stage, {}), spec.optimizer)
+    assert found.state == sum(size(tensor) for tensor in state.tensors().values())
