@@ -36,6 +36,10 @@ class Encoder(Hop, Protocol):
         """The CLIP whose image embeddings it is told; None if it is told none."""
         ...
 
+    def embedded(self, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
+        """The image embedding of a picture of any size as it was told in training, by its `embedder`."""
+        ...
+
     def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
         """The way back from `state.known`: a sampling whose result is the noise.
 
@@ -65,12 +69,11 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
     Source: section 3.1.
     """
     assert state.known is not None
-    clip = hop.embedder()
     back = walked(how, 0.0).but(guidance_scale=1.0, guidance_interval=None, gradient=None)
     draw = hop.encode(state, back)  # refuses before CLIP is asked
     embedding = None
-    if clip is not None:
-        embedding = clip.embed_image(state.known.to(next(clip.parameters()).device)).float().cpu()
+    if hop.embedder() is not None:
+        embedding = hop.embedded(state.known).float().cpu()
         draw = hop.encode(state._replace(image_embedding=embedding), back)
     return Code(embedding, sample(draw.sampling, hop.denoiser(draw.rows)).float().cpu())
 

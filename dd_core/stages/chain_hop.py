@@ -93,6 +93,11 @@ class ChainHop:
     def embedder(self) -> Clip | None:
         return self.clip if self.spec.embedding_width else None
 
+    def embedded(self, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
+        assert self.clip is not None
+        side = self.spec.image_size
+        return self.clip.embed_image(F.interpolate(picture.to(self.device), (side, side), mode="area"))
+
     def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
         if self.spec.factor > 1:

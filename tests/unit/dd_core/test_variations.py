@@ -91,6 +91,15 @@ def test_between_two_codes_the_ends_are_the_codes_and_the_embedding_stays_a_dire
     assert float(mean) < float(middle.noise.std())  # it is as loud as noise, where the mean would be hushed
 
 
+def test_a_picture_of_any_size_is_embedded_at_the_size_of_training() -> None:
+    hop = encoder(UNCLIP)
+    clip = hop.embedder()
+    assert clip is not None
+    large = torch.nn.functional.interpolate(PICTURE, scale_factor=4)
+    code = encode(hop, asked(large), HOW.but(num_steps=2))
+    torch.testing.assert_close(code.embedding, clip.embed_image(PICTURE))
+
+
 def test_a_caption_turns_the_embedding_towards_the_difference_and_keeps_the_noise() -> None:
     hop = encoder(UNCLIP)
     clip, code = hop.embedder(), encode(hop, asked(), HOW)
