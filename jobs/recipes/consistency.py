@@ -44,7 +44,7 @@ def paper() -> RunSpec:
     return RunSpec(
         name="consistency_paper",
         pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(64, 224)),
-        stages=(paper_clip(), paper_teacher(), paper_student()),
+        stages=(paper_clip(), paper_teacher(), paper_student(paper_teacher())),
         cascade=CascadeSpec(
             name="consistency_paper",
             hops=(HopSpec(stage="consistency", how=jumps),),
@@ -84,9 +84,8 @@ def paper_teacher() -> TrainSpec:
     )
 
 
-def paper_student() -> TrainSpec:
+def paper_student(teacher: TrainSpec) -> TrainSpec:
     """The published optimizer and levels."""
-    teacher = paper_teacher()
     assert isinstance(teacher.stage, BaseSpec)
     stage = ConsistencySpec(base=teacher.stage, levels=FixedLevels(num_levels=40, mu=0.95), distance="clip")
     return teacher.but(
