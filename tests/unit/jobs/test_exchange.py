@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from dd_core import bundle
-from dd_core.layouts import importing, ldm, published
+from dd_core.layouts import diffusers_scheduler, importing, ldm, published
 from dd_core.layouts.adm import AdmLayout
 from dd_core.layouts.moves import LayoutError, outward
 from dd_core.layouts.published import Process, Published
@@ -232,3 +232,12 @@ def test_every_source_has_a_layout_that_fits_its_network() -> None:
             net = build(source.net)
         ours = {move.ours for move in importing.moves_of(net, source.layout)}
         assert ours == net.state_dict().keys() - {"mean", "std"}, name
+
+
+def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refused() -> None:
+    process = published.published()["improved-upsampler-64-256"].process
+    config = diffusers_scheduler.config_of(process)
+    assert (config["num_train_timesteps"], config["beta_start"]) == (4000, 2.5e-5)
+    assert diffusers_scheduler.process_of(config, image_size=256, learned_variance=True) == process
+    with pytest.raises(LayoutError, match="diffusers tells t; it cannot be exported"):
+        diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)
