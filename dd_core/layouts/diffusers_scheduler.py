@@ -22,7 +22,7 @@ def config_of(process: Process) -> dict[str, Any]:
         )
     if process.rescaled_time:
         raise LayoutError("this network is told t * 1000 / T, and diffusers tells t; it cannot be exported")
-    share = 1000 / process.timesteps
+    share = share_of(process.schedule, process.timesteps)
     return {
         "_class_name": "DDPMScheduler",
         "beta_schedule": SCHEDULES[process.schedule],
@@ -51,7 +51,7 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
             "scheduler_config.json: trained_betas and rescale_betas_zero_snr are unknown to ours"
         )
     timesteps = config.get("num_train_timesteps", 1000)
-    share = 1000 / timesteps
+    share = share_of(ours[config.get("beta_schedule", "linear")], timesteps)
     return Process.model_validate(
         {
             "schedule": ours[config.get("beta_schedule", "linear")],
@@ -62,3 +62,8 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
             "image_size": image_size,
         }
     )
+
+
+def share_of(schedule: str, timesteps: int) -> float:
+    """What the betas of 1000 timesteps are multiplied by; as in `schedules.ScheduleSpec`, the linear alone."""
+    return 1000 / timesteps if schedule == "linear" else 1.0

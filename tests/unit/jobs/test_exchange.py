@@ -239,5 +239,9 @@ def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refus
     config = diffusers_scheduler.config_of(process)
     assert (config["num_train_timesteps"], config["beta_start"]) == (4000, 2.5e-5)
     assert diffusers_scheduler.process_of(config, image_size=256, learned_variance=True) == process
+    squares = Process(schedule="sqrt_linear", timesteps=500, beta_range=(0.00085, 0.012))
+    config = diffusers_scheduler.config_of(squares)
+    assert config["beta_start"] == 0.00085
+    assert diffusers_scheduler.process_of(config, image_size=64, learned_variance=False) == squares
     with pytest.raises(LayoutError, match="diffusers tells t; it cannot be exported"):
         diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)
