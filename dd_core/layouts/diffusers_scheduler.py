@@ -65,5 +65,5 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
 
 
 def share_of(schedule: str, timesteps: int) -> float:
-    """What the betas of 1000 timesteps are multiplied by; as in `schedules.ScheduleSpec`, the linear alone."""
+    """What the betas of 1000 timesteps are multiplied by: as in `schedules.ScheduleSpec`, linear ones."""
     return 1000 / timesteps if schedule == "linear" else 1.0
