@@ -103,3 +103,14 @@ def test_a_sensor_is_noisier_in_the_light_before_gamma_and_noise_is_of_the_state
     assert float(std.max()) < 30 / 255
     assert float((rough.sensed(flat) - flat).abs().mean()) > 0
     assert rough.sensed(flat).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["blur", "bsr"])
+def test_half_precision_around_it_changes_nothing(how: str) -> None:
+    """Training runs under autocast; a blur in bfloat16 would be noise of its own."""
+    found: list[Tensor] = []
+    for enabled in (False, True):
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(rough.blurred(smooth()) if how == "blur" else rough.bsr(smooth(), 4))
+    assert torch.equal(*found)
