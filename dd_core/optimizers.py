@@ -1,4 +1,4 @@
-"""Which algorithm steps which weights: AdamW for all, or Muon for the hidden matrices of transformers."""
+"""Which algorithm steps which weights: AdamW or RAdam for all, or Muon for the matrices of transformers."""
 
 from torch import nn, optim
 
@@ -10,12 +10,22 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
 
     Muon replaces the update of a matrix by the nearest orthogonal one and learns more from each image;
     it takes a tenth to a fifth of a step's time here.  Its updates are scaled to the size of AdamW's, so
-    both share a learning rate.
+    both share a learning rate.  RAdam is AdamW that holds its first steps back until their scale is known.
 
-    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101, AdamW); Jordan et al. 2024 (Muon) with the scale of
+    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101, AdamW); Liu et al. 2020 (arXiv:1908.03265, RAdam, with
+    AdamW's decay of weights); Jordan et al. 2024 (Muon) with the scale of
     Liu et al. 2025 (arXiv:2502.16982, section 2.2).
     """
     players = list(stage.players(phase))
+    if spec.algorithm == "radam":
+        rectified = optim.RAdam(
+            players,
+            lr=spec.learning_rate,
+            betas=spec.betas,
+            weight_decay=spec.weight_decay,
+            decoupled_weight_decay=True,
+        )
+        return {"radam": rectified}
     hidden = hidden_matrices(stage) if spec.algorithm == "muon" else set()
     matrices = [p for p in players if p in hidden]
     rest = [p for p in players if p not in hidden]

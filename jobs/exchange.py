@@ -19,7 +19,7 @@ from dd_core.layouts import (
     diffusers_unet,
     importing,
 )
-from dd_core.layouts.files import weights_in
+from dd_core.layouts.files import weights_in, weights_in_folder
 from dd_core.layouts.moves import LayoutError, fitted, inward, outward
 from dd_core.layouts.published import AUTOENCODERS, published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
@@ -109,7 +109,7 @@ def written(directory: Path, spec: Spec, weights: Mapping[str, Tensor], source: 
 def import_folder(folder: Path, out: Path) -> list[Facts]:
     """The bundle of one component of a pipeline of diffusers."""
     config = json_in(folder / "config.json")
-    state = weights_in(folder / WEIGHTS)
+    state = weights_in_folder(folder, WEIGHTS)
     if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
         net = diffusers_autoencoder.spec_of(config)
         with torch.device("meta"):

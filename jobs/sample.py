@@ -3,7 +3,7 @@
 import heapq
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
-from dd_core.cascade import CascadeState, HopSpec, run
+from dd_core.cascade import CascadeState, Hop, HopSpec, run
 from dd_core.samplers import SamplingSpec
+from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
+from jobs import remake
 
 
 class Order(NamedTuple):
@@ -47,6 +49,16 @@ class Order(NamedTuple):
     """Fill the hole with models that were not trained to."""
     reference: Path | None = None
     """An RGB picture whose content, style or structure is to be taken on."""
+    other: Path | None = None
+    """A second picture, for `between`."""
+    vary: float | None = None
+    """Paint the picture anew from its own embedding and noise; share of the noise that is drawn freshly."""
+    between: float | None = None
+    """Paint what lies between picture and other: 0 is the picture, 1 the other."""
+    instead_of: str | None = None
+    """What the picture shows; it is turned to what the prompt says."""
+    by: float = 0.35
+    """How far it is turned, in [0, 1]."""
 
 
 class Painted(NamedTuple):
@@ -84,7 +96,9 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
             cascade has no CLIP to rank by.
         sealed.SealError: The cascade is damaged or unfinished.
     """
-    if not order.prompt.strip():
+    remake.refuse(order)
+    described = order.vary is not None or order.between is not None  # by the picture; a prompt may help
+    if not order.prompt.strip() and not described:
         raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
     if order.keep is not None and order.keep > order.images:
         raise ValueError(
@@ -92,18 +106,56 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         )
     opened = bundle.load_cascade(cascade, device=device())
     caption = torch.tensor(tokens([order.prompt], opened.spec.context_length))
-    rank = None if order.keep is None else ranking(cascade, opened, caption)
     how = [how_of(hop, order) for hop in opened.spec.hops]
     asked = state_of(order, caption, opened.spec.image_size)
+    refuse(order, opened, asked, how)
+    rank = None if order.keep is None else ranking(cascade, opened, caption)
     out.mkdir(parents=True, exist_ok=True)
+    hops = opened.hops
+    if remake.asked_for(order):
+        other = None if order.other is None else rgb(order.other, opened.spec.image_size)
+        way = remake.way(opened, order, asked, how, other)
+        hops, asked, how = hops[way.first :], way.state, way.how
     facts = {"prompt": order.prompt, "cascade": opened.digest, "how": written(how)}
     seeds = range(order.seed, order.seed + order.images)
-    drawn = (Canvas(seed, painted(opened, asked._replace(seeds=[seed]), how)) for seed in seeds)
+    named = opened.spec.name
+    drawn = (Canvas(seed, painted(hops, asked._replace(seeds=[seed]), how, named)) for seed in seeds)
     if rank is None or order.keep is None:
         return [saved(canvas, None, facts, out) for canvas in drawn]
     scored = ((rank(canvas.image), canvas) for canvas in drawn)
     best = heapq.nlargest(order.keep, scored, key=operator.itemgetter(0))
     return [saved(canvas, score, facts, out) for score, canvas in best]
+
+
+def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> None:
+    """What cannot be painted, or would be heard by no hop, before any network is asked.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    specs, name = cascade.spec.hops, cascade.spec.name
+    follows = any(hop.follows_request for hop in specs)
+    gradients = [chosen.gradient for chosen in how if chosen.gradient is not None]
+    classes = any(gradient.classes for gradient in gradients)
+    told = any(isinstance(hop, ChainHop) and hop.spec.labels for hop in cascade.hops)
+    unheard = (
+        (order.steps is not None and not follows, "--steps", "set follows_request of one"),
+        (order.guidance is not None and not follows, "--guidance", "set follows_request of one"),
+        (order.label is not None and not (classes or told), "--label", "take one that is told classes"),
+        (
+            order.reference is not None and not any(one.looks_at_reference() for one in gradients),
+            "--reference",
+            "weigh image, style or structure in the gradient of one",
+        ),
+    )
+    for wrong, option, remedy in unheard:
+        if wrong:
+            raise ValueError(f"cascade {name}: no hop hears {option}; leave it out, or {remedy}")
+    if order.training_free and order.mask is None:
+        raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
+    begun = asked._replace(seeds=[order.seed], known=None if remake.asked_for(order) else asked.known)
+    for hop, chosen in zip(cascade.hops, how, strict=True):
+        hop.refuse(begun, chosen)
 
 
 def state_of(order: Order, caption: Int[Tensor, " 1 l"], side: int) -> CascadeState:
@@ -120,14 +172,15 @@ def state_of(order: Order, caption: Int[Tensor, " 1 l"], side: int) -> CascadeSt
     return state
 
 
-def painted(cascade: Cascade, state: CascadeState, how: list[SamplingSpec]) -> Float[Tensor, " 1 3 h w"]:
-    """One picture through every hop."""
-    for hop, chosen in zip(cascade.hops, how, strict=True):
+def painted(
+    hops: Sequence[Hop], state: CascadeState, how: Sequence[SamplingSpec], name: str
+) -> Float[Tensor, " 1 3 h w"]:
+    """One picture through the hops of the cascade of this name."""
+    for hop, chosen in zip(hops, how, strict=True):
         state = run(hop, state, chosen)
     if state.image is None:
         raise ValueError(
-            f"cascade {cascade.spec.name}: its last hop paints no image; "
-            "a base or an upsampler must come last"
+            f"cascade {name}: its last hop paints no image; a base or an upsampler must come last"
         )
     return state.image
 

@@ -48,13 +48,17 @@ class Need(NamedTuple):
 
 
 class Content(TorchDispatchMode):
-    """Answers the questions for values that tensors without content cannot: zero, and every row of a mask."""
+    """Answers the questions for values that tensors without content cannot.
+
+    One for a fraction, since RAdam divides by what its count of steps makes of it; zero for other numbers;
+    every row of a mask.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is OPS._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else 0
+            return 1.0 if args[0].is_floating_point() else 0
         if func is OPS.nonzero.default and args[0].ndim == 1:
             return torch.arange(len(args[0]), device=args[0].device)[:, None]
         if func is OPS._unique2.default:

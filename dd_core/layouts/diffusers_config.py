@@ -32,7 +32,6 @@ REFUSED = (
     "cross_attention_norm",
     "dual_cross_attention",
     "encoder_hid_dim",
-    "only_cross_attention",
     "resnet_skip_time_act",
     "reverse_transformer_layers_per_block",
     "time_cond_proj_dim",
@@ -125,6 +124,7 @@ def told_config(unet: UNetSpec, *, linear: bool) -> Config:
             "attention_head_dim": [unet.shared().heads_of(out) for out in unet.channels()],
             "transformer_layers_per_block": unet.transformer_depth,
             "use_linear_projection": linear,
+            "only_cross_attention": [factor in unet.text_only_at for factor in unet.factors()],
         }
     else:
         config |= {"attention_head_dim": next(iter(head_widths(unet)), 8)}
@@ -157,6 +157,7 @@ def spec_of(config: Mapping[str, Any]) -> PlainSpec:
         attention_in_middle=attends_in_middle(config),
         attention="cross" if cross else "joint",
         transformer_depth=config.get("transformer_layers_per_block", 1) if cross else 1,
+        text_only_at=tuple(f for f, only in zip(factors, only_text(config), strict=True) if only),
         resample=resampling(config),
         groups=config.get("norm_num_groups", 32),
         scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
@@ -201,6 +202,17 @@ def check_blocks(config: Mapping[str, Any]) -> None:
         for block in config[f"{way.lower()}_block_types"]:
             if block not in {name.format(way) for name in known}:
                 raise LayoutError(f"config.json: {way.lower()}_block_types has {block!r}, unknown to ours")
+
+
+def only_text(config: Mapping[str, Any]) -> list[bool]:
+    """At which levels transformers never look at pixels; theirs may say so of levels without any."""
+    said, down = config.get("only_cross_attention") or False, config["down_block_types"]
+    if said is True or config.get("mid_block_only_cross_attention"):
+        raise LayoutError("config.json: only_cross_attention in the middle, which ours cannot do")
+    levels = said if isinstance(said, list | tuple) else [False] * len(down)
+    if len(levels) != len(down):
+        raise LayoutError(f"config.json: only_cross_attention is {said!r}, there are {len(down)} levels")
+    return [bool(only) and "CrossAttn" in kind for only, kind in zip(levels, down, strict=True)]
 
 
 def resampling(config: Mapping[str, Any]) -> Literal["residual", "conv"]:

@@ -20,11 +20,14 @@ def config_of(process: Process) -> dict[str, Any]:
         raise LayoutError(
             "a schedule of sigmas has no betas; diffusers keeps those of consistency models in code"
         )
+    if process.rescaled_time:
+        raise LayoutError("this network is told t * 1000 / T, and diffusers tells t; it cannot be exported")
+    share = share_of(process.schedule, process.timesteps)
     return {
         "_class_name": "DDPMScheduler",
         "beta_schedule": SCHEDULES[process.schedule],
-        "beta_start": process.beta_range[0],
-        "beta_end": process.beta_range[1],
+        "beta_start": share * process.beta_range[0],
+        "beta_end": share * process.beta_range[1],
         "num_train_timesteps": process.timesteps,
         "prediction_type": PREDICTIONS[process.predicts],
         "variance_type": "learned_range" if process.learned_variance else "fixed_small",
@@ -47,13 +50,20 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
         raise LayoutError(
             "scheduler_config.json: trained_betas and rescale_betas_zero_snr are unknown to ours"
         )
+    timesteps = config.get("num_train_timesteps", 1000)
+    share = share_of(ours[config.get("beta_schedule", "linear")], timesteps)
     return Process.model_validate(
         {
             "schedule": ours[config.get("beta_schedule", "linear")],
-            "beta_range": (config.get("beta_start", 1e-4), config.get("beta_end", 0.02)),
-            "timesteps": config.get("num_train_timesteps", 1000),
+            "beta_range": (config.get("beta_start", 1e-4) / share, config.get("beta_end", 0.02) / share),
+            "timesteps": timesteps,
             "predicts": ours[config.get("prediction_type", "epsilon")],
             "learned_variance": learned_variance,
             "image_size": image_size,
         }
     )
+
+
+def share_of(schedule: str, timesteps: int) -> float:
+    """What the betas of 1000 timesteps are multiplied by: as in `schedules.ScheduleSpec`, linear ones."""
+    return 1000 / timesteps if schedule == "linear" else 1.0

@@ -3,6 +3,7 @@
 safetensors are read here, anything pickled by `unpickle` in a process of its own.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,47 @@ def weights_in(path: Path) -> dict[str, Tensor]:
         target = Path(directory) / "weights.safetensors"
         unpickled(path, target)
         return load_file(target)
+
+
+def weights_in_folder(folder: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of a component of diffusers: one file, or the several that an index names.
+
+    Args:
+        folder: Of the component.
+        name: Of the one file, such as `diffusion_pytorch_model.safetensors`; its index ends in .index.json.
+
+    Raises:
+        LayoutError: A file is damaged, or has other tensors than the index says; the tensor is named.
+        FileNotFoundError: There is neither file nor index, or a part is missing.
+    """
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file() or not index.is_file():
+        return weights_in(folder / name)
+    places = placed(index)
+    found: dict[str, Tensor] = {}
+    for part in sorted(set(places.values())):
+        tensors = weights_in(folder / part)
+        listed = {tensor for tensor, place in places.items() if place == part}
+        if odd := sorted(listed ^ tensors.keys()):
+            where = "is not in it" if odd[0] in listed else "is in it as well"
+            raise LayoutError(f"{folder / part}: {index.name} places {odd[0]!r} otherwise: it {where}")
+        found |= tensors
+    return found
+
+
+def placed(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says; every file is one of its folder."""
+    try:
+        content = json.loads(index.read_bytes())
+    except ValueError as error:
+        raise LayoutError(f"{index} is damaged: {error}") from None
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise LayoutError(f"{index} has no weight_map; fetch it again")
+    for place in places.values():
+        if not isinstance(place, str) or Path(place).name != place or not place.endswith(".safetensors"):
+            raise LayoutError(f"{index}: {place!r} is no safetensors file of its folder")
+    return places
 
 
 def unpickled(path: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.unet import UNet
 
 UNET, AUTOENCODER, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema."
-READERS = ("cond_stage_model.", "embedder.", "noise_augmentor.")
+READERS = ("cond_stage_model.", "embedder.", "noise_augmentor.", "low_scale_model.")
 """What reads captions and images for the UNet."""
 SCHEDULE = ("betas", "alphas", "sqrt_", "log_one_minus_", "posterior_", "lvlb_", "logvar", "scale_factor")
 """Tables that follow from the schedule, the weight of each step in the loss, the scale of the latents."""

@@ -34,6 +34,8 @@ class Process(Spec):
     beta_range: tuple[float, float] = (1e-4, 0.02)
     """First and last beta of 1000, if the schedule is linear or sqrt_linear."""
     timesteps: int = Field(1000, ge=1)
+    rescaled_time: bool = False
+    """Told t * 1000 / timesteps in place of t (Improved DDPM)."""
     predicts: Parameterization | Literal["edm", "consistency"] = "eps"
     """edm: scaled as in Karras et al. 2022 (arXiv:2206.00364), table 1, for data of deviation 0.5;
     consistency: likewise, x itself at the smallest sigma, 0.002 (arXiv:2303.01469, appendix C)."""
@@ -161,6 +163,24 @@ def plain256(unet: UNetSpec) -> Published:
     return Published(PlainSpec(unet=unet, **LEARNED), "adm", ADM.but(image_size=256))
 
 
+def of_improved() -> dict[str, Published]:
+    """The networks of Improved DDPM; those trained by the bound alone are of the same shape."""
+    base = adm(64, 128, 3).but(attention_at=(4, 8), heads=4, resample="conv")
+    small = base.but(channel_mult=(1, 2, 2, 2), attention_at=(2, 4), dropout=0.3)
+    large = base.but(width=192, blocks_per_level=2, channel_mult=LADDERS[256], attention_at=(16, 32))
+    rooms = large.but(width=128, heads=1, attention_at=(16,), scale_shift=False)
+    plain = ADM.but(timesteps=4000)
+    cosine = plain.but(schedule="cosine")
+    named: tuple[tuple[str, UNetSpec, Process], ...] = (
+        ("improved-imagenet64", base, cosine.but(rescaled_time=True)),
+        ("improved-imagenet64-cond", base.but(width=192, labels=1000), cosine),
+        ("improved-cifar10", small, cosine.but(rescaled_time=True, image_size=32)),
+        ("improved-upsampler-64-256", large.but(image_channels=3, labels=1000), plain.but(image_size=256)),
+        ("improved-lsun256", rooms, ADM.but(image_size=256)),
+    )
+    return {name: Published(PlainSpec(unet=unet, **LEARNED), "adm", process) for name, unet, process in named}
+
+
 def of_glide() -> dict[str, Published]:
     """The networks of GLIDE (filtered); those for inpainting are told picture and mask besides."""
     cosine, linear = ADM.but(schedule="cosine"), ADM.but(image_size=256)
@@ -226,9 +246,18 @@ def of_ldm() -> dict[str, Published]:
     )
     for name, unet, layout, process in named:
         found[name] = Published(PlainSpec(unet=unet, **latent), layout, process, F8, 0.18215)
+    enlarging = crossed(ldm_unet(256, (1, 2, 2, 4), (2, 4, 8)).but(heads=8), 1024)
+    enlarging = enlarging.but(text_only_at=(2, 4), image_channels=3, labels=1000)  # labels: levels of noise
+    found["sd-x4-upscaler"] = Published(
+        PlainSpec(unet=enlarging, **latent),
+        "ldm-linear",
+        Process(predicts="v", image_size=128),
+        F4.but(latent_channels=4),
+        0.08333,
+    )
     return found
 
 
 def published() -> dict[str, Published]:
     """All of them, by the names under which they are declared."""
-    return of_adm() | of_glide() | of_karlo() | of_ldm()
+    return of_adm() | of_improved() | of_glide() | of_karlo() | of_ldm()

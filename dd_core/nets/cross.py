@@ -15,15 +15,22 @@ EPSILON = 1e-6
 
 
 class CrossTransformer(nn.Module):
-    """Layers of self-attention, attention to the caption and a gated network, added to the map."""
+    """Layers of self-attention, attention to the caption and a gated network, added to the map.
 
-    def __init__(self, channels: int, shared: Shared) -> None:
+    Args:
+        channels: Of the map.
+        shared: What all blocks have in common.
+        text_only: Look at the caption in the place of the map, too (Stable Diffusion's x4 upscaler).
+    """
+
+    def __init__(self, channels: int, shared: Shared, *, text_only: bool = False) -> None:
         super().__init__()
         heads = shared.heads_of(channels)
         self.norm = nn.GroupNorm(shared.groups, channels, eps=EPSILON)
         self.enter = nn.Linear(channels, channels)
         self.layers = nn.ModuleList(
-            Layer(channels, heads, shared.text_width) for _ in range(shared.transformer_depth)
+            Layer(channels, heads, shared.text_width, text_only=text_only)
+            for _ in range(shared.transformer_depth)
         )
         self.leave = zeroed(nn.Linear(channels, channels))
 
@@ -38,10 +45,11 @@ class CrossTransformer(nn.Module):
 class Layer(nn.Module):
     """To itself, to the caption, and alone; each behind a norm and added."""
 
-    def __init__(self, width: int, heads: int, text_width: int) -> None:
+    def __init__(self, width: int, heads: int, text_width: int, *, text_only: bool) -> None:
         super().__init__()
+        self.text_only = text_only
         self.norm_self, self.norm_text, self.norm_alone = (nn.LayerNorm(width) for _ in range(3))
-        self.to_self = CrossAttention(width, heads, width)
+        self.to_self = CrossAttention(width, heads, text_width if text_only else width)
         self.to_text = CrossAttention(width, heads, text_width)
         self.alone_in = nn.Linear(width, 8 * width)
         self.alone_out = nn.Linear(4 * width, width)
@@ -53,7 +61,8 @@ class Layer(nn.Module):
         heard: Bool[Tensor, " b l"] | None,
     ) -> Float[Tensor, " b n c"]:
         normed = self.norm_self(rows)
-        rows = rows + self.to_self(normed, normed, None)
+        seen = (text, heard) if self.text_only else (normed, None)
+        rows = rows + self.to_self(normed, *seen)
         rows = rows + self.to_text(self.norm_text(rows), text, heard)
         value, gate = self.alone_in(self.norm_alone(rows)).chunk(2, dim=-1)  # GEGLU, arXiv:2002.05202
         return rows + self.alone_out(value * F.gelu(gate))

@@ -28,6 +28,7 @@ from dd_core.stage import Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.clip import clip_of
 from dd_core.stages.prior import chosen_code, nearer_of_two, twins
+from dd_core.stages.refusals import refuse_gradient
 
 
 class AutoregressivePriorSpec(Spec):
@@ -120,12 +121,16 @@ class AutoregressivePriorHop:
         self.model.eval().requires_grad_(False).to(self.device)
         self.clip = clip_of(clip).to(self.device)
 
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        refuse_gradient(how, "prior")
         if how.guidance_interval or how.guidance_rescale:
             raise ValueError(
                 "an autoregressive prior has no noise levels; "
                 "leave out guidance_interval and guidance_rescale"
             )
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
         noise = SeededNoise(twins(state.seeds))
         x = noise(torch.empty(2 * len(state.seeds), 1 + self.spec.net.axes)).to(self.device)
         null = null_like(state.tokens) if state.negative is None else state.negative

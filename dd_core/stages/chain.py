@@ -30,6 +30,7 @@ from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import encoded, heard_of, holes, kept, seen, smaller, told
 from dd_core.stages.clip import clip_of
 from dd_core.stages.network import NetworkSpec
+from dd_core.stages.upsampler import crops
 
 
 class ChainStage(Stage):
@@ -67,8 +68,11 @@ class ChainStage(Stage):
         spec, picture = self.spec, images.to_unit(batch.image)
         clip = next((part for part in self.frozen if isinstance(part, Clip)), None)
         autoencoder = next((part for part in self.frozen if isinstance(part, Autoencoder)), None)
+        heard_whole = heard_of(spec, batch, picture, clip)
+        if spec.crop:
+            picture = crops(picture, spec.crop, spec.factor)
         x0 = encoded(picture, autoencoder, noisy=True)
-        heard = kept(spec, heard_of(spec, batch, picture, clip))
+        heard = kept(spec, heard_whole)
         hole = holes(picture) if spec.inpaints else None
         shown = seen(spec, autoencoder, small=smaller(spec, picture), known=picture, hole=hole)
         return self.loss(x0, told(spec, self.model.network, clip, heard, shown))

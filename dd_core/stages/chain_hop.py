@@ -16,15 +16,16 @@ from dd_core import edits, images, schedules
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser
 from dd_core.guidance import UNLIMITED, Rows, bounded, classifier_free, rows_of
+from dd_core.nets.clip import Clip
 from dd_core.noise import SeededNoise, from_vp, to_vp
-from dd_core.samplers import Sampling, SamplingSpec, begin, edited, sigmas_of
+from dd_core.samplers import Sampling, SamplingSpec, begin, edited, invert, sigmas_of
 from dd_core.stage import Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told
 from dd_core.stages.guides import Leaders, leaders_of
-from dd_core.stages.refusals import refuse_edit
+from dd_core.stages.refusals import given_noise, refuse_edit
 
 
 class Edit(NamedTuple):
@@ -60,15 +61,24 @@ class ChainHop:
         self.autoencoder = autoencoder and autoencoder.to(self.device)
         self.leaders: Leaders = leaders_of(parents, self.device)
 
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse(self.spec, how, self.leaders.roles())
         refuse_state(self.spec, how, state)
+        if how.gradient is not None:
+            decoded = bool(self.spec.latent_channels)
+            self.leaders.refuse(how.gradient, state, self.spec.image_size, decoded=decoded)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
+        refuse_small(self.spec, state.image)
         sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
         edit, spec = self.edit(state), self.spec
         shape = (len(state.seeds), spec.channels, self.side(), self.side())
         eps = noise(torch.empty(shape, device=self.device))
         first = float(sigmas[0])
         x, fill = from_vp(eps, first), None
+        if spec.factor == 1 and (given := given_noise(state, x)) is not None:
+            x = given
         if edit is not None:
             known = encoded(edit.known, self.autoencoder)
             if edit.hole is None or how.strength < 1:
@@ -79,6 +89,27 @@ class ChainHop:
         if sigmas[-1] > 0:
             sampling = in_vp(sampling, float(sigmas[-1]))
         return Draw(edited(sampling, fill) if fill else sampling, self.rows(state, how, edit))
+
+    def embedder(self) -> Clip | None:
+        return self.clip if self.spec.embedding_width else None
+
+    def embedded(self, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
+        assert self.clip is not None
+        side = self.spec.image_size
+        return self.clip.embed_image(F.interpolate(picture.to(self.device), (side, side), mode="area"))
+
+    def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
+        if self.spec.factor > 1:
+            raise ValueError(
+                "a model that enlarges is told the picture, so it is not encoded; encode with a base"
+            )
+        sigmas, edit = levels_of(self.spec, how), self.edit(state)
+        assert edit is not None
+        known = encoded(edit.known, self.autoencoder)
+        if sigmas[-1] > 0:
+            known = from_vp(known, float(sigmas[-1]))
+        return Draw(invert(known, sigmas), self.rows(state, how, edit))
 
     def rows(self, state: CascadeState, how: SamplingSpec, edit: Edit | None) -> Rows:
         """What the samples of a request should become."""
@@ -96,7 +127,8 @@ class ChainHop:
         if spec.latent_channels and how.clip is None:
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * count))
         if how.gradient is not None:
-            rows = rows._replace(pull=self.leaders.pull(how.gradient, state, self.side()))
+            pull = self.leaders.pull(how.gradient, state, spec.image_size, decoded=bool(spec.latent_channels))
+            rows = rows._replace(pull=pull)
         return rows
 
     def told(self, heard: Heard, picture: Tensor | None) -> Conditioning:
@@ -131,7 +163,7 @@ class ChainHop:
 
     def denoiser(self, rows: Rows) -> Denoiser:
         guided = bounded(classifier_free(self.model, rows, rescaled_as=self.spec.predicts), rows)
-        return self.leaders.lead(guided, rows)
+        return self.leaders.lead(guided, rows, self.autoencoder and self.autoencoder.decode)
 
     @torch.no_grad()
     def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
@@ -191,10 +223,6 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
             f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",
         ),
         (
-            bool(wanted) and bool(spec.latent_channels),
-            "guides look at pixels, and this model paints latents; leave gradient out, use guidance_scale",
-        ),
-        (
             how.dynamic_threshold is not None and bool(spec.latent_channels),
             "dynamic_threshold is for pixels, and this model paints latents; leave it out",
         ),
@@ -211,8 +239,8 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
         ValueError: With what to do about it.
     """
     refuse_edit(how, state, has_channels=spec.inpaints)
-    label, small, gradient, length = state.label, state.image, how.gradient, spec.context_length
-    side, by_class = spec.image_size // spec.factor, bool(gradient and gradient.classes)
+    label, gradient, length = state.label, how.gradient, spec.context_length
+    by_class = bool(gradient and gradient.classes)
     unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
     remedies = (
         (
@@ -228,11 +256,6 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
             f"label {label if label is None else label.tolist()}: classes are 0 to {spec.classes - 1}",
         ),
         (
-            spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)),
-            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
-            "put the hop that paints it before this one",
-        ),
-        (
             bool(gradient and gradient.looks_at_reference()) and state.reference is None,
             "gradient image, style and structure look at a reference picture; give one, or weigh them 0",
         ),
@@ -240,3 +263,13 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
     for wrong, remedy in remedies:
         if wrong:
             raise ValueError(remedy)
+
+
+def refuse_small(spec: ChainSpec, small: Tensor | None) -> None:
+    """Raises ValueError unless there is a picture to enlarge, if it enlarges."""
+    side = spec.image_size // spec.factor
+    if spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)):
+        raise ValueError(
+            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
+            "put the hop that paints it before this one"
+        )

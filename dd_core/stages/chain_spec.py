@@ -31,6 +31,11 @@ class ChainSpec(Spec):
     """Channels of the latents of the parent autoencoder that it paints; 0: it paints pixels."""
     factor: int = Field(1, ge=1)
     """Above 1 it enlarges: told the picture, so many times smaller, bilinearly enlarged (ADM, GLIDE)."""
+    degrades: Literal["none", "blur", "bsr"] = "none"
+    """What makes the smaller picture rougher in training, for one that enlarges: `degradations` (unCLIP)."""
+    crop: int = Field(0, ge=0)
+    """Side of the random crops of the pictures that it trains on, in pixels; 0: whole pictures.  It paints
+    whole pictures all the same, so its network must not know places."""
     inpaints: bool = False
     """Told a picture with a hole, and where it is known: x's channels and one more."""
     schedule: ScheduleSpec = ScheduleSpec()
@@ -121,6 +126,7 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
         (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
         (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),
+        *cropping(spec),
     ]
     if isinstance(net, DiTSpec):
         other = net.image_size != spec.image_size and not latent
@@ -137,6 +143,23 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (unet.image_channels != told, f"net.unet.image_channels is {unet.image_channels}, set it to {told}"),
         (short, f"net.text.vocab_size must be above {END}, the last of our tokens"),
         (bool(unet.labels) and not isinstance(net, PlainSpec), "labels are for a net of kind unet"),
+    ]
+
+
+def cropping(spec: ChainSpec) -> list[tuple[bool, str]]:
+    """What of crops and degradations does not go together, and what to do about it."""
+    crop, grid = spec.crop, spec.factor * (spec.unet.factors()[-1] if spec.unet else 1)
+    return [
+        (
+            spec.degrades != "none" and spec.factor == 1,
+            f"degrades {spec.degrades} is for a model that enlarges; set factor, or leave it out",
+        ),
+        (crop > spec.image_size, f"crop {crop} is larger than image_size {spec.image_size}; make it smaller"),
+        (
+            bool(crop) and (spec.unet is None or bool(spec.latent_channels)),
+            "crop is for a UNet that paints pixels; set crop: 0",
+        ),
+        (bool(crop % grid), f"crop {crop} must divide by {grid}, what the network and factor make small"),
     ]
 
 

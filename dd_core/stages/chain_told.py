@@ -3,13 +3,14 @@
 In training by `heard_of`, `kept` and `holes`, in sampling by a request; from there the same functions.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dd_core import degradations
 from dd_core.denoiser import Conditioning
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
@@ -127,8 +128,18 @@ def encoded(
 
 
 def smaller(spec: ChainSpec, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 i j"] | None:
-    """What an enlarging model enlarges in training, made by averaging; None for the others."""
-    return F.avg_pool2d(picture, spec.factor) if spec.factor > 1 else None
+    """What an enlarging model enlarges in training, made by averaging, or worse; None for the others."""
+    if spec.factor == 1:
+        return None
+    match spec.degrades:
+        case "none":
+            return F.avg_pool2d(picture, spec.factor)
+        case "blur":
+            return degradations.blurred(F.avg_pool2d(picture, spec.factor))
+        case "bsr":
+            return degradations.bsr(picture, spec.factor)
+        case _:
+            assert_never(spec.degrades)
 
 
 def seen(

@@ -9,6 +9,7 @@ Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 1 to 4; on the guidance
 steps: Luo et al. 2023 (arXiv:2310.04378), section 4.2.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, assert_never
 
 import torch
@@ -25,6 +26,7 @@ from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
 from dd_core.nets.clip import Clip, ReadCaption
 from dd_core.nets.dit import DiT
 from dd_core.nets.draft import Draft
+from dd_core.nets.perceptual import ClipFeatures, load_lpips
 from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
@@ -32,6 +34,7 @@ from dd_core.stage import Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like
 from dd_core.stages.clip import clip_of
 from dd_core.stages.draft import drawn
+from dd_core.stages.refusals import refuse_edit, refuse_gradient
 
 
 class FixedLevels(Spec):
@@ -88,7 +91,17 @@ class ConsistencySpec(Spec):
     teacher: TeacherSpec | None = TeacherSpec()
     """Distillation from the parent base; None trains alone, without one."""
     levels: Annotated[FixedLevels | GrowingLevels, Field(discriminator="kind")] = FixedLevels()
-    distance: Literal["l1", "l2", "pseudo_huber"] = "pseudo_huber"
+    distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
+    """Between two answers.  lpips, as published, with the weights of `lpips_weights`; clip: features of the
+    parent CLIP in its place."""
+    lpips_weights: str = ""
+    """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ConsistencySpec":
+        if self.distance == "lpips" and not self.lpips_weights:
+            raise ValueError('distance "lpips" needs lpips_weights, a path; or use "clip"')
+        return self
 
     @property
     def image_size(self) -> int:
@@ -145,11 +158,15 @@ class ConsistencyStage(Stage):
         super().__init__()
         self.spec = spec
         self.model = denoiser_of(spec.base)
-        parents: list[nn.Module] = [clip_of(clip)]
+        towers = clip_of(clip)
+        parents: list[nn.Module] = [towers]
         if teacher is not None:
             refuse_other(spec, teacher)
             self.model.load_state_dict(teacher.weights)
             parents.append(copy_of(self.model, spec.base))
+        if (seeing := seeing_of(spec, towers)) is not None:
+            parents.append(seeing)
+        self.distance = distance_of(spec, seeing)
         if (decoder := decoder_of(spec.base, draft)) is not None:
             parents.append(decoder)
         self.target = copy_of(self.model, spec.base).requires_grad_(False)
@@ -179,9 +196,9 @@ class ConsistencyStage(Stage):
             target = ended(bound(self.target, heard.by(self.target)))
         if spec.teacher is not None:
             teacher = self.walker(spec.teacher, heard)
-            gap = consistency.distillation(student, target, teacher, x0, pair, distance_of(spec))
+            gap = consistency.distillation(student, target, teacher, x0, pair, self.distance)
         else:
-            gap = consistency.training(student, target, x0, pair, distance_of(spec))
+            gap = consistency.training(student, target, x0, pair, self.distance)
         total, parts = gap.mean(), {"gap": gap.detach().mean(), "levels": gap.new_tensor(float(num_levels))}
         return Losses(total, parts)
 
@@ -224,9 +241,19 @@ class ConsistencyHop:
         assert isinstance(trained.spec, ConsistencySpec)
         self.base = BaseHop(Trained(trained.spec.base, trained.weights), clip, draft, device=device)
 
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         if how.sampler != "consistency":
             raise ValueError(f"a consistency model jumps; set its sampler to consistency, not {how.sampler}")
+        refuse_gradient(how, "consistency model")
+        refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
+        if state.known is not None and state.hole is None:
+            raise ValueError(
+                "a consistency model varies no picture, it fills holes; give a mask, or take the base "
+                "that it was distilled from"
+            )
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
         spec, device, noise = self.base.spec, self.base.device, SeededNoise(state.seeds)
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
         sigmas = sigmas_of(jumps, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
@@ -312,8 +339,8 @@ def bound(model: NetworkDenoiser[DiT], cond: Conditioning) -> Denoiser:
     return denoise
 
 
-def distance_of(spec: ConsistencySpec) -> Distance:
-    """The distance that a spec names."""
+def distance_of(spec: ConsistencySpec, seeing: nn.Module | None) -> Distance:
+    """The distance that a spec names, by what `seeing_of` gives."""
     match spec.distance:
         case "l1":
             return consistency.l1
@@ -321,5 +348,35 @@ def distance_of(spec: ConsistencySpec) -> Distance:
             return consistency.l2
         case "pseudo_huber":
             return consistency.pseudo_huber
+        case "lpips":
+            assert seeing is not None
+            return consistency.enlarged(unregistered(seeing))
+        case "clip":
+            assert seeing is not None
+            return unregistered(seeing)
         case _:
             assert_never(spec.distance)
+
+
+def unregistered(network: nn.Module) -> Distance:
+    """A network as a function: a stage that holds it has none of its weights."""
+
+    def between(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
+        return network(a, b)
+
+    return between
+
+
+def seeing_of(spec: ConsistencySpec, clip: Clip) -> nn.Module | None:
+    """The network by which a distance sees; None if it looks at pixels.
+
+    Raises:
+        ValueError: The LPIPS weights cannot be used.
+    """
+    match spec.distance:
+        case "lpips":
+            return load_lpips(Path(spec.lpips_weights))
+        case "clip":
+            return ClipFeatures(clip)
+        case _:
+            return None

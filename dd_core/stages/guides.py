@@ -1,14 +1,15 @@
 """Guides of a hop: trained networks whose gradient leads a sampling, and what of a request they look at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dd_core.cascade import CascadeState
 from dd_core.denoiser import Denoiser
-from dd_core.guidance import Rows, by_gradient
+from dd_core.guidance import Rows, by_estimate, by_gradient
 from dd_core.nets.clip import Clip
 from dd_core.noise import SeededNoise
 from dd_core.stage import Trained
@@ -19,6 +20,14 @@ from dd_core.steering import GradientSpec, Guides, Pull, score_of
 
 REFERENCE = 2**41
 """Added to a seed for the noise of the reference picture: a guided image begins as an unguided one."""
+
+
+CLEAN = 0.02
+"""Noise level that the guides are told of a decoded estimate: the lowest that ours are trained about."""
+ROLES = ("noised_clip", "classifier")
+"""Of the guides that read pictures."""
+Decode = Callable[[Tensor], Tensor]
+"""Latents -> pictures in [-1, 1]."""
 
 
 class Leaders(NamedTuple):
@@ -40,39 +49,59 @@ class Leaders(NamedTuple):
             return Guides(logits=self.classifier)
         return Guides(self.classifier, tower.embed_image, tower.features, float(tower.logit_scale()))
 
-    def lead(self, denoise: Denoiser, rows: Rows) -> Denoiser:
-        """The denoiser, its estimates moved to where the rows are to be led."""
+    def lead(self, denoise: Denoiser, rows: Rows, decode: Decode | None = None) -> Denoiser:
+        """The denoiser, its estimates moved to where the rows are to be led.
+
+        Args:
+            denoise: Of pictures, or of latents.
+            rows: Whose `pull` says where.
+            decode: Of latents, estimate -> picture: the guides read it, at its lowest level of noise.
+        """
         if rows.pull is None:
             return denoise
-        return by_gradient(denoise, score_of(rows.pull, self.guides()), scale=torch.ones(len(rows.scale)))
+        score, scale = score_of(rows.pull, self.guides()), torch.ones(len(rows.scale))
+        if decode is None:
+            return by_gradient(denoise, score, scale=scale)
+        side = self.reads(ROLES)
 
-    def pull(self, how: GradientSpec, state: CascadeState, side: int) -> Pull:
+        def of_latents(x0: Float[Tensor, " b c h w"]) -> Float[Tensor, " b"]:
+            picture = torch.nn.functional.adaptive_avg_pool2d(decode(x0), side)
+            return score(picture, torch.full((len(x0),), CLEAN, device=x0.device))
+
+        return by_estimate(denoise, of_latents, scale=scale)
+
+    def reads(self, roles: Collection[str]) -> int:
+        """Side of the pictures that these guides read, in pixels; 0 if none of them reads any.
+
+        Raises:
+            ValueError: They read pictures of two sizes.
+        """
+        read: dict[str, int] = {}
+        if self.noised_clip is not None:
+            read["noised_clip"] = self.noised_clip.spec.image_size
+        if self.classifier is not None:
+            read["classifier"] = self.classifier.network.spec.image_size
+        sizes = {role: side for role, side in read.items() if role in roles}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the guides read pictures of two sizes, {sizes}; train them at the same")
+        return max(sizes.values(), default=0)
+
+    def pull(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> Pull:
         """Where a request is to be led.
 
         Args:
             how: What pulls, and how strongly.
             state: The request.
             side: Of the pictures of the hop, in pixels.
+            decoded: Whether the hop's pictures are decoded for the guides, and made smaller if they read so.
 
         Raises:
             ValueError: A guide is missing, reads pictures of another size, or knows fewer classes.
         """
-        if lacking := sorted(how.guides() - self.roles()):
-            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        self.refuse(how, state, side, decoded=decoded)
         count = len(state.seeds)
-        read: dict[str, int] = {}
-        if self.noised_clip is not None:
-            read["noised_clip"] = self.noised_clip.spec.image_size
-        if self.classifier is not None:
-            read["classifier"] = self.classifier.network.spec.image_size
-        for role in sorted(how.guides() & read.keys()):
-            if read[role] != side:
-                raise ValueError(
-                    f"the guide {role!r} reads {read[role]} px, its hop paints {side}; train it at that"
-                )
+        side = self.reads(ROLES) if decoded else side
         label = torch.zeros(count, dtype=torch.long) if state.label is None else state.label.clamp(min=0)
-        if self.classifier is not None and how.classes:
-            self.check(state.label, self.classifier.network.spec.classes)
         width = self.noised_clip.spec.embedding_width if self.noised_clip else 0
         caption = torch.zeros(count, width)
         if how.caption:
@@ -85,6 +114,23 @@ class Leaders(NamedTuple):
             noise = SeededNoise([seed + REFERENCE for seed in state.seeds])(reference)
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
 
+    def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:
+        """Raises ValueError as `pull` does, and asks no network."""
+        if lacking := sorted(how.guides() - self.roles()):
+            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        for role in sorted(how.guides() & set(ROLES)):
+            read = self.reads({role})
+            if read > side or (read != side and not decoded):
+                raise ValueError(
+                    f"the guide {role!r} reads {read} px, its hop paints {side}; train it at that"
+                )
+        if decoded:
+            self.reads(ROLES)
+        if self.classifier is not None and how.classes:
+            self.check(state.label, self.classifier.network.spec.classes)
+        if how.looks_at_reference():
+            self.at_size(state.reference, self.reads(ROLES) if decoded else side)
+
     @staticmethod
     def check(label: Tensor | None, classes: int) -> None:
         """Every row has a class that the classifier knows."""
@@ -95,9 +141,12 @@ class Leaders(NamedTuple):
     @staticmethod
     def at_size(reference: Tensor | None, side: int) -> Tensor:
         """The reference picture as the guides read it."""
-        if reference is None or reference.ndim != 4 or reference.shape[1] != 3:
-            shape = None if reference is None else tuple(reference.shape)
-            raise ValueError(f"the reference picture is {shape}, not RGB; convert it to RGB")
+        if reference is None:
+            raise ValueError(
+                "gradient image, style and structure look at a reference picture; give one, or weigh them 0"
+            )
+        if reference.ndim != 4 or reference.shape[1] != 3:
+            raise ValueError(f"the reference picture is {tuple(reference.shape)}, not RGB; convert it to RGB")
         return torch.nn.functional.interpolate(reference.float(), (side, side), mode="area")
 
 

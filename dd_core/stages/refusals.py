@@ -1,5 +1,7 @@
 """What no hop can do, said before a network is asked; each error names the way out."""
 
+from torch import Tensor
+
 from dd_core.cascade import CascadeState
 from dd_core.samplers import SamplingSpec
 
@@ -12,6 +14,24 @@ def refuse_gradient(how: SamplingSpec, kind: str) -> None:
     """
     if how.gradient is not None:
         raise ValueError(f"no guide reads what the {kind} paints; leave its gradient out, give the base one")
+
+
+def given_noise(state: CascadeState, like: Tensor) -> Tensor | None:
+    """What a sampling begins with instead of `like`, noise drawn by the seeds; None unless it is given.
+
+    Raises:
+        ValueError: It is noise of another hop, or a picture to edit is given as well.
+    """
+    if state.noise is None:
+        return None
+    if state.known is not None:
+        raise ValueError("noise to begin with and a picture to edit exclude each other; leave one out")
+    if state.noise.shape != like.shape:
+        raise ValueError(
+            f"the noise to begin with is {tuple(state.noise.shape)}, this hop's is {tuple(like.shape)}; "
+            "encode the picture with this hop"
+        )
+    return state.noise.to(like)
 
 
 def refuse_edit(how: SamplingSpec, state: CascadeState, *, has_channels: bool) -> None:
@@ -36,6 +56,6 @@ def refuse_edit(how: SamplingSpec, state: CascadeState, *, has_channels: bool) -
         )
     if how.inpainting == "model" and not has_channels:
         raise ValueError(
-            "this model has no mask channels; set inpainting: projection, which needs no training, "
-            "or train one with inpaints: true"
+            "this model has no mask channels; set inpainting: projection (--training-free), which needs no "
+            "training, or train one with inpaints: true"
         )

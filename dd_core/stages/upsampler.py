@@ -95,11 +95,15 @@ class UpsamplerHop:
         self.model.load_state_dict(trained.weights)
         self.model.eval().requires_grad_(False).to(self.device)
 
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        refuse_edit(how, state, has_channels=False)
+        refuse_gradient(how, "upsampler")
+        sigmas_of(how, sigma_min=self.spec.sigma_min, sigma_max=self.spec.sigma_max)
+
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         if state.image is None:
             raise ValueError("the upsampler is told a small image, but CascadeState.image is None")
-        refuse_edit(how, state, has_channels=False)
-        refuse_gradient(how, "upsampler")
+        self.refuse(state, how)
         spec, noise = self.spec, SeededNoise(state.seeds)
         sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)

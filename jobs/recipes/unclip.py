@@ -7,11 +7,13 @@ code of Karlo (sizes, frozen CLIP states in place of a text transformer).
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.layouts.published import published
 from dd_core.nets.network import PlainSpec
-from dd_core.nets.prior import PriorNetSpec
+from dd_core.nets.prior import CausalPriorSpec, PriorNetSpec
 from dd_core.nets.text import UnclipSpec
+from dd_core.nets.unet import UNetSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.prior import PriorSpec
 from jobs.recipes.glide import paper_stage
@@ -30,8 +32,8 @@ def run() -> RunSpec:
     """For your own tars: set pairs.shards and pairs.destination.
 
     Hardware and time: neither source says, and none was measured here.  Departures: the prior is our
-    transformer in Karlo's width and depth, trained at continuous noise levels; the upsampler is trained on
-    whole pictures, without blur, its last step is no network of its own, and it is sampled by DDIM.
+    transformer in Karlo's width and depth, trained at continuous noise levels; the upsampler's last step is
+    no network of its own, and it is sampled by DDIM.
     """
     prior = SamplingSpec(num_steps=25, guidance_scale=4.0)
     decoder = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=8.0)
@@ -48,6 +50,22 @@ def run() -> RunSpec:
         ),
         stages=(paper_clip(), prior_stage(), decoder_stage(), upsampler()),
         cascade=CascadeSpec(name="unclip", hops=hops, context_length=77, image_size=256),
+    )
+
+
+def large() -> RunSpec:
+    """`run`, enlarged once more: 256 -> 1024 px by a network of 282 M (published: 300 M) in 15 steps.
+
+    For tars with pictures of 1024 px and more.  Hardware and time: not published, not measured here.
+    """
+    before, again = run(), SamplingSpec(sampler="ddim", num_steps=15, spacing="trailing", guidance_scale=1.0)
+    hops = (*before.cascade.hops, HopSpec(stage="large_upsampler", how=again))
+    assert before.pairs is not None
+    return before.but(
+        name="unclip_large",
+        pairs=before.pairs.but(sizes=(*before.pairs.sizes, 1024), min_side=1024),
+        stages=(*before.stages, large_upsampler()),
+        cascade=before.cascade.but(name="unclip_large", hops=hops, image_size=1024),
     )
 
 
@@ -73,6 +91,26 @@ def prior_stage() -> TrainSpec:
     )
 
 
+def published_prior() -> RunSpec:
+    """`run` with the causal prior of the paper in Karlo's size, 1,022 M, sampled as Karlo's.
+
+    Hardware and time: as `run`.  Departures: 25 steps of fixed variance (paper: 64 of analytic variance), a
+    fifth of the captions kept back as in Karlo (paper: a tenth).
+    """
+    before, how = run(), SamplingSpec(sampler="ddpm", num_steps=25, spacing="linspace", guidance_scale=4.0)
+    trained = prior_stage()
+    net = published()["karlo-prior"].net
+    assert isinstance(net, CausalPriorSpec)
+    causal = trained.but(
+        name="causal_prior",
+        stage=CausalPriorStageSpec(net=net, image_size=224, caption_dropout=0.2, measured_images=40_960),
+    )
+    first = HopSpec(stage="causal_prior", how=how.but(variance="fixed_small"))
+    stages = tuple(causal if stage.name == "prior" else stage for stage in before.stages)
+    cascade = before.cascade.but(name="unclip_published_prior", hops=(first, *before.cascade.hops[1:]))
+    return before.but(name="unclip_published_prior", stages=stages, cascade=cascade)
+
+
 def decoder_stage() -> TrainSpec:
     """64 px; half the captions, a tenth of the embeddings kept back; batch 2048, 1.2e-4, 800,000 steps."""
     net = published()["karlo-decoder"].net
@@ -83,9 +121,28 @@ def decoder_stage() -> TrainSpec:
 
 
 def upsampler() -> TrainSpec:
-    """64 -> 256 px, told no caption, no attention; batch 1024, 1.2e-4, a million steps."""
+    """64 -> 256 px, told no caption, no attention; blurred quarters; batch 1024, 1.2e-4, a million steps."""
     net = published()["karlo-sr"].net
     assert isinstance(net, PlainSpec)
-    stage = ChainSpec(net=net, image_size=256, factor=4, schedule=COSINE, told_dropout=0.0)
+    stage = ChainSpec(
+        net=net, image_size=256, factor=4, schedule=COSINE, told_dropout=0.0, degrades="blur", crop=64
+    )
     trained = paper_stage("upsampler", stage, 1_000_000, 1024)
     return trained.but(optimizer=trained.optimizer.but(learning_rate=1.2e-4))
+
+
+def large_upsampler() -> TrainSpec:
+    """256 -> 1024 px, on quarters degraded by BSR, linear schedule; batch 512, 1e-4, a million steps."""
+    unet = UNetSpec(
+        width=192,
+        channel_mult=(1, 1, 2, 2, 4, 4),
+        blocks_per_level=2,
+        attention_at=(),
+        attention_in_middle=False,
+        level_scale=1,
+        image_channels=3,
+    )
+    stage = ChainSpec(
+        net=PlainSpec(unet=unet), image_size=1024, factor=4, told_dropout=0.0, degrades="bsr", crop=256
+    )
+    return paper_stage("large_upsampler", stage, 1_000_000, 512)

@@ -1,6 +1,7 @@
 """UNets and classifiers against the published code: one state dict, equal answers, equal gradients."""
 
 import contextlib
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,11 @@ from torch import nn
 from dd_core.denoiser import Conditioning
 from dd_core.layouts import ldm
 from dd_core.layouts.adm import AdmLayout, classifier_moves, unet_moves
+from dd_core.layouts.importing import moves_of
+from dd_core.layouts.moves import fitted, inward
+from dd_core.layouts.published import published
 from dd_core.nets.classifier import Classifier, ClassifierSpec
+from dd_core.nets.network import build
 from dd_core.nets.unet import UNet, UNetSpec
 from tests.parity.reference import checkout, differences, importing, randomised
 
@@ -67,6 +72,68 @@ def test_adm(changes: dict[str, Any], theirs: dict[str, Any]) -> None:
             ours,
         )
     assert max(found) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "theirs"),
+    [
+        ({}, {"num_heads": 4, "use_scale_shift_norm": True}),
+        ({"labels": 7}, {"num_heads": 4, "use_scale_shift_norm": True, "num_classes": 7}),
+        ({"heads": 1, "attention_at": (4,), "scale_shift": False}, {"attention_resolutions": (4,)}),
+    ],
+    ids=["plain", "classes", "lsun"],
+)
+def test_improved_ddpm(changes: dict[str, Any], theirs: dict[str, Any]) -> None:
+    path = checkout("openai/improved-diffusion", "improved_diffusion/unet.py")
+    with importing(path, shims=MPI) as load:
+        sizes = {name: value for name, value in THEIRS.items() if name != "image_size"} | theirs
+        their_net = randomised(load("improved_diffusion.unet").UNetModel(**sizes))
+        spec = SMALL.but(**{"heads": 4, "resample": "conv"} | changes)
+        net = UNet(spec, in_channels=3, out_channels=6)
+        label = torch.tensor([5, 0])
+        told = {"y": label} if "labels" in changes else {}
+        found = differences(
+            their_net,
+            net,
+            unet_moves(net, AdmLayout()),
+            lambda theirs: theirs(image(), TIMES, **told),
+            lambda net: net(image(), TIMES, Conditioning(level=net.of_class(label) if told else None)),
+        )
+    assert max(found) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("improved-imagenet64", {"image_size": 64, "num_channels": 128, "num_res_blocks": 3}),
+        ("improved-cifar10", {"image_size": 32, "num_channels": 128, "num_res_blocks": 3, "dropout": 0.3}),
+        (
+            "improved-imagenet64-cond",
+            {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "class_cond": True},
+        ),
+        (
+            "improved-lsun256",
+            {"image_size": 256, "num_channels": 128, "num_res_blocks": 2, "num_heads": 1}
+            | {"use_scale_shift_norm": False, "attention_resolutions": "16"},
+        ),
+        ("improved-upsampler-64-256", {"num_channels": 192, "num_res_blocks": 2, "class_cond": True}),
+    ],
+)
+def test_the_published_networks_of_improved_ddpm_have_its_names_and_shapes(
+    name: str, flags: dict[str, Any]
+) -> None:
+    path = checkout("openai/improved-diffusion", "improved_diffusion/unet.py")
+    source = published()[name]
+    with importing(path, shims=MPI) as load, torch.device("meta"):
+        code = load("improved_diffusion.script_util")
+        larger = "upsampler" in name
+        defaults = code.sr_model_and_diffusion_defaults() if larger else code.model_and_diffusion_defaults()
+        make = code.sr_create_model if larger else code.create_model
+        wanted = inspect.signature(make).parameters
+        both = {key: value for key, value in (defaults | flags).items() if key in wanted}
+        theirs = make(**both | {"learn_sigma": True}).state_dict()
+        net = build(source.net)
+    fitted(net, inward(theirs, moves_of(net, source.layout)))
 
 
 def test_a_wrong_attention_order_loads_and_is_wrong() -> None:

@@ -8,7 +8,8 @@ import torch
 from dd_core.denoiser import Conditioning
 from dd_core.layouts import diffusers_autoencoder, diffusers_config
 from dd_core.layouts.diffusers_unet import unet_moves
-from dd_core.layouts.moves import fitted, inward, outward
+from dd_core.layouts.moves import LayoutError, fitted, inward, outward
+from dd_core.layouts.published import published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.quantiser import Quantiser
@@ -37,6 +38,7 @@ UNETS = {
     "glide": PLAIN.but(text_width=24, text_at_level=False),
     "sd1": SD.but(heads=4, head_width=32),
     "sd2": SD.but(transformer_depth=2),
+    "sd x4": SD.but(text_only_at=(1,), labels=5, heads=4, head_width=32),
     "sd2 unclip": SD.but(embedding_width=7, embedding_layers=2, embedding_tokens=0),
 }
 
@@ -82,6 +84,45 @@ def test_a_spec_comes_back_from_its_config(name: str) -> None:
     assert diffusers_config.spec_of(config).unet.but(**told) == spec.unet.but(**told)
     theirs = dict(theirs_of(spec).config) | {"_class_name": config["_class_name"]}
     assert diffusers_config.spec_of(theirs).unet.but(**told) == spec.unet.but(**told)
+
+
+X4 = {
+    "_class_name": "UNet2DConditionModel",
+    "attention_head_dim": 8,
+    "block_out_channels": [256, 512, 512, 1024],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3],
+    "dual_cross_attention": False,
+    "in_channels": 7,
+    "layers_per_block": 2,
+    "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False],
+    "out_channels": 4,
+    "sample_size": 128,
+    "up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"],
+    "use_linear_projection": True,
+}
+"""What the x4 upscaler of Stable Diffusion says of itself there."""
+
+
+def test_the_x4_upscaler_is_the_published_network_in_both_formats() -> None:
+    spec, source = diffusers_config.spec_of(X4), published()["sd-x4-upscaler"].net
+    assert isinstance(source, PlainSpec)
+    unsaid = {"image_channels": 3, "head_width": 32, "embedding_tokens": 0}
+    assert spec.unet.but(**unsaid) == source.unet.but(**unsaid)
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**{k: v for k, v in X4.items() if not k.startswith("_")})
+        ours = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
+    fitted(ours, inward(theirs.state_dict(), unet_moves(ours, linear=True)))
+    assert sum(weight.numel() for weight in theirs.parameters()) == 473_398_020
+
+
+def test_a_middle_that_never_looks_at_pixels_is_refused() -> None:
+    for said in ({"only_cross_attention": True}, {"mid_block_only_cross_attention": True}):
+        with pytest.raises(LayoutError, match="in the middle, which ours cannot do"):
+            diffusers_config.spec_of(X4 | said)
+    with pytest.raises(LayoutError, match="there are 4 levels"):
+        diffusers_config.spec_of(X4 | {"only_cross_attention": [True]})
 
 
 def test_convolutions_and_linear_layers_into_a_transformer_are_the_same() -> None:

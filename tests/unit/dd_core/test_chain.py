@@ -104,6 +104,9 @@ LATENT = DDPM.but(
     told_dropout=0.1,
 )
 ENLARGING = DDPM.but(net=plain(learned=True, image_channels=3), loss="hybrid", factor=4)
+UNATTENDED = plain(image_channels=3, attention_at=(), attention_in_middle=False)
+BLURRED = DDPM.but(net=UNATTENDED, factor=4, degrades="blur", crop=8)
+DEGRADED = BLURRED.but(degrades="bsr")
 INPAINTING = GLIDE.but(
     net=GLIDE.net.but(unet=GLIDE.net.unet.but(image_channels=4)),  # type: ignore[union-attr]
     inpaints=True,
@@ -123,6 +126,8 @@ SPECS = {
     "transformer": TRANSFORMER,
     "latent": LATENT,
     "enlarging": ENLARGING,
+    "blurred": BLURRED,
+    "degraded": DEGRADED,
     "inpainting": INPAINTING,
     "latent_inpainting": LATENT_INPAINTING,
 }
@@ -397,6 +402,16 @@ def test_a_variation_stays_the_nearer_the_fewer_steps_it_takes(
     assert far[0] < 0.05
     assert far[0] < far[2]
     assert far[1] < far[2] + 0.05
+
+
+@pytest.mark.parametrize("spec", [BLURRED, DEGRADED], ids=lambda spec: spec.degrades)
+def test_an_enlarging_model_trains_on_crops_and_paints_whole_pictures(spec: ChainSpec) -> None:
+    stage = made(spec, {})
+    shown: list[torch.Size] = []
+    stage.model.register_forward_pre_hook(lambda _, told: shown.append(told[0].shape))
+    assert stage(batch()).total.isfinite()
+    assert shown == [(4, 3, 8, 8)]
+    assert drawn(spec, asked([1], "a"), how_of(spec)).shape == (1, 3, 16, 16)
 
 
 def test_importance_sampling_survives_in_the_state_and_reweighs() -> None:

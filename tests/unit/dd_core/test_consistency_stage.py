@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dd_core import checkpoint, consistency, edits, images
@@ -14,11 +15,13 @@ from dd_core.consistency import ended, teacher_step
 from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, Parameterization
 from dd_core.guidance import clip_x0, rows_of
 from dd_core.nets.dit import DiTSpec
+from dd_core.nets.perceptual import ClipFeatures, Lpips, load_lpips
 from dd_core.noise import karras_sigmas, spread
 from dd_core.samplers import SamplingSpec, heun, sample
 from dd_core.stage import Budget, Losses, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec
+from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import (
     ConsistencyHop,
     ConsistencySpec,
@@ -398,6 +401,49 @@ def test_a_teacher_must_be_the_base_that_the_spec_describes(parents: dict[str, T
 def test_a_spec_of_either_kind_survives_json() -> None:
     for spec in (SPEC, ALONE):
         assert ConsistencySpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def vgg(path: Path) -> Path:
+    """A file of LPIPS in published names, its weights random."""
+    torch.manual_seed(3)
+    lpips, layer, found = Lpips(), 0, {}
+    for index, part in enumerate(lpips.stages):
+        for module in part.children():
+            if isinstance(module, nn.Conv2d):
+                found |= {f"net.slice{index + 1}.{layer}.{k}": v for k, v in module.state_dict().items()}
+            layer += 1
+        width = len(lpips.weights[index])
+        found[f"lin{index}.model.1.weight"] = torch.rand(1, width, 1, 1)
+    save_file({name: value.contiguous() for name, value in found.items()}, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", ["lpips", "clip"])
+def test_answers_are_compared_by_what_a_network_sees_of_them(
+    distance: str, parents: dict[str, Trained], tmp_path: Path
+) -> None:
+    weights = str(vgg(tmp_path / "vgg.safetensors")) if distance == "lpips" else ""
+    plain = made(SPEC, parents)
+    stage = made(SPEC.but(distance=distance, lpips_weights=weights), parents)
+    assert stage.state_dict().keys() == plain.state_dict().keys()  # what sees is not trained and not saved
+    batch = next(squares(8))
+    stage(batch).total.backward()
+    lacking = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert lacking == []
+    a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    sees = load_lpips(Path(weights)) if weights else ClipFeatures(clip_of(parents["clip"]))
+    large = [torch.nn.functional.interpolate(one, (224, 224), mode="bilinear") for one in (a, b)]
+    expected = sees(*large) if weights else sees(a, b)
+    torch.testing.assert_close(stage.distance(a, b), expected)
+    assert float(stage.distance(a, a).abs().max()) < 1e-6
+
+
+def test_a_distance_that_lacks_its_weights_is_refused(parents: dict[str, Trained], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs lpips_weights, a path"):
+        SPEC.but(distance="lpips")
+    with pytest.raises(ValueError, match="there is no file"):
+        made(SPEC.but(distance="lpips", lpips_weights=str(tmp_path / "absent")), parents)
 
 
 def test_losses_name_the_gap(parents: dict[str, Trained]) -> None:

@@ -19,7 +19,7 @@ from dd_core.schedules import ScheduleSpec, walk
 from dd_core.stage import Trained
 from dd_core.stages import load_hop
 from dd_core.stages.classifier import ClassifierSpec
-from dd_core.stages.guides import REFERENCE
+from dd_core.stages.guides import CLEAN, REFERENCE
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.steering import SCORES, GradientSpec, Guides, Pull, score_of
 from tests.unit.dd_core.test_chain import CLIP, GLIDE, LATENT, UNET, hop, made, told, trained
@@ -211,9 +211,6 @@ def test_a_request_that_cannot_be_led_is_refused(
 def test_guides_that_are_not_there_or_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="gradient asks a classifier, and this hop has none"):
         hop(GLIDE).start(asked(1), how_of(classes=1.0))
-    latent = load_hop(trained(LATENT), PARENTS, device="cpu")
-    with pytest.raises(ValueError, match="guides look at pixels, and this model paints latents"):
-        latent.start(asked(1), how_of(caption=1.0))
     small = ClassifierSpec(net=NetSpec(unet=UNetSpec(width=16, channel_mult=(1,), head_width=8, groups=4,
                            attention_at=()), image_size=8, classes=3))  # fmt: skip
     other = PARENTS | {"classifier": Trained(small, made(small, {}).model.state_dict())}
@@ -221,6 +218,41 @@ def test_guides_that_are_not_there_or_do_not_fit_are_named() -> None:
         load_hop(trained(GLIDE), other, device="cpu").start(asked(1), how_of(classes=1.0))
     with pytest.raises(ValueError, match="pulls nowhere"):
         GradientSpec()
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_latents_are_led_through_what_they_decode_to(name: str) -> None:
+    """The move is sigma**2 times the gradient of the score of the decoded estimate."""
+    latent = load_hop(trained(LATENT), PARENTS, device="cpu")
+    x, sigma = 3 * torch.randn(1, 4, 8, 8), torch.tensor([2.0])
+    free, led = (latent.start(asked(4), how) for how in (how_of(), how_of(**{name: 2.5})))
+    plain, decode = latent.denoiser(free.rows), latent.autoencoder.decode  # type: ignore[attr-defined]
+    leaf = x.clone().requires_grad_()
+    score = expected(name, 4)(decode(plain(leaf, sigma).x0), torch.tensor([CLEAN])).sum()
+    (gradient,) = torch.autograd.grad(score, leaf)
+    assert gradient.abs().max() > 0
+    with torch.no_grad():  # as samplers ask
+        moved, still = latent.denoiser(led.rows)(x, sigma), plain(x, sigma)
+    torch.testing.assert_close(moved.x0, still.x0 + 4 * 2.5 * gradient, rtol=1e-4, atol=1e-6)
+    assert not moved.x0.requires_grad
+
+
+def test_a_latent_chain_is_led_from_noise_to_picture_and_by_smaller_guides() -> None:
+    small = ClassifierSpec(net=NetSpec(unet=UNET.but(level_scale=100.0), image_size=8, classes=3))
+    smaller = PARENTS | {"classifier": Trained(small, made(small, {}).model.state_dict())}
+    for parents in (PARENTS, {role: one for role, one in smaller.items() if role != "noised_clip"}):
+        latent = load_hop(trained(LATENT), parents, device="cpu")
+        found: list[float] = []
+        for how in (how_of(), how_of(classes=30.0)):
+            end = run(latent, asked(1), how.but(num_steps=8))
+            assert end.image is not None
+            classifier = latent.leaders.classifier  # type: ignore[attr-defined]
+            side = classifier.network.spec.image_size
+            seen = torch.nn.functional.adaptive_avg_pool2d(end.image, side)
+            found.append(float(classifier(seen, torch.tensor([CLEAN])).log_softmax(-1)[0, 1]))
+        assert found[1] > found[0]
+    with pytest.raises(ValueError, match="read pictures of two sizes"):
+        load_hop(trained(LATENT), smaller, device="cpu").start(asked(1), how_of(classes=1.0))
 
 
 def test_a_cascade_on_disk_opens_a_hop_with_the_guides_that_it_names(tmp_path: Path) -> None:

@@ -93,6 +93,10 @@ def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spe
         (DDPM, {"factor": 3, "image_size": 16}, "must divide by 3"),
         (LATENT, {"loss": "vlb"}, "counts the bits of pixels; use simple"),
         (LATENT, {"factor": 2}, "an enlarging model paints pixels"),
+        (DDPM, {"degrades": "bsr"}, "is for a model that enlarges; set factor"),
+        (ENLARGING, {"crop": 32}, "crop 32 is larger than image_size 16"),
+        (ENLARGING, {"crop": 4}, "crop 4 must divide by 8"),
+        (LATENT, {"crop": 8}, "for a UNet that paints pixels; set crop: 0"),
         (TRANSFORMER, {"image_size": 32}, "net.image_size is 16, image_size 32; make them equal"),
     ],
 )

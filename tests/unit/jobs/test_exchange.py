@@ -1,17 +1,19 @@
 """Published weights become bundles that load, and bundles folders that come back as they were."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dd_core import bundle
-from dd_core.layouts import importing, ldm, published
+from dd_core.layouts import diffusers_scheduler, importing, ldm, published
 from dd_core.layouts.adm import AdmLayout
-from dd_core.layouts.moves import outward
+from dd_core.layouts.moves import LayoutError, outward
 from dd_core.layouts.published import Process, Published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.network import PlainSpec, build
@@ -21,6 +23,7 @@ from dd_core.stages.network import NetworkSpec
 from jobs import exchange
 from jobs.cli import main
 
+WHERE = "diffusion_pytorch_model-00002-of-00003.safetensors"
 UNET = UNetSpec(
     width=32,
     channel_mult=(1, 2),
@@ -85,6 +88,32 @@ def test_a_file_becomes_bundles_and_these_folders_and_these_bundles_again(
     assert spec.process == TINY.process
 
 
+def test_an_upscaler_comes_with_its_autoencoder_and_leaves_its_noise_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stable Diffusion's x4 upscaler: a caption seen twice, classes that are levels of noise."""
+    unet = UNET.but(text_only_at=(2,), image_channels=3, labels=10)
+    small = TINY._replace(net=PlainSpec(unet=unet, in_channels=4, out_channels=4), layout="ldm-linear")
+    monkeypatch.setattr(exchange, "published", lambda: {"tiny-x4": small})
+    torch.manual_seed(0)
+    net, first = build(small.net), Autoencoder(FIRST)
+    theirs = outward(net.state_dict(), importing.moves_of(net, "ldm-linear"))
+    shape = theirs["input_blocks.3.1.transformer_blocks.0.attn1.to_k.weight"].shape
+    assert shape == (64, 24)  # the first attention looks at the caption
+    state = {ldm.UNET + name: tensor for name, tensor in theirs.items()}
+    kept = {name: t for name, t in first.state_dict().items() if name not in ("moments", "observed")}
+    state |= {ldm.AUTOENCODER + name: t for name, t in outward(kept, ldm.autoencoder_moves(first)).items()}
+    state |= {"low_scale_model.betas": torch.ones(1000), "betas": torch.ones(1000)}
+    save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "x4.safetensors")
+    facts = exchange.import_weights("tiny-x4", [tmp_path / "x4.safetensors"], tmp_path / "x4", averaged=False)
+    assert facts["not taken"] == {"readers": 1, "averaged": 0, "schedule": 1}
+    found = bundle.load(tmp_path / "x4" / "unet").trained.weights
+    assert all(torch.equal(found[name], weight) for name, weight in net.state_dict().items())
+    plain = UNet(UNET, in_channels=4, out_channels=4)
+    with pytest.raises(LayoutError):
+        importing.weights_for(plain, "ldm-linear", theirs)
+
+
 def test_the_commands_say_what_they_made_and_what_they_left(checkpoint: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(
         main, ["import", "tiny", str(checkpoint), "--out", str(tmp_path / "out"), "--json", "-q"]
@@ -96,6 +125,69 @@ def test_the_commands_say_what_they_made_and_what_they_left(checkpoint: Path, tm
     assert (tmp_path / "f" / "scheduler" / "scheduler_config.json").is_file()
     again = CliRunner().invoke(main, ["import", "tiny", str(checkpoint), "--out", str(tmp_path / "out")])
     assert again.exit_code == 2
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """The UNet as a component of diffusers, its weights in three files and an index."""
+    exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
+    written = exchange.export_diffusers(tmp_path / "tiny" / "unet", tmp_path / "folder")
+    whole = Path(written["path"]) / exchange.WEIGHTS
+    tensors = load_file(whole)
+    names = [f"diffusion_pytorch_model-{part + 1:05}-of-00003.safetensors" for part in range(3)]
+    places = {name: names[at % 3] for at, name in enumerate(sorted(tensors))}
+    for part in names:
+        save_file({name: tensors[name] for name, at in places.items() if at == part}, whole.parent / part)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (whole.parent / f"{exchange.WEIGHTS}.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    return whole.parent
+
+
+def test_a_component_in_several_files_is_that_of_one(folder: Path, tmp_path: Path) -> None:
+    exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
+    found, first = (bundle.load(tmp_path / name).trained.weights for name in ("back", "tiny/unet"))
+    assert found.keys() == first.keys()
+    assert all(torch.allclose(found[name], weight) for name, weight in first.items())
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda index: {}, "has no weight_map"),
+        (
+            lambda index: {"weight_map": index["weight_map"] | {"conv_in.bias": "../a.safetensors"}},
+            "of its folder",
+        ),
+        (lambda index: {"weight_map": index["weight_map"] | {"conv_in.bias": "a.bin"}}, "of its folder"),
+        (
+            lambda index: {"weight_map": index["weight_map"] | {"more": WHERE}},
+            "'more' otherwise: it is not in it",
+        ),
+        (
+            lambda index: {
+                "weight_map": {k: v for k, v in index["weight_map"].items() if k != "conv_in.bias"}
+            },
+            "'conv_in.bias' otherwise: it is in it as well",
+        ),
+    ],
+)
+def test_an_index_that_does_not_tell_the_truth_is_refused(
+    damage: Callable[[Any], Any], said: str, folder: Path, tmp_path: Path
+) -> None:
+    path = folder / f"{exchange.WEIGHTS}.index.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(LayoutError, match=said):
+        exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_part_that_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / WHERE).unlink()
+    with pytest.raises(FileNotFoundError, match=WHERE):
+        exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
 
 
 def test_an_unknown_source_is_refused_with_a_guess(tmp_path: Path) -> None:
@@ -140,3 +232,16 @@ def test_every_source_has_a_layout_that_fits_its_network() -> None:
             net = build(source.net)
         ours = {move.ours for move in importing.moves_of(net, source.layout)}
         assert ours == net.state_dict().keys() - {"mean", "std"}, name
+
+
+def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refused() -> None:
+    process = published.published()["improved-upsampler-64-256"].process
+    config = diffusers_scheduler.config_of(process)
+    assert (config["num_train_timesteps"], config["beta_start"]) == (4000, 2.5e-5)
+    assert diffusers_scheduler.process_of(config, image_size=256, learned_variance=True) == process
+    squares = Process(schedule="sqrt_linear", timesteps=500, beta_range=(0.00085, 0.012))
+    config = diffusers_scheduler.config_of(squares)
+    assert config["beta_start"] == 0.00085
+    assert diffusers_scheduler.process_of(config, image_size=64, learned_variance=False) == squares
+    with pytest.raises(LayoutError, match="diffusers tells t; it cannot be exported"):
+        diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)

@@ -35,6 +35,9 @@ class GaussianHop:
         self.gate = threading.Event()
         self.gate.set()
 
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        pass
+
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         noise = SeededNoise([seed + 1000 * k for seed in state.seeds for k in range(self.rows_per_seed)])
         rows = len(state.seeds) * self.rows_per_seed

@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dd_core.nets.network import PlainSpec
+from dd_core.nets.prior import CausalPriorSpec
+from dd_core.nets.text import CaptionedSpec
 from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
+from dd_core.stages.causal_prior import CausalPriorStageSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import ClipSpec
 from dd_core.training import TrainState
-from jobs.recipes import smoke
+from jobs.recipes import glide, smoke
 from workflows.estimate import Need, needs, size
 from workflows.pipeline import in_order
 from workflows.train_spec import TrainSpec
@@ -83,3 +89,40 @@ def test_a_parent_that_is_nowhere_is_named() -> None:
     base = next(spec for spec in SPECS if spec.name == "base")
     with pytest.raises(ValueError, match="base: its clip 'clip' is neither a stage of the run nor a bundle"):
         needs([base], context_length=smoke.CONTEXT, run=Path("nowhere"))
+
+
+@pytest.mark.parametrize("recipe", ["blur", "bsr"])
+def test_a_chain_that_degrades_what_it_enlarges_is_planned_for_its_crops(recipe: str) -> None:
+    """Imagined tensors have no numbers: every step of a degradation must be taken all the same."""
+    whole = glide.upsampler()
+    assert isinstance(whole.stage, ChainSpec)
+    assert isinstance(whole.stage.net, CaptionedSpec)
+    net = PlainSpec(unet=whole.stage.net.unet.but(text_width=0), out_channels=6)
+    found: list[int] = []
+    for more in ({}, {"degrades": recipe, "crop": 64}):
+        spec = whole.but(stage=whole.stage.but(net=net, **more), batch_size=4)
+        found.append(needs([spec], context_length=12, run=Path("nowhere"))["upsampler"].activations)
+    assert 8 < found[0] / found[1] <= 16  # a sixteenth of the pixels, and weights beside
+
+
+def test_the_published_prior_is_planned_as_if_it_had_measured() -> None:
+    clip = smoke.run().stages[0]
+    assert isinstance(clip.stage, ClipSpec)
+    towers = clip.stage.net.but(embedding_width=clip.stage.net.text_width)
+    net = CausalPriorSpec(
+        width=64, layers=1, heads=2, context_length=towers.context_length, embedding_width=towers.text_width
+    )
+    wide = clip.but(stage=clip.stage.but(net=towers))
+    spec = clip.but(name="prior", stage=CausalPriorStageSpec(net=net), parents={"clip": clip.name})
+    found = needs([wide, spec], context_length=smoke.CONTEXT, run=Path("nowhere"))["prior"]
+    assert found.activations > clip.batch_size * towers.context_length * 64 * 4
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "radam", "muon"])
+def test_every_optimizer_is_planned_with_what_it_keeps(algorithm: str) -> None:
+    clip = smoke.run().stages[0]
+    spec = clip.but(optimizer=clip.optimizer.but(algorithm=algorithm))
+    found = needs([spec], context_length=smoke.CONTEXT, run=Path("nowhere"))["clip"]
+    torch.manual_seed(0)
+    state = TrainState(build_stage(spec.stage, {}), spec.optimizer)
+    assert found.state == sum(size(tensor) for tensor in state.tensors().values())

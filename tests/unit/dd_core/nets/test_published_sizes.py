@@ -25,6 +25,11 @@ WEIGHTS = {
     "edm-lsun256": (526_304_771, 566),
     "consistency-imagenet64": (295_899_267, 541),
     "consistency-lsun256": (526_304_771, 566),
+    "improved-imagenet64": (121_063_942, 450),
+    "improved-imagenet64-cond": (273_049_350, 451),
+    "improved-cifar10": (52_546_438, 446),
+    "improved-upsampler-64-256": (279_792_390, 457),
+    "improved-lsun256": (113_676_678, 426),
     "glide-base": (385_030_726, 783),
     "glide-base-inpaint": (385_037_638, 783),
     "glide-upsample": (398_361_286, 797),
@@ -44,6 +49,7 @@ WEIGHTS = {
     "sd2-base": (865_910_724, 686),
     "sd2": (865_910_724, 686),
     "sd2-inpaint": (865_925_124, 686),
+    "sd-x4-upscaler": (473_398_020, 687),
 }
 """Weights, and keys of the published files: without tables and what the file holds beside the network."""
 

@@ -1,0 +1,190 @@
+"""The diffusion prior as unCLIP has it: a causal transformer on a discrete chain, of whitened embeddings.
+
+It takes the place of `prior`, which is smaller and knows all noise levels.  The network's answer is the
+un-noised embedding; embeddings are whitened, value by value, by the mean and the deviation of the first
+images that the training sees, and go back as CLIP's.  Karlo's weights are one of these: as the parent
+`start` they bring their mean and deviation along.
+
+Sources: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2; the published code of Karlo (whitening, bound).
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from dd_core import images, losses, schedules
+from dd_core.cascade import CascadeState, Draw
+from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
+from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
+from dd_core.nets.clip import Clip
+from dd_core.nets.prior import CausalPrior, CausalPriorSpec
+from dd_core.noise import SeededNoise, from_vp
+from dd_core.samplers import SamplingSpec, begin, sigmas_of
+from dd_core.schedules import Clock, ScheduleSpec
+from dd_core.spec import Spec
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.base import null_like
+from dd_core.stages.chain import widened
+from dd_core.stages.chain_told import upto_end
+from dd_core.stages.clip import ClipSpec, clip_of
+from dd_core.stages.prior import nearer_of_two, twins
+from dd_core.stages.refusals import refuse_gradient
+
+BOUND = 10.0
+"""No whitened number of an estimate is larger (Karlo)."""
+
+
+class CausalPriorStageSpec(Spec):
+    """Diffusion prior on the embeddings of the parent CLIP, as published."""
+
+    kind: Literal["causal_prior"] = "causal_prior"
+    net: CausalPriorSpec
+    """Told timesteps: its level_scale is 1."""
+    image_size: int = Field(64, ge=8)
+    """Of the prepared images whose embeddings it learns."""
+    schedule: ScheduleSpec = ScheduleSpec(betas="cosine")
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    """Karlo: 0.2."""
+    measured_images: int = Field(2048, ge=2)
+    """Images, the first of the training, whose embeddings fix mean and deviation; until then nothing is
+    learned and the loss is 0."""
+
+
+class CausalPriorStage(Stage):
+    """Measures the first embeddings, then trains the prior to recover them from noise and the caption.
+
+    With several workers mean and deviation are those of the first one's images.
+
+    Args:
+        spec: What to train.
+        clip: The parent whose embeddings these are.
+        start: First weights: such a prior, or the published one; its mean and deviation stay.
+
+    Raises:
+        ValueError: The parent CLIP or the start is of other widths.
+    """
+
+    model: NetworkDenoiser[CausalPrior]
+    table: Float[Tensor, " t"]
+    """Noise levels of the timesteps."""
+    moments: Float[Tensor, " 2 d"]
+    """Sums of the embeddings looked at, and of their squares; a buffer, so that a resumed run goes on."""
+    count: Tensor
+    """Images looked at."""
+
+    def __init__(self, spec: CausalPriorStageSpec, clip: Trained, start: Trained | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = denoiser_of(spec, clip)
+        self.register_buffer("table", schedules.sigmas(spec.schedule), persistent=False)
+        width = spec.net.embedding_width
+        self.register_buffer("moments", torch.zeros(2, width, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+        if start is not None:
+            self.model.load_state_dict(widened(start, self.model.state_dict()))
+            self.count.fill_(spec.measured_images)
+        self.freeze(clip_of(clip))
+
+    def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
+        clip, net = self.frozen[0], self.model.network
+        assert isinstance(clip, Clip)
+        dropped = torch.rand(len(batch.tokens), 1, device=batch.tokens.device) < self.spec.caption_dropout
+        tokens = torch.where(dropped, null_like(batch.tokens), batch.tokens)
+        with torch.no_grad():
+            embedding = clip.embed_image(images.to_unit(batch.image)).float()
+            caption = clip.read(tokens)
+        if self.count < self.spec.measured_images:
+            self.look(embedding)
+            nothing = torch.stack([weight.sum() for weight in self.model.parameters()]).sum() * 0.0
+            return Losses(nothing, {})
+        t = torch.randint(len(self.table), (len(embedding),), device=embedding.device)
+        cond = net.read(caption.states, caption.embedding, upto_end(tokens))
+        x0_mse = losses.x0_mse(self.model, net.whitened(embedding), self.table.to(embedding)[t], cond)
+        return Losses(x0_mse.mean(), {"x0_mse": x0_mse.detach().mean()})
+
+    @torch.no_grad()
+    def look(self, embedding: Float[Tensor, " b d"]) -> None:
+        """Take these into the sums; with the last of them, fix mean and deviation."""
+        if not self.training:
+            return
+        values, net = embedding.to(self.moments), self.model.network
+        self.moments += torch.stack([values.sum(0), values.square().sum(0)])
+        self.count += len(embedding)
+        if self.count >= self.spec.measured_images:
+            mean, square = self.moments / self.count
+            net.mean.copy_(mean)
+            net.std.copy_((square - mean.square()).clamp(min=0).sqrt().clamp(min=1e-4))
+
+
+class CausalPriorHop:
+    """Caption -> image embedding: two are drawn, the one nearer to the caption is kept."""
+
+    def __init__(self, trained: Trained, clip: Trained, *, device: torch.device | str) -> None:
+        assert isinstance(trained.spec, CausalPriorStageSpec)
+        self.spec, self.device = trained.spec, torch.device(device)
+        self.model = denoiser_of(trained.spec, clip)
+        self.model.load_state_dict(trained.weights)
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.clip = clip_of(clip).to(self.device)
+
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        self.levels(how)
+        refuse_gradient(how, "prior")
+        if how.sampler == "consistency" or (how.sampler == "ddpm" and how.variance == "learned"):
+            raise ValueError(
+                f"this prior learns no variance and does not jump, so {how.sampler} needs a change: "
+                "set variance: fixed_small, or sampler: ddim"
+            )
+
+    def levels(self, how: SamplingSpec) -> Float[Tensor, " n"]:
+        """The noise levels that a sampling visits."""
+        table = schedules.sigmas(self.spec.schedule)
+        low, high = float(table[0]), float(table[-1])
+        return sigmas_of(how, sigma_min=low, sigma_max=high, chain=self.spec.schedule)
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
+        sigmas = self.levels(how)
+        noise = SeededNoise(twins(state.seeds))
+        eps = noise(torch.empty(2 * len(state.seeds), self.spec.net.embedding_width))
+        null = null_like(state.tokens) if state.negative is None else state.negative
+        rows = rows_of(how, self.told(state.tokens), self.told(null), len(eps))
+        return Draw(begin(how, from_vp(eps, float(sigmas[0])).to(self.device), sigmas, noise), rows)
+
+    def told(self, tokens: Int[Tensor, " b l"]) -> Conditioning:
+        """Each caption twice, as the network hears it."""
+        tokens = tokens.to(self.device)
+        caption = self.clip.read(tokens)
+        cond = self.model.network.read(caption.states, caption.embedding, upto_end(tokens))
+        return cond.pick(torch.arange(len(tokens)).repeat_interleave(2))
+
+    def denoiser(self, rows: Rows) -> Denoiser:
+        return clip_x0(classifier_free(self.model, rows), bound=BOUND)
+
+    def finish(self, state: CascadeState, x0: Float[Tensor, " two_b d"]) -> CascadeState:
+        return nearer_of_two(self.clip, state, self.model.network.coloured(x0.float()))
+
+
+def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> NetworkDenoiser[CausalPrior]:
+    """The network of a prior, seen as a denoiser.
+
+    Raises:
+        ValueError: The parent CLIP is of other widths, or its captions are longer or shorter.
+    """
+    assert isinstance(clip.spec, ClipSpec)
+    theirs, net = clip.spec.net, spec.net
+    for name, width in (("text_width", theirs.text_width), ("embedding_width", theirs.embedding_width)):
+        if width != net.embedding_width:
+            raise ValueError(
+                f"causal_prior: net.embedding_width is {net.embedding_width}, its parent clip has {name} "
+                f"{width}; this network needs all three equal, so take kind prior or another clip"
+            )
+    if net.context_length != theirs.context_length:
+        raise ValueError(
+            f"causal_prior: net.context_length is {net.context_length}, its parent clip reads "
+            f"{theirs.context_length} tokens; make them equal"
+        )
+    return NetworkDenoiser(CausalPrior(net), "x0", tell=Clock(spec.schedule))

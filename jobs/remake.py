@@ -1,0 +1,120 @@
+"""Pictures remade by `ddiff sample`: varied, mixed with another, or changed from one caption to another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dd_core.cascade import CascadeState
+from dd_core.samplers import SamplingSpec
+from dd_core.text import tokens
+from dd_core.variations import Code, Encoder, between, encode, turned, walked
+
+if TYPE_CHECKING:
+    from dd_core.bundle import Cascade
+    from jobs.sample import Order
+
+
+class Way(NamedTuple):
+    """The rest of a cascade, from the hop that paints from noise on, and what it begins with."""
+
+    first: int
+    """Of the hops of the cascade; those before it are left out: the picture's embedding takes their place."""
+    state: CascadeState
+    how: list[SamplingSpec]
+
+
+def asked_for(order: Order) -> bool:
+    """Whether an order remakes a picture from its code."""
+    return order.vary is not None or order.between is not None or order.instead_of is not None
+
+
+def refuse(order: Order) -> None:
+    """What cannot be asked for together.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    given = {"--vary": order.vary, "--between": order.between, "--instead-of": order.instead_of}
+    ways = [name for name, value in given.items() if value is not None]
+    others = {
+        "--mask": order.mask,
+        "--strength": order.strength,
+        "--training-free": order.training_free or None,
+    }
+    edits = [name for name, value in others.items() if value is not None]
+    way = ways[0] if ways else ""
+    remedies = (
+        (len(ways) > 1, f"{' and '.join(ways)} are different things; give one of them"),
+        (
+            bool(ways and edits),
+            f"{way} repaints all of the picture, {''.join(edits[:1])} is for edits; leave one out",
+        ),
+        (bool(ways) and order.image is None, f"{way} needs the picture; give it with --image"),
+        (
+            order.between is not None and order.other is None,
+            "--between is between two pictures; give --image twice",
+        ),
+        (
+            order.other is not None and order.between is None,
+            "two pictures are for --between, which paints what lies between them; add --between 0.5",
+        ),
+    )
+    for wrong, remedy in remedies:
+        if wrong:
+            raise ValueError(remedy)
+
+
+def way(
+    cascade: Cascade,
+    order: Order,
+    asked: CascadeState,
+    how: list[SamplingSpec],
+    other: Float[Tensor, " 1 3 h w"] | None,
+) -> Way:
+    """How an order is painted that remakes a picture; the pictures are encoded here.
+
+    Args:
+        cascade: What paints.
+        order: One that `asked_for` is true of.
+        asked: The prompt, and the picture as `known`.
+        how: How each hop is sampled.
+        other: The second picture, if there is one.
+
+    Raises:
+        ValueError: No hop of the cascade can encode a picture, or none is told embeddings.
+    """
+    found = next(((at, hop) for at, hop in enumerate(cascade.hops) if isinstance(hop, Encoder)), None)
+    if found is None:
+        raise ValueError(
+            f"cascade {cascade.spec.name}: no hop paints by diffusion from noise alone, so no picture can be "
+            "encoded; use one with a base or a chain"
+        )
+    first, hop = found
+    clip = hop.embedder()
+    if order.instead_of is not None and clip is None:
+        raise ValueError(
+            f"cascade {cascade.spec.name}: {cascade.spec.hops[first].stage} is told no image embedding, so "
+            "--instead-of changes nothing; use --image with --strength"
+        )
+    state = asked._replace(seeds=[order.seed])
+    eta = order.vary or 0.0
+    if order.between is not None:
+        one, two = (encode(hop, state._replace(known=known), how[first]) for known in (state.known, other))
+        code = between(one, two, order.between)
+    elif order.instead_of is not None:
+        assert clip is not None
+        before = torch.tensor(tokens([order.instead_of], cascade.spec.context_length))
+        code = encode(hop, state._replace(tokens=before), how[first])
+        code = turned(code, clip, before, state.tokens, order.by)
+    else:
+        code = encode(hop, state, how[first])
+    return Way(first, begun(state, code), [walked(how[first], eta), *how[first + 1 :]])
+
+
+def begun(state: CascadeState, code: Code) -> CascadeState:
+    """The request, with a code in place of the picture."""
+    return state._replace(known=None, image_embedding=code.embedding, noise=code.noise)
