@@ -13,9 +13,8 @@ al. 2022 (arXiv:2112.10752).  Continuous noise levels are trained by `base`.
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dd_core import images, likelihood, losses, schedules
@@ -24,6 +23,7 @@ from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
 from dd_core.nets.text import UnclipSpec
+from dd_core.ranks import gathered
 from dd_core.stage import Losses, PairBatch, Stage, Trained
 from dd_core.stages.autoencoder import autoencoder_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
@@ -129,15 +129,6 @@ def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) ->
         if isinstance(spec.net, DiTSpec):
             found.append(("net.image_size", spec.net.image_size, spec.image_size // autoencoder.spec.factor))
     return found
-
-
-def gathered(values: Shaped[Tensor, " b"]) -> Shaped[Tensor, " n"]:
-    """Those of all ranks, so that all remember the same."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    every = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, values.contiguous())
-    return torch.cat(every)
 
 
 def widened(start: Trained, now: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from dd_core import images, losses
 from dd_core.layouts.clip import net_of
 from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.ranks import gathered
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
 
@@ -47,9 +47,10 @@ class ClipStage(Stage):
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         image = self.model.embed_image(images.to_unit(batch.image))
         caption = self.model.read(batch.tokens)
-        same = (batch.tokens[:, None] == batch.tokens[None]).all(-1)
-        loss = losses.info_nce(image, caption.embedding, self.model.logit_scale(), same)
-        hit = same[torch.arange(len(image)), (image @ caption.embedding.T).argmax(1)].float().mean()
+        pictures, texts, tokens = map(gathered, (image, caption.embedding, batch.tokens))
+        same = losses.same_captions(tokens)
+        loss = losses.info_nce(pictures, texts, self.model.logit_scale(), same)
+        hit = losses.found(pictures, texts, same).mean()
         if self.captioner is None:
             return Losses(loss, {"retrieval": hit})
         words = self.model.towers.token_embedding.weight

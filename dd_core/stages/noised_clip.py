@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dd_core import images, losses
 from dd_core.nets.clip import Clip, ClipNetSpec, convolutions
 from dd_core.nets.layers import sinusoids
+from dd_core.ranks import gathered
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
 from dd_core.stages.clip import clip_of
@@ -162,24 +163,25 @@ class NoisedClipStage(Stage):
         sigma = log_sigma.exp()
         x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
         image = self.model.embed_image(x, sigma)
-        target, same = self.target(x0, batch)
+        image, target, tokens, clear = map(gathered, (image, self.target(x0, batch), batch.tokens, sigma < 1))
+        same = torch.eye(len(image), dtype=torch.bool, device=image.device)
+        if self.spec.target == "caption":
+            same = losses.same_captions(tokens)
         loss = losses.info_nce(image, target, self.model.logit_scale(), same)
-        hit = same[torch.arange(len(x0), device=x0.device), (image @ target.T).argmax(1)].float()
-        clear = sigma < 1
+        hit = losses.found(image, target, same)
         parts = {"retrieval": hit.mean(), "retrieval_clear": hit[clear].sum() / clear.sum().clamp(min=1)}
         return Losses(loss, parts)
 
     @torch.no_grad()
-    def target(self, x0: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """What the images of a batch have to find, and which of it is the same thing twice."""
+    def target(self, x0: Tensor, batch: PairBatch) -> Tensor:
+        """What the images of a batch have to find."""
         clip = self.frozen[0]
         assert isinstance(clip, Clip)
         match self.spec.target:
             case "caption":
-                same = (batch.tokens[:, None] == batch.tokens[None]).all(-1)
-                return clip.read(batch.tokens).embedding, same
+                return clip.read(batch.tokens).embedding
             case "clip":
-                return clip.embed_image(x0), torch.eye(len(x0), dtype=torch.bool, device=x0.device)
+                return clip.embed_image(x0)
             case _:
                 assert_never(self.spec.target)
 

@@ -1,0 +1,40 @@
+"""What stands on all ranks of a training, for losses that compare the samples of a batch with each other."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+class Gathered(torch.autograd.Function):
+    """The rows of all ranks, in their order; a rank answers for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        every = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, values.contiguous())
+        ctx.count = len(values)
+        return torch.cat(every)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        first = dist.get_rank() * ctx.count
+        return gradient[first : first + ctx.count] * dist.get_world_size()
+
+
+def gathered(values: Shaped[Tensor, " b *s"]) -> Shaped[Tensor, " n *s"]:
+    """The values of all ranks, so that all compute the same loss of the same batch; alone: the values.
+
+    Gradients stay where they arise, times the number of ranks: DDP takes the mean over ranks, and the
+    sum of what each rank's own samples contribute is the gradient of one worker with the whole batch.
+    Nothing is sent backward.
+
+    Args:
+        values: As many rows on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    rows: Tensor = Gathered.apply(values)  # type: ignore[no-untyped-call]
+    return rows

@@ -1,0 +1,79 @@
+"""Two ranks with half a batch each learn what one learns from the whole batch, where samples are compared."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dd_core.likelihood import TimestepSampler
+from dd_core.ranks import gathered
+from dd_core.stage import PairBatch, Stage, Trained
+from dd_core.stages.clip import ClipStage
+from dd_core.stages.noised_clip import NoisedClipSpec, NoisedClipStage
+from dd_core.text import tokens
+from tests.unit.dd_core.test_stages import CLIP
+
+PLAIN = CLIP.but(captioner_layers=0)  # the captioner's words compete on their own rank
+
+
+def stage_of(kind: str) -> Stage:
+    torch.manual_seed(0)
+    clip = ClipStage(PLAIN)
+    if kind == "clip":
+        return clip
+    clear = NoisedClipSpec(net=PLAIN.net, log_sigma_mean=-20.0)  # so that the noise of a rank does not matter
+    return NoisedClipStage(clear, Trained(PLAIN, clip.model.state_dict()))
+
+
+def batch() -> PairBatch:
+    captions = ["a red circle", "a blue star", "a red circle", "two crosses"]  # one twice, on both ranks
+    image = torch.randint(
+        0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    return PairBatch(image, torch.tensor(tokens(captions, 12)))
+
+
+def learned(stage: Stage, net: torch.nn.Module, of: PairBatch) -> dict[str, Tensor]:
+    loss = net(of)
+    loss.total.backward()
+    found = {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
+    return found | {f"part.{name}": value for name, value in loss.parts.items()}
+
+
+def rank_main(rank: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
+    mine = slice(2 * rank, 2 * rank + 2)
+    for kind in ("clip", "noised_clip"):
+        stage = stage_of(kind)
+        net = DistributedDataParallel(stage, find_unused_parameters=True)
+        half = PairBatch(batch().image[mine], batch().tokens[mine])
+        torch.save(learned(stage, net, half), root / f"{kind}.{rank}.pt")
+    levels = TimestepSampler(3, history=2)
+    levels.observe(*map(gathered, (torch.tensor([rank, rank + 1]), torch.tensor([1.0, 2.0]) + rank)))
+    torch.save(levels.state_dict(), root / f"levels.{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo on CPU sometimes aborts in its own teardown
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
+    mp.spawn(rank_main, (tmp_path,), nprocs=2)
+    for kind in ("clip", "noised_clip"):
+        alone = stage_of(kind)
+        expected = learned(alone, alone, batch())
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}.{rank}.pt")
+            assert {name for name in found if found[name].any()} == {n for n in expected if expected[n].any()}
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+    alike = TimestepSampler(3, history=2)
+    alike.observe(torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 2.0, 2.0, 3.0]))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"levels.{rank}.pt")
+        assert all(torch.equal(found[name], value) for name, value in alike.state_dict().items())
