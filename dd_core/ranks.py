@@ -36,5 +36,5 @@ def gathered(values: Shaped[Tensor, " b *s"]) -> Shaped[Tensor, " n *s"]:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    rows: Tensor = Gathered.apply(values)  # type: ignore[no-untyped-call]
+    rows: Tensor = Gathered.apply(values)
     return rows
