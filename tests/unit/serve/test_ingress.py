@@ -279,6 +279,7 @@ BODIES = st.fixed_dictionaries({"prompt": st.text(max_size=20)}, optional=LIKELY
 )
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # the server does, in its own thread
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES)
 def test_any_json_gets_its_images_or_a_reason(served: Served, body: dict[str, Any]) -> None:
