@@ -58,8 +58,8 @@ class DenoiserBlock(nn.Module):
 class PriorNet(nn.Module):
     """Reads [caption states, caption embedding, queries] once; then denoises, told what the queries found.
 
-    The published prior runs its transformer at every noise level.  Here a noise level costs a hundredth of
-    reading the caption, so that training can draw several for each caption and sampling takes many steps.
+    The published prior runs its transformer at every noise level.  Here, at the demo's size, a noise level
+    costs a twelfth of reading the caption, so that training can draw several for each caption.
     """
 
     def __init__(self, spec: PriorNetSpec) -> None:

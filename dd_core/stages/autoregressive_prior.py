@@ -22,6 +22,7 @@ from dd_core.guidance import Rows, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.code_prior import CodePrior, CodePriorSpec
 from dd_core.noise import SeededNoise
+from dd_core.ranks import gathered
 from dd_core.samplers import Query, Sampling, SamplingSpec
 from dd_core.spec import Spec
 from dd_core.stage import Losses, PairBatch, Stage, Trained
@@ -54,10 +55,7 @@ class AutoregressivePriorSpec(Spec):
 
 
 class AutoregressivePriorStage(Stage):
-    """Looks at the first embeddings to find the axes, then learns to continue captions by codes.
-
-    With several workers the axes are those of the first one's images.
-    """
+    """Looks at the first embeddings to find the axes, then learns to continue captions by codes."""
 
     model: CodePrior
     looked: Float[Tensor, " n d"]
@@ -83,7 +81,7 @@ class AutoregressivePriorStage(Stage):
             nearness = (embedding * clip.read(batch.tokens).embedding).sum(1)
             caption = clip.read(torch.where(dropped, null_like(batch.tokens), batch.tokens))
         if self.count < self.spec.measured_images:
-            self.look(embedding, nearness)
+            self.look(gathered(embedding), gathered(nearness))
             nothing = torch.stack([weight.sum() for weight in self.model.parameters()]).sum() * 0.0
             return Losses(nothing, {})
         codes, product = self.model.codes(embedding), self.model.product_codes(nearness)

@@ -22,6 +22,7 @@ from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec
 from dd_core.noise import SeededNoise, from_vp
+from dd_core.ranks import gathered
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
 from dd_core.spec import Spec
@@ -55,8 +56,6 @@ class CausalPriorStageSpec(Spec):
 
 class CausalPriorStage(Stage):
     """Measures the first embeddings, then trains the prior to recover them from noise and the caption.
-
-    With several workers mean and deviation are those of the first one's images.
 
     Args:
         spec: What to train.
@@ -97,7 +96,7 @@ class CausalPriorStage(Stage):
             embedding = clip.embed_image(images.to_unit(batch.image)).float()
             caption = clip.read(tokens)
         if self.count < self.spec.measured_images:
-            self.look(embedding)
+            self.look(gathered(embedding))
             nothing = torch.stack([weight.sum() for weight in self.model.parameters()]).sum() * 0.0
             return Losses(nothing, {})
         t = torch.randint(len(self.table), (len(embedding),), device=embedding.device)

@@ -12,32 +12,20 @@ from dd_core import checkpoint, images
 from dd_core.cascade import CascadeState, run
 from dd_core.guidance import stack
 from dd_core.layouts.published import Process
-from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import build
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec
 from dd_core.samplers import SamplingSpec, sample
 from dd_core.stage import Budget, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.causal_prior import CausalPriorHop, CausalPriorStage, CausalPriorStageSpec
-from dd_core.stages.clip import ClipSpec, clip_of
+from dd_core.stages.clip import clip_of
 from dd_core.stages.network import NetworkSpec
 from dd_core.text import tokens
 from dd_core.training import TrainState, train
+from tests.unit.dd_core import test_chain
 
 LENGTH = 8
-CLIP = ClipSpec(
-    net=ClipNetSpec(
-        embedding_width=16,
-        image_size=16,
-        patch_size=8,
-        image_width=16,
-        image_layers=1,
-        context_length=LENGTH,
-        text_width=16,
-        text_layers=1,
-        head_width=8,
-    )
-)
+CLIP = test_chain.CLIP.but(net=test_chain.CLIP.net.but(context_length=LENGTH))
 SPEC = CausalPriorStageSpec(
     net=CausalPriorSpec(width=32, layers=2, heads=2, context_length=LENGTH, embedding_width=16),
     image_size=16,
