@@ -33,8 +33,11 @@ GROUNDS: dict[Ground, tuple[int, int, int]] = {
     "gray": (125, 125, 125),
     "beige": (222, 205, 170),
 }
-RADII: dict[Size, tuple[float, float]] = {"small": (0.105, 0.125), "big": (0.19, 0.215)}
+RADII: dict[Size, tuple[float, float]] = {"small": (0.112, 0.118), "big": (0.198, 0.206)}
 """Half the extent of a thing, as a share of the side of the picture."""
+
+STRAY = 0.005
+"""How far a thing may stand from its place along each axis, as a share of the side: what no caption says."""
 
 UNSEEN: frozenset[tuple[Shape, Colour]] = frozenset(
     {
@@ -117,7 +120,7 @@ def thing_at(
 ) -> Thing:
     """A thing near a place, its size drawn."""
     size: Size = "small" if small or rng.random() < 0.5 else "big"
-    x, y = (float(c + rng.uniform(-0.02, 0.02)) for c in centre)
+    x, y = (float(c + rng.uniform(-STRAY, STRAY)) for c in centre)
     return Thing(shape, colour, size, x, y, float(rng.uniform(*RADII[size])))
 
 

@@ -23,7 +23,12 @@ class DraftSpec(Spec):
     """Of the parent CLIP."""
     width: int = Field(128, ge=8, multiple_of=8)
     """Channels at an eighth of the side."""
+    layers: int = Field(6, ge=1)
+    """Flat layers of which an image is blended."""
     image_size: int = Field(64, ge=8, multiple_of=8)
+    edge_weight: float = Field(4.0, ge=0)
+    """Of the squared error of differences between neighbouring pixels, which is where shapes are told;
+    Mathieu et al. 2016 (arXiv:1511.05440, equation 6)."""
     embedding_noise: float = Field(0.05, ge=0)
     """Length of the noise added to the unit embedding, since the prior's draw is not exact."""
 
@@ -57,13 +62,15 @@ class DraftStage(Stage):
             embedding = clip.embed_image(x0)
             length = self.spec.embedding_noise / embedding.shape[-1] ** 0.5
             embedding = embedding + length * torch.randn_like(embedding)
-        mse = F.mse_loss(self.model(embedding).float(), x0)
-        return Losses(mse, {"x0_mse": mse.detach()})
+        made = self.model(embedding).float()
+        mse = F.mse_loss(made, x0)
+        edges = sum(F.mse_loss(made.diff(dim=dim), x0.diff(dim=dim)) for dim in (-1, -2))
+        return Losses(mse + self.spec.edge_weight * edges, {"x0_mse": mse.detach()})
 
 
 def draft_net(spec: DraftSpec) -> Draft:
     """The decoder of a spec, untrained."""
-    return Draft(spec.embedding_width, spec.image_size, spec.width)
+    return Draft(spec.embedding_width, spec.image_size, spec.width, spec.layers)
 
 
 def draft_of(trained: Trained) -> Draft:
