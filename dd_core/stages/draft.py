@@ -10,12 +10,11 @@ from torch import Tensor
 from dd_core import images
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
-from dd_core.stages.clip import clip_of
+from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_of, embedding_of
 
 
-class DraftSpec(Spec):
+class DraftSpec(LearnedSpec):
     """Embedding of the parent CLIP -> image_size x image_size RGB, by regression."""
 
     kind: Literal["draft"] = "draft"
@@ -26,6 +25,11 @@ class DraftSpec(Spec):
     image_size: int = Field(64, ge=8, multiple_of=8)
     embedding_noise: float = Field(0.05, ge=0)
     """Length of the noise added to the unit embedding, since the prior's draw is not exact."""
+
+    @property
+    def embedded_by(self) -> EmbeddedBy:
+        """The parent CLIP."""
+        return EmbeddedBy("clip", self.embedding_width)
 
 
 class DraftStage(Stage):
@@ -53,10 +57,9 @@ class DraftStage(Stage):
         clip = self.frozen[0]
         assert isinstance(clip, Clip)
         x0 = images.to_unit(batch.image)
-        with torch.no_grad():
-            embedding = clip.embed_image(x0)
-            length = self.spec.embedding_noise / embedding.shape[-1] ** 0.5
-            embedding = embedding + length * torch.randn_like(embedding)
+        embedding = embedding_of(clip, batch)
+        length = self.spec.embedding_noise / embedding.shape[-1] ** 0.5
+        embedding = embedding + length * torch.randn_like(embedding)
         mse = F.mse_loss(self.model(embedding).float(), x0)
         return Losses(mse, {"x0_mse": mse.detach()})
 
