@@ -4,6 +4,7 @@ Each step is skipped if its result is there, whole, and made of the same spec, d
 step that was cut is continued.  So the same call after any interruption goes on where it was.
 
     <run>/data/raw/*.tar  data/prepared/  <stage>/bundle/  cascade/  seconds.json  metrics.jsonl
+    <run>/<clip>/embeddings/64/  of the images, for the stages that learn from them
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
+from workflows.embeddings import embed
 from workflows.journal import JOURNAL
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepProgress, clock
@@ -122,6 +124,9 @@ def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> P
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
         return done
+    if (told := training.embeddings_of(stage, found, run=run)) is not None:
+        with timed(run, "embeddings"):
+            embed(told)
     training.discard_other_runs(home, found.fingerprint)
     journal = tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))
