@@ -1,7 +1,7 @@
 """Prepared images in, their embeddings by a frozen CLIP out: a Ray Data job between CLIP and its children.
 
     <run>/<clip>/embeddings/64/part-00000.parquet      beside each prepared file one of its name, its row
-                                                       groups and its rows: `embedding`, null where rejected
+                                                       groups and its rows: `embedding`, zeros if rejected
     <run>/<clip>/embeddings/64/manifest.json           written last: of which data, by which CLIP, sha256
     <run>/.embeddings/<digest of the CLIP>/64/         the same, by a CLIP that is no stage of the run
 
@@ -197,10 +197,9 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
             num_cpus=1,
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                initial_size=(most := actors(what, len(todo), gpus)),
-                max_size=most,
-                max_tasks_in_flight_per_actor=1,  # or the first to be ready takes all
+                min_size=1,  # one is soon ready; where it has a file in work and a file in wait, more come
+                max_size=actors(what, len(todo), gpus),
+                max_tasks_in_flight_per_actor=2,
             ),
         )
     for report in reports.iter_rows():
@@ -268,17 +267,16 @@ def write_sidecar(
     here.mkdir(parents=True, exist_ok=True)
     name = url.rpartition("/")[2]
     draft = here / f".part-{number:05d}-{uuid.uuid4().hex}.draft"
+    schema = pa.schema([pa.field(EMBEDDING, pa.list_(pa.float32(), width), nullable=False)])
     rows = kept = 0
     try:
-        with plain_writer(draft, pa.schema([pa.field(EMBEDDING, pa.list_(pa.float32(), width))])) as writer:
+        with plain_writer(draft, schema) as writer:
             for pixels, usable in row_groups(url, what.image_size):
                 values = np.zeros((len(usable), width), np.float32)
                 if usable.any():
                     values[usable] = told(pixels)
-                column = pa.FixedSizeListArray.from_arrays(
-                    pa.array(values.ravel()), width, mask=pa.array(~usable)
-                )
-                writer.write_table(pa.table([column], schema=writer.schema), row_group_size=len(usable))
+                column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)
+                writer.write_table(pa.table([column], schema=schema), row_group_size=len(usable))
                 rows, kept = rows + len(usable), kept + int(usable.sum())
         part = Part(
             shard=number,

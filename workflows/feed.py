@@ -256,9 +256,18 @@ def usable(url: str, group: int, wanted: Wanted) -> pa.Table:
             raise DataError(f"{wanted.sidecar(url)} has other rows than the prepared file; {REMAKE}")
         table = table.append_column(EMBEDDING, beside[EMBEDDING])
     rows = table.filter(pc.equal(table["reject"], "")).drop_columns("reject")
-    if wanted.embeddings and rows[EMBEDDING].null_count:
+    if wanted.embeddings and not numbers_of(rows).any(axis=1).all():
         raise DataError(f"{wanted.sidecar(url)} lacks embeddings of usable rows; {REMAKE}")
     return rows
+
+
+def numbers_of(table: pa.Table) -> NDArray[np.float32]:
+    """The embeddings of a table, [rows, d].
+
+    Those of rejected rows are zeros: pyarrow cannot read back null lists of a fixed size (version 25).
+    """
+    found: NDArray[np.float32] = table[EMBEDDING].combine_chunks().flatten().to_numpy()
+    return found.reshape(len(table), table.schema.field(EMBEDDING).type.list_size)
 
 
 def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.Table:

@@ -126,8 +126,7 @@ def paired(table: pa.Table, wanted: feed.Wanted, device: torch.device) -> PairBa
         image, width = table["image"].combine_chunks(), 3 * side**2
         pixels = np.frombuffer(image.buffers()[1], np.uint8)[image.offset * width :][: rows * width]
     if wanted.embeddings:
-        numbers = table[feed.EMBEDDING].combine_chunks().flatten().to_numpy()
-        embedding = torch.from_numpy(numbers.reshape(rows, wanted.width).copy()).to(device)
+        embedding = torch.from_numpy(feed.numbers_of(table).copy()).to(device)
     tokens = table["tokens"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     label = torch.tensor(table["label"].to_numpy()).to(device) if "label" in table.column_names else None
     return PairBatch(
