@@ -13,7 +13,6 @@ bytes follow from data, CLIP and kind of device, and not from how many share the
 import hashlib
 import json
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +49,6 @@ from workflows.storage import Home, StorageError
 log = logging.getLogger(__name__)
 PROCESS_BYTES = 1_500_000_000
 """Of an actor before it has a model: Python, torch, Ray."""
-ONE_AT_A_TIME = threading.Lock()
-"""Two stages of one CLIP may begin at once; the second finds what the first has made."""
 
 
 class Embeddings(NamedTuple):
@@ -96,9 +93,8 @@ def embed(what: Embeddings) -> None:
         DataError: A prepared file is damaged, or was prepared without this size.
         DestinationError: The directory cannot be written to, or holds other files.
     """
-    with ONE_AT_A_TIME:
-        if not is_finished(what):
-            made(what)
+    if not is_finished(what):
+        made(what)
 
 
 def require(what: Embeddings) -> None:
@@ -194,7 +190,7 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
             Embedder,
             fn_constructor_args=(what, "cuda" if gpus else "cpu"),
             batch_size=1,
-            num_cpus=1,
+            num_cpus=0.5,  # each keeps one busy; what is left is for those who read beside it
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,  # one is soon ready; where it has a file in work and a file in wait, more come

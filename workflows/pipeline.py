@@ -9,6 +9,7 @@ step that was cut is continued.  So the same call after any interruption goes on
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ __all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
 SECONDS = "seconds.json"
+EMBEDDING = threading.Lock()
+"""Two stages of one CLIP may begin at once; the second finds what the first has made."""
 
 
 class RunResult(NamedTuple):
@@ -125,7 +128,7 @@ def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> P
         log.info("%s: done before", stage.name)
         return done
     if (told := training.embeddings_of(stage, found, run=run)) is not None:
-        with timed(run, "embeddings"):
+        with EMBEDDING, timed(run, "embeddings"):
             embed(told)
     training.discard_other_runs(home, found.fingerprint)
     journal = tracked.stage(stage.name)

@@ -21,6 +21,7 @@ from tests.prepared import write_prepared
 from tests.unit.workflows.tiny_run import saved
 from workflows.embeddings import embed
 from workflows.journal import curves
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec
 from workflows.training import DataError, DivergedError, PreemptedError, embeddings_of, inputs, train_stage
 
@@ -63,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(local_ray: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a CLIP and its embeddings of the data."""
     run = tmp_path_factory.mktemp("first")
-    saved(run, "clip", ClipSpec(net=NET), {})
+    clip_in(run)
     embed_for(run, data)
     return run
 
@@ -83,7 +84,12 @@ def whole(first: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run / "whole"
 
 
-def embed_for(run: Path, data: Path) -> None:
+def clip_in(run: Path) -> None:
+    """The parent, which has learned nothing."""
+    saved(run, "clip", ClipSpec(net=NET), {})
+
+
+def embed_for(run: Home | Path, data: Home | Path) -> None:
     """What a run does before it trains a stage that reads embeddings."""
     told = embeddings_of(SPEC, inputs(SPEC, run=run, data=data), run=run)
     assert told is not None
