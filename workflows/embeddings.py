@@ -16,6 +16,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import fsspec
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from dd_core import bundle, images, sealed
+from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of
 from workflows import feed
 from workflows.feed import EMBEDDING, DataError
@@ -48,7 +50,7 @@ from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
 PROCESS_BYTES = 1_500_000_000
-"""Of an actor before it has a model: Python, torch, Ray."""
+"""Of a task before it has a model: Python, torch, Ray."""
 
 
 class Embeddings(NamedTuple):
@@ -182,21 +184,17 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
     if not todo:
         return
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    most = at_once(what, gpus)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
     with ray.data.DataContext.current(context):
-        reports = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            Embedder,
-            fn_constructor_args=(what, "cuda" if gpus else "cpu"),
-            batch_size=1,
+        reports = ray.data.from_items(todo, override_num_blocks=min(len(todo), 4 * most)).map_batches(
+            partial(reported, what=what, device="cuda" if gpus else "cpu"),
+            batch_size=None,  # a task does several files, since each reads the CLIP anew
             num_cpus=0.5,  # each keeps one busy; what is left is for those who read beside it
             num_gpus=1 if gpus else None,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,  # one is soon ready; where it has a file in work and a file in wait, more come
-                max_size=actors(what, len(todo), gpus),
-                max_tasks_in_flight_per_actor=2,
-            ),
+            compute=ray.data.TaskPoolStrategy(size=most),
         )
     for report in reports.iter_rows():
         if report["damage"]:
@@ -206,40 +204,40 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
         yield Part.model_validate_json(report["part"])
 
 
-def actors(what: Embeddings, todo: int, gpus: int) -> int:
-    """As many as there are files, CPUs or GPUs, and memory for."""
+def at_once(what: Embeddings, gpus: int) -> int:
+    """As many tasks as there are CPUs or GPUs, and memory for."""
     there = ray.cluster_resources()
     each = PROCESS_BYTES + 3 * (what.clip.fetched() / "weights.safetensors").stat().st_size
-    return max(1, min(todo, gpus or int(there.get("CPU", 1)), int(there.get("memory", each) // each)))
+    return max(1, min(gpus or int(there.get("CPU", 1)), int(there.get("memory", each) // each)))
 
 
-class Embedder:
-    """An actor with the CLIP: a prepared file in, the report of its sidecar out."""
+def reported(
+    batch: dict[str, NDArray[Any]], *, what: Embeddings, device: str
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """What a task runs: a report for each of its files.
 
-    def __init__(self, what: Embeddings, device: str) -> None:
-        torch.set_num_threads(1)
-        self.what, self.device = what, device
-        found = bundle.load(what.clip.fetched(), digest=what.clip_digest)
-        self.clip = clip_of(found.trained).to(device)
-
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    A task and no actor: the CLIP is gone from the memory when it ends, and the process is there for the next.
+    """
+    torch.set_num_threads(1)
+    clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
+    for number in batch["file"].tolist():
         part, damage, error = "", "", ""
         try:
-            found = write_sidecar(self.what, int(batch["file"][0]), self.clip.spec.embedding_width, self.told)
+            found = write_sidecar(what, number, clip.spec.embedding_width, partial(told, clip, device))
             part = found.model_dump_json()
         except DataError as failure:
             damage = one_line(failure)
         except (OSError, StorageError) as failure:
             error = one_line(failure)
-        return {"part": np.array([part]), "damage": np.array([damage]), "error": np.array([error])}
+        yield {"part": np.array([part]), "damage": np.array([damage]), "error": np.array([error])}
 
-    @torch.inference_mode()
-    def told(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[b, 3, s, s] images -> [b, d] embeddings."""
-        torch.set_num_threads(1)  # of this thread: Ray calls from another than it builds in
-        unit = images.to_unit(torch.from_numpy(pixels).to(self.device))
-        found: NDArray[np.float32] = self.clip.embed_image(unit).cpu().numpy()
-        return found
+
+@torch.inference_mode()
+def told(clip: Clip, device: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[b, 3, s, s] images -> [b, d] embeddings."""
+    unit = images.to_unit(torch.from_numpy(pixels).to(device))
+    found: NDArray[np.float32] = clip.embed_image(unit).cpu().numpy()
+    return found
 
 
 def write_sidecar(

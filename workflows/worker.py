@@ -76,10 +76,10 @@ def work(job: Job) -> tuple[str, str]:
         return trained_to_the_end(job)
     except DivergedError as error:
         return Outcome("diverged", str(error))
-    except feed.DataError as error:
-        return Outcome("data", str(error))
     except ray.exceptions.RayTaskError as error:  # a read task raised, and would again
         return Outcome("data", str(error.cause or error).strip().splitlines()[-1])
+    except feed.DataError as error:  # which the one above is too, with Ray's traceback for a message
+        return Outcome("data", str(error))
     except StorageError:  # a store that is away may come back, and the next attempt finds it
         raise
     except (ValueError, sealed.SealError) as error:

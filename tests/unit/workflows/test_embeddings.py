@@ -61,12 +61,12 @@ def embeddings_of(run: Path, data: Path, clip: Path) -> Embeddings:
 def telling(clip: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
     tower = clip_of(bundle.load(clip).trained)
 
-    def told(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def says(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.no_grad():
             found: NDArray[np.float32] = tower.embed_image(images.to_unit(torch.tensor(pixels))).numpy()
         return found
 
-    return told
+    return says
 
 
 def column(path: Path) -> list[list[float]]:
