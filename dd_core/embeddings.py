@@ -59,10 +59,18 @@ class Pca(NamedTuple):
     """Largest."""
 
 
-def fit_pca(embeddings: Float[Tensor, " n d"], axes: int) -> Pca:
-    """The axes that hold most of the variance (unCLIP: 319 of 1024).
+def main_axes(covariance: Float[Tensor, " d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d d"]]:
+    """Variances, the largest first, and the axes that have them, as columns.
 
     Each axis points so that its largest component is positive, whatever the solver returned.
+    """
+    variances, axes = torch.linalg.eigh(covariance)
+    axes = axes.flip(1)
+    return variances.flip(0), axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+
+
+def fit_pca(embeddings: Float[Tensor, " n d"], axes: int) -> Pca:
+    """The axes that hold most of the variance (unCLIP: 319 of 1024).
 
     Source: section 2.2.
     """
@@ -70,9 +78,7 @@ def fit_pca(embeddings: Float[Tensor, " n d"], axes: int) -> Pca:
         raise ValueError(f"axes {axes} must be from 1 to the {embeddings.shape[1]} of the embeddings")
     values = embeddings.double()
     mean = values.mean(0)
-    _, vectors = torch.linalg.eigh((values - mean).T @ (values - mean))
-    main = vectors.flip(1)[:, :axes]
-    main = main * main.gather(0, main.abs().argmax(0, keepdim=True)).sign()
+    main = main_axes((values - mean).T @ (values - mean))[1][:, :axes]
     coordinates = (values - mean) @ main
     low, high = coordinates.amin(0), coordinates.amax(0)
     return Pca(*(part.to(embeddings.dtype) for part in (mean, main, low, high)))

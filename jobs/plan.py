@@ -106,6 +106,7 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
     stages = tuple(stage_plan(stage, needed[stage.name], nodes) for stage in in_order(spec.stages))
     disk = {
         "data": data_bytes(spec.shapes) if spec.shapes else 0,
+        "embeddings": embedding_bytes(spec.stages, spec.shapes.pairs) if spec.shapes else 0,
         "checkpoints": sum(plan.checkpoints * plan.need.state for plan in stages),
         "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
     }
@@ -135,6 +136,16 @@ def data_bytes(spec: ShapesSpec) -> int:
     some = [pair(spec, number)[1] for number in range(min(8, spec.pairs))]
     padded = [sum(512 + -(-len(data) // 512) * 512 for data in members.values()) for members in some]
     return round(spec.pairs * sum(padded) / len(padded) * (1 + PREPARED_SHARE))
+
+
+def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
+    """Of the images by each CLIP, once for each size that is embedded, in float32."""
+    told = {
+        (stage.parents.get(by.role), stage.stage.image_size): by.width
+        for stage in stages
+        if (by := stage.stage.embedded_by)
+    }
+    return 4 * pairs * sum(told.values())
 
 
 def taken(directory: Path) -> int:

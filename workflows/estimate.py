@@ -135,11 +135,13 @@ def need(spec: TrainSpec, state: TrainState, parents: Mapping[str, Trained], con
 def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int) -> int:
     """Bytes that one forward keeps for backward beside the parameters."""
     rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
-    side = spec.stage.image_size
+    by = spec.stage.embedded_by
+    side = spec.stage.image_size if by is None or spec.stage.sees_images else 0
     batch = PairBatch(
         torch.zeros(rows, 3, side, side, dtype=torch.uint8),
         torch.zeros(rows, context_length, dtype=torch.long),
         torch.zeros(rows, dtype=torch.long) if spec.label else None,
+        torch.zeros(rows, by.width) if by else None,
     )
     own = {id(tensor.untyped_storage()) for tensor in stage.state_dict().values()}
     seen: dict[int, Tensor] = {}

@@ -29,11 +29,46 @@ from workflows.storage import Home
 
 GROUPS_PER_MIX = 8
 TASK_BYTES = 32 * 2**20
-"""Decoded images of one read task."""
+"""Decoded images, or embeddings, of one read task."""
+
+
+EMBEDDINGS = 1
+"""Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
+EMBEDDING = "embedding"
+"""Column of the sidecars."""
+REMAKE = "delete it, if it is there, and run the same command again: it is made anew"
 
 
 class DataError(RuntimeError):
     """The prepared data cannot be used; the message names the file and what to do."""
+
+
+class Wanted(NamedTuple):
+    """What a stage reads of each row."""
+
+    image_size: int = 0
+    """Side of the images; 0: none are read."""
+    label: LabelSpec | None = None
+    embeddings: str = ""
+    """Address of the directory where each prepared file has a sidecar of its own name (workflows.embeddings);
+    empty: none are read."""
+    width: int = 0
+    """Numbers of an embedding."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the prepared files."""
+        image = (f"image{self.image_size}",) if self.image_size else ()
+        return (*image, "tokens", *(("meta",) if self.label else ()))
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row that has been read, its few tokens aside."""
+        return 3 * self.image_size**2 + 4 * self.width
+
+    def sidecar(self, url: str) -> str:
+        """Of a prepared file."""
+        return f"{self.embeddings}/{url.rpartition('/')[2]}"
 
 
 class Pieces(NamedTuple):
@@ -75,22 +110,19 @@ class Share(NamedTuple):
         return (starts[:, None] + np.arange(own)).ravel()
 
 
-def survey(files: Sequence[str], columns: Sequence[str]) -> Pieces:
+def survey(files: Sequence[str], wanted: Wanted) -> Pieces:
     """Find the usable rows of prepared files.
 
     Raises:
-        DataError: A file lacks a column, or there is no usable row at all.
+        DataError: A file lacks a column or its sidecar, or there is no usable row at all.
     """
     found: list[tuple[int, int, int]] = []
     for number, url in enumerate(files):
         with fsspec.open(url, "rb") as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            for column in (*columns, "reject"):
-                if column not in parquet.schema_arrow.names:
-                    raise DataError(
-                        f"{url} has no column {column!r}, it has {', '.join(parquet.schema_arrow.names)}; "
-                        f"prepare the pairs with this size"
-                    )
+            check_columns(url, parquet, (*wanted.columns, "reject"))
+            if wanted.embeddings:
+                check_sidecar(wanted.sidecar(url), parquet, wanted.width)
             for group in range(parquet.num_row_groups):
                 usable = (
                     pc.sum(pc.equal(parquet.read_row_group(group, ["reject"])["reject"], "")).as_py() or 0
@@ -103,6 +135,36 @@ def survey(files: Sequence[str], columns: Sequence[str]) -> Pieces:
         )
     file_of, group_of, rows = np.array(found).T
     return Pieces(tuple(files), file_of.astype(np.int32), group_of.astype(np.int32), rows.astype(np.int64))
+
+
+def check_columns(url: str, parquet: pq.ParquetFile, columns: Sequence[str]) -> None:
+    """Refuse a prepared file that lacks a column."""
+    names = parquet.schema_arrow.names
+    for column in columns:
+        if column not in names:
+            raise DataError(
+                f"{url} has no column {column!r}, it has {', '.join(names)}; prepare the pairs with this size"
+            )
+
+
+def check_sidecar(url: str, beside: pq.ParquetFile, width: int) -> None:
+    """Refuse embeddings that are not there, or are not those of this file, row group by row group."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            kind = parquet.schema_arrow.field(EMBEDDING).type
+            rows = groups_of(parquet)
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise DataError(f"{url}: {first_line(error)}; {REMAKE}") from None
+    if rows != groups_of(beside):
+        raise DataError(f"{url} has other rows than the prepared file of its name; {REMAKE}")
+    if kind != pa.list_(pa.float32(), width):
+        raise DataError(f"{url} holds {kind}, the stage reads embeddings of {width} numbers; {REMAKE}")
+
+
+def groups_of(parquet: pq.ParquetFile) -> list[int]:
+    """Rows of each row group."""
+    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
 
 class Order:
@@ -144,60 +206,87 @@ class Order:
         return found
 
 
-def tasks(order: Order, share: Share, image_size: int) -> list[list[Pick]]:
-    """The reads of one rank, each of whole steps and about TASK_BYTES of decoded images."""
+def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
+    """The reads of one rank, each of whole steps and about TASK_BYTES of what is wanted."""
     own = share.batch_size // share.ranks
-    rows = steps_per_task(own, image_size) * own
+    rows = steps_per_task(own, wanted) * own
     positions = share.positions()
     return [order.picks(positions[start : start + rows]) for start in range(0, len(positions), rows)]
 
 
-def steps_per_task(own: int, image_size: int) -> int:
-    """Whole steps of one read, for a rank that trains on `own` images in each."""
-    return max(1, TASK_BYTES // (own * 3 * image_size**2))
+def steps_per_task(own: int, wanted: Wanted) -> int:
+    """Whole steps of one read, for a rank that trains on `own` rows in each."""
+    return max(1, TASK_BYTES // (own * wanted.row_bytes))
 
 
-def columns_of(image_size: int, label: LabelSpec | None) -> tuple[str, ...]:
-    """What is read of the prepared data."""
-    return (f"image{image_size}", "tokens", *(("meta",) if label else ()))
+def read(picks: Sequence[Pick], wanted: Wanted) -> Iterator[pa.Table]:
+    """The rows of one task as one table: tokens, position and what is wanted.
+
+    That is image (bytes of uint8 [3, s, s]), embedding (float32 [d]), label.
+    """
+    yield pa.concat_tables([picked(pick, wanted) for pick in picks])
 
 
-def read(picks: Sequence[Pick], image_size: int, label: LabelSpec | None = None) -> Iterator[pa.Table]:
-    """The rows of one task as one table: image (bytes of uint8 [3, s, s]), tokens, position, label."""
-    yield pa.concat_tables([picked(pick, image_size, label) for pick in picks])
-
-
-def picked(pick: Pick, image_size: int, label: LabelSpec | None) -> pa.Table:
-    """Some rows of one mix, decoded; the column `label` is there if one is asked for."""
-    columns = columns_of(image_size, label)
-    table = pa.concat_tables([usable(url, group, columns) for url, group in pick.groups])
+def picked(pick: Pick, wanted: Wanted) -> pa.Table:
+    """Some rows of one mix, decoded."""
+    table = pa.concat_tables([usable(url, group, wanted) for url, group in pick.groups])
     permutation = np.random.default_rng(pick.seed).permutation(len(table))
     table = table.take(pa.array(permutation[pick.rows]))
-    images = [decoded(data, image_size) for data in table[columns[0]].to_pylist()]
-    found = {
-        "image": pa.array(images, pa.binary(3 * image_size**2)),
-        "tokens": table["tokens"].combine_chunks(),
-        "position": pa.array(pick.positions),
-    }
-    if label is not None:
+    found = {"tokens": table["tokens"].combine_chunks(), "position": pa.array(pick.positions)}
+    if side := wanted.image_size:
+        images = [decoded(data, side) for data in table[f"image{side}"].to_pylist()]
+        found["image"] = pa.array(images, pa.binary(3 * side**2))
+    if wanted.embeddings:
+        found[EMBEDDING] = table[EMBEDDING].combine_chunks()
+    if (label := wanted.label) is not None:
         found["label"] = pa.array([label_of(meta, label) for meta in table["meta"].to_pylist()], pa.int64())
     return pa.table(found)
 
 
-def usable(url: str, group: int, columns: Sequence[str]) -> pa.Table:
-    """The rows of a row group that were not rejected.
+def usable(url: str, group: int, wanted: Wanted) -> pa.Table:
+    """The rows of a row group that were not rejected, each with its embedding if that is wanted.
 
     Raises:
-        DataError: The file is gone, cut or changed.
+        DataError: A file is gone, cut or changed.
+    """
+    table = row_group(url, group, [*wanted.columns, "reject"], "prepare the data again")
+    if wanted.embeddings:
+        beside = row_group(wanted.sidecar(url), group, [EMBEDDING], REMAKE)
+        if len(beside) != len(table):
+            raise DataError(f"{wanted.sidecar(url)} has other rows than the prepared file; {REMAKE}")
+        table = table.append_column(EMBEDDING, beside[EMBEDDING])
+    rows = table.filter(pc.equal(table["reject"], "")).drop_columns("reject")
+    if wanted.embeddings and not numbers_of(rows).any(axis=1).all():
+        raise DataError(f"{wanted.sidecar(url)} lacks embeddings of usable rows; {REMAKE}")
+    return rows
+
+
+def numbers_of(table: pa.Table) -> NDArray[np.float32]:
+    """The embeddings of a table, [rows, d].
+
+    Those of rejected rows are zeros: pyarrow cannot read back null lists of a fixed size (version 25).
+    """
+    found: NDArray[np.float32] = table[EMBEDDING].combine_chunks().flatten().to_numpy()
+    return found.reshape(len(table), table.schema.field(EMBEDDING).type.list_size)
+
+
+def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.Table:
+    """Some columns of a row group, its pages checked.
+
+    Raises:
+        DataError: The file is gone, cut or changed; the message ends with the remedy.
     """
     try:
         with fsspec.open(url, "rb") as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            table = parquet.read_row_group(group, columns=[*columns, "reject"])
+            return parquet.read_row_group(group, columns=list(columns))
     except (OSError, pa.ArrowInvalid) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{url}, row group {group}: {first}; prepare the data again") from None
-    return table.filter(pc.equal(table["reject"], "")).select(list(columns))
+        raise DataError(f"{url}, row group {group}: {first_line(error)}; {remedy}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says before it goes into details."""
+    return str(error).splitlines()[0]
 
 
 def decoded(data: bytes, image_size: int) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -64,14 +65,7 @@ def write_part(
     draft, name = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft", f"part-{shard:05d}.parquet"
     schema = pairs_schema(spec.sizes)
     try:
-        with pq.ParquetWriter(
-            draft,
-            schema,
-            compression="none",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        ) as writer:
+        with plain_writer(draft, schema) as writer:
             for table in prepared_tables(source, shard, spec):
                 writer.write_table(table)  # a row group each
                 counts += census([table])
@@ -98,6 +92,18 @@ def write_part(
         yield 0, source.position, part
     finally:
         draft.unlink(missing_ok=True)
+
+
+def plain_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Of a file that is read often: nothing is packed, every page has its checksum."""
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
 
 
 def shortage(url: str, found: int) -> str:

@@ -4,10 +4,12 @@ Each step is skipped if its result is there, whole, and made of the same spec, d
 step that was cut is continued.  So the same call after any interruption goes on where it was.
 
     <run>/data/raw/*.tar  data/prepared/  <stage>/bundle/  cascade/  seconds.json  metrics.jsonl
+    <run>/<clip>/embeddings/64/  of the images, for the stages that learn from them
 """
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import NamedTuple
 from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
+from workflows.embeddings import embed
 from workflows.journal import JOURNAL
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepProgress, clock
@@ -31,6 +34,8 @@ __all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
 SECONDS = "seconds.json"
+EMBEDDING = threading.Lock()
+"""Two stages of one CLIP may begin at once; the second finds what the first has made."""
 
 
 class RunResult(NamedTuple):
@@ -122,6 +127,9 @@ def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> P
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
         return done
+    if (told := training.embeddings_of(stage, found, run=run)) is not None:
+        with EMBEDDING, timed(run, "embeddings"):
+            embed(told)
     training.discard_other_runs(home, found.fingerprint)
     journal = tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))

@@ -15,23 +15,22 @@ from ray.data.dataset import MaterializedDataset
 
 from dd_core.stage import PairBatch
 from workflows import feed
-from workflows.labels import LabelSpec
 from workflows.train_spec import TrainSpec
 
 LEG_BYTES = 2 * 2**30
-"""Decoded images of one leg at most; two legs are in memory at a time."""
+"""Decoded images, or embeddings, of one leg at most; two legs are in memory at a time."""
 
 
 class Reads(ray.data.Datasource):
     """The read tasks of one rank for a stretch of the run, in order."""
 
-    def __init__(self, tasks: list[list[feed.Pick]], image_size: int, label: LabelSpec | None) -> None:
+    def __init__(self, tasks: list[list[feed.Pick]], wanted: feed.Wanted) -> None:
         super().__init__()
-        self.tasks, self.image_size, self.label = tasks, image_size, label
+        self.tasks, self.wanted = tasks, wanted
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes of decoded images."""
-        return sum(len(pick.rows) for task in self.tasks for pick in task) * 3 * self.image_size**2
+        """Bytes of decoded images and embeddings."""
+        return sum(len(pick.rows) for task in self.tasks for pick in task) * self.wanted.row_bytes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
@@ -39,7 +38,7 @@ class Reads(ray.data.Datasource):
         """One for each table."""
         return [
             ray.data.ReadTask(
-                partial(feed.read, task, self.image_size, self.label),
+                partial(feed.read, task, self.wanted),
                 BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None),
             )
             for task in self.tasks
@@ -47,25 +46,30 @@ class Reads(ray.data.Datasource):
 
 
 def batches(
-    spec: TrainSpec, order: feed.Order, first_step: int, rank: int, device: torch.device
+    spec: TrainSpec,
+    order: feed.Order,
+    wanted: feed.Wanted,
+    *,
+    first_step: int,
+    rank: int,
+    device: torch.device,
 ) -> Iterator[PairBatch]:
     """A worker's share of a run from a step on, a micro batch at a time."""
-    size = spec.stage.image_size
     rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
-    for share, leg in read_ahead(order, legs(spec, first_step, rank), size, spec.label):
+    for share, leg in read_ahead(order, legs(spec, wanted, first_step, rank), wanted):
         expected, taken = share.positions(), 0
         for table in leg.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
             check_positions(table, expected[taken : taken + len(table)])
             taken += len(table)
-            yield paired(table, size, device)
+            yield paired(table, wanted, device)
 
 
-def legs(spec: TrainSpec, first_step: int, rank: int) -> Iterator[feed.Share]:
+def legs(spec: TrainSpec, wanted: feed.Wanted, first_step: int, rank: int) -> Iterator[feed.Share]:
     """The stretches of a run that are read at once: short at first, so that training begins soon."""
-    own, size = spec.batch_size // spec.num_workers, spec.stage.image_size
+    own = spec.batch_size // spec.num_workers
     store = ray.cluster_resources().get("object_store_memory", 0) / spec.num_workers
-    steps = feed.steps_per_task(own, size)
-    most = max(steps, int(min(LEG_BYTES, store / 8)) // (own * 3 * size**2))
+    steps = feed.steps_per_task(own, wanted)
+    most = max(steps, int(min(LEG_BYTES, store / 8)) // (own * wanted.row_bytes))
     while first_step < spec.budget.steps:
         now = min(steps, spec.budget.steps - first_step)
         yield feed.Share(first_step, now, spec.batch_size, rank, spec.num_workers)
@@ -73,7 +77,7 @@ def legs(spec: TrainSpec, first_step: int, rank: int) -> Iterator[feed.Share]:
 
 
 def read_ahead(
-    order: feed.Order, shares: Iterator[feed.Share], image_size: int, label: LabelSpec | None
+    order: feed.Order, shares: Iterator[feed.Share], wanted: feed.Wanted
 ) -> Iterator[tuple[feed.Share, MaterializedDataset]]:
     """Every leg, read to its end while the one before it is trained on.
 
@@ -84,24 +88,22 @@ def read_ahead(
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         share = next(shares, None)
-        reading = share and reader.submit(read_leg, order, share, image_size, label)
+        reading = share and reader.submit(read_leg, order, share, wanted)
         while share is not None and reading is not None:
             leg, after = reading.result(), next(shares, None)
-            reading = after and reader.submit(read_leg, order, after, image_size, label)
+            reading = after and reader.submit(read_leg, order, after, wanted)
             yield share, leg
             share = after
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
 
 
-def read_leg(
-    order: feed.Order, share: feed.Share, image_size: int, label: LabelSpec | None
-) -> MaterializedDataset:
+def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> MaterializedDataset:
     """The rows of one leg, in order, in Ray's object store."""
-    tasks = feed.tasks(order, share, image_size)
+    tasks = feed.tasks(order, share, wanted)
     readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // (2 * share.ranks))
     dataset = ray.data.read_datasource(
-        Reads(tasks, image_size, label), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
+        Reads(tasks, wanted), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
     )  # or Ray cuts what few tasks deliver into 200 blocks
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
@@ -116,15 +118,20 @@ def check_positions(table: pa.Table, expected: NDArray[np.int64]) -> None:
         raise RuntimeError(f"Ray Data handed out row {found[0]} where row {expected[0]} was due")
 
 
-def paired(table: pa.Table, image_size: int, device: torch.device) -> PairBatch:
-    """A table as tensors on the device."""
-    image = table["image"].combine_chunks()
-    width = 3 * image_size**2
-    pixels = np.frombuffer(image.buffers()[1], np.uint8)[image.offset * width :][: len(image) * width]
+def paired(table: pa.Table, wanted: feed.Wanted, device: torch.device) -> PairBatch:
+    """A table as tensors on the device; images of no pixels where none are wanted."""
+    side, rows = wanted.image_size, len(table)
+    pixels, embedding = np.zeros(0, np.uint8), None
+    if side:
+        image, width = table["image"].combine_chunks(), 3 * side**2
+        pixels = np.frombuffer(image.buffers()[1], np.uint8)[image.offset * width :][: rows * width]
+    if wanted.embeddings:
+        embedding = torch.from_numpy(feed.numbers_of(table).copy()).to(device)
     tokens = table["tokens"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     label = torch.tensor(table["label"].to_numpy()).to(device) if "label" in table.column_names else None
     return PairBatch(
-        image=torch.from_numpy(pixels.reshape(-1, 3, image_size, image_size).copy()).to(device),
+        image=torch.from_numpy(pixels.reshape(rows, 3, side, side).copy()).to(device),
         tokens=torch.from_numpy(tokens.astype(np.int64)).to(device),
         label=label,
+        embedding=embedding,
     )

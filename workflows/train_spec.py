@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from dd_core.stages import StageSpec
 from dd_core.stages.chain_hop import refuse
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
+from workflows import feed
 from workflows.labels import LabelSpec
 
 
@@ -127,5 +128,7 @@ class TrainSpec(Spec):
         fields = self.model_dump(mode="json", exclude=technical)
         for name in ("checkpoint_every", "report_every", "sample_every"):
             del fields["budget"][name]
-        body = {"spec": fields, "data": data, "parents": dict(parents)}
+        body: dict[str, Any] = {"spec": fields, "data": data, "parents": dict(parents)}
+        if self.stage.embedded_by is not None:
+            body["embeddings"] = feed.EMBEDDINGS
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

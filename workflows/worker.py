@@ -45,6 +45,7 @@ class Job(NamedTuple):
     home: Home
     """Of the stage in the run: one directory for all workers, or each has its copy."""
     pieces: feed.Pieces
+    wanted: feed.Wanted
     parents: dict[str, Home]
     """Role -> bundle, verified."""
     facts: dict[str, Any]
@@ -75,10 +76,10 @@ def work(job: Job) -> tuple[str, str]:
         return trained_to_the_end(job)
     except DivergedError as error:
         return Outcome("diverged", str(error))
-    except feed.DataError as error:
-        return Outcome("data", str(error))
     except ray.exceptions.RayTaskError as error:  # a read task raised, and would again
         return Outcome("data", str(error.cause or error).strip().splitlines()[-1])
+    except feed.DataError as error:  # which the one above is too, with Ray's traceback for a message
+        return Outcome("data", str(error))
     except StorageError:  # a store that is away may come back, and the next attempt finds it
         raise
     except (ValueError, sealed.SealError) as error:
@@ -101,7 +102,8 @@ def trained_to_the_end(job: Job) -> Outcome:
     if who.rank == 0:
         job.home.rejoin(JOURNAL)
     state, seconds = started(job, who, parents)
-    supply = batches(spec, feed.Order(job.pieces, spec.seed), state.step, who.rank, device)
+    order = feed.Order(job.pieces, spec.seed)
+    supply = batches(spec, order, job.wanted, first_step=state.step, rank=who.rank, device=device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
     with StopSign(job, who) as sign, Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ()))):
@@ -266,10 +268,10 @@ class Recorder:
 
     def draw(self, step: int) -> None:
         """A grid of pictures, if the stage is of a kind that draws."""
-        size, shown = self.spec.stage.image_size, self.spec.samples.pictures
+        wanted, shown = feed.Wanted(self.spec.stage.image_size), self.spec.samples.pictures
         order = feed.Order(self.job.pieces, self.spec.seed)
-        table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), size))
-        known = paired(table, size, torch.device("cpu")).image
+        table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
+        known = paired(table, wanted, torch.device("cpu")).image
         now = Trained(self.spec.stage, self.state.average)
         made = samples.drawn(now, self.parents, self.spec.samples, known)
         if made is not None:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dd_core.nets.whitening import Whitening
+
 FOLD = 8
 """Pixels of the image to one position of the first map."""
 STEEP = 2.0
@@ -31,11 +33,13 @@ class Draft(nn.Module):
         image_size: Side of the image in pixels, a multiple of 8.
         width: Channels at an eighth of the side; half as many at a quarter.
         layers: Flat layers of an image.
+        measured: Embeddings that are looked at before it learns, see Whitening.
     """
 
-    def __init__(self, embedding_width: int, image_size: int, width: int, layers: int) -> None:
+    def __init__(self, embedding_width: int, image_size: int, width: int, layers: int, measured: int) -> None:
         super().__init__()
-        self.loud, self.grid, self.layers = embedding_width**0.5, image_size // FOLD, layers
+        self.whitening = Whitening(embedding_width, measured)
+        self.grid, self.layers = image_size // FOLD, layers
         hidden = 4 * width
         self.trunk = nn.Sequential(
             nn.Linear(embedding_width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
@@ -47,7 +51,11 @@ class Draft(nn.Module):
         self.out = nn.Conv2d(width // 2, (layers + 3) * 4**2, 3, padding=1)
 
     def forward(self, embedding: Float[Tensor, " b d"]) -> Float[Tensor, " b 3 h w"]:
-        told = self.trunk(embedding * self.loud)
+        return self.unfolded(self.whitening(embedding))
+
+    def unfolded(self, coordinates: Float[Tensor, " b d"]) -> Float[Tensor, " b 3 h w"]:
+        """The images of whitened embeddings."""
+        told = self.trunk(coordinates)
         colours = self.colours(told).unflatten(1, (3, self.layers)).float()
         h = self.project(told).unflatten(1, (-1, self.grid, self.grid))
         h = F.pixel_shuffle(self.coarse(F.silu(h)), 2)

@@ -21,6 +21,7 @@ from dd_core.nets import dit, text
 from dd_core.nets.clip import ReadCaption
 from dd_core.nets.layers import sinusoids
 from dd_core.nets.places import wave
+from dd_core.nets.whitening import Whitening
 from dd_core.spec import Spec
 
 QUERIES = 4
@@ -39,6 +40,8 @@ class PriorNetSpec(Spec):
     context_length: int = Field(ge=3)
     denoiser_width: int = Field(512, multiple_of=8)
     denoiser_blocks: int = Field(4, ge=1)
+    measured_images: int = Field(2_048, ge=2)
+    """Images whose embeddings are looked at before the first step that learns, to whiten them."""
 
 
 class DenoiserBlock(nn.Module):
@@ -64,6 +67,7 @@ class PriorNet(nn.Module):
 
     def __init__(self, spec: PriorNetSpec) -> None:
         super().__init__()
+        self.whitening = Whitening(spec.embedding_width, spec.measured_images)
         self.loud = spec.embedding_width**0.5
         self.text_in = nn.Linear(spec.text_width, spec.width)
         self.caption_in = nn.Linear(spec.embedding_width, spec.width)

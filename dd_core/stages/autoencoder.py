@@ -26,12 +26,11 @@ from torch.func import functional_call
 from dd_core import images, losses
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.perceptual import ClipFeatures, PatchGan, PatchGanSpec, PerceptualDistance, load_lpips
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.clip import clip_of
 
 
-class AutoencoderSpec(Spec):
+class AutoencoderSpec(LearnedSpec):
     """Image <-> latent; the defaults are the published f8 z4 but for the perceptual distance."""
 
     kind: Literal["autoencoder"] = "autoencoder"

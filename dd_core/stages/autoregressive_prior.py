@@ -15,24 +15,24 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dd_core import embeddings, images
+from dd_core import embeddings
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, cat
 from dd_core.guidance import Rows, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.code_prior import CodePrior, CodePriorSpec
+from dd_core.nets.whitening import nothing_of
 from dd_core.noise import SeededNoise
 from dd_core.ranks import gathered
 from dd_core.samplers import Query, Sampling, SamplingSpec
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
-from dd_core.stages.clip import clip_of
+from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.prior import chosen_code, nearer_of_two, twins
 from dd_core.stages.refusals import refuse_gradient
 
 
-class AutoregressivePriorSpec(Spec):
+class AutoregressivePriorSpec(LearnedSpec):
     """Autoregressive prior on the embeddings of the parent CLIP."""
 
     kind: Literal["autoregressive_prior"] = "autoregressive_prior"
@@ -43,6 +43,16 @@ class AutoregressivePriorSpec(Spec):
     """Images, the first of the training, whose embeddings fix the axes and buckets; until then nothing is
     learned and the loss is 0."""
     caption_dropout: float = Field(0.1, ge=0, lt=1)
+
+    @property
+    def embedded_by(self) -> EmbeddedBy:
+        """The parent CLIP."""
+        return EmbeddedBy("clip", self.net.embedding_width)
+
+    @property
+    def sees_images(self) -> bool:
+        """It learns embeddings and no pixel."""
+        return False
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoregressivePriorSpec":
@@ -77,13 +87,12 @@ class AutoregressivePriorStage(Stage):
         assert isinstance(clip, Clip)
         dropped = torch.rand(len(batch.tokens), 1, device=batch.tokens.device) < self.spec.caption_dropout
         with torch.no_grad():
-            embedding = clip.embed_image(images.to_unit(batch.image))
+            embedding = embedding_of(clip, batch)
             nearness = (embedding * clip.read(batch.tokens).embedding).sum(1)
             caption = clip.read(torch.where(dropped, null_like(batch.tokens), batch.tokens))
         if self.count < self.spec.measured_images:
             self.look(gathered(embedding), gathered(nearness))
-            nothing = torch.stack([weight.sum() for weight in self.model.parameters()]).sum() * 0.0
-            return Losses(nothing, {})
+            return Losses(nothing_of(self.model), {})
         codes, product = self.model.codes(embedding), self.model.product_codes(nearness)
         logits = self.model(self.model.read(caption), product, codes[:, :-1])
         nats = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())

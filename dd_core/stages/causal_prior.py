@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from dd_core import images, losses, schedules
+from dd_core import losses, schedules
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
@@ -25,12 +25,11 @@ from dd_core.noise import SeededNoise, from_vp
 from dd_core.ranks import gathered
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.chain import widened
 from dd_core.stages.chain_told import upto_end
-from dd_core.stages.clip import ClipSpec, clip_of
+from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.prior import nearer_of_two, twins
 from dd_core.stages.refusals import refuse_gradient
 
@@ -38,7 +37,7 @@ BOUND = 10.0
 """No whitened number of an estimate is larger (Karlo)."""
 
 
-class CausalPriorStageSpec(Spec):
+class CausalPriorStageSpec(LearnedSpec):
     """Diffusion prior on the embeddings of the parent CLIP, as published."""
 
     kind: Literal["causal_prior"] = "causal_prior"
@@ -52,6 +51,16 @@ class CausalPriorStageSpec(Spec):
     measured_images: int = Field(2048, ge=2)
     """Images, the first of the training, whose embeddings fix mean and deviation; until then nothing is
     learned and the loss is 0."""
+
+    @property
+    def embedded_by(self) -> EmbeddedBy:
+        """The parent CLIP."""
+        return EmbeddedBy("clip", self.net.embedding_width)
+
+    @property
+    def sees_images(self) -> bool:
+        """It learns embeddings and no pixel."""
+        return False
 
 
 class CausalPriorStage(Stage):
@@ -93,7 +102,7 @@ class CausalPriorStage(Stage):
         dropped = torch.rand(len(batch.tokens), 1, device=batch.tokens.device) < self.spec.caption_dropout
         tokens = torch.where(dropped, null_like(batch.tokens), batch.tokens)
         with torch.no_grad():
-            embedding = clip.embed_image(images.to_unit(batch.image)).float()
+            embedding = embedding_of(clip, batch).float()
             caption = clip.read(tokens)
         if self.count < self.spec.measured_images:
             self.look(gathered(embedding))

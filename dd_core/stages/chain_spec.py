@@ -12,14 +12,14 @@ from dd_core.nets.network import PlainSpec, build
 from dd_core.nets.text import CaptionedSpec, UnclipSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.schedules import Clock, ScheduleSpec
-from dd_core.spec import Spec
+from dd_core.stage import EmbeddedBy, LearnedSpec
 from dd_core.text import END
 
 ChainNet = Annotated[DiTSpec | PlainSpec | CaptionedSpec | UnclipSpec, Field(discriminator="kind")]
 """The networks that can be trained on a chain."""
 
 
-class ChainSpec(Spec):
+class ChainSpec(LearnedSpec):
     """A diffusion model on timesteps: noise -> picture or latent, told what its network is told."""
 
     kind: Literal["chain"] = "chain"
@@ -82,6 +82,11 @@ class ChainSpec(Spec):
     def embedding_width(self) -> int:
         """Of the image embedding that it is told; 0: none."""
         return self.net.embedding_width if isinstance(self.net, DiTSpec) else self.net.unet.embedding_width
+
+    @property
+    def embedded_by(self) -> EmbeddedBy | None:
+        """The parent CLIP, if its network is told embeddings."""
+        return EmbeddedBy("clip", self.embedding_width) if self.embedding_width else None
 
     @property
     def text_width(self) -> int:

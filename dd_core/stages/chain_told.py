@@ -20,6 +20,7 @@ from dd_core.nets.unet import UNet
 from dd_core.stage import PairBatch
 from dd_core.stages.base import null_like
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import embedding_of
 
 UNLABELLED = -1
 WHOLE_HOLES = 0.125
@@ -99,8 +100,7 @@ def heard_of(spec: ChainSpec, batch: PairBatch, picture: Tensor, clip: Clip | No
     embedding = picture.new_zeros(len(picture), spec.embedding_width)
     if spec.embedding_width:
         assert clip is not None
-        with torch.no_grad():
-            embedding = clip.embed_image(picture)
+        embedding = embedding_of(clip, batch)
     return Heard(batch.tokens, label, embedding)
 
 

@@ -16,11 +16,10 @@ from dd_core import images
 from dd_core.labels import UNLABELLED
 from dd_core.nets import classifier as nets
 from dd_core.noise import spread
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 
 
-class ClassifierSpec(Spec):
+class ClassifierSpec(LearnedSpec):
     """Noisy image -> one of net.classes."""
 
     kind: Literal["noised_classifier"] = "noised_classifier"

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -11,11 +13,10 @@ from dd_core.layouts.clip import net_of
 from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.ranks import gathered
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 
 
-class ClipSpec(Spec):
+class ClipSpec(LearnedSpec):
     """An image tower and a text tower, trained on the pairs or taken from elsewhere."""
 
     kind: Literal["clip"] = "clip"
@@ -84,6 +85,14 @@ def clip_of(trained: Trained) -> Clip:
     clip = Clip(trained.spec.net)
     clip.load_state_dict(trained.weights)
     return clip.eval().requires_grad_(False)
+
+
+def embedding_of(clip: Clip, batch: PairBatch) -> Float[Tensor, " b d"]:
+    """The image embeddings that a batch brings along, or those of its images where it brings none."""
+    if batch.embedding is not None:
+        return batch.embedding
+    with torch.no_grad():
+        return clip.embed_image(images.to_unit(batch.image))
 
 
 def published(spec: ClipSpec) -> Trained:

@@ -30,9 +30,9 @@ from dd_core.nets.perceptual import ClipFeatures, load_lpips
 from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like
-from dd_core.stages.clip import clip_of
+from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import drawn
 from dd_core.stages.refusals import refuse_edit, refuse_gradient
 
@@ -82,7 +82,7 @@ class TeacherSpec(Spec):
     """It is learned with the path, so that sampling at scale 1 is guided by it."""
 
 
-class ConsistencySpec(Spec):
+class ConsistencySpec(LearnedSpec):
     """A base of few steps: caption -> base.image_size x base.image_size RGB."""
 
     kind: Literal["consistency"] = "consistency"
@@ -102,6 +102,11 @@ class ConsistencySpec(Spec):
         if self.distance == "lpips" and not self.lpips_weights:
             raise ValueError('distance "lpips" needs lpips_weights, a path; or use "clip"')
         return self
+
+    @property
+    def embedded_by(self) -> EmbeddedBy | None:
+        """Whom its base hears embeddings from."""
+        return self.base.embedded_by
 
     @property
     def image_size(self) -> int:
@@ -212,7 +217,7 @@ class ConsistencyStage(Stage):
         caption = clip.read(torch.where(dropped, null, batch.tokens))
         embedding, draft, decoder = None, None, self.frozen[-1]
         if base.net.embedding_width:
-            exact = clip.embed_image(x0)
+            exact = embedding_of(clip, batch)
             noise = torch.randn_like(exact) * base.embedding_noise / exact.shape[-1] ** 0.5
             kept = torch.rand_like(exact[:, :1]) >= base.embedding_dropout
             embedding = torch.where(kept & ~dropped, exact + noise, torch.zeros_like(exact))

@@ -10,12 +10,12 @@ from torch import Tensor
 from dd_core import images
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
-from dd_core.stages.clip import clip_of
+from dd_core.nets.whitening import nothing_of
+from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_of, embedding_of
 
 
-class DraftSpec(Spec):
+class DraftSpec(LearnedSpec):
     """Embedding of the parent CLIP -> image_size x image_size RGB, by regression."""
 
     kind: Literal["draft"] = "draft"
@@ -30,7 +30,14 @@ class DraftSpec(Spec):
     """Of the squared error of differences between neighbouring pixels, which is where shapes are told;
     Mathieu et al. 2016 (arXiv:1511.05440, equation 6)."""
     embedding_noise: float = Field(0.05, ge=0)
-    """Length of the noise added to the unit embedding, since the prior's draw is not exact."""
+    """Deviation of the noise added to each whitened coordinate, since the prior's draw is not exact."""
+    measured_images: int = Field(2_048, ge=2)
+    """Images whose embeddings are looked at before the first step that learns, to whiten them."""
+
+    @property
+    def embedded_by(self) -> EmbeddedBy:
+        """The parent CLIP."""
+        return EmbeddedBy("clip", self.embedding_width)
 
 
 class DraftStage(Stage):
@@ -58,19 +65,22 @@ class DraftStage(Stage):
         clip = self.frozen[0]
         assert isinstance(clip, Clip)
         x0 = images.to_unit(batch.image)
-        with torch.no_grad():
-            embedding = clip.embed_image(x0)
-            length = self.spec.embedding_noise / embedding.shape[-1] ** 0.5
-            embedding = embedding + length * torch.randn_like(embedding)
-        made = self.model(embedding).float()
+        embedding = embedding_of(clip, batch)
+        if not self.model.whitening.ready:
+            self.model.whitening.look(embedding)
+            return Losses(nothing_of(self.model), {})
+        told = self.model.whitening(embedding)
+        made = self.model.unfolded(told + self.spec.embedding_noise * torch.randn_like(told)).float()
         mse = F.mse_loss(made, x0)
-        edges = sum(F.mse_loss(made.diff(dim=dim), x0.diff(dim=dim)) for dim in (-1, -2))
+        edges = F.mse_loss(made.diff(dim=-1), x0.diff(dim=-1)) + F.mse_loss(
+            made.diff(dim=-2), x0.diff(dim=-2)
+        )
         return Losses(mse + self.spec.edge_weight * edges, {"x0_mse": mse.detach()})
 
 
 def draft_net(spec: DraftSpec) -> Draft:
     """The decoder of a spec, untrained."""
-    return Draft(spec.embedding_width, spec.image_size, spec.width, spec.layers)
+    return Draft(spec.embedding_width, spec.image_size, spec.width, spec.layers, spec.measured_images)
 
 
 def draft_of(trained: Trained) -> Draft:

@@ -21,15 +21,14 @@ from dd_core import images, losses
 from dd_core.nets.clip import Clip, ClipNetSpec, convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
-from dd_core.stages.clip import clip_of
+from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_of, embedding_of
 
 LEVEL_WIDTH = 128
 """Sinusoids that describe a noise level."""
 
 
-class NoisedClipSpec(Spec):
+class NoisedClipSpec(LearnedSpec):
     """Noisy image -> the embedding of what it will become."""
 
     kind: Literal["noised_clip"] = "noised_clip"
@@ -42,6 +41,11 @@ class NoisedClipSpec(Spec):
     log_sigma_mean: float = 0.0
     log_sigma_std: float = Field(1.4, gt=0)
     """Noise levels of training: log sigma is normal, as for the base it guides."""
+
+    @property
+    def embedded_by(self) -> EmbeddedBy | None:
+        """The parent CLIP, if its embeddings of the clean images are to be found."""
+        return EmbeddedBy("clip", self.net.embedding_width) if self.target == "clip" else None
 
     @property
     def image_size(self) -> int:
@@ -163,7 +167,7 @@ class NoisedClipStage(Stage):
         sigma = log_sigma.exp()
         x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
         image = self.model.embed_image(x, sigma)
-        image, target, tokens, clear = map(gathered, (image, self.target(x0, batch), batch.tokens, sigma < 1))
+        image, target, tokens, clear = map(gathered, (image, self.target(batch), batch.tokens, sigma < 1))
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
         if self.spec.target == "caption":
             same = losses.same_captions(tokens)
@@ -173,7 +177,7 @@ class NoisedClipStage(Stage):
         return Losses(loss, parts)
 
     @torch.no_grad()
-    def target(self, x0: Tensor, batch: PairBatch) -> Tensor:
+    def target(self, batch: PairBatch) -> Tensor:
         """What the images of a batch have to find."""
         clip = self.frozen[0]
         assert isinstance(clip, Clip)
@@ -181,7 +185,7 @@ class NoisedClipStage(Stage):
             case "caption":
                 return clip.read(batch.tokens).embedding
             case "clip":
-                return clip.embed_image(x0)
+                return embedding_of(clip, batch)
             case _:
                 assert_never(self.spec.target)
 

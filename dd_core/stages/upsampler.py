@@ -23,12 +23,11 @@ from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
-from dd_core.spec import Spec
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.refusals import refuse_edit, refuse_gradient
 
 
-class UpsamplerSpec(Spec):
+class UpsamplerSpec(LearnedSpec):
     """Upsampler: small image -> image_size x image_size RGB."""
 
     kind: Literal["upsampler"] = "upsampler"

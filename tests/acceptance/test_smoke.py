@@ -100,7 +100,7 @@ def test_the_chain_runs_to_its_end_and_says_where_everything_is(run: Finished) -
     assert summary["oracle"]["n"] == 8
     wanted = {"all", "one_object", "two_object", "unseen", "colour", "shape", "size", "place", "background"}
     assert wanted <= summary["oracle"].keys()
-    assert {*STAGES, "data", "total"} <= summary["seconds"].keys()
+    assert {*STAGES, "data", "embeddings", "total"} <= summary["seconds"].keys()
     assert Path(run.here, summary["bundle"]).is_dir()
     assert "<h2>Pictures</h2>" in Path(run.here, summary["report"]).read_text()
 

@@ -1,6 +1,7 @@
 """A run that is stopped, killed or given damaged checkpoints goes on as if nothing had been."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,13 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from dd_core import sealed
-from dd_core.nets.unet import UNetSpec
+from dd_core.nets.clip import ClipNetSpec
 from dd_core.stage import Budget, OptimizerSpec
-from dd_core.stages.upsampler import UpsamplerSpec
+from dd_core.stages.clip import ClipSpec
+from dd_core.stages.draft import DraftSpec
 from tests.prepared import write_prepared
+from tests.unit.workflows.tiny_run import saved
+from workflows.embeddings import embed
 from workflows.journal import curves
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec
-from workflows.training import DataError, DivergedError, PreemptedError, train_stage
+from workflows.training import DataError, DivergedError, PreemptedError, embeddings_of, inputs, train_stage
 
 pytestmark = [
     pytest.mark.ray,
@@ -28,19 +33,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
 ]
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
-NET = UNetSpec(
-    width=8,
-    channel_mult=(1,),
-    blocks_per_level=1,
-    attention_at=(),
-    attention_in_middle=False,
-    groups=4,
-    head_width=8,
-    image_channels=3,
+NET = ClipNetSpec(
+    embedding_width=16,
+    image_size=32,
+    patch_size=16,
+    image_width=32,
+    image_layers=1,
+    context_length=8,
+    text_width=32,
+    text_layers=1,
+    head_width=16,
 )
 SPEC = TrainSpec(
     name="whole",
-    stage=UpsamplerSpec(net=NET, image_size=32, factor=2, crop=16),
+    stage=DraftSpec(embedding_width=16, width=8, image_size=32),  # reads images and embeddings, draws noise
+    parents={"clip": "clip"},
     optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
     budget=Budget(steps=60, checkpoint_every=7, report_every=1),
     batch_size=8,
@@ -54,11 +61,39 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(local_ray: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(local_ray: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a CLIP and its embeddings of the data."""
+    run = tmp_path_factory.mktemp("first")
+    clip_in(run)
+    embed_for(run, data)
+    return run
+
+
+@pytest.fixture
+def run(first: Path, tmp_path: Path) -> Path:
+    """Another one, before its first training."""
+    return Path(shutil.copytree(first / "clip", tmp_path / "run" / "clip")).parent
+
+
+@pytest.fixture(scope="module")
+def whole(first: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stage directory of a run that nothing has happened to."""
     run = tmp_path_factory.mktemp("whole")
+    shutil.copytree(first / "clip", run / "clip")
     train_stage(SPEC, run=run, data=data)
     return run / "whole"
+
+
+def clip_in(run: Path) -> None:
+    """The parent, which has learned nothing."""
+    saved(run, "clip", ClipSpec(net=NET), {})
+
+
+def embed_for(run: Home | Path, data: Home | Path) -> None:
+    """What a run does before it trains a stage that reads embeddings."""
+    told = embeddings_of(SPEC, inputs(SPEC, run=run, data=data), run=run)
+    assert told is not None
+    embed(told)
 
 
 def steps_of(stage: Path) -> list[int]:
@@ -102,18 +137,18 @@ def ancestors(pid: int) -> list[int]:
 
 
 def test_stopped_then_killed_then_continued_is_bit_for_bit_the_unbroken_run(
-    whole: Path, data: Path, tmp_path: Path
+    whole: Path, data: Path, run: Path
 ) -> None:
     spec = SPEC.but(name="cut")
-    stage = tmp_path / "cut"
+    stage = run / "cut"
     when_step(stage, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 60; run the same command"):
-        train_stage(spec, run=tmp_path, data=data)
+        train_stage(spec, run=run, data=data)
     stopped = max(steps_of(stage))
     newest = max((stage / "checkpoints").iterdir())
     assert newest.name == f"step-{stopped:08d}"  # nothing was lost
     killer = when_step(stage, stopped + 12, kill_a_worker)
-    train_stage(spec, run=tmp_path, data=data)
+    train_stage(spec, run=run, data=data)
     assert not killer.is_alive()
     for name in (f"checkpoints/step-00000060/{SHARD}", "bundle/weights.safetensors"):
         assert_same(stage / name, whole / name)
@@ -122,39 +157,39 @@ def test_stopped_then_killed_then_continued_is_bit_for_bit_the_unbroken_run(
 
 
 def test_a_damaged_checkpoint_is_stepped_over_and_the_run_ends_the_same(
-    whole: Path, data: Path, tmp_path: Path
+    whole: Path, data: Path, run: Path
 ) -> None:
-    stage = tmp_path / "whole"
+    stage = run / "whole"
     when_step(stage, 24, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(PreemptedError):
-        train_stage(SPEC, run=tmp_path, data=data)
+        train_stage(SPEC, run=run, data=data)
     newest = max((stage / "checkpoints").iterdir()) / SHARD
     bytes_ = bytearray(newest.read_bytes())
     bytes_[-1] ^= 1
     newest.write_bytes(bytes_)
-    train_stage(SPEC, run=tmp_path, data=data)
+    train_stage(SPEC, run=run, data=data)
     assert_same(stage / "bundle" / "weights.safetensors", whole / "bundle" / "weights.safetensors")
 
 
-def test_two_workers_one_of_them_killed_read_every_row_in_its_turn(data: Path, tmp_path: Path) -> None:
+def test_two_workers_one_of_them_killed_read_every_row_in_its_turn(data: Path, run: Path) -> None:
     spec = SPEC.but(name="two", num_workers=2, budget=Budget(steps=40, checkpoint_every=8, report_every=1))
-    killer = when_step(tmp_path / "two", 12, kill_a_worker)
-    bundle = train_stage(spec, run=tmp_path, data=data)  # each worker refuses a row that is not due
+    killer = when_step(run / "two", 12, kill_a_worker)
+    bundle = train_stage(spec, run=run, data=data)  # each worker refuses a row that is not due
     assert not killer.is_alive()
     facts = sealed.verify(bundle).facts
     assert (facts["step"], facts["images"]) == (40, 40 * 8)
-    assert steps_of(tmp_path / "two") == list(range(1, 41))
+    assert steps_of(run / "two") == list(range(1, 41))
 
 
 def test_a_gradient_that_stays_not_finite_ends_the_run_at_once_and_reaches_no_checkpoint(
-    data: Path, tmp_path: Path
+    data: Path, run: Path
 ) -> None:
     spec = SPEC.but(name="hot", optimizer=SPEC.optimizer.but(learning_rate=1e20, grad_clip=1e20))
     with pytest.raises(DivergedError, match=r"hot: gradient not finite 4 times in a row.*lower"):
-        train_stage(spec, run=tmp_path, data=data)
-    for path in (tmp_path / "hot" / "checkpoints").glob(f"*/{SHARD}"):
+        train_stage(spec, run=run, data=data)
+    for path in (run / "hot" / "checkpoints").glob(f"*/{SHARD}"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
-    assert not (tmp_path / "hot" / "bundle").exists()
+    assert not (run / "hot" / "bundle").exists()
 
 
 def test_what_is_done_is_skipped_what_is_changed_is_redone_and_bad_inputs_are_named(
@@ -170,3 +205,20 @@ def test_what_is_done_is_skipped_what_is_changed_is_redone_and_bad_inputs_are_na
         train_stage(SPEC.but(parents={"clip": "nowhere"}), run=run, data=data)
     with pytest.raises(DataError, match="is no finished prepared data"):
         train_stage(SPEC, run=run, data=tmp_path)
+
+
+def test_embeddings_that_are_damaged_or_gone_are_refused_by_name_and_made_anew_by_the_next_run(
+    data: Path, run: Path
+) -> None:
+    spec = SPEC.but(budget=Budget(steps=4, checkpoint_every=4))
+    beside = run / "clip" / "embeddings" / "32" / "part-00001.parquet"
+    good = beside.read_bytes()
+    beside.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
+    with pytest.raises(DataError, match=r"whole: .*embeddings/32/part-00001.parquet, row group 0: .*anew"):
+        train_stage(spec, run=run, data=data)
+    beside.unlink()
+    with pytest.raises(DataError, match=r"embeddings/32/part-00001.parquet: .*run the same command again"):
+        train_stage(spec, run=run, data=data)
+    embed_for(run, data)
+    assert beside.read_bytes() == good
+    assert sealed.verify(train_stage(spec, run=run, data=data)).facts["step"] == 4

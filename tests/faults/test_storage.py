@@ -10,7 +10,7 @@ import pytest
 
 from dd_core import sealed
 from dd_core.stage import Budget
-from tests.faults.test_resume import SPEC, assert_same, kill_a_worker, when_step
+from tests.faults.test_resume import SPEC, assert_same, clip_in, embed_for, kill_a_worker, when_step
 from tests.prepared import write_prepared
 from tests.s3 import s3_server
 from workflows import storage
@@ -107,8 +107,17 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     local = tmp_path / "data"
     data.fetch(*data.names())
     shutil.copytree(data.here, local)
+    clip_in(tmp_path / "whole")
+    embed_for(tmp_path / "whole", local)
     whole = train_stage(spec, run=tmp_path / "whole", data=local)
     run = Home.of(f"{store}/run")
+    clip_in(run.here)
+    run.send("clip")
+    forgotten(run)
+    embed_for(run, data)
+    forgotten(run)
+    beside = run.at("clip/embeddings/32").names()
+    assert beside == ["manifest.json", *(f"part-{number:05d}.parquet" for number in range(3))]
     stage = run.at("cut")
     when_step(stage.here, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 600"):

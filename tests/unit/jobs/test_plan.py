@@ -41,6 +41,7 @@ def test_a_plan_says_parameters_memory_steps_images_checkpoints_and_disk(plan: P
     assert clip["checkpoints"] == 2  # of steps 6 and 12; a third would be one too many for checkpoints_kept
     assert plan.disk["checkpoints"] == sum(s.checkpoints * s.need.state for s in plan.stages)
     assert plan.disk["data"] > 240 * 1000
+    assert plan.disk["embeddings"] == 240 * 32 * 4  # draft, base and prior read those of one CLIP and size
     text = told(plan)
     assert text.startswith("plan of runs/smoke\n")
     for word in ("3,418,881", "1.5 GiB", "192", "roomy: 8 CPU, 64.0 GiB", amount(plan.disk["checkpoints"])):

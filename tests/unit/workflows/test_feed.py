@@ -8,23 +8,24 @@ import pytest
 from dd_core.labels import UNLABELLED
 from tests.prepared import png, write_prepared
 from workflows import feed
-from workflows.feed import DataError, Order, Share
+from workflows.feed import DataError, Order, Share, Wanted
 from workflows.labels import LabelSpec, label_of
 
 BATCH = 12
 SIZE = 16
+WANTED = Wanted(SIZE)
 LABEL = LabelSpec(path="things.0.n", classes=("1", "0"))
 
 
 def order_of(data: Path, seed: int = 3) -> Order:
-    return Order(feed.survey(feed.prepared_files(data), (f"image{SIZE}", "tokens")), seed)
+    return Order(feed.survey(feed.prepared_files(data), WANTED), seed)
 
 
 def captions(order: Order, share: Share) -> list[int]:
     """The number of every pair that a rank trains on, in order."""
     found: list[int] = []
-    for task in feed.tasks(order, share, SIZE):
-        for table in feed.read(task, SIZE):
+    for task in feed.tasks(order, share, WANTED):
+        for table in feed.read(task, WANTED):
             assert table["position"].to_pylist() == share.positions()[len(found) :][: len(table)].tolist()
             found += [tokens[1] - 1 for tokens in table["tokens"].to_pylist()]
     return found
@@ -49,9 +50,10 @@ def test_an_epoch_is_every_usable_pair_once_and_each_is_mixed_anew(data: Path) -
 
 
 def test_a_label_is_that_of_its_pair_and_what_is_no_class_is_told_apart(data: Path) -> None:
-    order = Order(feed.survey(feed.prepared_files(data), feed.columns_of(SIZE, LABEL)), seed=3)
-    picks = feed.tasks(order, Share(0, 10, BATCH, 0, 1), SIZE)[0]
-    (table,) = feed.read(picks, SIZE, LABEL)
+    wanted = Wanted(SIZE, LABEL)
+    order = Order(feed.survey(feed.prepared_files(data), wanted), seed=3)
+    picks = feed.tasks(order, Share(0, 10, BATCH, 0, 1), wanted)[0]
+    (table,) = feed.read(picks, wanted)
     numbers = [tokens[1] - 1 for tokens in table["tokens"].to_pylist()]
     assert table["label"].to_pylist() == [{0: 1, 1: 0, 2: UNLABELLED}[number % 3] for number in numbers]
 
@@ -91,14 +93,14 @@ def test_every_global_step_trains_on_the_same_pairs_whatever_the_number_of_worke
 
 def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:
     order = order_of(data)
-    table = next(feed.read(order.picks(np.arange(order.rows)), SIZE))
+    table = next(feed.read(order.picks(np.arange(order.rows)), WANTED))
     for image, tokens in zip(table["image"].to_pylist(), table["tokens"].to_pylist(), strict=True):
         assert image == feed.decoded(png(SIZE, tokens[1] - 1), SIZE)
 
 
 def test_bad_data_is_refused_with_its_name(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'image64'.*it has key, tokens, image16"):
-        feed.survey(feed.prepared_files(data), ("image64",))
+        feed.survey(feed.prepared_files(data), Wanted(64))
     with pytest.raises(DataError, match="no finished prepared data"):
         feed.prepared_files(tmp_path)
     copy = write_prepared(tmp_path / "cut", files=1)

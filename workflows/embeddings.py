@@ -1,0 +1,315 @@
+"""Prepared images in, their embeddings by a frozen CLIP out: a Ray Data job between CLIP and its children.
+
+    <run>/<clip>/embeddings/64/part-00000.parquet      beside each prepared file one of its name, its row
+                                                       groups and its rows: `embedding`, zeros if rejected
+    <run>/<clip>/embeddings/64/manifest.json           written last: of which data, by which CLIP, sha256
+    <run>/.embeddings/<digest of the CLIP>/64/         the same, by a CLIP that is no stage of the run
+
+64 is the side of the images.  A row group is embedded at once, by one thread (or one GPU) and in float32,
+which is how a cascade embeds pictures that are edited, whatever precision the children train in.  So the
+bytes follow from data, CLIP and kind of device, and not from how many share the work.
+"""
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from dd_core import bundle, images, sealed
+from dd_core.nets.clip import Clip
+from dd_core.stages.clip import ClipSpec, clip_of
+from workflows import feed
+from workflows.feed import EMBEDDING, DataError
+from workflows.files import one_line
+from workflows.parts import (
+    UNFINISHED,
+    DestinationError,
+    Part,
+    is_whole,
+    plain_writer,
+    resumed,
+    write_json,
+)
+from workflows.progress import LINE_EVERY_S, clock
+from workflows.storage import Home, StorageError
+
+log = logging.getLogger(__name__)
+PROCESS_BYTES = 1_500_000_000
+"""Of a task before it has a model: Python, torch, Ray."""
+
+
+class Embeddings(NamedTuple):
+    """All images of one size in prepared data, embedded by one CLIP."""
+
+    home: Home
+    """Where they are, or are to be."""
+    files: tuple[str, ...]
+    """Addresses of the prepared files."""
+    data: str
+    """Digest of the prepared data."""
+    clip: Home
+    """The bundle."""
+    clip_digest: str
+    image_size: int
+
+    @property
+    def source(self) -> str:
+        """Changes when anything that shapes the files does."""
+        names = [url.rpartition("/")[2] for url in self.files]
+        shaping = [feed.EMBEDDINGS, self.data, names, self.clip_digest, self.image_size]
+        return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+
+
+def home_of(run: Home, named: str, clip: Home, digest: str, image_size: int) -> Home:
+    """Where the embeddings by a CLIP lie: beside its bundle if it is a stage of the run.
+
+    The name of no stage begins with a dot, so those by other CLIPs are in nobody's way.
+    """
+    if clip == run.at(f"{named}/bundle"):
+        return run.at(f"{named}/embeddings/{image_size}")
+    return run.at(f".embeddings/{digest[:16]}/{image_size}")
+
+
+def embed(what: Embeddings) -> None:
+    """Make what is not there yet; a job that was cut goes on, a finished one is not done again.
+
+    Ray must have been started, or is started with its defaults.
+
+    Raises:
+        ValueError: The parent is no CLIP.
+        DataError: A prepared file is damaged, or was prepared without this size.
+        DestinationError: The directory cannot be written to, or holds other files.
+    """
+    if not is_finished(what):
+        made(what)
+
+
+def require(what: Embeddings) -> None:
+    """Refuse to read what is not there; pages are verified when they are read.
+
+    Raises:
+        DataError: The embeddings were not finished, or are of other data, or by another CLIP.
+    """
+    facts = facts_of(what)
+    if facts.get("source") != what.source:
+        raise DataError(
+            f"{what.home.address} holds no finished embeddings of this data by this CLIP; run `ddiff run` or "
+            "`ddiff train`, which makes them"
+        )
+
+
+def facts_of(what: Embeddings) -> dict[str, Any]:
+    """What the manifest says; empty if there is none or it is damaged."""
+    body = what.home.facts(sealed.MANIFEST)
+    digest = body.pop("digest", None)
+    return body if digest == sealed.digest_of(body) else {}
+
+
+def is_finished(what: Embeddings) -> bool:
+    """True if every file is there as it was written, of the same data and CLIP."""
+    facts = facts_of(what)
+    return facts.get("source") == what.source and all(is_whole(what.home, part) for part in parts_of(facts))
+
+
+def parts_of(facts: dict[str, Any]) -> list[Part]:
+    """The files of a manifest."""
+    try:
+        return [Part(**part) for part in facts.get("parts", [])]
+    except (TypeError, ValidationError):
+        return []
+
+
+def made(what: Embeddings) -> None:
+    """Embed the files that are missing and seal them all."""
+    spec = bundle.checked(bundle.SPEC, what.clip.fetched() / "spec.json")
+    if not isinstance(spec, ClipSpec):
+        raise ValueError(f"{what.clip.address} is a {type(spec).__name__}, the parent 'clip' must be a CLIP")
+    parts, began = reopened(what), time.monotonic()
+    before, said = len(parts), began
+    for part in written(what, parts):
+        parts[part.shard] = part
+        if time.monotonic() - said > LINE_EVERY_S:
+            said = time.monotonic()
+            log.info("embeddings: %d of %d files", len(parts), len(what.files))
+    seconds = time.monotonic() - began
+    every = [parts[number] for number in range(len(what.files))]
+    facts = {
+        "source": what.source,
+        "data": what.data,
+        "clip": what.clip_digest,
+        "image_size": what.image_size,
+        "width": spec.net.embedding_width,
+        "rows": sum(part.rows for part in every),
+        "embedded": sum(part.kept for part in every),
+        "parts": [part.model_dump(mode="json") for part in every],
+    }
+    home = what.home
+    home.here.mkdir(parents=True, exist_ok=True)
+    sealed.seal(home.here, {part.file: part.sha256 for part in every}, facts)
+    home.send(sealed.MANIFEST)
+    home.drop(UNFINISHED)
+    done = sum(part.kept for part in list(parts.values())[before:])
+    rate = f"{done / max(seconds, 1e-6):,.0f} images/s"
+    log.info("embeddings: %s images in %s, %s: %s", f"{done:,}", clock(seconds), rate, home.address)
+
+
+def reopened(what: Embeddings) -> dict[int, Part]:
+    """The good files of an earlier job, cut or finished; the directory is ready for the others."""
+    home, facts = what.home, facts_of(what)
+    if facts.get("source") == what.source:  # it was finished, and has lost a file since
+        for part in parts_of(facts):
+            write_json(home, f"{UNFINISHED}/part-{part.shard:05d}.json", part.model_dump(mode="json"))
+        write_json(home, f"{UNFINISHED}/source.json", {"source": what.source})
+    return resumed(home, what.source)
+
+
+def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
+    """Write the files that are missing and hand out each as it is done."""
+    todo = [{"file": number} for number in range(len(what.files)) if number not in known]
+    if not todo:
+        return
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    most = at_once(what, gpus)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
+    with ray.data.DataContext.current(context):
+        reports = ray.data.from_items(todo, override_num_blocks=min(len(todo), 4 * most)).map_batches(
+            partial(reported, what=what, device="cuda" if gpus else "cpu"),
+            batch_size=None,  # a task does several files, since each reads the CLIP anew
+            num_cpus=0.5,  # each keeps one busy; what is left is for those who read beside it
+            num_gpus=1 if gpus else None,
+            compute=ray.data.TaskPoolStrategy(size=most),
+        )
+    for report in reports.iter_rows():
+        if report["damage"]:
+            raise DataError(report["damage"])
+        if report["error"]:
+            raise DestinationError(f"{what.home.address} cannot be written to: {report['error']}")
+        yield Part.model_validate_json(report["part"])
+
+
+def at_once(what: Embeddings, gpus: int) -> int:
+    """As many tasks as there are CPUs or GPUs, and memory for."""
+    there = ray.cluster_resources()
+    each = PROCESS_BYTES + 3 * (what.clip.fetched() / "weights.safetensors").stat().st_size
+    return max(1, min(gpus or int(there.get("CPU", 1)), int(there.get("memory", each) // each)))
+
+
+def reported(
+    batch: dict[str, NDArray[Any]], *, what: Embeddings, device: str
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """What a task runs: a report for each of its files.
+
+    A task and no actor: the CLIP is gone from the memory when it ends, and the process is there for the next.
+    """
+    torch.set_num_threads(1)
+    clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
+    for number in batch["file"].tolist():
+        part, damage, error = "", "", ""
+        try:
+            found = write_sidecar(what, number, clip.spec.embedding_width, partial(told, clip, device))
+            part = found.model_dump_json()
+        except DataError as failure:
+            damage = one_line(failure)
+        except (OSError, StorageError) as failure:
+            error = one_line(failure)
+        yield {"part": np.array([part]), "damage": np.array([damage]), "error": np.array([error])}
+
+
+@torch.inference_mode()
+def told(clip: Clip, device: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[b, 3, s, s] images -> [b, d] embeddings."""
+    unit = images.to_unit(torch.from_numpy(pixels).to(device))
+    found: NDArray[np.float32] = clip.embed_image(unit).cpu().numpy()
+    return found
+
+
+def write_sidecar(
+    what: Embeddings,
+    number: int,
+    width: int,
+    told: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+) -> Part:
+    """Embed one prepared file, row group by row group; the sidecar is whole or not there.
+
+    Args:
+        what: The job.
+        number: Of the file.
+        width: Numbers of an embedding.
+        told: Images, uint8 [b, 3, s, s] -> embeddings [b, width].
+
+    Raises:
+        DataError: The file is damaged or was prepared without this size.
+    """
+    url, home, here = what.files[number], what.home, what.home.here
+    here.mkdir(parents=True, exist_ok=True)
+    name = url.rpartition("/")[2]
+    draft = here / f".part-{number:05d}-{uuid.uuid4().hex}.draft"
+    schema = pa.schema([pa.field(EMBEDDING, pa.list_(pa.float32(), width), nullable=False)])
+    rows = kept = 0
+    try:
+        with plain_writer(draft, schema) as writer:
+            for pixels, usable in row_groups(url, what.image_size):
+                values = np.zeros((len(usable), width), np.float32)
+                if usable.any():
+                    values[usable] = told(pixels)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)
+                writer.write_table(pa.table([column], schema=schema), row_group_size=len(usable))
+                rows, kept = rows + len(usable), kept + int(usable.sum())
+        part = Part(
+            shard=number,
+            url=url,
+            file=name,
+            rows=rows,
+            kept=kept,
+            rejects={},
+            bytes=draft.stat().st_size,
+            sha256=sealed.sha256(draft),
+        )
+        draft.rename(here / name)
+        home.send(name)
+        write_json(home, f"{UNFINISHED}/part-{number:05d}.json", part.model_dump(mode="json"))
+        if home.stored:
+            (here / name).unlink()  # whoever reads it reads the store
+    finally:
+        draft.unlink(missing_ok=True)
+    return part
+
+
+def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+    """Of each row group the images that are there, uint8 [b, 3, s, s], and which rows they are of."""
+    column, remedy = f"image{image_size}", "prepare the data again"
+    try:
+        with fsspec.open(url, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            feed.check_columns(url, parquet, (column, "reject"))
+            groups = parquet.num_row_groups
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{url}: {feed.first_line(error)}; {remedy}") from None
+    for group in range(groups):
+        table = feed.row_group(url, group, [column, "reject"], remedy)
+        usable = pc.equal(table["reject"], "").combine_chunks().to_numpy(zero_copy_only=False)
+        data = table[column].filter(pa.array(usable)).to_pylist()
+        yield stacked(data, image_size), usable
+
+
+def stacked(data: Sequence[bytes], image_size: int) -> NDArray[np.uint8]:
+    """Image files of our own making as [b, 3, s, s]."""
+    pixels = b"".join(feed.decoded(one, image_size) for one in data)
+    return np.frombuffer(pixels, np.uint8).reshape(len(data), 3, image_size, image_size).copy()
