@@ -194,7 +194,7 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
             batch_size=None,  # a task does several files, since each reads the CLIP anew
             num_cpus=0.5,  # each keeps one busy; what is left is for those who read beside it
             num_gpus=1 if gpus else None,
-            compute=ray.data.TaskPoolStrategy(size=most),
+            compute=ray.data.TaskPoolStrategy(size=min(len(todo), most)),
         )
     for report in reports.iter_rows():
         if report["damage"]:

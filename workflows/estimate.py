@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dd_core import bundle
@@ -107,7 +107,9 @@ def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Path
         return trained[named]
     for path in (run / named / "bundle", Path(named)):
         if (path / "spec.json").exists():
-            return bundle.load(path).trained
+            with unset_fake_temporarily():
+                spec_there, weights = bundle.load(path).trained
+            return Trained(spec_there, {name: torch.empty_like(value) for name, value in weights.items()})
     raise ValueError(f"{spec.name}: its {role} {named!r} is neither a stage of the run nor a bundle")
 
 

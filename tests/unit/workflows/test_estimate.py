@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dd_core import bundle
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.prior import CausalPriorSpec
 from dd_core.nets.text import CaptionedSpec
@@ -83,6 +84,18 @@ def test_several_workers_share_the_batch_and_double_the_gradients(needed: dict[s
     assert shared.activations < 0.7 * needed["clip"].activations
     smaller = needs([clip.but(micro_batch_size=1)], context_length=smoke.CONTEXT, run=Path("nowhere"))["clip"]
     assert smaller.activations < shared.activations
+
+
+def test_a_parent_that_has_been_trained_counts_as_one_of_the_run_does(
+    needed: dict[str, Need], real: dict[str, TrainState], tmp_path: Path
+) -> None:
+    prior = next(spec for spec in SPECS if spec.name == "prior")
+    path = tmp_path / "clip" / "bundle"
+    path.parent.mkdir()
+    bundle.save(path, *trained("clip", real), parents={}, facts={})
+    for parents, run in (({"clip": "clip"}, tmp_path), ({"clip": str(path)}, Path("nowhere"))):
+        alone = prior.but(parents=parents)
+        assert needs([alone], context_length=smoke.CONTEXT, run=run)["prior"] == needed["prior"]
 
 
 def test_a_parent_that_is_nowhere_is_named() -> None:
