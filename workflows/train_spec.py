@@ -98,6 +98,16 @@ class TrainSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _learns(self) -> "TrainSpec":
+        images, looks = self.budget.steps * self.batch_size, self.stage.looks_at
+        if images <= looks:
+            raise ValueError(
+                f"a {self.stage.kind} measures its first {looks:,} images (measured_images) before it learns; "
+                f"{self.budget.steps:,} steps of {self.batch_size} are no more than that: raise budget.steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _chain_fits(self) -> "TrainSpec":
         if not isinstance(self.stage, ChainSpec):
             return self

@@ -63,6 +63,11 @@ class AutoregressivePriorSpec(LearnedSpec):
             )
         return self
 
+    @property
+    def looks_at(self) -> int:
+        """Until it has the axes of their embeddings."""
+        return self.measured_images
+
 
 class AutoregressivePriorStage(Stage):
     """Looks at the first embeddings to find the axes, then learns to continue captions by codes."""

@@ -39,6 +39,11 @@ class DraftSpec(LearnedSpec):
         """The parent CLIP."""
         return EmbeddedBy("clip", self.embedding_width)
 
+    @property
+    def looks_at(self) -> int:
+        """Until it can whiten their embeddings."""
+        return self.measured_images
+
 
 class DraftStage(Stage):
     """Trains the decoder on the embeddings of the images themselves.

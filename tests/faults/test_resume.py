@@ -46,7 +46,9 @@ NET = ClipNetSpec(
 )
 SPEC = TrainSpec(
     name="whole",
-    stage=DraftSpec(embedding_width=16, width=8, image_size=32),  # reads images and embeddings, draws noise
+    stage=DraftSpec(
+        embedding_width=16, width=8, image_size=32, measured_images=64
+    ),  # looks, reads, draws noise
     parents={"clip": "clip"},
     optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
     budget=Budget(steps=60, checkpoint_every=7, report_every=1),
