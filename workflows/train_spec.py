@@ -102,7 +102,7 @@ class TrainSpec(Spec):
         images, looks = self.budget.steps * self.batch_size, self.stage.looks_at
         if images <= looks:
             raise ValueError(
-                f"a {self.stage.kind} measures its first {looks:,} images (measured_images) before it learns; "
+                f"a {self.stage.kind} measures {looks:,} images (measured_images) before it learns; "
                 f"{self.budget.steps:,} steps of {self.batch_size} are no more than that: raise budget.steps"
             )
         return self

@@ -212,7 +212,9 @@ def test_a_base_from_drafts_refuses_to_be_without_or_with_one_of_another_size() 
 def test_a_variation_by_the_base_stays_the_nearer_the_fewer_steps_it_takes() -> None:
     known = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
     how = FAST.but(num_steps=20, guidance_scale=1.0, eta=0.0)
-    spec = BASE.but(predicts="eps")  # the estimate of an untrained one is near x where there is little noise
+    spec = BASE.but(
+        predicts="eps", from_draft=False
+    )  # the estimate of an untrained one is near x where there is little noise
     far = [
         (drawn(spec, asked([1], "a star", known=known), how.but(strength=s)) - known).square().mean().item()
         for s in (0.05, 0.6, 1.0)
