@@ -25,7 +25,7 @@ from workflows.progress import StepBars, StepProgress, clock
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
 from workflows.side_by_side import side_by_side
-from workflows.stopping import Stopping, stopped_by_sigterm
+from workflows.stopping import Stopping, stopped_by_signals
 from workflows.storage import Again, Home
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
@@ -103,7 +103,7 @@ def all_made(spec: RunSpec, run: Home, prepared: Prepared, tracked: Tracked) -> 
         The error of the first stage that failed; those beside it were told to stop, and are saved.
     """
     parents = {stage.name: tuple(stage.parents.values()) for stage in spec.stages}
-    with stopped_by_sigterm() as stopping, StepBars() as bars:
+    with stopped_by_signals() as stopping, StepBars() as bars:
         making = Making(run, prepared, tracked, spec.at_once, stopping, bars)
         bundles = side_by_side(
             parents, lambda name: made(spec.stage(name), making), at_once=spec.at_once, stop=stopping
@@ -130,7 +130,7 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
     stage, run = spec.stage(name), opened(run)
     for role in stage.parents:
         training.parent_home(stage, role, run)
-    with timed(run, TOTAL), stopped_by_sigterm() as stopping, StepBars() as bars:
+    with timed(run, TOTAL), stopped_by_signals() as stopping, StepBars() as bars:
         with timed(run, "data"):
             prepared = prepared_data(spec, run)
         return made(stage, Making(run, prepared, tracked, spec.at_once, stopping, bars))

@@ -32,8 +32,7 @@ def side_by_side(
     """Make every step after its parents; of those that may begin, the first of the list begins.
 
     Each is made in a thread of its own, while this one waits, so that signals are heard.  When one
-    fails, those beside it are told to save and end, and no other is begun.  So it is after Ctrl-C; a
-    second one does not wait for them.
+    fails, those beside it are told to save and end, and no other is begun.
 
     Args:
         parents: Step -> the steps it stands on, in the order of the list; names of no step are passed over.
@@ -66,8 +65,8 @@ def side_by_side(
             threading.Thread(target=begin, args=(name,), name=name, daemon=True).start()
         if not running:
             break
-        name, error = heard(ended, stop)
-        running.discard(name)
+        name, error = ended.get()
+        running.remove(name)
         if error is not None and first is None:
             first = error
             stop.ask()
@@ -76,21 +75,6 @@ def side_by_side(
     if first is not None:
         raise first
     return {name: made[name] for name in parents if name in made}
-
-
-def heard(ended: SimpleQueue[Ended], stop: Stop) -> Ended:
-    """The next step that is over, or Ctrl-C.
-
-    Raises:
-        KeyboardInterrupt: When those that run have been told already: they are not waited for.
-    """
-    try:
-        return ended.get()
-    except KeyboardInterrupt as interrupt:
-        if stop.asked:
-            raise
-        log.warning("stopping; what is in training is saved first (once more: at once, from the last save)")
-        return Ended("", interrupt)
 
 
 def ready(waiting: list[str], parents: Mapping[str, Collection[str]], made: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """How trainings are told to save themselves and end: a file in the directory of each that runs."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from types import FrameType
 
 from workflows.storage import Home
 
+log = logging.getLogger(__name__)
 STOP = "stop"
 """While this file is in a stage's directory, its workers are to save and stop."""
 
@@ -27,6 +29,7 @@ class Stopping:
 
     def tell(self) -> None:
         with self.lock:
+            log.info("stopping: %s", ", ".join(stage.here.name for stage in self.stages) or "nothing trains")
             for stage in self.stages:
                 stage.write(STOP, "stop")
 
@@ -48,10 +51,11 @@ class Stopping:
 
 
 @contextmanager
-def stopped_by_sigterm() -> Iterator[Stopping]:
-    """While inside, SIGTERM asks the stages to save and stop, instead of killing this process.
+def stopped_by_signals() -> Iterator[Stopping]:
+    """While inside, SIGTERM and Ctrl-C ask the stages to save and stop, instead of ending this process.
 
-    Signals are heard in the main thread alone; in another one, nothing is changed.
+    A second Ctrl-C is a KeyboardInterrupt, which waits for nothing.  Signals are heard in the main
+    thread alone; in another one, nothing is changed.
     """
     stopping = Stopping()
     if threading.current_thread() is not threading.main_thread():
@@ -59,10 +63,13 @@ def stopped_by_sigterm() -> Iterator[Stopping]:
         return
 
     def ask(signum: int, frame: FrameType | None) -> None:
+        if stopping.asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
         stopping.ask()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stopping
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -179,7 +179,7 @@ def accumulation(spec: TrainSpec) -> int:
 
 
 class StopSign:
-    """Whether the driver was sent SIGTERM; a store is asked in the background, by the first worker alone."""
+    """Whether the driver says stop; a store is asked in the background, by the first worker alone."""
 
     def __init__(self, job: Job, who: Position) -> None:
         self.home, self.seen, self.asks = job.home, False, who.rank == 0 and job.home.stored

@@ -1,8 +1,9 @@
 """The scheduler of a run, on random graphs: whose turn it is, how many at a time, and what a failure does."""
 
-import os
 import signal
 import threading
+import time
+from pathlib import Path
 from queue import Queue
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflows.side_by_side import side_by_side
+from workflows.stopping import STOP, stopped_by_signals
+from workflows.storage import Home
 
-WAIT_S = 30.0
+WAIT_S = 20.0
 """Only a fault waits so long."""
 
 
@@ -19,10 +22,11 @@ class Stop:
     """Notes that it was asked."""
 
     def __init__(self) -> None:
-        self.asked, self.times = False, 0
+        self.asked, self.times, self.told = False, 0, threading.Event()
 
     def ask(self) -> None:
         self.asked, self.times = True, self.times + 1
+        self.told.set()
 
 
 class Steps:
@@ -72,11 +76,8 @@ def graphs(draw: st.DrawFn) -> dict[str, list[str]]:
 
 def turns(parents: dict[str, list[str]], begun: set[str], ended: set[str], free: int) -> set[str]:
     """Who begins now: the first of the list whose parents have ended."""
-    able = [
-        name
-        for name in parents
-        if name not in begun and all(p in ended or p not in parents for p in parents[name])
-    ]
+    missing = parents.keys() - ended
+    able = [name for name in parents if name not in begun and not missing & {*parents[name]}]
     return set(able[:free])
 
 
@@ -117,6 +118,7 @@ def test_the_first_failure_begins_nothing_more_tells_the_others_once_and_is_rais
             break
         steps.ends[one].put(None)
     steps.ends[bad].put(ValueError(bad))
+    assert steps.stop.told.wait(WAIT_S)
     for number, one in enumerate(sorted(begun - ended)):  # those beside it end as they like
         steps.ends[one].put(RuntimeError("told to stop") if number % 2 else None)
     steps.over()
@@ -134,31 +136,24 @@ def test_a_stop_asked_by_somebody_else_begins_nothing_more_and_hands_back_what_w
     assert steps.result == {"a": "A"}
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_tells_those_that_run_and_a_second_one_does_not_wait_for_them(times: int) -> None:
-    stop, running, release = Stop(), threading.Event(), threading.Event()
-    ended = []
-
-    def make(name: str) -> str:
-        running.set()
-        assert release.wait(WAIT_S)
-        ended.append(name)
-        return name
-
-    def interrupt() -> None:
-        running.wait(WAIT_S)
-        os.kill(os.getpid(), signal.SIGINT)
-        while not stop.asked:
-            threading.Event().wait(0.01)
-        if times == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        else:
-            release.set()
-
-    hand = threading.Thread(target=interrupt)
-    hand.start()
-    with pytest.raises(KeyboardInterrupt):
-        side_by_side({"a": [], "b": []}, make, at_once=1, stop=stop)
-    hand.join()
-    assert ended == (["a"] if times == 1 else [])
-    release.set()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_tells_all_who_train_and_who_joins_later_and_is_gone_afterwards(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    first, late = Home.of(tmp_path / "first"), Home.of(tmp_path / "late")
+    with stopped_by_signals() as stopping:
+        with stopping.joined(first):
+            assert not first.has(STOP)
+            signal.raise_signal(number)
+            while not first.has(STOP):
+                time.sleep(0.01)
+            with stopping.joined(late):
+                assert late.has(STOP)
+        assert stopping.asked
+        assert not first.has(STOP)
+        assert not late.has(STOP)
+        signal.raise_signal(signal.SIGTERM)  # as often as anybody likes
+        with pytest.raises(KeyboardInterrupt):  # who presses Ctrl-C again does not want to wait
+            signal.raise_signal(signal.SIGINT)
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
