@@ -94,11 +94,11 @@ def steps_of(run: Path, name: str) -> list[int]:
     return list(curves(run / name / "metrics.jsonl").get("train/loss", {}))
 
 
-def when_both(run: Path, step: int, act: Callable[[], None]) -> threading.Thread:
-    """Do something as soon as both stages have come so far."""
+def when_one(run: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Do something as soon as one of the two has come so far; the other may still be starting."""
 
     def wait() -> None:
-        while min(max(steps_of(run, name), default=0) for name in ("one", "other")) < step:
+        while max(max(steps_of(run, name), default=0) for name in ("one", "other")) < step:
             time.sleep(0.02)
         act()
 
@@ -124,7 +124,7 @@ def test_two_stages_side_by_side_stopped_by_sigterm_and_continued_are_those_trai
 ) -> None:
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
-    stop = when_both(run, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop = when_one(run, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(PreemptedError, match=rf"(one|other): stopped at step \d+ of {STEPS}; run the same"):
         all_made(SPEC, Home.of(run), data, tracking)
     assert not stop.is_alive()
@@ -132,7 +132,7 @@ def test_two_stages_side_by_side_stopped_by_sigterm_and_continued_are_those_trai
     for name in ("one", "other"):  # each saved what it had
         newest = max((run / name / "checkpoints").iterdir())
         assert newest.name == f"step-{max(steps_of(run, name)):08d}"
-        assert 5 <= max(steps_of(run, name)) < STEPS
+        assert 1 <= max(steps_of(run, name)) < STEPS
         assert not (run / name / "stop").exists()
     assert not (run / "last" / "checkpoints").exists()  # not begun
 
