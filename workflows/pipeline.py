@@ -130,10 +130,11 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
     stage, run = spec.stage(name), opened(run)
     for role in stage.parents:
         training.parent_home(stage, role, run)
-    with timed(run, TOTAL), stopped_by_signals() as stopping, StepBars() as bars:
+    with timed(run, TOTAL):
         with timed(run, "data"):
             prepared = prepared_data(spec, run)
-        return made(stage, Making(run, prepared, tracked, spec.at_once, stopping, bars))
+        with stopped_by_signals() as stopping, StepBars() as bars:
+            return made(stage, Making(run, prepared, tracked, spec.at_once, stopping, bars))
 
 
 def check_parents(spec: RunSpec, run: Home | Path) -> None:
