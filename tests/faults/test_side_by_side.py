@@ -17,7 +17,7 @@ from dd_core.nets.unet import UNetSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from tests.prepared import write_prepared
-from workflows.journal import curves
+from workflows.journal import curves, entries
 from workflows.pairs import PairsSpec
 from workflows.pipeline import all_made, seconds_of, timed
 from workflows.prepare import Prepared
@@ -25,7 +25,7 @@ from workflows.run_spec import RunSpec
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
 from workflows.train_spec import TrainSpec
-from workflows.training import PreemptedError, train_stage
+from workflows.training import DivergedError, PreemptedError, train_stage
 
 pytestmark = [
     pytest.mark.ray,
@@ -94,6 +94,11 @@ def steps_of(run: Path, name: str) -> list[int]:
     return list(curves(run / name / "metrics.jsonl").get("train/loss", {}))
 
 
+def statuses(run: Path, name: str) -> list[str]:
+    """What the journal says of how a stage stood."""
+    return [entry.value for entry in entries(run / name / "metrics.jsonl") if entry.kind == "status"]
+
+
 def when_one(run: Path, step: int, act: Callable[[], None]) -> threading.Thread:
     """Do something as soon as one of the two has come so far; the other may still be starting."""
 
@@ -149,13 +154,14 @@ def test_a_stage_that_fails_stops_those_beside_it_saved_and_its_error_is_raised(
     data: Prepared, tracking: Tracked, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    long = SPEC.stage("other").but(budget=Budget(steps=10**6, checkpoint_every=10**6, report_every=1))
-    bad = SPEC.stage("one").but(parents={"clip": "last"})  # refused by its worker, once it is there
-    spec = RunSpec.model_construct(
-        **(dict(SPEC) | {"stages": (long, bad, SPEC.stage("last").but(parents={}))})
-    )
-    with pytest.raises(ValueError, match="one: "):
+    long = stage("other", 2, budget=Budget(steps=10**6, checkpoint_every=10**6, report_every=1))
+    hot = stage("one", 1, optimizer=OptimizerSpec(learning_rate=1e20, grad_clip=1e20, precision="fp32"))
+    spec = SPEC.but(stages=(hot, long, SPEC.stage("last").but(parents={"any": "other"})))
+    with pytest.raises(DivergedError, match="one: gradient not finite"):
         all_made(spec, Home.of(run), data, tracking)
     stopped = max(steps_of(run, "other"), default=0)
     newest = max((run / "other" / "checkpoints").iterdir())
     assert newest.name == f"step-{stopped:08d}"
+    assert statuses(run, "one")[-1] == "FAILED"
+    assert statuses(run, "other")[-1] == "KILLED"
+    assert not (run / "last").exists()  # not begun
