@@ -149,6 +149,13 @@ def places_on(node: Node, *, cpus: float, gpus: float, memory_bytes: float) -> i
     return min(int(has / wants + 1e-9) for has, wants in pairs if wants)
 
 
+def left_on(node: Node, *, cpus: float, gpus: float, memory_bytes: float) -> Node:
+    """What a worker of this size leaves of a node."""
+    return node._replace(
+        cpus=node.cpus - cpus, gpus=node.gpus - gpus, memory_bytes=node.memory_bytes - memory_bytes
+    )
+
+
 def free_disk(directory: Path) -> int:
     """Bytes free where a directory is or will be."""
     while not directory.exists():

@@ -1,18 +1,21 @@
 """The plan of a run, shown before anything starts, and refused with its arithmetic if it cannot fit."""
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.nodes import Node, amount, free_disk, has_labels, node_text, places
+from jobs.nodes import Node, amount, free_disk, has_labels, left_on, node_text, places
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import ShapesSpec, pair
-from workflows.train_spec import TrainSpec
+from workflows.train_spec import TrainSpec, cpu_share
 
 PROCESS_BYTES = 1_220_000_000
 """Of a worker before it has a model: Python, torch, Ray.  Measured on four stages of the smoke and the
 demo recipe: 1.10e9 to 1.22e9 bytes resident beside what workflows.estimate adds up (torch 2.15, CPU)."""
+READER_CPUS = 0.25
+"""Of a task that reads; stages that hold all CPUs would wait for it for ever."""
 PREPARED_SHARE = 0.8
 """Prepared bytes for a byte of the embedded world's tars; measured: 0.80 of 240 and of 400 pairs."""
 
@@ -73,6 +76,8 @@ class Plan(NamedTuple):
     run: str
     stages: tuple[StagePlan, ...]
     nodes: tuple[Node, ...]
+    at_once: int
+    """How many stages may train side by side."""
     disk: dict[str, int]
     """What -> bytes on disk at the end."""
     free: int | None
@@ -84,6 +89,7 @@ class Plan(NamedTuple):
             "run": self.run,
             "nodes": [{**node._asdict(), "labels": dict(node.labels)} for node in self.nodes],
             "stages": {plan.spec.name: stage_facts(plan) for plan in self.stages},
+            "at_once": self.at_once,
             "disk_bytes": self.disk | {"total": sum(self.disk.values())},
             "free_bytes": self.free,
             "refused": refusals(self),
@@ -103,7 +109,9 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
     """
     here = Path(run)
     needed = needs(in_order(spec.stages), context_length=spec.pairs.context_length, run=here)
-    stages = tuple(stage_plan(stage, needed[stage.name], nodes) for stage in in_order(spec.stages))
+    stages = tuple(
+        stage_plan(stage, needed[stage.name], nodes, at_once=spec.at_once) for stage in in_order(spec.stages)
+    )
     disk = {
         "data": data_bytes(spec.shapes) if spec.shapes else 0,
         "embeddings": embedding_bytes(spec.stages, spec.shapes.pairs) if spec.shapes else 0,
@@ -111,21 +119,21 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
         "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
     }
     free = None if "://" in run else free_disk(here.absolute()) + taken(here)
-    return Plan(run, stages, tuple(nodes), disk, free)
+    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free)
 
 
 def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
     """The same plan on other nodes."""
-    stages = tuple(stage_plan(stage.spec, stage.need, nodes) for stage in plan.stages)
+    stages = tuple(stage_plan(stage.spec, stage.need, nodes, at_once=plan.at_once) for stage in plan.stages)
     return plan._replace(stages=stages, nodes=tuple(nodes))
 
 
-def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node]) -> StagePlan:
+def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node], *, at_once: int) -> StagePlan:
     """One stage on these nodes; what the spec leaves open is decided as workflows.training does."""
     has_gpus = sum(node.gpus for node in nodes) >= spec.num_workers
     gpu = has_gpus if spec.use_gpu is None else spec.use_gpu
-    share = max(0.01, (sum(node.cpus for node in nodes) - 0.5) / spec.num_workers)
-    return StagePlan(spec, need, gpu, spec.resources.cpus or round(min(1.0, share), 2))
+    share = cpu_share(sum(node.cpus for node in nodes), spec.num_workers, at_once)
+    return StagePlan(spec, need, gpu, spec.resources.cpus or share)
 
 
 def data_bytes(spec: ShapesSpec) -> int:
@@ -157,6 +165,7 @@ def taken(directory: Path) -> int:
 def refusals(plan: Plan) -> list[str]:
     """Why the plan cannot be carried out, one line each; none if it can."""
     found = [line for stage in plan.stages for line in stage_refusals(stage, plan.nodes)]
+    found = found or list(group_refusals(plan))
     total = sum(plan.disk.values())
     if plan.free is not None and total > plan.free:
         parts = " + ".join(f"{amount(size)} {name}" for name, size in plan.disk.items() if size)
@@ -194,6 +203,61 @@ def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
             f"{name}: {plan.spec.num_workers} workers of {each} each{reason}; there is room for {room} on "
             f"{there}; lower num_workers, set micro_batch_size, or bring larger nodes"
         )
+
+
+def groups(plans: Sequence[StagePlan], at_once: int) -> Iterator[tuple[StagePlan, ...]]:
+    """Every so many stages that may train side by side: none stands on another, however far below."""
+    below: dict[str, set[str]] = {}
+    for plan in plans:  # parents come first
+        parents = [name for name in plan.spec.parents.values() if name in below]
+        below[plan.spec.name] = set(parents).union(*(below[name] for name in parents))
+    for count in range(2, at_once + 1):
+        for group in combinations(plans, count):
+            names = {plan.spec.name for plan in group}
+            if not any(names & below[name] for name in names):
+                yield group
+
+
+def group_refusals(plan: Plan) -> Iterator[str]:
+    """Of the stages that may train side by side, those that need most, if they do not fit together.
+
+    GPUs that do not suffice are no reason: those stages take turns.
+    """
+    bad = [group for group in groups(plan.stages, plan.at_once) if not fit_together(group, plan.nodes)]
+    if not bad:
+        return
+    worst = max(bad, key=reserved)
+    parts = " + ".join(
+        f"{one.spec.num_workers} x {amount(one.reserved_bytes)} and {one.cpus:g} CPU {one.spec.name}"
+        for one in worst
+    )
+    there = "; ".join(map(node_text, plan.nodes[:4]))
+    yield (
+        f"at_once {plan.at_once}: {amount(reserved(worst))} = {parts} may be needed at a time, with "
+        f"{READER_CPUS:g} CPU for who reads, and there is not so much room on {there}; lower at_once, "
+        "num_workers or resources, or bring larger nodes"
+    )
+
+
+def reserved(group: Sequence[StagePlan]) -> int:
+    """Memory of all their workers."""
+    return sum(plan.spec.num_workers * plan.reserved_bytes for plan in group)
+
+
+def fit_together(group: Sequence[StagePlan], nodes: Sequence[Node]) -> bool:
+    """Whether all workers find room at a time, the largest first, and a reading task after them."""
+    if sum(plan.spec.num_workers * plan.gpu for plan in group) > sum(node.gpus for node in nodes):
+        return True  # they wait for each other's GPUs
+    left = list(nodes)
+    for plan in sorted(group, key=lambda plan: plan.reserved_bytes, reverse=True):
+        size = {"cpus": plan.cpus, "gpus": float(plan.gpu), "memory_bytes": float(plan.reserved_bytes)}
+        for _ in range(plan.spec.num_workers):
+            fitting = [n for n, node in enumerate(left) if has_labels(node, plan.spec.resources.labels)]
+            place = next((n for n in fitting if places([left[n]], **size)), None)
+            if place is None:
+                return False
+            left[place] = left_on(left[place], **size)
+    return places(left, cpus=READER_CPUS, gpus=0, memory_bytes=0) > 0
 
 
 def refuse(plan: Plan) -> None:
@@ -242,9 +306,17 @@ def told(plan: Plan) -> str:
             f"plan of {plan.run}",
             *(line.rstrip() for line in table),
             f"disk:  {amount(total)} ({parts}), {free}",
+            *together_told(plan),
             f"nodes: {'; '.join(map(node_text, plan.nodes[:4]))}{more}",
         ]
     )
+
+
+def together_told(plan: Plan) -> list[str]:
+    """What the largest of the groups takes that may train side by side."""
+    most = max(groups(plan.stages, plan.at_once), key=reserved, default=())
+    names = " and ".join(one.spec.name for one in most)
+    return [f"at once: {plan.at_once} stages, at most {amount(reserved(most))} ({names})"] if most else []
 
 
 def row(plan: StagePlan) -> tuple[str, ...]:

@@ -167,7 +167,7 @@ def fingerprint(spec: EvaluationSpec) -> str:
 def judged(home: Home, url: str, spec: EvaluationSpec) -> dict[str, Any]:
     """The scores of the cascade served there; the pictures stay in the run directory."""
     log.info("judging %d pictures painted by %s", spec.captions, url)
-    with timed(home, "evaluation"):
+    with timed(home, "evaluation", "total"):
         scores = evaluate_endpoint(url, spec, keep=home.here / "evaluation")
     home.send("evaluation")
     return scores
@@ -191,7 +191,7 @@ def write_summary(home: Home, spec: RunSpec, made: RunResult, scores: dict[str, 
 
 def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> None:
     """The page, then page and scores to MLflow."""
-    with timed(home, "report"):
+    with timed(home, "report", "total"):
         if home.stored:
             gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))

@@ -132,12 +132,14 @@ class Courier:
         self.retry_s, self.stop_at = retry_s, math.inf
         self.routes: dict[Path, Send] = {}
         self.complained = False
+        self.joining = threading.Lock()
         self.thread = threading.Thread(target=self.deliver, name="tracking", daemon=True)
         self.thread.start()
 
     def carry(self, journal: Path, send: Send) -> None:
         """From now on, deliver what stands in this journal; `send` raises to be called again."""
-        self.routes = self.routes | {journal: send}
+        with self.joining:  # stages that train side by side
+            self.routes = self.routes | {journal: send}
 
     def deliver(self) -> None:
         """Send until closed, a bounded piece of a journal at a time."""

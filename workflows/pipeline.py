@@ -1,7 +1,8 @@
 """The whole chain: raw pairs -> prepared data -> every stage after its parents -> the cascade.
 
-Each step is skipped if its result is there, whole, and made of the same spec, data and parents; a
-step that was cut is continued.  So the same call after any interruption goes on where it was.
+Stages that do not stand on each other train side by side, as many as the spec says.  Each step is
+skipped if its result is there, whole, and made of the same spec, data and parents; a step that was cut
+is continued.  So the same call after any interruption goes on where it was.
 
     <run>/data/raw/*.tar  data/prepared/  <stage>/bundle/  cascade/  seconds.json  metrics.jsonl
     <run>/<clip>/embeddings/64/  of the images, for the stages that learn from them
@@ -22,9 +23,11 @@ from workflows import training
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL
 from workflows.prepare import Prepared, prepare_pairs
-from workflows.progress import StepProgress, clock
+from workflows.progress import StepBars, StepProgress, clock
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
+from workflows.side_by_side import side_by_side
+from workflows.stopping import Stopping, stopped_by_signals
 from workflows.storage import Again, Home
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
@@ -36,6 +39,9 @@ PROGRESS_S = 15.0
 SECONDS = "seconds.json"
 EMBEDDING = threading.Lock()
 """Two stages of one CLIP may begin at once; the second finds what the first has made."""
+TOTAL = "total"
+WRITING = threading.Lock()
+"""Of SECONDS, which stages that train side by side read and replace."""
 
 
 class RunResult(NamedTuple):
@@ -47,7 +53,18 @@ class RunResult(NamedTuple):
     digest: str
     """Of the cascade."""
     seconds: dict[str, float]
-    """Step -> seconds over all starts; `total` is their sum."""
+    """Step -> seconds over all starts; `total` counts those of steps side by side once."""
+
+
+class Making(NamedTuple):
+    """What the stages of a run have in common while they are made."""
+
+    run: Home
+    prepared: Prepared
+    tracked: Tracked
+    at_once: int
+    stopping: Stopping
+    bars: StepBars
 
 
 def run_pipeline(spec: RunSpec, *, run: Home | Path, tracked: Tracked) -> RunResult:
@@ -66,19 +83,38 @@ def run_pipeline(spec: RunSpec, *, run: Home | Path, tracked: Tracked) -> RunRes
     run = opened(run)
     check_parents(spec, run)
     tracked.journal.params(spec.model_dump(mode="json", exclude={"stages"}))
-    with timed(run, "data"):
-        prepared = prepared_data(spec, run)
-    prepared.home.fetch(sealed.MANIFEST)
-    tracked.journal.artifact(prepared.home.here / sealed.MANIFEST)
-    tracked.journal.dataset(spec.name, prepared.home.address, prepared.digest)
-    bundles = {stage.name: made(stage, run, prepared, tracked) for stage in in_order(spec.stages)}
-    with timed(run, "cascade"):
-        digest = cascade_of(spec, run, bundles)
+    with timed(run, TOTAL):
+        with timed(run, "data"):
+            prepared = prepared_data(spec, run)
+        prepared.home.fetch(sealed.MANIFEST)
+        tracked.journal.artifact(prepared.home.here / sealed.MANIFEST)
+        tracked.journal.dataset(spec.name, prepared.home.address, prepared.digest)
+        bundles = all_made(spec, run, prepared, tracked)
+        with timed(run, "cascade"):
+            digest = cascade_of(spec, run, bundles)
     cascade = run.at("cascade")
     tags = {"bundle_sha256": digest, "bundle": cascade.address}
     tracked.journal.tags(tags)
     tracked.journal.model(spec.cascade.name, cascade.address, alias="current", tags=tags)
     return RunResult(bundles, cascade, digest, seconds_of(run))
+
+
+def all_made(spec: RunSpec, run: Home, prepared: Prepared, tracked: Tracked) -> dict[str, Path]:
+    """Stage -> bundle, each made after its parents, spec.at_once of them at a time.
+
+    Raises:
+        training.PreemptedError: Told to stop; what was in training is saved.
+        The error of the first stage that failed; those beside it were told to stop, and are saved.
+    """
+    parents = {stage.name: tuple(stage.parents.values()) for stage in spec.stages}
+    with stopped_by_signals() as stopping, StepBars() as bars:
+        making = Making(run, prepared, tracked, spec.at_once, stopping, bars)
+        bundles = side_by_side(
+            parents, lambda name: made(spec.stage(name), making), at_once=spec.at_once, stop=stopping
+        )
+    if left := [name for name in parents if name not in bundles]:
+        raise training.PreemptedError(f"stopped before {left[0]} began; run the same command to continue")
+    return {stage.name: bundles[stage.name] for stage in in_order(spec.stages)}
 
 
 def opened(run: Home | Path) -> Home:
@@ -98,9 +134,11 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
     stage, run = spec.stage(name), opened(run)
     for role in stage.parents:
         training.parent_home(stage, role, run)
-    with timed(run, "data"):
-        prepared = prepared_data(spec, run)
-    return made(stage, run, prepared, tracked)
+    with timed(run, TOTAL):
+        with timed(run, "data"):
+            prepared = prepared_data(spec, run)
+        with stopped_by_signals() as stopping, StepBars() as bars:
+            return made(stage, Making(run, prepared, tracked, spec.at_once, stopping, bars))
 
 
 def check_parents(spec: RunSpec, run: Home | Path) -> None:
@@ -121,8 +159,9 @@ def prepared_data(spec: RunSpec, run: Home) -> Prepared:
     return prepare_pairs(pairs)
 
 
-def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> Path:
+def made(stage: TrainSpec, making: Making) -> Path:
     """The bundle of one stage: there already, loaded from elsewhere, or trained."""
+    run, prepared = making.run, making.prepared
     found, home = training.inputs(stage, run=run, data=prepared.home), run.at(stage.name)
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
@@ -131,14 +170,14 @@ def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> P
         with EMBEDDING, timed(run, "embeddings"):
             embed(told)
     training.discard_other_runs(home, found.fingerprint)
-    journal = tracked.stage(stage.name)
+    journal = making.tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))
     journal.dataset("prepared", prepared.home.address, prepared.digest)
     journal.status("RUNNING")
     home.send(JOURNAL)
     try:
-        with timed(run, stage.name), watched(stage, run):
-            path = loaded_or_trained(stage, found, run, prepared.home)
+        with timed(run, stage.name), watched(stage, making):
+            path = loaded_or_trained(stage, found, making)
     except BaseException as error:
         journal.status("KILLED" if isinstance(error, training.PreemptedError) else "FAILED")
         home.send(JOURNAL)
@@ -151,11 +190,14 @@ def made(stage: TrainSpec, run: Home, prepared: Prepared, tracked: Tracked) -> P
     return path
 
 
-def loaded_or_trained(stage: TrainSpec, found: training.Inputs, run: Home, data: Home) -> Path:
+def loaded_or_trained(stage: TrainSpec, found: training.Inputs, making: Making) -> Path:
     """A CLIP that somebody has published is saved as it is; every other stage is trained."""
     if not (isinstance(stage.stage, ClipSpec) and stage.stage.pretrained):
-        return training.train_stage(stage, run=run, data=data)
-    home = run.at(stage.name)
+        run, data = making.run, making.prepared.home
+        return training.train_stage(
+            stage, run=run, data=data, at_once=making.at_once, stopping=making.stopping
+        )
+    home = making.run.at(stage.name)
     path = home.here / "bundle"
     path.parent.mkdir(parents=True, exist_ok=True)
     taken = published(stage.stage)
@@ -220,39 +262,45 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
 
 
 @contextmanager
-def timed(run: Home | Path, name: str) -> Iterator[None]:
-    """Add the seconds inside to <run>/seconds.json; a start that is killed loses at most two."""
+def timed(run: Home | Path, *names: str) -> Iterator[None]:
+    """Add the seconds inside to these of <run>/seconds.json; a start that is killed loses at most two."""
     home = Home.of(run)
-    before, began = seconds_of(home).get(name, 0.0), time.monotonic()
+    known, began = seconds_of(home), time.monotonic()
 
     def save() -> None:
-        seconds = seconds_of(home) | {name: round(before + time.monotonic() - began, 3)}
-        del seconds["total"]
-        home.write(SECONDS, json.dumps(seconds))
+        spent = time.monotonic() - began
+        now = {name: round(known.get(name, 0.0) + spent, 3) for name in names}
+        with WRITING:
+            home.write(SECONDS, json.dumps(seconds_of(home) | now))
 
     with Again(save):
         yield
 
 
 def seconds_of(run: Home | Path) -> dict[str, float]:
-    """Step -> seconds over all starts so far, and their total; of a store's run, as far as known here."""
+    """Step -> seconds over all starts so far; of a store's run, as far as known here.
+
+    `total` is what went by meanwhile, not their sum: stages may train side by side.
+    """
     path = Home.of(run).here / SECONDS
     seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    return seconds | {"total": sum(seconds.values())}
+    total = seconds.pop(TOTAL, sum(seconds.values()))
+    return seconds | {TOTAL: total}
 
 
 @contextmanager
-def watched(stage: TrainSpec, run: Home) -> Iterator[None]:
+def watched(stage: TrainSpec, making: Making) -> Iterator[None]:
     """While inside, show how far the training is: a bar on a terminal, now and then a line elsewhere."""
     log.info("%s: %s steps of %d images", stage.name, f"{stage.budget.steps:,}", stage.batch_size)
-    progress = StepProgress(stage.name, stage.budget.steps, every_s=PROGRESS_S)
+    progress = StepProgress(stage.name, stage.budget.steps, bars=making.bars, every_s=PROGRESS_S)
+    journal = making.run.here / stage.name / JOURNAL
 
     def look() -> None:
-        now = curves(run.here / stage.name / JOURNAL)
+        now = curves(journal)
         if losses := now.get("train/loss"):
             step = max(losses)
             rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
             progress.show(step, loss=losses[step], rate=rate, left_s=left)
 
-    with progress, Again(look, every_s=2.0 if progress.console.is_terminal else PROGRESS_S):
+    with progress, Again(look, every_s=2.0 if making.bars.console.is_terminal else PROGRESS_S):
         yield

@@ -2,9 +2,10 @@
 
 import datetime
 import logging
+import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -20,44 +21,70 @@ log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
 
 
-class StepProgress:
-    """Steps of a training run, as its journal tells of them.
+class StepBars:
+    """One display for all training runs that go on at a time: a bar each, on a terminal; else nothing.
+
+    While it is shown, what is logged appears above it.
 
     Args:
-        title: What is trained.
-        total: Steps of its budget.
-        every_s: Pause between plain lines.
-        console: Where the bar goes; standard error if not given.
+        console: Where to; standard error if not given.
     """
 
-    def __init__(
-        self, title: str, total: int, *, every_s: float = 15.0, console: Console | None = None
-    ) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.title, self.total, self.every_s = title, total, every_s
-        self.said, self.spoken = -1, time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:,.0f} of {task.total:,.0f}, {task.fields[about]}"),
         )
-        self.bar = Progress(
+        self.bars = Progress(
             *columns, console=self.console, disable=not self.console.is_terminal, transient=True
         )
-        self.task = self.bar.add_task(title, total=total, about="starting")
+        self.moved: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        plain = sys.stderr
+        self.bars.start()
+        if sys.stderr is not plain:  # rich has put its own there, which writes above the bars
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is plain:
+                    self.moved.append((handler, plain))
+                    handler.setStream(sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        for handler, plain in self.moved:
+            handler.setStream(plain)
+        self.moved = []
+        self.bars.stop()
+
+
+class StepProgress:
+    """Steps of one training run, as its journal tells of them: a bar while inside, or plain lines.
+
+    Args:
+        title: What is trained.
+        total: Steps of its budget.
+        bars: Where the bar goes.
+        every_s: Pause between plain lines.
+    """
+
+    def __init__(self, title: str, total: int, *, bars: StepBars, every_s: float = 15.0) -> None:
+        self.title, self.total, self.bars, self.every_s = title, total, bars, every_s
+        self.said, self.spoken = -1, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.task = self.bars.bars.add_task(self.title, total=self.total, about="starting")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.bars.remove_task(self.task)
 
     def show(self, step: int, *, loss: float, rate: float, left_s: float) -> None:
         """So far it has come; a line only if it is a while since the last and something is new."""
         about = f"loss {loss:.4g}, {rate:.0f} images/s, {clock(left_s)} left"
-        if self.console.is_terminal:
-            self.bar.update(self.task, completed=step, about=about)
+        if self.bars.console.is_terminal:
+            self.bars.bars.update(self.task, completed=step, about=about)
         elif self.said < step < self.total and time.monotonic() - self.spoken >= self.every_s:
             self.said, self.spoken = step, time.monotonic()
             log.info("%s: step %s of %s, %s", self.title, f"{step:,}", f"{self.total:,}", about)

@@ -234,7 +234,9 @@ def time_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
         f"<td class=number>{value:,.1f} s</td></tr>"
         for name, value in seconds.items()
     ]
-    return Section("Time", f"{total / 60:.1f} minutes in all.", f"<table>{''.join(rows)}</table>")
+    side_by_side = sum(seconds.values()) > 1.02 * total
+    note = f"{total / 60:.1f} minutes in all{', some steps side by side' if side_by_side else ''}."
+    return Section("Time", note, f"<table>{''.join(rows)}</table>")
 
 
 def origin_section(run: Path, cascade: Cascade | None) -> Section | None:

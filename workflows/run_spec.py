@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
@@ -25,6 +25,10 @@ class RunSpec(Spec):
     pairs: PairsSpec
     stages: tuple[TrainSpec, ...]
     """In any order; each is trained after its parents."""
+    at_once: int = Field(1, ge=1)
+    """How many stages may train side by side, in the order of the list, each after its parents.  Each has
+    its part of the CPUs whether the others run or not: with another number, and on CPUs, a stage has
+    another number of threads, and so other last bits.  GPUs that do not suffice for all are waited for."""
     cascade: CascadeSpec
     evaluation: EvaluationSpec = EvaluationSpec()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ class ResourcesSpec(Spec):
     """What each worker of a stage is given, and on which nodes.  Its GPU is TrainSpec.use_gpu."""
 
     cpus: float | None = Field(None, gt=0)
-    """Reserved in Ray.  None: one, or an equal share where there are fewer."""
+    """Reserved in Ray.  None: one, or an equal share where there are fewer; see cpu_share."""
     memory_gib: float | None = Field(None, gt=0)
     """Reserved in Ray; less than the plan finds to be needed is refused.  None: nothing is reserved."""
     gpu_memory_gib: float | None = Field(None, gt=0)
@@ -142,3 +143,18 @@ class TrainSpec(Spec):
         if self.stage.embedded_by is not None:
             body["embeddings"] = feed.EMBEDDINGS
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def cpu_share(total: float, workers: int, at_once: int) -> float:
+    """CPUs that are reserved for each worker of a stage, if its spec does not say.
+
+    One, or less where half a one would not be left for those who read.  Stages that train side by side
+    have equal parts of the rest, so that any of them fit together and none waits for another's.
+
+    Args:
+        total: CPUs of all nodes.
+        workers: Of the stage.
+        at_once: How many stages may train side by side.
+    """
+    share = (total - 0.5) / (workers * at_once)
+    return max(0.01, min(1.0, math.floor(share * 100 + 1e-9) / 100))

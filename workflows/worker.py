@@ -28,14 +28,13 @@ from dd_core.training import DivergedError, StepReport, TrainState, train
 from workflows import feed, samples
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.reading import batches, paired
+from workflows.stopping import STOP
 from workflows.storage import Again, Home, Sending, StorageError
 from workflows.train_spec import TrainSpec
 
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
-STOP = "stop"
-"""While this file is in the stage's directory, the workers are to save and stop."""
 
 
 class Job(NamedTuple):
@@ -52,6 +51,8 @@ class Job(NamedTuple):
     """fingerprint, data and parents, for checkpoints and the bundle."""
     drainable: bool
     """Whether there are several nodes, of which Ray may announce that one will go."""
+    at_once: int = 1
+    """How many stages may train side by side, of which this is one."""
 
 
 class Outcome(NamedTuple):
@@ -97,7 +98,7 @@ def trained_to_the_end(job: Job) -> Outcome:
         dist.destroy_process_group()  # gloo's threads have OpenMP pools of their own, and with more threads
         # than CPUs libgomp sleeps where it would spin: steps took half as long again (torch 2.15)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+        torch.set_num_threads(threads(context.get_local_world_size(), job.at_once))
     parents = {role: bundle.load(home.fetched()).trained for role, home in job.parents.items()}
     if who.rank == 0:
         job.home.rejoin(JOURNAL)
@@ -108,6 +109,11 @@ def trained_to_the_end(job: Job) -> Outcome:
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
     with StopSign(job, who) as sign, Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ()))):
         return stepped(job, who, steps, recorder, sign)
+
+
+def threads(local_workers: int, at_once: int) -> int:
+    """Of this worker: its share of the CPUs it may run on, whoever is there now to use the rest."""
+    return max(1, len(os.sched_getaffinity(0)) // (local_workers * at_once))
 
 
 def stepped(
@@ -175,7 +181,7 @@ def accumulation(spec: TrainSpec) -> int:
 
 
 class StopSign:
-    """Whether the driver was sent SIGTERM; a store is asked in the background, by the first worker alone."""
+    """Whether the driver says stop; a store is asked in the background, by the first worker alone."""
 
     def __init__(self, job: Job, who: Position) -> None:
         self.home, self.seen, self.asks = job.home, False, who.rank == 0 and job.home.stored

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
-from jobs.plan import StagePlan, plan_of, refuse, stage_plan
+from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
 from serve.app import ReplicaSpec, ServeSpec
 from workflows.run_spec import RunSpec
@@ -124,13 +124,13 @@ def on_groups(spec: RunSpec, cluster: ClusterSpec) -> tuple[RunSpec, list[Group]
     ]
     plan = plan_of(spec.but(stages=tuple(gpus)), [], run=f"{cluster.storage}/{spec.name}")
     decode = Group("decode", cluster.decode, 0, cluster.decode_nodes, {KIND: "decode"})
-    groups = [*stage_groups(plan.stages), decode]
+    found = [*stage_groups(plan.stages, spec.at_once), decode]
     bound = spec.but(stages=tuple(stage_bound(stage) for stage in plan.stages))
-    nodes = [node for group in groups for node in group.nodes().nodes()]
+    nodes = [node for group in found for node in group.nodes().nodes()]
     told = zip(plan.stages, bound.stages, strict=True)
-    stages = tuple(stage_plan(stage, before.need, nodes) for before, stage in told)
+    stages = tuple(stage_plan(stage, before.need, nodes, at_once=spec.at_once) for before, stage in told)
     refuse(plan._replace(stages=stages, nodes=tuple(nodes)))
-    return bound, groups
+    return bound, found
 
 
 def stage_bound(plan: StagePlan) -> Any:
@@ -143,8 +143,11 @@ def stage_bound(plan: StagePlan) -> Any:
     )
 
 
-def stage_groups(plans: tuple[StagePlan, ...]) -> list[Group]:
-    """One group for each kind of stage, as large as the largest stage of that kind needs; empty at first."""
+def stage_groups(plans: tuple[StagePlan, ...], at_once: int) -> list[Group]:
+    """One group for each kind of stage; empty at first.
+
+    As large as the largest stage of that kind needs, or those that may train side by side together.
+    """
     found: list[Group] = []
     for kind in dict.fromkeys(plan.spec.stage.kind for plan in plans):
         alike = [plan for plan in plans if plan.spec.stage.kind == kind]
@@ -156,7 +159,8 @@ def stage_groups(plans: tuple[StagePlan, ...]) -> list[Group]:
         labels = {KIND: group_name(kind)}
         for plan in alike:
             labels |= said(plan.spec.resources.labels)
-        most = max(plan.spec.num_workers for plan in alike)
+        together = [*((plan,) for plan in alike), *groups(plans, at_once)]
+        most = max(sum(plan.spec.num_workers for plan in some if plan in alike) for some in together)
         found.append(Group(group_name(kind), pod, 0, most, labels))
     return found
 

@@ -10,7 +10,7 @@ from dd_core.stages.base import BaseSpec
 from jobs.cli import main
 from jobs.config import RECIPES, recipe_spec
 from jobs.nodes import Node, amount, grown, has_labels, places
-from jobs.plan import Plan, PlanError, plan_of, refusals, refuse, told
+from jobs.plan import Plan, PlanError, groups, on, plan_of, refusals, refuse, told
 from jobs.recipes import smoke
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec
@@ -73,6 +73,34 @@ def test_workers_without_their_gpu_or_their_labels_are_refused() -> None:
     small = with_base(use_gpu=True, resources=ResourcesSpec(gpu_memory_gib=0.01))
     (line,) = refusals(plan_of(small, [ROOMY, GPU], run="runs/x"))
     assert "of its GPU = 4.3 MiB weights, optimizer and averages" in line
+
+
+def test_stages_side_by_side_are_refused_where_those_that_need_most_do_not_fit_together(plan: Plan) -> None:
+    pairs = {frozenset(one.spec.name for one in group) for group in groups(plan.stages, 2)}
+    assert frozenset({"clip", "upsampler"}) in pairs
+    assert frozenset({"autoencoder", "prior"}) in pairs
+    for related in ({"clip", "prior"}, {"clip", "base"}, {"draft", "base"}):  # base stands on draft on clip
+        assert frozenset(related) not in pairs
+    one = ROOMY._replace(memory_bytes=2 * 2**30)
+    assert not refusals(on(plan, [one]))
+    two, three = plan._replace(at_once=2), plan._replace(at_once=3)
+    (line,) = refusals(on(two, [one]))
+    assert "at_once 2: 3.0 GiB = 1 x 1.5 GiB and 1 CPU clip + 1 x 1.5 GiB and 1 CPU " in line
+    assert line.endswith("lower at_once, num_workers or resources, or bring larger nodes")
+    assert not refusals(on(two, [one, one]))
+    assert "at_once 3: 4.5 GiB = " in refusals(on(three, [one, one]))[0]
+    assert "at once: 3 stages, at most 4.5 GiB (" in told(three)
+
+
+def test_stages_side_by_side_leave_a_cpu_for_who_reads_and_take_turns_on_a_gpu(plan: Plan) -> None:
+    two, small = plan._replace(at_once=2), ROOMY._replace(cpus=2)
+    assert not refusals(on(two, [small]))  # three quarters of a CPU each
+    greedy = [s.spec.but(resources=s.spec.resources.but(cpus=1)) for s in plan.stages]
+    stages = tuple(old._replace(spec=spec) for old, spec in zip(plan.stages, greedy, strict=True))
+    (line,) = refusals(on(two._replace(stages=stages), [small]))
+    assert "with 0.25 CPU for who reads" in line
+    assert not refusals(on(plan._replace(stages=stages), [small]))
+    assert not refusals(on(two, [GPU._replace(gpus=1)]))
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_sum(plan: Plan) -> None:

@@ -1,6 +1,11 @@
 """A run's graph is checked before any work, and its clock counts every start."""
 
+import itertools
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,8 @@ from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from workflows.pairs import PairsSpec
 from workflows.pipeline import RunSpec, check_parents, clock, in_order, seconds_of, timed
-from workflows.train_spec import TrainSpec
+from workflows.train_spec import TrainSpec, cpu_share
+from workflows.worker import threads
 
 NET = UNetSpec(width=8, channel_mult=(1,), attention_at=(), attention_in_middle=False, groups=4)
 
@@ -95,9 +101,42 @@ def test_batches_that_do_not_divide_are_refused() -> None:
 
 def test_the_clock_adds_up_over_starts_and_failures(tmp_path: Path) -> None:
     (tmp_path / "seconds.json").write_text(json.dumps({"base": 100.0, "data": 5.0}))
-    with pytest.raises(KeyError), timed(tmp_path, "base"):
+    assert seconds_of(tmp_path)["total"] == 105  # of a start that had no total of its own
+    with pytest.raises(KeyError), timed(tmp_path, "base", "total"):
         raise KeyError
     seconds = seconds_of(tmp_path)
     assert 100 <= seconds["base"] < 110
-    assert seconds["total"] == seconds["base"] + 5
+    assert seconds["total"] == pytest.approx(seconds["base"] + 5, abs=0.002)
     assert [clock(value) for value in (7.4, 75, 3725)] == ["0:07", "1:15", "1:02:05"]
+
+
+def test_the_clock_counts_what_goes_on_side_by_side_once_in_the_total(tmp_path: Path) -> None:
+    names = [f"stage{number}" for number in range(8)]
+    both = threading.Barrier(len(names), timeout=60)
+
+    def work(name: str) -> None:
+        with timed(tmp_path, name):
+            both.wait()  # all are being timed at once
+            time.sleep(0.05)
+
+    with timed(tmp_path, "total"), ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(work, names))
+    seconds = seconds_of(tmp_path)
+    assert seconds.keys() == {*names, "total"}  # none has overwritten another's
+    assert all(0.05 <= seconds[name] <= seconds["total"] for name in names)
+    assert seconds["total"] < sum(seconds[name] for name in names)
+
+
+def test_a_share_of_the_cpus_follows_the_spec_and_leaves_room_for_all_and_for_who_reads() -> None:
+    for total, workers, at_once in itertools.product((1, 2, 3, 4, 16, 64), (1, 2, 3, 7), (1, 2, 3, 5)):
+        share = cpu_share(total, workers, at_once)
+        assert 0 < share <= 1
+        assert at_once * workers * share <= total - 0.5 + 1e-9
+    assert [cpu_share(2, 1, 1), cpu_share(2, 1, 2), cpu_share(2, 2, 2), cpu_share(64, 8, 4)] == [
+        1.0,
+        0.75,
+        0.37,
+        1.0,
+    ]
+    cores = len(os.sched_getaffinity(0))
+    assert [threads(1, 1), threads(1, cores), threads(cores, 2)] == [cores, 1, 1]

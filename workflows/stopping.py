@@ -1,0 +1,75 @@
+"""How trainings are told to save themselves and end: a file in the directory of each that runs."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from workflows.storage import Home
+
+log = logging.getLogger(__name__)
+STOP = "stop"
+"""While this file is in a stage's directory, its workers are to save and stop."""
+
+
+class Stopping:
+    """Tells the stages that train now, and those that join later."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stages: list[Home] = []
+        self.lock = threading.Lock()
+
+    def ask(self) -> None:
+        """Tell them all, in the background: a handler of signals is not to speak to a store."""
+        self.asked = True
+        threading.Thread(target=self.tell, name="stop").start()
+
+    def tell(self) -> None:
+        with self.lock:
+            log.info("stopping: %s", ", ".join(stage.here.name for stage in self.stages) or "nothing trains")
+            for stage in self.stages:
+                stage.write(STOP, "stop")
+
+    @contextmanager
+    def joined(self, stage: Home) -> Iterator[None]:
+        """While inside, this stage is one of those that are told."""
+        stage.here.mkdir(parents=True, exist_ok=True)
+        stage.drop(STOP)  # of a driver that was killed
+        with self.lock:
+            self.stages.append(stage)
+            if self.asked:
+                stage.write(STOP, "stop")
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.stages.remove(stage)
+                stage.drop(STOP)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Stopping]:
+    """While inside, SIGTERM and Ctrl-C ask the stages to save and stop, instead of ending this process.
+
+    A second Ctrl-C is a KeyboardInterrupt, which waits for nothing.  Signals are heard in the main
+    thread alone; in another one, nothing is changed.
+    """
+    stopping = Stopping()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if stopping.asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.ask()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
