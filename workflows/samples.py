@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from dd_core import images
 from dd_core.cascade import CascadeState, run
-from dd_core.stage import Trained
+from dd_core.stage import PairBatch, Trained
 from dd_core.stages import load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.clip import ClipSpec
+from dd_core.stages.clip import ClipSpec, clip_of
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
@@ -28,7 +28,7 @@ def drawn(
     trained: Trained,
     parents: Mapping[str, Trained],
     what: SamplesSpec,
-    known: UInt8[Tensor, " b 3 h w"],
+    known: PairBatch,
 ) -> Float[Tensor, " n 3 h w"] | None:
     """Pictures in [-1, 1] that show how far a stage is; None if a stage of its kind draws none.
 
@@ -36,38 +36,51 @@ def drawn(
         trained: The stage as it is now, with averaged weights.
         parents: Role -> what it stands on.
         what: Prompts, first seed, and how to sample.
-        known: Pictures of the data: those that an upsampler or an autoencoder is shown.
+        known: Pairs of the data: those that an upsampler, an autoencoder or a base from drafts is shown.
 
     Returns:
-        base and consistency: one for each prompt; upsampler and autoencoder: known and made pictures in turn.
+        base and consistency: one for each prompt; where they start from drafts, which a prompt alone does
+        not give, and upsampler and autoencoder: known and made pictures in turn.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    truth = images.to_unit(known)
+    truth = images.to_unit(known.image)
     match trained.spec:
-        case BaseSpec() | ConsistencySpec():
-            if not what.prompts:
-                return None
+        case BaseSpec(from_draft=True) | ConsistencySpec(base=BaseSpec(from_draft=True)):
+            told = clip_of(parents["clip"]).embed_image(truth)
+            state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens, image_embedding=told)
+            return in_turn(truth, run_alone(trained, parents, state, what))
+        case BaseSpec() | ConsistencySpec() if what.prompts:
             clip = parents["clip"].spec
             assert isinstance(clip, ClipSpec)
             caption = torch.tensor(tokens(what.prompts, clip.net.context_length))
             state = CascadeState(seeds=seeds(what, len(caption)), tokens=caption)
-            return run(load_hop(trained, parents, device=device), state, what.how).image
+            return run_alone(trained, parents, state, what)
         case ChainSpec() as spec:
             return painted(spec, trained, parents, what, truth)
         case UpsamplerSpec() as spec:
             small = F.avg_pool2d(truth, spec.factor)
             nothing = torch.zeros(len(truth), 1, dtype=torch.long)
             state = CascadeState(seeds=seeds(what, len(truth)), tokens=nothing, image=small)
-            made = run(load_hop(trained, parents, device=device), state, what.how).image
-            assert made is not None
-            return in_turn(truth, made)
+            return in_turn(truth, run_alone(trained, parents, state, what))
         case AutoencoderSpec():
-            model = autoencoder_of(trained).to(device)
+            model = autoencoder_of(trained).to(device())
             with torch.no_grad():
-                made = model.reconstruct(truth.to(device))
-            return in_turn(truth, made.float().cpu())
+                return in_turn(truth, model.reconstruct(truth.to(device())).float().cpu())
         case _:
             return None
+
+
+def device() -> torch.device:
+    """Where the training runs, which these pictures interrupt."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_alone(
+    trained: Trained, parents: Mapping[str, Trained], state: CascadeState, what: SamplesSpec
+) -> Float[Tensor, " n 3 h w"]:
+    """What a stage paints as the only hop."""
+    made = run(load_hop(trained, parents, device=device()), state, what.how).image
+    assert made is not None
+    return made
 
 
 def painted(
@@ -78,7 +91,6 @@ def painted(
     truth: Float[Tensor, " b 3 h w"],
 ) -> Float[Tensor, " n 3 h w"] | None:
     """What a chain paints: one for each prompt, classes in turn; enlarged ones beside the true ones."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = len(truth) if spec.factor > 1 else len(what.prompts)
     if not count:
         return None
@@ -93,8 +105,7 @@ def painted(
         state = state._replace(label=torch.arange(count) % spec.classes)
     if spec.factor > 1:
         state = state._replace(image=F.avg_pool2d(truth, spec.factor))
-    made = run(load_hop(trained, parents, device=device), state, what.how).image
-    assert made is not None
+    made = run_alone(trained, parents, state, what)
     return in_turn(truth, made) if spec.factor > 1 else made
 
 

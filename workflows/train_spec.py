@@ -26,7 +26,7 @@ class SamplesSpec(Spec):
     seed: int = 0
     """Of the first picture; the next has the next one."""
     pictures: int = Field(8, ge=1)
-    """Of the data, that an upsampler enlarges and an autoencoder copies."""
+    """Of the data, that an upsampler enlarges, an autoencoder copies and a base paints from its draft."""
     how: SamplingSpec = SamplingSpec()
 
 

@@ -277,7 +277,7 @@ class Recorder:
         wanted, shown = feed.Wanted(self.spec.stage.image_size), self.spec.samples.pictures
         order = feed.Order(self.job.pieces, self.spec.seed)
         table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
-        known = paired(table, wanted, torch.device("cpu")).image
+        known = paired(table, wanted, torch.device("cpu"))
         now = Trained(self.spec.stage, self.state.average)
         made = samples.drawn(now, self.parents, self.spec.samples, known)
         if made is not None:

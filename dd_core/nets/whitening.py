@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dd_core.embeddings import main_axes
 from dd_core.ranks import gathered
 
-FLOOR = 0.03
+FLOOR = 0.1
 """Added to the deviation of each coordinate, as a share of what a direction of the sphere has on average."""
 
 
