@@ -78,8 +78,8 @@ def work(job: Job) -> tuple[str, str]:
     except DivergedError as error:
         return Outcome("diverged", str(error))
     except ray.exceptions.RayTaskError as error:  # a read task raised, and would again
-        return Outcome("data", str(error.cause or error).strip().splitlines()[-1])
-    except feed.DataError as error:  # which the one above is too, with Ray's traceback for a message
+        return Outcome("data", str(error.cause).strip().splitlines()[0])  # then Ray's advice on retries
+    except feed.DataError as error:  # which the one above may be too, with a traceback for a message
         return Outcome("data", str(error))
     except StorageError:  # a store that is away may come back, and the next attempt finds it
         raise
