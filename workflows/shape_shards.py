@@ -1,7 +1,11 @@
 """The embedded world as WebDataset tars: pictures, captions and scenes, a function of the seed."""
 
 import json
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +43,7 @@ def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
 
 
 def write_shards(spec: ShapesSpec, directory: Home | Path) -> list[str]:
-    """Write the world as WebDataset tars; a shard that is already whole is left as it is.
+    """Write the world as WebDataset tars, a process for each CPU; a shard that is whole is left as it is.
 
     Returns:
         The addresses of the shards, shapes-00000.tar and on.
@@ -47,13 +51,23 @@ def write_shards(spec: ShapesSpec, directory: Home | Path) -> list[str]:
     home = Home.of(directory)
     home.here.mkdir(parents=True, exist_ok=True)
     names = [f"shapes-{number:05d}.tar" for number in range(-(-spec.pairs // spec.pairs_per_shard))]
-    for number, name in enumerate(names):
-        if not home.has(name):
-            path = write_shard(spec, home.here, number)
-            home.send(name)
-            if home.stored:
-                path.unlink()
+    missing = [number for number, name in enumerate(names) if not home.has(name)]
+    for path in written(spec, home.here, missing):
+        home.send(path.name)
+        if home.stored:
+            path.unlink()
     return [home.at(name).address for name in names]
+
+
+def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterator[Path]:
+    """Each of these tars, as soon as it and those before it are whole."""
+    processes = min(len(shards), len(os.sched_getaffinity(0)))
+    write = partial(write_shard, spec, directory)
+    if processes < 2:
+        yield from map(write, shards)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(write, shards)
 
 
 def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:

@@ -200,6 +200,37 @@ def test_the_base_is_shown_the_draft_of_the_embedding_and_gray_where_there_is_no
     assert not shown[1].any()
 
 
+def test_an_untrained_base_paints_nearly_its_draft() -> None:
+    embedding = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)))
+    state = asked([1], "a star", image_embedding=embedding)
+    made = drawn(BASE, state, FAST.but(guidance_scale=1.0))
+    draft = draft_of(Trained(DRAFT, stage(DRAFT).model.state_dict()))(embedding).clamp(-1, 1)
+    assert (made - draft).abs().mean() < 0.03
+    assert (draft - draft.flip(-1)).abs().mean() > 0.1
+
+
+def test_edges_are_the_squared_error_of_steps_between_neighbours() -> None:
+    flat, step = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    step[..., 2:] = 1.0
+    assert losses.edge_mse(flat + 0.5, flat) == 0
+    assert losses.edge_mse(step, flat).item() == pytest.approx(1 / 3)  # 4 of 12 steps across, none down
+    assert losses.edge_mse(step.mT, flat).item() == pytest.approx(1 / 3)
+
+
+def test_a_draft_only_looks_at_first_and_learns_from_what_it_has_whitened() -> None:
+    made, weights = stage(DRAFT), stage(DRAFT).state_dict()
+    batch = PairBatch(
+        torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), told("one", "two", "three", "four")
+    )
+    first = made(batch)
+    first.total.backward()
+    assert not first.parts
+    assert first.total == 0
+    assert not any(p.grad.any() for p in made.parameters() if p.grad is not None)
+    assert not torch.equal(made.state_dict()["model.whitening.axes"], weights["model.whitening.axes"])
+    assert made(batch).parts["x0_mse"] > 0
+
+
 def test_a_base_from_drafts_refuses_to_be_without_or_with_one_of_another_size() -> None:
     clip = Trained(CLIP, stage(CLIP).model.state_dict())
     with pytest.raises(ValueError, match="needs the parent 'draft'"):
