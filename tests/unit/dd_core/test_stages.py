@@ -219,7 +219,8 @@ def test_edges_are_the_squared_error_of_steps_between_neighbours() -> None:
 
 def test_a_draft_only_looks_at_first_and_learns_from_what_it_has_whitened() -> None:
     made, weights = stage(DRAFT), stage(DRAFT).state_dict()
-    batch = PairBatch(
+    image = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    batch = PairBatch(image, told("one", "two", "three", "four"))
         torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), told("one", "two", "three", "four")
     )
     first = made(batch)
