@@ -221,8 +221,6 @@ def test_a_draft_only_looks_at_first_and_learns_from_what_it_has_whitened() -> N
     made, weights = stage(DRAFT), stage(DRAFT).state_dict()
     image = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     batch = PairBatch(image, told("one", "two", "three", "four"))
-        torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), told("one", "two", "three", "four")
-    )
     first = made(batch)
     first.total.backward()
     assert not first.parts
