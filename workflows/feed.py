@@ -30,6 +30,8 @@ from workflows.storage import Home
 GROUPS_PER_MIX = 8
 TASK_BYTES = 32 * 2**20
 """Decoded images, or embeddings, of one read task."""
+TASK_ROWS = 16_384
+"""Of one read task at most: it names each of them, and Ray 2.60 fails on a task of a megabyte."""
 
 
 EMBEDDINGS = 1
@@ -216,7 +218,7 @@ def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
 
 def steps_per_task(own: int, wanted: Wanted) -> int:
     """Whole steps of one read, for a rank that trains on `own` rows in each."""
-    return max(1, TASK_BYTES // (own * wanted.row_bytes))
+    return max(1, min(TASK_ROWS, TASK_BYTES // wanted.row_bytes) // own)
 
 
 def read(picks: Sequence[Pick], wanted: Wanted) -> Iterator[pa.Table]:

@@ -112,7 +112,7 @@ def draft() -> TrainSpec:
     """Image embedding -> 64 px in one call: most of what a picture of this world is."""
     return TrainSpec(
         name="draft",
-        stage=DraftSpec(embedding_width=TOWERS.embedding_width),
+        stage=DraftSpec(embedding_width=TOWERS.embedding_width, embedding_noise=0.1),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(learning_rate=3e-3, warmup_steps=50, ema_images=3_000),
         budget=Budget(steps=2_800, checkpoint_every=1_400, report_every=100),
@@ -183,6 +183,7 @@ def prior() -> TrainSpec:
     """Caption -> image embedding."""
     net = PriorNetSpec(
         width=192,
+        layers=2,
         head_width=64,
         text_width=TOWERS.text_width,
         embedding_width=TOWERS.embedding_width,
@@ -193,7 +194,7 @@ def prior() -> TrainSpec:
         stage=PriorSpec(net=net),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=5_000),
-        budget=Budget(steps=1_300, checkpoint_every=325, report_every=20),
+        budget=Budget(steps=1_400, checkpoint_every=350, report_every=20),
         batch_size=128,
         num_workers=1,
         resources=WORKER,
