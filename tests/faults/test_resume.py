@@ -51,7 +51,7 @@ SPEC = TrainSpec(
     ),  # looks, reads, draws noise
     parents={"clip": "clip"},
     optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
-    budget=Budget(steps=60, checkpoint_every=7, report_every=1),
+    budget=Budget(steps=120, checkpoint_every=7, report_every=1),
     batch_size=8,
     micro_batch_size=4,
 )
@@ -144,7 +144,7 @@ def test_stopped_then_killed_then_continued_is_bit_for_bit_the_unbroken_run(
     spec = SPEC.but(name="cut")
     stage = run / "cut"
     when_step(stage, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 60; run the same command"):
+    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 120; run the same command"):
         train_stage(spec, run=run, data=data)
     stopped = max(steps_of(stage))
     newest = max((stage / "checkpoints").iterdir())
@@ -152,7 +152,7 @@ def test_stopped_then_killed_then_continued_is_bit_for_bit_the_unbroken_run(
     killer = when_step(stage, stopped + 12, kill_a_worker)
     train_stage(spec, run=run, data=data)
     assert not killer.is_alive()
-    for name in (f"checkpoints/step-00000060/{SHARD}", "bundle/weights.safetensors"):
+    for name in (f"checkpoints/step-00000120/{SHARD}", "bundle/weights.safetensors"):
         assert_same(stage / name, whole / name)
     ours, theirs = (curves(path / "metrics.jsonl")["train/loss"] for path in (stage, whole))
     assert ours == theirs

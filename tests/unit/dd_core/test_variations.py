@@ -59,7 +59,7 @@ def test_a_code_paints_its_picture_the_better_the_more_steps_and_eta_varies_it()
 
 
 def test_the_base_and_latent_chains_are_encoded_as_well() -> None:
-    spec = BASE.but(predicts="eps")
+    spec = BASE.but(predicts="eps", from_draft=False)
     base = encoder(spec, parents_of_base(spec))
     how = SamplingSpec(num_steps=150, guidance_scale=1.0, clip="none")
     code = encode(base, asked(), how)
