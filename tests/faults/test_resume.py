@@ -47,8 +47,8 @@ NET = ClipNetSpec(
 SPEC = TrainSpec(
     name="whole",
     stage=DraftSpec(
-        embedding_width=16, width=8, image_size=32, measured_images=64
-    ),  # looks, reads, draws noise
+        embedding_width=16, width=8, image_size=32, measured_images=20
+    ),  # looks, then draws noise
     parents={"clip": "clip"},
     optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
     budget=Budget(steps=120, checkpoint_every=7, report_every=1),
