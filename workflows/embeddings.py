@@ -40,6 +40,7 @@ from workflows.parts import (
     UNFINISHED,
     DestinationError,
     Part,
+    finish,
     is_whole,
     plain_writer,
     resumed,
@@ -85,10 +86,14 @@ def home_of(run: Home, named: str, clip: Home, digest: str, image_size: int) -> 
     return run.at(f".embeddings/{digest[:16]}/{image_size}")
 
 
-def embed(what: Embeddings) -> None:
+def embed(what: Embeddings, *, told_to_stop: Callable[[], bool] = lambda: False) -> None:
     """Make what is not there yet; a job that was cut goes on, a finished one is not done again.
 
     Ray must have been started, or is started with its defaults.
+
+    Args:
+        what: The job.
+        told_to_stop: Asked after every file; if so, the job returns unfinished.
 
     Raises:
         ValueError: The parent is no CLIP.
@@ -96,7 +101,7 @@ def embed(what: Embeddings) -> None:
         DestinationError: The directory cannot be written to, or holds other files.
     """
     if not is_finished(what):
-        made(what)
+        made(what, told_to_stop)
 
 
 def require(what: Embeddings) -> None:
@@ -134,7 +139,7 @@ def parts_of(facts: dict[str, Any]) -> list[Part]:
         return []
 
 
-def made(what: Embeddings) -> None:
+def made(what: Embeddings, told_to_stop: Callable[[], bool]) -> None:
     """Embed the files that are missing and seal them all."""
     spec = bundle.checked(bundle.SPEC, what.clip.fetched() / "spec.json")
     if not isinstance(spec, ClipSpec):
@@ -143,6 +148,8 @@ def made(what: Embeddings) -> None:
     before, said = len(parts), began
     for part in written(what, parts):
         parts[part.shard] = part
+        if told_to_stop():
+            return
         if time.monotonic() - said > LINE_EVERY_S:
             said = time.monotonic()
             log.info("embeddings: %d of %d files", len(parts), len(what.files))
@@ -282,11 +289,7 @@ def write_sidecar(
             bytes=draft.stat().st_size,
             sha256=sealed.sha256(draft),
         )
-        draft.rename(here / name)
-        home.send(name)
-        write_json(home, f"{UNFINISHED}/part-{number:05d}.json", part.model_dump(mode="json"))
-        if home.stored:
-            (here / name).unlink()  # whoever reads it reads the store
+        finish(home, draft, part)
     finally:
         draft.unlink(missing_ok=True)
     return part

@@ -84,14 +84,19 @@ def write_part(
             bytes=draft.stat().st_size,
             sha256=sealed.sha256(draft),
         )
-        draft.rename(here / name)
-        home.send(name)
-        write_json(home, f"{UNFINISHED}/part-{shard:05d}.json", part.model_dump(mode="json"))
-        if home.stored:
-            (here / name).unlink()  # whoever reads it reads the store
+        finish(home, draft, part)
         yield 0, source.position, part
     finally:
         draft.unlink(missing_ok=True)
+
+
+def finish(home: Home, draft: Path, part: Part) -> None:
+    """A file that is whole gets its name, and then its note."""
+    draft.rename(home.here / part.file)
+    home.send(part.file)
+    write_json(home, f"{UNFINISHED}/part-{part.shard:05d}.json", part.model_dump(mode="json"))
+    if home.stored:
+        (home.here / part.file).unlink()  # whoever reads it reads the store
 
 
 def plain_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -168,7 +168,9 @@ def made(stage: TrainSpec, making: Making) -> Path:
         return done
     if (told := training.embeddings_of(stage, found, run=run)) is not None:
         with EMBEDDING, timed(run, "embeddings"):
-            embed(told)
+            embed(told, told_to_stop=lambda: making.stopping.asked)
+        if making.stopping.asked:
+            raise training.PreemptedError(f"{stage.name}: not begun; run the same command to continue")
     training.discard_other_runs(home, found.fingerprint)
     journal = making.tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))

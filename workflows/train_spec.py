@@ -100,7 +100,8 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _learns(self) -> "TrainSpec":
-        images, looks = self.budget.steps * self.batch_size, self.stage.looks_at
+        images = self.budget.steps * self.batch_size
+        looks = 0 if "start" in self.parents else self.stage.looks_at  # those weights have measured
         if images <= looks:
             raise ValueError(
                 f"a {self.stage.kind} measures {looks:,} images (measured_images) before it learns; "

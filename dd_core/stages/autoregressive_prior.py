@@ -25,34 +25,22 @@ from dd_core.nets.whitening import nothing_of
 from dd_core.noise import SeededNoise
 from dd_core.ranks import gathered
 from dd_core.samplers import Query, Sampling, SamplingSpec
-from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.prior import chosen_code, nearer_of_two, twins
 from dd_core.stages.refusals import refuse_gradient
 
 
-class AutoregressivePriorSpec(LearnedSpec):
+class AutoregressivePriorSpec(LearnsEmbeddings):
     """Autoregressive prior on the embeddings of the parent CLIP."""
 
     kind: Literal["autoregressive_prior"] = "autoregressive_prior"
     net: CodePriorSpec
-    image_size: int = Field(64, ge=8)
-    """Of the prepared images whose embeddings it learns."""
     measured_images: int = Field(2048, ge=1)
     """Images, the first of the training, whose embeddings fix the axes and buckets; until then nothing is
     learned and the loss is 0."""
     caption_dropout: float = Field(0.1, ge=0, lt=1)
-
-    @property
-    def embedded_by(self) -> EmbeddedBy:
-        """The parent CLIP."""
-        return EmbeddedBy("clip", self.net.embedding_width)
-
-    @property
-    def sees_images(self) -> bool:
-        """It learns embeddings and no pixel."""
-        return False
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoregressivePriorSpec":

@@ -25,7 +25,7 @@ from dd_core.noise import SeededNoise, from_vp
 from dd_core.ranks import gathered
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
-from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.chain import widened
 from dd_core.stages.chain_told import upto_end
@@ -37,14 +37,12 @@ BOUND = 10.0
 """No whitened number of an estimate is larger (Karlo)."""
 
 
-class CausalPriorStageSpec(LearnedSpec):
+class CausalPriorStageSpec(LearnsEmbeddings):
     """Diffusion prior on the embeddings of the parent CLIP, as published."""
 
     kind: Literal["causal_prior"] = "causal_prior"
     net: CausalPriorSpec
     """Told timesteps: its level_scale is 1."""
-    image_size: int = Field(64, ge=8)
-    """Of the prepared images whose embeddings it learns."""
     schedule: ScheduleSpec = ScheduleSpec(betas="cosine")
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     """Karlo: 0.2."""
@@ -53,14 +51,9 @@ class CausalPriorStageSpec(LearnedSpec):
     learned and the loss is 0."""
 
     @property
-    def embedded_by(self) -> EmbeddedBy:
-        """The parent CLIP."""
-        return EmbeddedBy("clip", self.net.embedding_width)
-
-    @property
-    def sees_images(self) -> bool:
-        """It learns embeddings and no pixel."""
-        return False
+    def looks_at(self) -> int:
+        """Until it has mean and deviation of their numbers."""
+        return self.measured_images
 
 
 class CausalPriorStage(Stage):

@@ -31,7 +31,7 @@ from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
 from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
-from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like
+from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like, roughened
 from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import drawn
 from dd_core.stages.refusals import refuse_edit, refuse_gradient
@@ -128,12 +128,12 @@ class Heard(NamedTuple):
         return Conditioning(text=text, image_embedding=self.embedding, image=self.draft)
 
     def unsaid_by(self, model: NetworkDenoiser[DiT]) -> Conditioning:
-        """The empty caption and no embedding."""
+        """The empty caption; no embedding, unless it has become a draft."""
         text = model.network.read(self.null)
-        nothing, gray = (
-            None if part is None else torch.zeros_like(part) for part in (self.embedding, self.draft)
-        )
-        return Conditioning(text=text, image_embedding=nothing, image=gray)
+        if self.draft is not None:
+            return Conditioning(text=text, image_embedding=self.embedding, image=self.draft)
+        nothing = None if self.embedding is None else torch.zeros_like(self.embedding)
+        return Conditioning(text=text, image_embedding=nothing)
 
 
 class ConsistencyStage(Stage):
@@ -217,11 +217,9 @@ class ConsistencyStage(Stage):
         caption = clip.read(torch.where(dropped, null, batch.tokens))
         embedding, draft, decoder = None, None, self.frozen[-1]
         if base.net.embedding_width:
-            exact = embedding_of(clip, batch)
-            noise = torch.randn_like(exact) * base.embedding_noise / exact.shape[-1] ** 0.5
-            kept = torch.rand_like(exact[:, :1]) >= base.embedding_dropout
-            embedding = torch.where(kept & ~dropped, exact + noise, torch.zeros_like(exact))
-            draft = drawn(decoder, embedding) if isinstance(decoder, Draft) else None
+            made = decoder if isinstance(decoder, Draft) else None
+            embedding = roughened(base, made, embedding_of(clip, batch), dropped)
+            draft = drawn(made, embedding) if made else None
         return Heard(caption, clip.read(null), embedding, draft)
 
     @torch.no_grad()
@@ -269,9 +267,8 @@ class ConsistencyHop:
             sampling = begin(jumps, x, sigmas, noise)
         else:
             sampling = edited(begin(jumps, x + known.image, sigmas, noise), known.edit)
-        null = null_like(state.tokens) if state.negative is None else state.negative
         cond = self.base.told(state.tokens, state.image_embedding)
-        return Draw(sampling, rows_of(how, cond, self.base.told(null, None), len(x)))
+        return Draw(sampling, rows_of(how, cond, self.base.unsaid(state), len(x)))
 
     def denoiser(self, rows: Rows) -> Denoiser:
         return self.base.denoiser(rows)

@@ -108,7 +108,7 @@ def consistency() -> TrainSpec:
     assert isinstance(teacher.stage, BaseSpec)
     stage = ConsistencySpec(
         base=teacher.stage,
-        teacher=TeacherSpec(guidance_scale=1.5),
+        teacher=TeacherSpec(guidance_scale=1.0),
         levels=FixedLevels(num_levels=12, mu=0.9),
     )
     return TrainSpec(
@@ -120,7 +120,7 @@ def consistency() -> TrainSpec:
         batch_size=48,
         num_workers=1,
         resources=demo.WORKER,
-        samples=SamplesSpec(prompts=demo.PROMPTS, how=JUMPS),
+        samples=SamplesSpec(how=JUMPS),
     )
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from dd_core import sealed
-from dd_core.nets.clip import ClipNetSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.draft import DraftSpec
 from tests.prepared import write_prepared
+from tests.unit.workflows.test_embeddings import NET
 from tests.unit.workflows.tiny_run import saved
 from workflows.embeddings import embed
 from workflows.journal import curves
@@ -33,17 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
 ]
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
-NET = ClipNetSpec(
-    embedding_width=16,
-    image_size=32,
-    patch_size=16,
-    image_width=32,
-    image_layers=1,
-    context_length=8,
-    text_width=32,
-    text_layers=1,
-    head_width=16,
-)
 SPEC = TrainSpec(
     name="whole",
     stage=DraftSpec(

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from dd_core import sealed
 from dd_core.cascade import CascadeSpec, HopSpec
-from dd_core.nets.unet import UNetSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from tests.prepared import write_prepared
+from tests.unit.dd_core.test_checkpoint_ranks import NET
 from workflows.journal import curves, entries
 from workflows.pairs import PairsSpec
 from workflows.pipeline import all_made, seconds_of, timed
@@ -37,16 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 STEPS = 150
-NET = UNetSpec(
-    width=8,
-    channel_mult=(1,),
-    blocks_per_level=1,
-    attention_at=(),
-    attention_in_middle=False,
-    groups=4,
-    head_width=8,
-    image_channels=3,
-)
 
 
 def stage(name: str, seed: int, **more: object) -> TrainSpec:

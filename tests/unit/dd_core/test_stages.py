@@ -14,7 +14,7 @@ from dd_core.nets.unet import UNetSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import StageSpec, build_stage, load_hop
-from dd_core.stages.base import BaseHop, BaseSpec
+from dd_core.stages.base import BaseHop, BaseSpec, roughened
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.draft import DraftSpec, draft_of
 from dd_core.stages.prior import PriorSpec
@@ -211,6 +211,39 @@ def test_an_untrained_base_paints_nearly_its_draft() -> None:
     assert made is not None
     assert (made - draft).abs().mean() < 0.03
     assert (draft - draft.flip(-1)).abs().mean() > 0.1
+
+
+def test_guidance_of_a_base_from_drafts_leads_away_from_the_caption_and_not_from_the_draft() -> None:
+    stands_on = parents(BASE)
+    hop = load_hop(Trained(BASE, stage(BASE).model.state_dict()), stands_on, device="cpu")
+    assert isinstance(hop, BaseHop)
+    embedding = torch.nn.functional.normalize(torch.randn(1, 8), dim=-1)
+    state = asked([1], "a star", image_embedding=embedding)
+    said, unsaid = hop.told(state.tokens, embedding), hop.unsaid(state)
+    assert said.image is not None
+    assert torch.equal(said.image, unsaid.image)
+    assert torch.equal(said.image_embedding, unsaid.image_embedding)
+    assert not torch.equal(said.text, unsaid.text)
+
+
+@pytest.mark.parametrize("with_draft", [True, False])
+def test_a_base_hears_embeddings_as_rough_as_its_spec_says_and_leaves_some_out(with_draft: bool) -> None:
+    torch.manual_seed(0)
+    spec = BASE.but(embedding_noise=0.1, embedding_dropout=0.25)
+    draft = draft_of(parents(BASE)["draft"]) if with_draft else None
+    exact = torch.nn.functional.normalize(torch.randn(4_000, 8), dim=-1)
+    dropped = torch.arange(4_000)[:, None] % 2 == 0
+    heard = roughened(spec, draft, exact, dropped)
+    there = heard.any(1)
+    assert there.float().mean().item() == pytest.approx(0.75 if with_draft else 0.375, abs=0.02)
+    off = heard[there] - exact[there]
+    if draft is None:
+        assert off.norm(dim=1).mean().item() == pytest.approx(0.1, rel=0.05)
+    else:
+        torch.testing.assert_close(heard[there].norm(dim=1), torch.ones(int(there.sum())))
+        assert (
+            0.05 < off.norm(dim=1).mean() < 0.3
+        )  # .1 on each of 8 coordinates, less what lies along the vector
 
 
 def test_edges_are_the_squared_error_of_steps_between_neighbours() -> None:

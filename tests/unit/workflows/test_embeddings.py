@@ -163,6 +163,17 @@ def test_a_cut_job_goes_on_a_finished_one_rests_and_a_lost_or_changed_file_alone
 
 @needs_ray
 @pytest.mark.usefixtures("local_ray")
+def test_a_job_that_is_told_to_stop_ends_after_a_file_and_goes_on_with_the_rest(inputs: Made) -> None:
+    embed(inputs.what, told_to_stop=lambda: True)
+    there = {path.name: path.read_bytes() for path in inputs.what.home.here.glob("part-*.parquet")}
+    assert there
+    assert not inputs.what.home.has("manifest.json")
+    embed(inputs.what)
+    assert inputs.what.home.has("manifest.json")
+    assert all((inputs.what.home.here / name).read_bytes() == data for name, data in there.items())
+    assert len(list(inputs.what.home.here.glob("part-*.parquet"))) == FILES
+
+
 def test_those_by_another_clip_or_of_other_data_are_not_taken(inputs: Made, tmp_path: Path) -> None:
     embed(inputs.what)
     before = digests(inputs.what.home)
