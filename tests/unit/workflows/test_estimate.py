@@ -126,7 +126,8 @@ def test_the_published_prior_is_planned_as_if_it_had_measured() -> None:
         width=64, layers=1, heads=2, context_length=towers.context_length, embedding_width=towers.text_width
     )
     wide = clip.but(stage=clip.stage.but(net=towers))
-    spec = clip.but(name="prior", stage=CausalPriorStageSpec(net=net), parents={"clip": clip.name})
+    stage = CausalPriorStageSpec(net=net, measured_images=2)
+    spec = clip.but(name="prior", stage=stage, parents={"clip": clip.name})
     found = needs([wide, spec], context_length=smoke.CONTEXT, run=Path("nowhere"))["prior"]
     assert found.activations > clip.batch_size * towers.context_length * 64 * 4
 
