@@ -41,9 +41,19 @@ def text_difference(caption: Float[Tensor, " b d"], start: Float[Tensor, " b d"]
     return F.normalize(caption - start, dim=-1)
 
 
-def nearest_draw(draws: Float[Tensor, " b k d"], caption: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
-    """Of k embeddings drawn for each caption, the one nearest to it.  Source: section 2.2 (k is 2)."""
-    best = torch.einsum("bkd,bd->bk", draws, caption).argmax(1)
+def nearest_draw(
+    draws: Float[Tensor, " b k d"], caption: Float[Tensor, " b d"], seen: Float[Tensor, " b k d"]
+) -> Float[Tensor, " b d"]:
+    """Of k embeddings drawn for each caption, the one that is seen nearest to it.
+
+    Args:
+        draws: Unit vectors.
+        caption: Unit vectors.
+        seen: Embeddings of the draws' pictures, unit vectors, or the draws themselves.
+
+    Source: section 2.2 (k is 2).
+    """
+    best = torch.einsum("bkd,bd->bk", seen, caption).argmax(1)
     return draws[torch.arange(len(best)), best]
 
 

@@ -28,7 +28,9 @@ from dd_core.samplers import Query, Sampling, SamplingSpec
 from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.clip import clip_of, embedding_of
-from dd_core.stages.prior import chosen_code, nearer_of_two, twins
+from dd_core.stages.draft import draft_of
+from dd_core.stages.draws import Chooser, seeds_of_draws
+from dd_core.stages.prior import chosen_code
 from dd_core.stages.refusals import refuse_gradient
 
 
@@ -106,9 +108,11 @@ class AutoregressivePriorStage(Stage):
 
 
 class AutoregressivePriorHop:
-    """Caption -> image embedding: two are drawn, the one nearer to the caption is kept."""
+    """Caption -> image embedding: several are drawn, the best is kept (`draws`)."""
 
-    def __init__(self, trained: Trained, clip: Trained, *, device: torch.device | str) -> None:
+    def __init__(
+        self, trained: Trained, clip: Trained, draft: Trained | None = None, *, device: torch.device | str
+    ) -> None:
         assert isinstance(trained.spec, AutoregressivePriorSpec)
         self.spec, self.device = trained.spec, torch.device(device)
         self.model = CodePrior(trained.spec.net)
@@ -120,6 +124,7 @@ class AutoregressivePriorHop:
             )
         self.model.eval().requires_grad_(False).to(self.device)
         self.clip = clip_of(clip).to(self.device)
+        self.chooser = Chooser(self.clip, draft and draft_of(draft).to(self.device))
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse_gradient(how, "prior")
@@ -131,15 +136,17 @@ class AutoregressivePriorHop:
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
-        noise = SeededNoise(twins(state.seeds))
-        x = noise(torch.empty(2 * len(state.seeds), 1 + self.spec.net.axes)).to(self.device)
+        seeds = seeds_of_draws(state.seeds, how.draws)
+        noise = SeededNoise(seeds)
+        x = noise(torch.empty(len(seeds), 1 + self.spec.net.axes)).to(self.device)
         null = null_like(state.tokens) if state.negative is None else state.negative
-        return Draw(one_answer(x), rows_of(how, self.told(state.tokens), self.told(null), len(x)))
+        rows = rows_of(how, self.told(state.tokens, how.draws), self.told(null, how.draws), len(x))
+        return Draw(one_answer(x), rows)
 
-    def told(self, tokens: Int[Tensor, " b l"]) -> Conditioning:
-        """Each caption twice, as the network hears it."""
+    def told(self, tokens: Int[Tensor, " b l"], draws: int) -> Conditioning:
+        """Each caption once for each of its draws, as the network hears it."""
         text = self.model.read(self.clip.read(tokens.to(self.device)))
-        return Conditioning(text=text.repeat_interleave(2, 0))
+        return Conditioning(text=text.repeat_interleave(draws, 0))
 
     def denoiser(self, rows: Rows) -> Denoiser:
         """Draws all codes of each row, by the guided logits: null + scale * (caption - null)."""
@@ -168,8 +175,8 @@ class AutoregressivePriorHop:
         nearer = (seen.cumsum(0) - (seen.sum() + 1) // 2).clamp(min=0).diff(prepend=seen.new_zeros(1))
         return chosen_code(nearer.double().log().expand(len(eps), -1), eps)
 
-    def finish(self, state: CascadeState, x0: Float[Tensor, " two_b d"]) -> CascadeState:
-        return nearer_of_two(self.clip, state, x0)
+    def finish(self, state: CascadeState, x0: Float[Tensor, " kb d"]) -> CascadeState:
+        return self.chooser.kept(state, x0)
 
 
 def one_answer(x: Float[Tensor, " b k"]) -> Sampling:

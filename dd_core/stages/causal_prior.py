@@ -30,7 +30,8 @@ from dd_core.stages.base import null_like
 from dd_core.stages.chain import widened
 from dd_core.stages.chain_told import upto_end
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
-from dd_core.stages.prior import nearer_of_two, twins
+from dd_core.stages.draft import draft_of
+from dd_core.stages.draws import Chooser, seeds_of_draws
 from dd_core.stages.refusals import refuse_gradient
 
 BOUND = 10.0
@@ -121,15 +122,18 @@ class CausalPriorStage(Stage):
 
 
 class CausalPriorHop:
-    """Caption -> image embedding: two are drawn, the one nearer to the caption is kept."""
+    """Caption -> image embedding: several are drawn, the best is kept (`draws`)."""
 
-    def __init__(self, trained: Trained, clip: Trained, *, device: torch.device | str) -> None:
+    def __init__(
+        self, trained: Trained, clip: Trained, draft: Trained | None = None, *, device: torch.device | str
+    ) -> None:
         assert isinstance(trained.spec, CausalPriorStageSpec)
         self.spec, self.device = trained.spec, torch.device(device)
         self.model = denoiser_of(trained.spec, clip)
         self.model.load_state_dict(trained.weights)
         self.model.eval().requires_grad_(False).to(self.device)
         self.clip = clip_of(clip).to(self.device)
+        self.chooser = Chooser(self.clip, draft and draft_of(draft).to(self.device))
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         self.levels(how)
@@ -149,24 +153,25 @@ class CausalPriorHop:
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
         sigmas = self.levels(how)
-        noise = SeededNoise(twins(state.seeds))
-        eps = noise(torch.empty(2 * len(state.seeds), self.spec.net.embedding_width))
+        seeds = seeds_of_draws(state.seeds, how.draws)
+        noise = SeededNoise(seeds)
+        eps = noise(torch.empty(len(seeds), self.spec.net.embedding_width))
         null = null_like(state.tokens) if state.negative is None else state.negative
-        rows = rows_of(how, self.told(state.tokens), self.told(null), len(eps))
+        rows = rows_of(how, self.told(state.tokens, how.draws), self.told(null, how.draws), len(eps))
         return Draw(begin(how, from_vp(eps, float(sigmas[0])).to(self.device), sigmas, noise), rows)
 
-    def told(self, tokens: Int[Tensor, " b l"]) -> Conditioning:
-        """Each caption twice, as the network hears it."""
+    def told(self, tokens: Int[Tensor, " b l"], draws: int) -> Conditioning:
+        """Each caption once for each of its draws, as the network hears it."""
         tokens = tokens.to(self.device)
         caption = self.clip.read(tokens)
         cond = self.model.network.read(caption.states, caption.embedding, upto_end(tokens))
-        return cond.pick(torch.arange(len(tokens)).repeat_interleave(2))
+        return cond.pick(torch.arange(len(tokens)).repeat_interleave(draws))
 
     def denoiser(self, rows: Rows) -> Denoiser:
         return clip_x0(classifier_free(self.model, rows), bound=BOUND)
 
-    def finish(self, state: CascadeState, x0: Float[Tensor, " two_b d"]) -> CascadeState:
-        return nearer_of_two(self.clip, state, self.model.network.coloured(x0.float()))
+    def finish(self, state: CascadeState, x0: Float[Tensor, " kb d"]) -> CascadeState:
+        return self.chooser.kept(state, self.model.network.coloured(x0.float()))
 
 
 def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> NetworkDenoiser[CausalPrior]:

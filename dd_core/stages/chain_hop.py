@@ -25,7 +25,7 @@ from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told
 from dd_core.stages.guides import Leaders, leaders_of
-from dd_core.stages.refusals import given_noise, refuse_edit
+from dd_core.stages.refusals import given_noise, refuse_draws, refuse_edit
 
 
 class Edit(NamedTuple):
@@ -238,6 +238,7 @@ def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> Non
     Raises:
         ValueError: With what to do about it.
     """
+    refuse_draws(how, "chain")
     refuse_edit(how, state, has_channels=spec.inpaints)
     label, gradient, length = state.label, how.gradient, spec.context_length
     by_class = bool(gradient and gradient.classes)

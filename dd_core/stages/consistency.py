@@ -34,7 +34,7 @@ from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Tra
 from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like, roughened
 from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import drawn
-from dd_core.stages.refusals import refuse_edit, refuse_gradient
+from dd_core.stages.refusals import refuse_draws, refuse_edit, refuse_gradient
 
 
 class FixedLevels(Spec):
@@ -248,6 +248,7 @@ class ConsistencyHop:
         if how.sampler != "consistency":
             raise ValueError(f"a consistency model jumps; set its sampler to consistency, not {how.sampler}")
         refuse_gradient(how, "consistency model")
+        refuse_draws(how, "consistency model")
         refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
         if state.known is not None and state.hole is None:
             raise ValueError(

@@ -16,6 +16,16 @@ def refuse_gradient(how: SamplingSpec, kind: str) -> None:
         raise ValueError(f"no guide reads what the {kind} paints; leave its gradient out, give the base one")
 
 
+def refuse_draws(how: SamplingSpec, kind: str) -> None:
+    """For the hops that choose nothing.
+
+    Raises:
+        ValueError: Several draws are asked for.
+    """
+    if how.draws != 1:
+        raise ValueError(f"a {kind} keeps no best of {how.draws} draws; leave draws out, give the prior it")
+
+
 def given_noise(state: CascadeState, like: Tensor) -> Tensor | None:
     """What a sampling begins with instead of `like`, noise drawn by the seeds; None unless it is given.
 

@@ -24,7 +24,7 @@ from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
-from dd_core.stages.refusals import refuse_edit, refuse_gradient
+from dd_core.stages.refusals import refuse_draws, refuse_edit, refuse_gradient
 
 
 class UpsamplerSpec(LearnedSpec):
@@ -95,6 +95,7 @@ class UpsamplerHop:
         self.model.eval().requires_grad_(False).to(self.device)
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        refuse_draws(how, "upsampler")
         refuse_edit(how, state, has_channels=False)
         refuse_gradient(how, "upsampler")
         sigmas_of(how, sigma_min=self.spec.sigma_min, sigma_max=self.spec.sigma_max)

@@ -45,5 +45,5 @@ def prior() -> TrainSpec:
 def cascade() -> CascadeSpec:
     """The demo's, its prior replaced."""
     before = demo.cascade()
-    writing = HopSpec(stage="autoregressive_prior", how=SamplingSpec(guidance_scale=2.0))
+    writing = HopSpec(stage="autoregressive_prior", how=SamplingSpec(guidance_scale=2.0, draws=2))
     return before.but(hops=tuple(writing if hop.stage == "prior" else hop for hop in before.hops))

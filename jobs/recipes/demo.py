@@ -202,11 +202,15 @@ def prior() -> TrainSpec:
 
 
 def cascade() -> CascadeSpec:
-    """Prior, base, upsampler."""
+    """Prior, whose draws the draft shows, base, upsampler."""
     return CascadeSpec(
         name="demo",
         hops=(
-            HopSpec(stage="prior", how=SamplingSpec(num_steps=10, guidance_scale=2.0)),
+            HopSpec(
+                stage="prior",
+                how=SamplingSpec(num_steps=10, guidance_scale=1.0, draws=8),
+                guides={"draft": "draft"},
+            ),
             HopSpec(stage="base", how=SamplingSpec(num_steps=15, guidance_scale=1.0), follows_request=True),
             HopSpec(stage="upsampler", how=SamplingSpec(num_steps=4, guidance_scale=1.0)),
         ),

@@ -35,7 +35,7 @@ def run() -> RunSpec:
     transformer in Karlo's width and depth, trained at continuous noise levels; the upsampler's last step is
     no network of its own, and it is sampled by DDIM.
     """
-    prior = SamplingSpec(num_steps=25, guidance_scale=4.0)
+    prior = SamplingSpec(num_steps=25, guidance_scale=4.0, draws=2)
     decoder = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=8.0)
     upsampler_how = SamplingSpec(sampler="ddim", num_steps=7, spacing="trailing", guidance_scale=1.0)
     hops = (
@@ -98,6 +98,7 @@ def published_prior() -> RunSpec:
     fifth of the captions kept back as in Karlo (paper: a tenth).
     """
     before, how = run(), SamplingSpec(sampler="ddpm", num_steps=25, spacing="linspace", guidance_scale=4.0)
+    how = how.but(draws=2)
     trained = prior_stage()
     net = published()["karlo-prior"].net
     assert isinstance(net, CausalPriorSpec)

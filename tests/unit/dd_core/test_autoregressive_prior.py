@@ -40,7 +40,7 @@ SPEC = AutoregressivePriorSpec(
     measured_images=20,
 )
 OPTIMIZER = OptimizerSpec(learning_rate=5e-3, precision="fp32", warmup_steps=2, ema_images=400)
-PLAIN = SamplingSpec(guidance_scale=1.0)
+PLAIN = SamplingSpec(guidance_scale=1.0, draws=2)
 
 
 def told(*captions: str) -> Tensor:
@@ -124,7 +124,7 @@ def test_codes_are_drawn_as_the_network_says(clip: Trained) -> None:
     count = 1500
     state = CascadeState(seeds=list(range(count)), tokens=told("a star").expand(count, -1))
     for scale in (1.0, 3.0):  # guided by nothing, as both captions say the same
-        codes = net.codes(drawn(made, state, SamplingSpec(guidance_scale=scale)))
+        codes = net.codes(drawn(made, state, SamplingSpec(guidance_scale=scale, draws=2)))
         shares = codes.flatten().bincount(minlength=32) / codes.numel()
         torch.testing.assert_close(shares, logits.softmax(0), atol=0.01, rtol=0)
 
@@ -155,7 +155,7 @@ def test_at_scale_zero_no_caption_is_heard_and_at_one_no_negative(clip: Trained)
 
 
 def test_a_seed_gives_the_same_embedding_alone_and_in_company(clip: Trained) -> None:
-    made, how = hop(clip), SamplingSpec(guidance_scale=2.0)
+    made, how = hop(clip), SamplingSpec(guidance_scale=2.0, draws=2)
     captions = told("a red circle", "a blue star", "a cross")
     together = run(made, CascadeState(seeds=[5, 6, 7], tokens=captions), how).image_embedding
     alone = run(made, CascadeState(seeds=[6], tokens=captions[1:2]), how).image_embedding

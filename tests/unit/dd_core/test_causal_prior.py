@@ -31,7 +31,7 @@ SPEC = CausalPriorStageSpec(
     image_size=16,
     measured_images=20,
 )
-HOW = SamplingSpec(sampler="ddpm", variance="fixed_small", num_steps=10, spacing="linspace")
+HOW = SamplingSpec(sampler="ddpm", variance="fixed_small", num_steps=10, spacing="linspace", draws=2)
 OPTIMIZER = OptimizerSpec(learning_rate=5e-3, warmup_steps=2, ema_images=400, precision="fp32")
 
 

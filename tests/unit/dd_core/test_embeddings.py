@@ -62,7 +62,7 @@ def test_a_text_difference_turns_an_image_towards_the_new_caption() -> None:
 
 def test_the_better_of_two_draws_is_kept() -> None:
     draws, caption = F.normalize(drawn(6, 2, 8), dim=-1), F.normalize(drawn(6, 8, seed=1), dim=-1)
-    kept = embeddings.nearest_draw(draws, caption)
+    kept = embeddings.nearest_draw(draws, caption, draws)
     assert torch.equal((kept * caption).sum(1), (draws * caption[:, None]).sum(-1).amax(1))
 
 

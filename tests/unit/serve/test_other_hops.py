@@ -35,7 +35,7 @@ JUMPS = SamplingSpec(sampler="consistency", num_steps=2, guidance_scale=1.0)
 CASCADE = CascadeSpec(
     name="few",
     hops=(
-        HopSpec(stage="written", how=SamplingSpec(guidance_scale=2.0)),
+        HopSpec(stage="written", how=SamplingSpec(guidance_scale=2.0, draws=2)),
         HopSpec(stage="jumps", how=JUMPS, follows_request=True),
     ),
     context_length=12,

@@ -70,7 +70,7 @@ PARENTS = {"prior": ("clip",), "base": ("clip",)}
 CASCADE = CascadeSpec(
     name="tiny",
     hops=(
-        HopSpec(stage="prior", how=SamplingSpec(num_steps=3, guidance_scale=2.0)),
+        HopSpec(stage="prior", how=SamplingSpec(num_steps=3, guidance_scale=2.0, draws=2)),
         HopSpec(stage="base", how=SamplingSpec(num_steps=4), follows_request=True),
         HopSpec(stage="upsampler", how=SamplingSpec(num_steps=2, guidance_scale=1.0)),
     ),

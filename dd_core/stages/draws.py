@@ -1,0 +1,61 @@
+"""Several embeddings drawn for each caption, of which a prior keeps one.
+
+unCLIP draws two and keeps the one nearer to its caption.  An embedding may be near and yet lie between
+pictures; so where the cascade has a draft, each draw is painted, CLIP looks at the pictures, and the draw
+is kept whose picture is nearest: the re-ranking of DALL-E, before the first denoising of pixels.
+
+Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: two draws, the nearer one); Ramesh et al. 2021
+(arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dd_core.cascade import CascadeState
+from dd_core.embeddings import nearest_draw
+from dd_core.nets.clip import Clip
+from dd_core.nets.draft import Draft
+from dd_core.stages.draft import drawn
+
+STRIDE = 0x9E3779B9
+"""From the seed of a draw to that of the next, modulo 2**32, as a CPU generator hears no more of a seed;
+odd, so that no two draws of a seed are one, and 2**32 over the golden ratio, so that they are far apart."""
+
+
+def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
+    """A seed for each draw, those of one request side by side; the first is the request's own."""
+    return [(seed + draw * STRIDE) % 2**32 for seed in seeds for draw in range(draws)]
+
+
+class Chooser:
+    """Keeps one embedding of those drawn for a caption.
+
+    Args:
+        clip: Which caption and pictures are compared by.
+        draft: What paints a draw; None: the draws themselves are compared with the caption.
+
+    Raises:
+        ValueError: The draft paints embeddings of another width.
+    """
+
+    def __init__(self, clip: Clip, draft: Draft | None) -> None:
+        self.clip, self.draft = clip, draft
+        if draft is not None and (width := draft.whitening.mean.shape[0]) != clip.spec.embedding_width:
+            raise ValueError(
+                f"the draft among the guides paints embeddings of {width} numbers, the prior's have "
+                f"{clip.spec.embedding_width}; name the draft of the same CLIP"
+            )
+
+    @torch.no_grad()
+    def kept(self, state: CascadeState, x0: Float[Tensor, " kb d"]) -> CascadeState:
+        """The best of each request's draws, a unit vector, as its image embedding."""
+        draws = F.normalize(x0.float(), dim=-1)
+        seen = draws if self.draft is None else self.clip.embed_image(drawn(self.draft, draws))
+        caption = self.clip.read(state.tokens.to(x0.device)).embedding
+        per_request = (len(state.seeds), -1)
+        kept = nearest_draw(draws.unflatten(0, per_request), caption, seen.unflatten(0, per_request))
+        return state._replace(image_embedding=kept.cpu())
