@@ -44,16 +44,17 @@ def text_difference(caption: Float[Tensor, " b d"], start: Float[Tensor, " b d"]
 def nearest_draw(
     draws: Float[Tensor, " b k d"], caption: Float[Tensor, " b d"], seen: Float[Tensor, " b k d"]
 ) -> Float[Tensor, " b d"]:
-    """Of k embeddings drawn for each caption, the one that is seen nearest to it.
+    """Of k embeddings drawn for each caption, the one whose picture is nearest to the caption and to itself.
 
     Args:
         draws: Unit vectors.
         caption: Unit vectors.
-        seen: Embeddings of the draws' pictures, unit vectors, or the draws themselves.
+        seen: Embeddings of the draws' pictures, unit vectors; the draws themselves where nothing paints them.
 
-    Source: section 2.2 (k is 2).
+    Source: section 2.2 (k is 2, unpainted).
     """
-    best = torch.einsum("bkd,bd->bk", seen, caption).argmax(1)
+    nearness = torch.einsum("bkd,bd->bk", seen, caption) + (seen * draws).sum(-1)
+    best = nearness.argmax(1)
     return draws[torch.arange(len(best)), best]
 
 

@@ -1,8 +1,9 @@
 """Several embeddings drawn for each caption, of which a prior keeps one.
 
 unCLIP draws two and keeps the one nearer to its caption.  An embedding may be near and yet lie between
-pictures; so where the cascade has a draft, each draw is painted, CLIP looks at the pictures, and the draw
-is kept whose picture is nearest: the re-ranking of DALL-E, before the first denoising of pixels.
+pictures; so where the cascade has a draft, each draw is painted and CLIP looks at the pictures.  The draw is
+kept whose picture is nearest to the caption (DALL-E's re-ranking, before the first pixel is denoised) and to
+the draw itself: what lies between pictures is painted as one of them, or as none, and read back as another.
 
 Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: two draws, the nearer one); Ramesh et al. 2021
 (arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model).

@@ -54,7 +54,7 @@ def test_one_draw_more_changes_none_of_the_others() -> None:
 
 
 def by_hand(clip: Trained, draft: Trained | None, state: CascadeState, x0: Tensor) -> Tensor:
-    """Draw after draw: seen by CLIP, compared with its caption, the best remembered."""
+    """Draw after draw: seen by CLIP, compared with its caption and itself, the best remembered."""
     tower = clip_of(clip)
     painter = None if draft is None else shown(draft)
     kept = []
@@ -64,7 +64,7 @@ def by_hand(clip: Trained, draft: Trained | None, state: CascadeState, x0: Tenso
         seen = [
             draw if painter is None else tower.embed_image(drawn(painter, draw[None]))[0] for draw in draws
         ]
-        kept.append(draws[max(range(len(draws)), key=lambda k: float(seen[k] @ caption))])
+        kept.append(draws[max(range(len(draws)), key=lambda k: float(seen[k] @ caption + seen[k] @ draws[k]))])
     return torch.stack(kept)
 
 
