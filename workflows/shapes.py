@@ -94,7 +94,7 @@ def draw_scene(rng: np.random.Generator, *, unseen: bool = False, count: int | N
         unseen: Whether the first thing is to be one of the UNSEEN pairs; otherwise no thing is.
         count: Number of things; by default one, two or three in the shares of training.
     """
-    count = count or int(rng.choice([1, 2, 3], p=[0.42, 0.48, 0.10]))
+    count = count or int(rng.choice([1, 2, 3], p=[0.25, 0.65, 0.10]))
     arrangement, centres = arrange(rng, count)
     pairs = [pair_of(rng) for _ in range(count)]
     if unseen:

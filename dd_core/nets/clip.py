@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dd_core.nets.attention import attend
+from dd_core.nets.packed import Packing, packing, upto_end
 from dd_core.nets.places import grid_waves
 from dd_core.spec import Spec
 
@@ -52,12 +54,28 @@ class ClipNetSpec(Spec):
         return self
 
 
+class PackedCaption(NamedTuple):
+    """What the text tower makes of captions, padding left out."""
+
+    states: Float[Tensor, " n w"]
+    """One per token up to END, after the final norm."""
+    embedding: Float[Tensor, " b d"]
+    """Unit vectors."""
+    packing: Packing
+    """Where in the b captions they stand, cut behind the longest."""
+
+
 class ReadCaption(NamedTuple):
     """What the text tower makes of a caption."""
 
     states: Float[Tensor, " b l w"]
     """One per token, after the final norm."""
     embedding: Float[Tensor, " b d"]
+
+
+def heads_of(x: Float[Tensor, " b l w"], heads: int) -> Float[Tensor, " b h l d"]:
+    """The same, each head apart."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def quick_attention(device: torch.device) -> AbstractContextManager[None]:
@@ -139,6 +157,23 @@ class Clip(nn.Module):
             states = towers.ln_final(towers.transformer(x, attn_mask=towers.attn_mask))
         ends = states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(-1)]
         return ReadCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1))
+
+    def read_packed(self, tokens: Int[Tensor, " b l"]) -> PackedCaption:
+        """The same states and embeddings as `read`, in half the time: none of what stands behind END."""
+        towers, there = self.towers, upto_end(tokens)
+        longest = tokens.shape[1] if tokens.is_meta else int(there.sum(1).max())
+        tokens, found = tokens[:, :longest], packing(there[:, :longest])
+        earlier = torch.ones(longest, longest, dtype=torch.bool, device=tokens.device).tril()
+        x = found.pack(towers.token_embedding(tokens) + towers.positional_embedding[:longest])
+        for block in towers.transformer.resblocks:
+            parts = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+            q, k, v = (heads_of(part, block.attn.num_heads) for part in found.unpack(parts).chunk(3, -1))
+            seen = attend(q, k, v, earlier[None, None]).transpose(1, 2).flatten(2)
+            x = x + block.ls_1(block.attn.out_proj(found.pack(seen)))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        states = towers.ln_final(x)
+        ends = states[found.there.sum(1).cumsum(0) - 1]
+        return PackedCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1), found)
 
     def logit_scale(self) -> Float[Tensor, ""]:
         """What cosines are multiplied by before the softmax; at most 100, as published."""

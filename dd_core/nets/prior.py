@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets import dit, text
-from dd_core.nets.clip import ReadCaption
+from dd_core.nets.attention import attend
+from dd_core.nets.clip import PackedCaption, heads_of
 from dd_core.nets.layers import sinusoids
+from dd_core.nets.packed import Packing, packing
 from dd_core.nets.places import wave
 from dd_core.nets.whitening import Whitening
 from dd_core.spec import Spec
@@ -58,8 +60,26 @@ class DenoiserBlock(nn.Module):
         return x + (1 + gate) * self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
 
+class ReaderBlock(nn.Module):
+    """A plain pre-norm transformer block over captions of unequal length."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Float[Tensor, " n w"], packed: Packing) -> Float[Tensor, " n w"]:
+        parts = packed.unpack(self.qkv(self.norms[0](x))).chunk(3, -1)
+        q, k, v = (heads_of(part, self.heads) for part in parts)
+        seen = attend(q, k, v, packed.there[:, None, None]).transpose(1, 2).flatten(2)
+        x = x + self.out(packed.pack(seen))
+        return x + self.mlp(self.norms[1](x))
+
+
 class PriorNet(nn.Module):
-    """Reads [caption states, caption embedding, queries] once; then denoises, told what the queries found.
+    """Reads [caption embedding, queries, caption states] once; then denoises, told what the queries found.
 
     The published prior runs its transformer at every noise level.  Here, at the demo's size, a noise level
     costs a twelfth of reading the caption, so that training can draw several for each caption.
@@ -74,7 +94,7 @@ class PriorNet(nn.Module):
         self.query = nn.Parameter(0.5 * torch.randn(1, QUERIES, spec.width))
         self.places = nn.Parameter(0.5 * torch.randn(1, spec.context_length, spec.width))
         heads, hidden = spec.width // spec.head_width, spec.denoiser_width
-        self.text_blocks = nn.ModuleList(dit.TextBlock(spec.width, heads) for _ in range(spec.layers))
+        self.text_blocks = nn.ModuleList(ReaderBlock(spec.width, heads) for _ in range(spec.layers))
         self.text_norm = nn.LayerNorm(spec.width)
         self.found = nn.Linear(QUERIES * spec.width, hidden)
         self.sigma_in = nn.Sequential(nn.Linear(256, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
@@ -83,14 +103,20 @@ class PriorNet(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(2 * hidden, spec.embedding_width)
 
-    def read(self, caption: ReadCaption) -> Float[Tensor, " b 1 w"]:
+    def read(self, caption: PackedCaption) -> Float[Tensor, " b 1 w"]:
         """The caption as the denoiser is told it; once a request."""
-        states = self.text_in(caption.states) + self.places
+        rows, length = caption.packing.there.shape
         whole = self.caption_in(caption.embedding * self.loud)[:, None]
-        x = torch.cat([states, whole, self.query.expand(len(states), -1, -1)], 1)
+        asked = torch.cat([whole, self.query.expand(rows, -1, -1)], 1)
+        states = self.text_in(caption.states) + caption.packing.pack(
+            self.places[:, :length].expand(rows, -1, -1)
+        )
+        found = packing(F.pad(caption.packing.there, (1 + QUERIES, 0), value=True))
+        x = found.pack(torch.cat([asked, caption.packing.unpack(states)], 1))
         for block in self.text_blocks:
-            x = block(x)
-        return self.found(self.text_norm(x[:, -QUERIES:]).flatten(1))[:, None]
+            x = block(x, found)
+        queries = self.text_norm(found.unpack(x)[:, 1 : 1 + QUERIES])
+        return self.found(queries.flatten(1))[:, None]
 
     def forward(
         self, x: Float[Tensor, " b d"], log_sigma: Float[Tensor, " b"], cond: Conditioning

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
+from dd_core.nets.attention import attend
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.spec import Spec
 
@@ -51,7 +52,7 @@ class TextBlock(nn.Module):
         """The same sequence; each place looks at those where its row of `mask` is True."""
         parts = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        seen = F.scaled_dot_product_attention(query, key, value, mask)
+        seen = attend(query, key, value, mask)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.alone_out(F.gelu(self.alone_in(self.norm_alone(x))))
 

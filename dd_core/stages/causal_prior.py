@@ -20,6 +20,7 @@ from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
 from dd_core.nets.clip import Clip
+from dd_core.nets.packed import upto_end
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec
 from dd_core.noise import SeededNoise, from_vp
 from dd_core.ranks import gathered
@@ -28,7 +29,6 @@ from dd_core.schedules import Clock, ScheduleSpec
 from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.chain import widened
-from dd_core.stages.chain_told import upto_end
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws

@@ -15,6 +15,7 @@ from dd_core.denoiser import Conditioning
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiT
+from dd_core.nets.packed import upto_end
 from dd_core.nets.text import CaptionedUNet, UnclipUNet
 from dd_core.nets.unet import UNet
 from dd_core.stage import PairBatch
@@ -75,11 +76,6 @@ def told(
                 level = network.of_class(label)
             return Conditioning(text=text, image_embedding=embedding, level=level, image=picture)
     raise AssertionError(type(network))
-
-
-def upto_end(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:
-    """The tokens of each caption, START and END among them."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
 
 
 def counted(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:

@@ -47,7 +47,7 @@ class ClipStage(Stage):
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         image = self.model.embed_image(images.to_unit(batch.image))
-        caption = self.model.read(batch.tokens)
+        caption = self.model.read_packed(batch.tokens)
         pictures, texts, tokens = map(gathered, (image, caption.embedding, batch.tokens))
         same = losses.same_captions(tokens)
         loss = losses.info_nce(pictures, texts, self.model.logit_scale(), same)
@@ -55,7 +55,8 @@ class ClipStage(Stage):
         if self.captioner is None:
             return Losses(loss, {"retrieval": hit})
         words = self.model.towers.token_embedding.weight
-        nats = self.captioner(image, caption.states, batch.tokens, words)
+        states = caption.packing.unpack(caption.states)
+        nats = self.captioner(image, states, batch.tokens[:, : states.shape[1]], words)
         per_word = nats.sum() / batch.tokens.argmax(1).sum()
         parts = {"retrieval": hit, "word_nats": per_word.detach()}
         return Losses(loss + self.spec.caption_weight * per_word, parts)

@@ -14,6 +14,7 @@ from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.dit import DiTSpec
 from dd_core.nets.network import PlainSpec
+from dd_core.nets.packed import upto_end
 from dd_core.nets.text import CaptionedSpec, TextSpec, UnclipSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.noise import SeededNoise
@@ -24,7 +25,7 @@ from dd_core.stages import StageSpec, build_stage, load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain import ChainStage
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.chain_told import counted, holes, upto_end
+from dd_core.stages.chain_told import counted, holes
 from dd_core.stages.clip import ClipSpec
 from dd_core.text import tokens
 

@@ -61,10 +61,11 @@ def by_hand(clip: Trained, draft: Trained | None, state: CascadeState, x0: Tenso
     for row, tokens in enumerate(state.tokens):
         caption = tower.read(tokens[None]).embedding[0]
         draws = F.normalize(x0.unflatten(0, (len(state.tokens), -1))[row], dim=-1)
-        seen = [
-            draw if painter is None else tower.embed_image(drawn(painter, draw[None]))[0] for draw in draws
-        ]
-        kept.append(draws[max(range(len(draws)), key=lambda k: float(seen[k] @ caption + seen[k] @ draws[k]))])
+        nearness = []
+        for draw in draws:
+            seen = draw if painter is None else tower.embed_image(drawn(painter, draw[None]))[0]
+            nearness.append(float(seen @ caption + seen @ draw))
+        kept.append(draws[max(range(len(draws)), key=nearness.__getitem__)])
     return torch.stack(kept)
 
 

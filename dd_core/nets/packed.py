@@ -1,0 +1,42 @@
+"""Sequences of unequal length without their padding: what is done place by place is done for places that are.
+
+Captions fill half of what their tower may read.  Norms and linear maps see the n places that there are, one
+after the other; only attention lays them out as b rows again, where none looks at a place that is not.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Which places of b rows there are."""
+
+    there: Bool[Tensor, " b l"]
+    """The places that are."""
+    places: Int[Tensor, " n"]
+    """The same, counted through all rows."""
+
+    def pack(self, x: Float[Tensor, " b l d"]) -> Float[Tensor, " n d"]:
+        """The places that are."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def unpack(self, x: Float[Tensor, " n d"]) -> Float[Tensor, " b l d"]:
+        """As rows, zeros where no place is."""
+        rows, length = self.there.shape
+        empty = x.new_zeros(rows * length, x.shape[1])
+        return empty.index_copy(0, self.places, x).unflatten(0, (rows, length))
+
+
+def packing(there: Bool[Tensor, " b l"]) -> Packing:
+    """Of the places that are.  On the meta device nothing is known of them, and all are."""
+    if there.is_meta:
+        return Packing(there, torch.zeros(there.numel(), dtype=torch.long, device="meta"))
+    return Packing(there, there.flatten().nonzero()[:, 0])
+
+
+def upto_end(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:
+    """The tokens of each caption, START and END among them."""
+    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
