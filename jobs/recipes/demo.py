@@ -45,10 +45,10 @@ PROMPTS = (
 
 
 def run() -> RunSpec:
-    """20,000 pairs, seven stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
+    """40,000 pairs, seven stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
     return RunSpec(
         name="demo",
-        shapes=ShapesSpec(pairs=20_000),
+        shapes=ShapesSpec(pairs=40_000),
         pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=CONTEXT),
         stages=(clip(), upsampler(), prior(), draft(), base(), autoencoder(), noised_clip()),
         at_once=2,
@@ -147,7 +147,7 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip", "draft": "draft"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=6_000),
-        budget=Budget(steps=240, checkpoint_every=120, report_every=20, sample_every=120),
+        budget=Budget(steps=120, checkpoint_every=60, report_every=10, sample_every=60),
         batch_size=48,
         num_workers=1,
         resources=WORKER,
@@ -183,7 +183,7 @@ def prior() -> TrainSpec:
     """Caption -> image embedding."""
     net = PriorNetSpec(
         width=192,
-        layers=2,
+        layers=1,
         head_width=64,
         text_width=TOWERS.text_width,
         embedding_width=TOWERS.embedding_width,
@@ -191,11 +191,11 @@ def prior() -> TrainSpec:
     )
     return TrainSpec(
         name="prior",
-        stage=PriorSpec(net=net),
+        stage=PriorSpec(net=net, draws_per_caption=2),
         parents={"clip": "clip"},
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=5_000),
-        budget=Budget(steps=1_400, checkpoint_every=350, report_every=20),
-        batch_size=128,
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, ema_images=10_000),
+        budget=Budget(steps=1_300, checkpoint_every=325, report_every=20),
+        batch_size=256,
         num_workers=1,
         resources=WORKER,
     )
@@ -208,7 +208,7 @@ def cascade() -> CascadeSpec:
         hops=(
             HopSpec(
                 stage="prior",
-                how=SamplingSpec(num_steps=10, guidance_scale=1.0, draws=8),
+                how=SamplingSpec(num_steps=10, guidance_scale=1.0, draws=16),
                 guides={"draft": "draft"},
             ),
             HopSpec(stage="base", how=SamplingSpec(num_steps=15, guidance_scale=1.0), follows_request=True),
