@@ -45,10 +45,10 @@ PROMPTS = (
 
 
 def run() -> RunSpec:
-    """40,000 pairs, seven stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
+    """50,000 pairs, seven stages, 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
     return RunSpec(
         name="demo",
-        shapes=ShapesSpec(pairs=40_000),
+        shapes=ShapesSpec(pairs=50_000),
         pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=CONTEXT),
         stages=(clip(), upsampler(), prior(), draft(), base(), autoencoder(), noised_clip()),
         at_once=2,
@@ -194,7 +194,7 @@ def prior() -> TrainSpec:
         stage=PriorSpec(net=net, draws_per_caption=2),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, ema_images=10_000),
-        budget=Budget(steps=1_300, checkpoint_every=325, report_every=20),
+        budget=Budget(steps=1_400, checkpoint_every=350, report_every=20),
         batch_size=256,
         num_workers=1,
         resources=WORKER,
