@@ -31,9 +31,7 @@ class Packing(NamedTuple):
 
 
 def packing(there: Bool[Tensor, " b l"]) -> Packing:
-    """Of the places that are.  On the meta device nothing is known of them, and all are."""
-    if there.is_meta:
-        return Packing(there, torch.zeros(there.numel(), dtype=torch.long, device="meta"))
+    """Of the places that are."""
     return Packing(there, there.flatten().nonzero()[:, 0])
 
 

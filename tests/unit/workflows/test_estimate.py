@@ -62,10 +62,8 @@ def test_checkpoints_gradients_and_activations_are_as_large_as_was_said(
     side, most = spec.stage.image_size, 0
     for phase in state.stage.phases:
         kept.clear()
-        batch = PairBatch(
-            torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8),
-            torch.full((4, smoke.CONTEXT), 49407),
-        )
+        longest = torch.tensor([320] * (smoke.CONTEXT - 1) + [49407])  # END is the last word
+        batch = PairBatch(torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8), longest.expand(4, -1))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):  # noqa: SIM117
             with torch.autocast("cpu", torch.bfloat16):
                 total = state.stage(batch, phase).total
@@ -74,14 +72,14 @@ def test_checkpoints_gradients_and_activations_are_as_large_as_was_said(
         if total.requires_grad:
             total.backward()
     assert sum(size(p.grad) for p in state.stage.parameters() if p.grad is not None) <= need.gradients
-    assert 0.9 * need.activations <= most <= 1.05 * need.activations
+    assert 0.9 * need.activations <= most <= 1.02 * need.activations
 
 
 def test_several_workers_share_the_batch_and_double_the_gradients(needed: dict[str, Need]) -> None:
     (clip, *_) = SPECS
     shared = needs([clip.but(num_workers=2)], context_length=smoke.CONTEXT, run=Path("nowhere"))["clip"]
     assert shared.gradients == 2 * needed["clip"].gradients
-    assert shared.activations < 0.8 * needed["clip"].activations
+    assert shared.activations < 0.7 * needed["clip"].activations
     smaller = needs([clip.but(micro_batch_size=1)], context_length=smoke.CONTEXT, run=Path("nowhere"))["clip"]
     assert smaller.activations < shared.activations
 
