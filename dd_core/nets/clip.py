@@ -58,11 +58,11 @@ class PackedCaption(NamedTuple):
     """What the text tower makes of captions, padding left out."""
 
     states: Float[Tensor, " n w"]
-    """One per token up to END, after the final norm."""
+    """One per place of the packing, after the final norm."""
     embedding: Float[Tensor, " b d"]
     """Unit vectors."""
     packing: Packing
-    """Where in the b captions they stand, cut behind the longest."""
+    """The tokens up to END, of rows cut behind the longest."""
 
 
 class ReadCaption(NamedTuple):
@@ -161,7 +161,7 @@ class Clip(nn.Module):
     def read_packed(self, tokens: Int[Tensor, " b l"]) -> PackedCaption:
         """The same states and embeddings as `read`, in half the time: none of what stands behind END."""
         towers, there = self.towers, upto_end(tokens)
-        longest = len(there.any(0).nonzero())
+        longest = min(-(-len(there.any(0).nonzero()) // 8) * 8, tokens.shape[1])  # few sizes, as packed says
         tokens, found = tokens[:, :longest], packing(there[:, :longest])
         earlier = torch.ones(longest, longest, dtype=torch.bool, device=tokens.device).tril()
         x = found.pack(towers.token_embedding(tokens) + towers.positional_embedding[:longest])

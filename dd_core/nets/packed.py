@@ -10,6 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+ROUND = 128
+"""Places are made a multiple of this by some that are not: a matrix product on a CPU is planned anew for each
+size that it meets, and kept with its memory, so sizes must be few."""
+
 
 class Packing(NamedTuple):
     """Which places of b rows there are."""
@@ -17,14 +21,14 @@ class Packing(NamedTuple):
     there: Bool[Tensor, " b l"]
     """The places that are."""
     places: Int[Tensor, " n"]
-    """The same, counted through all rows."""
+    """The same in their order, counted through all rows; behind them fewer than ROUND that are not."""
 
     def pack(self, x: Float[Tensor, " b l d"]) -> Float[Tensor, " n d"]:
-        """The places that are."""
+        """The places that are, and those behind them."""
         return x.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, x: Float[Tensor, " n d"]) -> Float[Tensor, " b l d"]:
-        """As rows, zeros where no place is."""
+        """As rows; what stands where no place is means nothing."""
         rows, length = self.there.shape
         empty = x.new_zeros(rows * length, x.shape[1])
         return empty.index_copy(0, self.places, x).unflatten(0, (rows, length))
@@ -32,7 +36,10 @@ class Packing(NamedTuple):
 
 def packing(there: Bool[Tensor, " b l"]) -> Packing:
     """Of the places that are."""
-    return Packing(there, there.flatten().nonzero()[:, 0])
+    flat = there.flatten()
+    places, others = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+    rounded = min(-(-len(places) // ROUND) * ROUND, len(flat))
+    return Packing(there, torch.cat([places, others[: rounded - len(places)]]))
 
 
 def upto_end(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:

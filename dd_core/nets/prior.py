@@ -82,7 +82,7 @@ class PriorNet(nn.Module):
     """Reads [caption embedding, queries, caption states] once; then denoises, told what the queries found.
 
     The published prior runs its transformer at every noise level.  Here, at the demo's size, a noise level
-    costs a twelfth of reading the caption, so that training can draw several for each caption.
+    costs a fifth of reading the caption, so that training can draw several for each caption.
     """
 
     def __init__(self, spec: PriorNetSpec) -> None:

@@ -1,9 +1,10 @@
 """Captions without their padding are read as with it."""
 
+import pytest
 import torch
 
 from dd_core.nets.clip import Clip
-from dd_core.nets.packed import packing
+from dd_core.nets.packed import ROUND, packing
 from dd_core.nets.prior import PriorNet
 from tests.unit.serve import tiny
 
@@ -22,12 +23,16 @@ def clip() -> Clip:
     return made.eval()
 
 
-def test_rows_come_back_as_they_were_and_zero_where_nothing_is() -> None:
-    there = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.5
-    x = torch.randn(5, 7, 3)
-    found = packing(there)
-    assert torch.equal(found.pack(x), x[there])
-    assert torch.equal(found.unpack(found.pack(x)), x * there[..., None])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_rows_come_back_as_they_were_and_sizes_are_few(share: float) -> None:
+    there = torch.rand(50, 17, generator=torch.Generator().manual_seed(0)) < share
+    x = torch.randn(50, 17, 3)
+    found, count = packing(there), int(there.sum())
+    assert len(found.places) == len(set(found.places.tolist()))  # none twice: no gradient counts twice
+    assert len(found.places) % ROUND == 0 or len(found.places) == 50 * 17
+    assert count <= len(found.places) < count + ROUND
+    assert torch.equal(found.pack(x)[:count], x[there])
+    assert torch.equal(found.unpack(found.pack(x))[there], x[there])
 
 
 def test_states_and_embeddings_are_those_of_the_whole_sequence() -> None:
@@ -36,8 +41,8 @@ def test_states_and_embeddings_are_those_of_the_whole_sequence() -> None:
     whole, packed = made.read(TOKENS), made.read_packed(TOKENS)
     torch.testing.assert_close(packed.embedding, whole.embedding)
     assert packed.packing.there.sum(1).tolist() == [2, 5, 9, 3]
-    assert packed.packing.there.shape == (4, 9)
-    torch.testing.assert_close(packed.states, whole.states[:, :9][packed.packing.there])
+    assert packed.packing.there.shape == (4, 12)
+    torch.testing.assert_close(packed.states[:19], whole.states[packed.packing.there])
 
 
 def test_gradients_are_those_of_the_whole_sequence() -> None:
@@ -45,7 +50,7 @@ def test_gradients_are_those_of_the_whole_sequence() -> None:
     found = []
     packed, whole = made.read_packed(TOKENS), made.read(TOKENS)
     there = packed.packing.there
-    for states, embedding in (packed[:2], (whole.states[:, :9][there], whole.embedding)):
+    for states, embedding in ((packed.states[:19], packed.embedding), (whole.states[there], whole.embedding)):
         made.zero_grad()
         (states.sin().sum() + embedding.square().mul(torch.arange(16)).sum()).backward()
         found.append([weight.grad.clone() for weight in made.parameters() if weight.grad is not None])
