@@ -194,7 +194,7 @@ def prior() -> TrainSpec:
         stage=PriorSpec(net=net, draws_per_caption=2),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, weight_decay=0.2, ema_images=10_000),
-        budget=Budget(steps=1_400, checkpoint_every=350, report_every=20),
+        budget=Budget(steps=1_250, checkpoint_every=625, report_every=20),
         batch_size=256,
         num_workers=1,
         resources=WORKER,
