@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
+from dd_core.stage import LearnsEmbeddings
 from dd_core.stages.chain_hop import refuse
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
@@ -68,6 +69,13 @@ class RunSpec(Spec):
             if kind != wanted:
                 raise ValueError(f"hop {hop.stage}: guide {role!r} is a {kind}, a {wanted} is needed")
         spec = self.stage(hop.stage).stage
+        if isinstance(spec, LearnsEmbeddings):
+            self.check_draft(hop)
+        elif hop.how.draws != 1 or "draft" in hop.guides:
+            raise ValueError(
+                f"hop {hop.stage}: {spec.kind} chooses among no draws; leave how.draws and guides.draft out "
+                "and give them to the prior"
+            )
         if isinstance(spec, ConsistencySpec) != (hop.how.sampler == "consistency"):
             raise ValueError(
                 f"cascade: hop {hop.stage!r} is a {spec.kind} and is sampled by {hop.how.sampler}; "
@@ -83,6 +91,21 @@ class RunSpec(Spec):
             raise ValueError(
                 f"stage {hop.stage!r} reads {spec.context_length} tokens, pairs.context_length is "
                 f"{self.pairs.context_length}; make them equal"
+            )
+
+    def check_draft(self, prior: HopSpec) -> None:
+        """A draft paints the embeddings of its own CLIP alone.
+
+        Raises:
+            ValueError: The draft that judges a prior's draws stands on another one.
+        """
+        if (draft := prior.guides.get("draft")) is None:
+            return
+        theirs, own = (self.stage(name).parents.get("clip") for name in (draft, prior.stage))
+        if theirs != own:
+            raise ValueError(
+                f"hop {prior.stage}: its guide {draft!r} stands on clip {theirs!r}, the prior on {own!r}; "
+                "train both on one"
             )
 
     def stage(self, name: str) -> TrainSpec:

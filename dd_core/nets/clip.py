@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dd_core.nets.attention import attend
 from dd_core.nets.packed import Packing, packing, upto_end
 from dd_core.nets.places import grid_waves
 from dd_core.spec import Spec
@@ -71,11 +70,6 @@ class ReadCaption(NamedTuple):
     states: Float[Tensor, " b l w"]
     """One per token, after the final norm."""
     embedding: Float[Tensor, " b d"]
-
-
-def heads_of(x: Float[Tensor, " b l w"], heads: int) -> Float[Tensor, " b h l d"]:
-    """The same, each head apart."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def quick_attention(device: torch.device) -> AbstractContextManager[None]:
@@ -167,9 +161,8 @@ class Clip(nn.Module):
         x = found.pack(towers.token_embedding(tokens) + towers.positional_embedding[:longest])
         for block in towers.transformer.resblocks:
             parts = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-            q, k, v = (heads_of(part, block.attn.num_heads) for part in found.unpack(parts).chunk(3, -1))
-            seen = attend(q, k, v, earlier[None, None]).transpose(1, 2).flatten(2)
-            x = x + block.ls_1(block.attn.out_proj(found.pack(seen)))
+            seen = found.attended(parts, block.attn.num_heads, earlier[None, None])
+            x = x + block.ls_1(block.attn.out_proj(seen))
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
         states = towers.ln_final(x)
         ends = states[found.there.sum(1).cumsum(0) - 1]

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dd_core.nets.attention import attend
+
 ROUND = 128
 """Places are made a multiple of this by some that are not: a matrix product on a CPU is planned anew for each
 size that it meets, and kept with its memory, so sizes must be few."""
@@ -32,6 +34,14 @@ class Packing(NamedTuple):
         rows, length = self.there.shape
         empty = x.new_zeros(rows * length, x.shape[1])
         return empty.index_copy(0, self.places, x).unflatten(0, (rows, length))
+
+    def attended(
+        self, qkv: Float[Tensor, " n three_d"], heads: int, mask: Bool[Tensor, " #b 1 #l l"]
+    ) -> Float[Tensor, " n d"]:
+        """Attention of the places of each row, over those where `mask` is True."""
+        parts = self.unpack(qkv).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        return self.pack(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 def packing(there: Bool[Tensor, " b l"]) -> Packing:

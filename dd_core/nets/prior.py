@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets import dit, text
-from dd_core.nets.attention import attend
-from dd_core.nets.clip import PackedCaption, heads_of
+from dd_core.nets.clip import PackedCaption
 from dd_core.nets.layers import sinusoids
 from dd_core.nets.packed import Packing, packing
 from dd_core.nets.places import wave
@@ -71,10 +70,8 @@ class ReaderBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Float[Tensor, " n w"], packed: Packing) -> Float[Tensor, " n w"]:
-        parts = packed.unpack(self.qkv(self.norms[0](x))).chunk(3, -1)
-        q, k, v = (heads_of(part, self.heads) for part in parts)
-        seen = attend(q, k, v, packed.there[:, None, None]).transpose(1, 2).flatten(2)
-        x = x + self.out(packed.pack(seen))
+        seen = packed.attended(self.qkv(self.norms[0](x)), self.heads, packed.there[:, None, None])
+        x = x + self.out(seen)
         return x + self.mlp(self.norms[1](x))
 
 

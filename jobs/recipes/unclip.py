@@ -97,8 +97,8 @@ def published_prior() -> RunSpec:
     Hardware and time: as `run`.  Departures: 25 steps of fixed variance (paper: 64 of analytic variance), a
     fifth of the captions kept back as in Karlo (paper: a tenth).
     """
-    before, how = run(), SamplingSpec(sampler="ddpm", num_steps=25, spacing="linspace", guidance_scale=4.0)
-    how = how.but(draws=2)
+    before = run()
+    how = SamplingSpec(sampler="ddpm", num_steps=25, spacing="linspace", guidance_scale=4.0, draws=2)
     trained = prior_stage()
     net = published()["karlo-prior"].net
     assert isinstance(net, CausalPriorSpec)

@@ -174,6 +174,8 @@ def test_a_job_that_is_told_to_stop_ends_after_a_file_and_goes_on_with_the_rest(
     assert len(list(inputs.what.home.here.glob("part-*.parquet"))) == FILES
 
 
+@needs_ray
+@pytest.mark.usefixtures("local_ray")
 def test_those_by_another_clip_or_of_other_data_are_not_taken(inputs: Made, tmp_path: Path) -> None:
     embed(inputs.what)
     before = digests(inputs.what.home)
