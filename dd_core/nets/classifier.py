@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
-from dd_core.nets.layers import Norm, ResBlock, attend
+from dd_core.nets.attention import attend
+from dd_core.nets.layers import Norm, ResBlock
 from dd_core.nets.unet import Block, Hearing, UNetSpec, check_told, way_down
 from dd_core.spec import Spec
 

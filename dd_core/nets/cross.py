@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dd_core.nets.layers import Shared, Told, attend, zeroed
+from dd_core.nets.attention import attend
+from dd_core.nets.layers import Shared, Told, zeroed
 
 EPSILON = 1e-6
 
@@ -87,4 +88,5 @@ class CrossAttention(nn.Module):
     ) -> Float[Tensor, " b n c"]:
         parts = (self.query(rows), self.key(seen), self.value(seen))
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        return self.out(attend(query, key, value, heard).transpose(1, 2).flatten(2))
+        mask = None if heard is None else heard[:, None, None]
+        return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))

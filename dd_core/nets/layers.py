@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from dd_core.nets.attention import attend
+
 Resample = Literal["same", "down", "up"]
 EPSILON = 1e-5
 CACHED = 2**18
@@ -251,33 +253,13 @@ class Attention(nn.Module):
             text_key, text_value = self._heads(self.text(told.text), 2)
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
         heard = None if told.heard is None else F.pad(told.heard, (0, rows.shape[1]), value=True)
-        seen = attend(query, key, value, heard)
+        seen = attend(query, key, value, None if heard is None else heard[:, None, None])
         out = self.out(seen.transpose(1, 2).flatten(2))
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _heads(self, rows: Float[Tensor, " b n pc"], parts: int) -> tuple[Tensor, ...]:
         """Each part as `b heads n head_width`."""
         return rows.unflatten(2, (parts, -1, self.head_width)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def attend(
-    query: Float[Tensor, " b heads n w"],
-    key: Float[Tensor, " b heads m w"],
-    value: Float[Tensor, " b heads m w"],
-    heard: Bool[Tensor, " b m"] | None = None,
-) -> Float[Tensor, " b heads n w"]:
-    """softmax(query key^T / sqrt(w)) value, over the keys that count.
-
-    The CPU's fused kernel, made for long sequences, takes three times as long as the products
-    themselves where bfloat16 makes these fast and the keys are few.
-    """
-    mask = None if heard is None else heard[:, None, None]
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 512:
-        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(3, dtype=torch.float32).to(value.dtype) @ value
-    return F.scaled_dot_product_attention(query, key, value, mask)
 
 
 class Resized(nn.Module):
