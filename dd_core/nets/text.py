@@ -119,17 +119,15 @@ class UnclipSpec(Spec):
 
     kind: Literal["unclip"] = "unclip"
     unet: UNetSpec
-    clip_width: int = Field(768, ge=1)
-    """Of CLIP's states and of its embeddings, which are as wide in the published model (ViT-L/14)."""
+    states_width: int = Field(768, ge=1)
+    """Of CLIP's states; its embeddings, of caption and image, are as wide as unet.embedding_width says."""
     in_channels: int = Field(3, ge=1)
     out_channels: int = Field(6, ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> "UnclipSpec":
-        if self.unet.embedding_width != self.clip_width:
-            raise ValueError(
-                f"unet.embedding_width is {self.unet.embedding_width}, clip_width is {self.clip_width}"
-            )
+        if not self.unet.embedding_width:
+            raise ValueError("unet.embedding_width is 0; set it to the width of CLIP's embeddings")
         if not (self.unet.text_width and self.unet.level_told) or self.unet.text_at_level:
             raise ValueError(
                 "unet must be told states and the caption apart: text_width, level_told=true, "
@@ -145,10 +143,10 @@ class UnclipUNet(nn.Module):
         super().__init__()
         self.spec = spec
         self.unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
-        self.states = nn.Linear(spec.clip_width, spec.unet.text_width)
+        self.states = nn.Linear(spec.states_width, spec.unet.text_width)
         self.norm = nn.LayerNorm(spec.unet.text_width)
-        self.caption = nn.Linear(spec.clip_width, 4 * spec.unet.width)
-        self.no_embedding = nn.Parameter(torch.zeros(spec.clip_width))
+        self.caption = nn.Linear(spec.unet.embedding_width, 4 * spec.unet.width)
+        self.no_embedding = nn.Parameter(torch.zeros(spec.unet.embedding_width))
         """The image embedding of nothing, for classifier-free guidance."""
 
     def read(

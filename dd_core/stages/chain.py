@@ -122,7 +122,7 @@ def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) ->
     if clip is not None and spec.embedding_width:
         found.append(("embedding_width", spec.embedding_width, clip.spec.embedding_width))
     if clip is not None and spec.text_width:
-        width = spec.net.clip_width if isinstance(spec.net, UnclipSpec) else spec.text_width
+        width = spec.net.states_width if isinstance(spec.net, UnclipSpec) else spec.text_width
         found.append(("width of the caption's states", width, clip.spec.text_width))
     if autoencoder is not None:
         found.append(("latent_channels", spec.latent_channels, autoencoder.spec.latent_channels))

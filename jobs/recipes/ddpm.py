@@ -11,15 +11,13 @@ from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
+from jobs.recipes import demo
 from workflows.evaluation import EvaluationSpec
-from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
-CONTEXT = 32
 OPTIMIZER = OptimizerSpec(learning_rate=1e-3, ema_images=6_000)
 BUDGET = Budget(steps=2_000, checkpoint_every=500, report_every=25, sample_every=1_000)
 UNET = UNetSpec(
@@ -39,16 +37,17 @@ ANCESTRAL = SamplingSpec(
 
 
 def run() -> RunSpec:
-    """10,000 pairs, one stage.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo's pairs, one stage.  Two CPUs, no GPU, up to 8 GB."""
+    before = demo.run()
     return RunSpec(
         name="ddpm",
-        shapes=ShapesSpec(pairs=10_000),
-        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=CONTEXT, sizes=(64,)),
+        shapes=before.shapes,
+        pairs=before.pairs,
         stages=(base(),),
         cascade=CascadeSpec(
             name="ddpm",
             hops=(HopSpec(stage="base", how=ANCESTRAL),),
-            context_length=CONTEXT,
+            context_length=demo.CONTEXT,
             image_size=64,
         ),
         evaluation=EvaluationSpec(captions=16),

@@ -28,12 +28,11 @@ COSINE, LINEAR = ScheduleSpec(betas="cosine"), ScheduleSpec()
 
 
 def run() -> RunSpec:
-    """10,000 pairs; base, its finetuning for guidance, upsampler.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo's pairs; base, its finetuning for guidance, upsampler.  Two CPUs, no GPU, up to 8 GB."""
     return ddpm.run().but(
         name="glide",
-        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=ddpm.CONTEXT),
         stages=(base(), guided(), upsampler()),
-        cascade=cascade(ddpm.CONTEXT),
+        cascade=cascade(demo.CONTEXT),
         evaluation=demo.run().evaluation,
     )
 
@@ -52,7 +51,7 @@ def base() -> TrainSpec:
     """64 px, cosine schedule, hybrid loss, captions never kept back."""
     net = CaptionedSpec(
         unet=ddpm.UNET.but(text_width=128),
-        text=TextSpec(width=128, layers=4, heads=4, context_length=ddpm.CONTEXT, vocab_size=49_408),
+        text=TextSpec(width=128, layers=4, heads=4, context_length=demo.CONTEXT, vocab_size=49_408),
     )
     return TrainSpec(
         name="base",
@@ -108,7 +107,7 @@ def upsampler() -> TrainSpec:
         image_channels=3,
         groups=8,
     )
-    text = TextSpec(width=64, layers=1, heads=2, context_length=ddpm.CONTEXT, vocab_size=49_408)
+    text = TextSpec(width=64, layers=1, heads=2, context_length=demo.CONTEXT, vocab_size=49_408)
     stage = ChainSpec(
         net=CaptionedSpec(unet=unet, text=text),
         image_size=256,

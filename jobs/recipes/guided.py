@@ -28,7 +28,7 @@ ALONE = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance
 
 
 def run() -> RunSpec:
-    """10,000 pairs, CLIP, noised CLIP, base; 64 captions judged.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo's pairs, CLIP, noised CLIP, base; 64 captions judged.  Two CPUs, no GPU, up to 8 GB."""
     led = ALONE.but(gradient=GradientSpec(caption=3.0))
     guides = {"noised_clip": "noised_clip", "clip": "clip"}
     return ddpm.run().but(
@@ -91,4 +91,4 @@ def classifier() -> TrainSpec:
 
 def cascade(name: str, hop: HopSpec) -> CascadeSpec:
     """One hop at 64 px."""
-    return CascadeSpec(name=name, hops=(hop,), context_length=ddpm.CONTEXT, image_size=64)
+    return CascadeSpec(name=name, hops=(hop,), context_length=demo.CONTEXT, image_size=64)

@@ -10,7 +10,7 @@ from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages.chain_spec import ChainSpec
-from jobs.recipes import ddpm
+from jobs.recipes import ddpm, demo
 from workflows.evaluation import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.run_spec import RunSpec
@@ -24,7 +24,7 @@ LEARNED = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidan
 
 
 def run() -> RunSpec:
-    """10,000 pairs, one stage.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo's pairs, one stage.  Two CPUs, no GPU, up to 8 GB."""
     whole = ddpm.run()
     return whole.but(
         name="improved_ddpm",
@@ -32,7 +32,7 @@ def run() -> RunSpec:
         cascade=CascadeSpec(
             name="improved_ddpm",
             hops=(HopSpec(stage="base", how=LEARNED),),
-            context_length=ddpm.CONTEXT,
+            context_length=demo.CONTEXT,
             image_size=64,
         ),
         evaluation=EvaluationSpec(captions=16),

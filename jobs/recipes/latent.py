@@ -29,12 +29,11 @@ DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one", guid
 
 
 def run() -> RunSpec:
-    """10,000 pairs; CLIP, autoencoder, base.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo's pairs; CLIP, autoencoder, base.  Two CPUs, no GPU, up to 8 GB."""
     return ddpm.run().but(
         name="latent",
-        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=ddpm.CONTEXT),
         stages=(demo.clip(), demo.autoencoder(), base()),
-        cascade=cascade(DDIM50, ddpm.CONTEXT),
+        cascade=cascade(DDIM50, demo.CONTEXT),
         evaluation=demo.run().evaluation,
     )
 

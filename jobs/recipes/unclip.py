@@ -1,5 +1,7 @@
-"""unCLIP in the sizes of Karlo, its only published weights: prior, decoder of 893 M, upsampler of 692 M.
+"""unCLIP: caption -> image embedding -> 64 px -> 256 px.
 
+`run` has the sizes of Karlo, its only published weights: prior, decoder of 893 M, upsampler of 692 M; `small`
+is the published decoder between the prior and the upsampler of the demo.
 Sources: Ramesh et al. 2022 (arXiv:2204.06125), table 3 (iterations, batches, rates); the model card and the
 code of Karlo (sizes, frozen CLIP states in place of a text transformer).
 """
@@ -16,11 +18,12 @@ from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.prior import PriorSpec
+from jobs.recipes import ddpm, demo
 from jobs.recipes.glide import paper_stage
 from jobs.recipes.latent import paper_clip
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, TrainSpec
+from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 PAPER_WORKERS = 8
 PAPER_WORKER = ResourcesSpec(memory_gib=64)
@@ -50,6 +53,34 @@ def run() -> RunSpec:
         ),
         stages=(paper_clip(), prior_stage(), decoder_stage(), upsampler()),
         cascade=CascadeSpec(name="unclip", hops=hops, context_length=77, image_size=256),
+    )
+
+
+def small() -> RunSpec:
+    """The demo's pairs, CLIP, prior and upsampler, 320 captions judged.  Two CPUs, no GPU, up to 8 GB."""
+    unet = ddpm.UNET.but(
+        text_width=128, text_at_level=False, level_told=True, embedding_width=demo.TOWERS.embedding_width
+    )
+    net = UnclipSpec(unet=unet, states_width=demo.TOWERS.text_width)
+    stage = ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.5, embedding_dropout=0.1)
+    told = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=2.0)
+    decoder = ddpm.base().but(
+        name="decoder",
+        stage=stage,
+        parents={"clip": "clip"},
+        samples=SamplesSpec(prompts=demo.PROMPTS, how=told),
+    )
+    before = demo.run()
+    prior, _, upsampler = before.cascade.hops
+    hops = (
+        HopSpec(stage="prior", how=prior.how.but(draws=2)),
+        HopSpec(stage="decoder", how=told),
+        upsampler,
+    )
+    return before.but(
+        name="unclip_small",
+        stages=(demo.clip(), demo.prior(), decoder, demo.upsampler()),
+        cascade=before.cascade.but(name="unclip_small", hops=hops),
     )
 
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -40,6 +41,7 @@ METHODS = {
     "best": "webdataset + DataLoader, simplejpeg + OpenCV",
     "best_tokens": "the same, with our tokenizer",
     "ray": "Ray Data, workflows.pairs",
+    "floor": "our reader in two processes, nothing handed over",
 }
 SHAPES = ((512, 384), (384, 512), (512, 341), (512, 512), (512, 288))
 WORDS = (
@@ -115,27 +117,55 @@ def webdataset_batches(directory: Path, method: str) -> Iterator[dict[str, Any]]
     return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=CORES, prefetch_factor=4))
 
 
-def ray_batches(directory: Path) -> Iterator[dict[str, Any]]:
-    """The product's own reader, checks, decoding and tokens, one task a tar, streamed by Ray Data."""
-    import ray.data  # noqa: PLC0415
-    from ray.data.block import BlockAccessor, BlockMetadata  # noqa: PLC0415
-
+def our_batches(url: str) -> Iterator[dict[str, Any]]:
+    """One tar by the product's own reader, checks, decoding and tokens."""
     from dd_core import text  # noqa: PLC0415
     from workflows.decode import one_thread  # noqa: PLC0415
     from workflows.pairs import PairsSpec, pair_of  # noqa: PLC0415
     from workflows.shards import samples  # noqa: PLC0415
 
-    spec = PairsSpec(shards=(str(directory),), destination="-", sizes=SIZES, context_length=CONTEXT)
+    one_thread()
+    spec = PairsSpec(shards=(url,), destination="-", sizes=SIZES, context_length=CONTEXT)
+    pairs = (pair_of(sample, spec) for sample in samples(url, spec.limits))
+    while batch := list(itertools.islice(pairs, BATCH)):
+        columns = {f"image{size}": np.stack([pair.images[size] for pair in batch]) for size in SIZES}
+        yield columns | {"tokens": np.array(text.tokens([pair.caption for pair in batch], CONTEXT), np.int32)}
+
+
+def floor_batches(directory: Path) -> Iterator[dict[str, Any]]:
+    """What no framework can beat with this decoding: two processes that throw their batches away."""
+    urls = [str(path) for path in sorted(directory.glob("*.tar"))]
+    fork = multiprocessing.get_context("fork")
+    left: multiprocessing.Queue[str] = fork.Queue()
+    made: multiprocessing.Queue[int] = fork.Queue()
+    for url in [*urls, *[""] * CORES]:
+        left.put(url)
+
+    def work() -> None:
+        for url in iter(left.get, ""):
+            for batch in our_batches(url):
+                made.put(len(batch["tokens"]))
+
+    workers = [fork.Process(target=work) for _ in range(CORES)]
+    for worker in workers:
+        worker.start()
+    left_over = pairs_in(directory)
+    while left_over:
+        left_over -= (count := made.get())
+        yield {"tokens": range(count)}
+    for worker in workers:
+        worker.join()
+
+
+def ray_batches(directory: Path) -> Iterator[dict[str, Any]]:
+    """The same reader, one task a tar, streamed by Ray Data."""
+    import ray.data  # noqa: PLC0415
+    from ray.data.block import BlockAccessor, BlockMetadata  # noqa: PLC0415
+
     urls = [str(path) for path in sorted(directory.glob("*.tar"))]
 
     def read(url: str) -> Iterator[Any]:
-        one_thread()
-        pairs = (pair_of(sample, spec) for sample in samples(url, spec.limits))
-        while batch := list(itertools.islice(pairs, BATCH)):
-            columns = {f"image{size}": np.stack([pair.images[size] for pair in batch]) for size in SIZES}
-            captions = [pair.caption for pair in batch]
-            columns["tokens"] = np.array(text.tokens(captions, CONTEXT), np.int32)
-            yield BlockAccessor.batch_to_arrow_block(columns)
+        yield from map(BlockAccessor.batch_to_arrow_block, our_batches(url))
 
     class Tars(ray.data.Datasource):
         def estimate_inmemory_data_size(self) -> None:
@@ -158,6 +188,9 @@ def ray_batches(directory: Path) -> Iterator[dict[str, Any]]:
     return iter(dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2))
 
 
+OURS = {"ray": ray_batches, "floor": floor_batches}
+
+
 def pairs_in(directory: Path) -> int:
     """How many pairs `make` wrote."""
     return int((directory / "pairs.txt").read_text())
@@ -175,7 +208,7 @@ def measure(directory: Path, method: str) -> dict[str, float]:
         ray.init(num_cpus=CORES, include_dashboard=False, _temp_dir=temporary, logging_level="error")
     memory = PeakMemory()
     start = time.perf_counter()
-    batches = ray_batches(directory) if method == "ray" else webdataset_batches(directory, method)
+    batches = OURS[method](directory) if method in OURS else webdataset_batches(directory, method)
     warm = pairs_in(directory) // 4
     count, first, since, cpu = 0, 0.0, 0.0, 0.0
     for batch in batches:

@@ -49,7 +49,7 @@ def test_decoder() -> None:
     path = checkout("kakaobrain/karlo", "karlo/modules/unet.py")
     x = torch.randn(2, 3, 16, 16)
     unet = UNET.but(text_width=24, text_at_level=False, level_told=True, embedding_width=16)
-    net = UnclipUNet(UnclipSpec(unet=unet, clip_width=16))
+    net = UnclipUNet(UnclipSpec(unet=unet, states_width=16))
     options = {"use_scale_shift_norm": True, "clip_dim": 16, "clip_emb_mult": 4, "clip_emb_drop": 0.1}
     with importing(path) as load:
         module = load("karlo.modules.unet")

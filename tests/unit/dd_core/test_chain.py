@@ -81,7 +81,8 @@ GLIDE = ChainSpec(
 )
 UNCLIP = ChainSpec(
     net=UnclipSpec(
-        unet=UNET.but(text_width=16, text_at_level=False, level_told=True, embedding_width=16), clip_width=16
+        unet=UNET.but(text_width=16, text_at_level=False, level_told=True, embedding_width=16),
+        states_width=16,
     ),
     image_size=16,
     loss="hybrid",
