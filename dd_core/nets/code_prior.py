@@ -4,6 +4,8 @@ Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2: the main axes of the
 buckets, in the order of their variance, behind the caption and a token that says how near the two are.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
@@ -116,15 +118,38 @@ class CodePrior(nn.Module):
             product: From `product_codes`.
             codes: Those known so far, fewer than `spec.axes`; may be none.
         """
-        nearness = self.product_in(self.waves(product))[:, None]
-        said = self.code_in(self.waves(codes.flatten())).view(*codes.shape, self.spec.width)
-        sequence = torch.cat([told, nearness, said], 1)
-        length = sequence.shape[1]
-        sequence = sequence + self.places[:, :length]
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=told.device).tril()
-        for block in self.blocks:
-            sequence = block(sequence, mask)
-        logits: Tensor = self.out(self.norm(sequence[:, told.shape[1] :]))
+        sequence = torch.cat([self.begin(told, product), self.said(codes)], 1)
+        return self.logits(sequence)[:, told.shape[1] :]
+
+    def begin(
+        self, told: Float[Tensor, " b m w"], product: Int[Tensor, " b"]
+    ) -> Float[Tensor, " b m_plus_1 w"]:
+        """The places before the codes: caption and nearness."""
+        return torch.cat([told, self.product_in(self.waves(product))[:, None]], 1)
+
+    def said(self, codes: Int[Tensor, " b j"]) -> Float[Tensor, " b j w"]:
+        """Codes as places of the sequence."""
+        return self.code_in(self.waves(codes.flatten())).view(*codes.shape, self.spec.width)
+
+    def memories(self) -> list[text.Memory]:
+        """Of a sequence of which nothing has been read: one for each block."""
+        return [text.Memory() for _ in self.blocks]
+
+    def logits(
+        self, places: Float[Tensor, " b l w"], memories: Sequence[text.Memory] | None = None
+    ) -> Float[Tensor, " b l n"]:
+        """Logits of the code that follows each of these places.
+
+        Args:
+            places: The sequence from its beginning, or what comes after the places in `memories`.
+            memories: From `memories`; they remember these places too, so each place is read once.
+        """
+        before, length = memories[0].length if memories else 0, places.shape[1]
+        x = places + self.places[:, before : before + length]
+        mask = torch.ones(1, 1, length, before + length, dtype=torch.bool, device=x.device).tril(before)
+        for block, memory in zip(self.blocks, memories or self.memories(), strict=True):
+            x = block(x, mask, memory)
+        logits: Tensor = self.out(self.norm(x))
         return logits
 
     def waves(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n 256"]:

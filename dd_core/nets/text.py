@@ -36,6 +36,27 @@ class TextSpec(Spec):
         return self
 
 
+class Memory:
+    """Keys and values of the places that a block has read, for those that come after them."""
+
+    def __init__(self) -> None:
+        self.parts: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Places read so far."""
+        return 0 if self.parts is None else self.parts[0].shape[2]
+
+    def joined(
+        self, key: Float[Tensor, " b h l w"], value: Float[Tensor, " b h l w"]
+    ) -> tuple[Float[Tensor, " b h m w"], Float[Tensor, " b h m w"]]:
+        """Those of all places, these being the last."""
+        if self.parts is not None:
+            key, value = (torch.cat([old, new], 2) for old, new in zip(self.parts, (key, value), strict=True))
+        self.parts = (key, value)
+        return self.parts
+
+
 class TextBlock(nn.Module):
     """Attention, then a network alone; each behind a norm and added.  Rows of `qkv`: query, key, value."""
 
@@ -47,11 +68,22 @@ class TextBlock(nn.Module):
         self.alone_in, self.alone_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(
-        self, x: Float[Tensor, " b l d"], mask: Bool[Tensor, " #b 1 l l"] | None = None
+        self,
+        x: Float[Tensor, " b l d"],
+        mask: Bool[Tensor, " #b 1 l m"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, " b l d"]:
-        """The same sequence; each place looks at those where its row of `mask` is True."""
+        """The same sequence; each place looks at those where its row of `mask` is True.
+
+        Args:
+            x: The sequence, or what comes after the places in `memory`.
+            mask: Over the places in memory and these; None: everywhere.
+            memory: Of the places before, which these are added to.
+        """
         parts = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        if memory is not None:
+            key, value = memory.joined(key, value)
         seen = attend(query, key, value, mask)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.alone_out(F.gelu(self.alone_in(self.norm_alone(x))))

@@ -156,16 +156,16 @@ class AutoregressivePriorHop:
 
         def written(x: Float[Tensor, " b k_plus_1"], sigma: Float[Tensor, " b"]) -> Denoised:
             picked, scale = guided.to(x.device), rows.scale[guided].to(x)[:, None]
-            product = self.near(x[:, 0])
-            codes = product.new_empty(len(x), 0)
+            product, memories, codes = self.near(x[:, 0]), self.model.memories(), list[Tensor]()
+            places = self.model.begin(both, torch.cat([product, product[picked]]))
             for eps in x[:, 1:].unbind(1):
-                heard = (torch.cat([part, part[picked]]) for part in (product, codes))
-                logits = self.model(both, *heard)[:, -1].float()
+                logits = self.model.logits(places, memories)[:, -1].float()
                 with_caption, without = logits[: len(x)], logits[len(x) :]
                 pushed = torch.lerp(without, with_caption[picked], scale)
                 code = chosen_code(with_caption.index_copy(0, picked, pushed), eps)
-                codes = torch.cat([codes, code[:, None]], 1)
-            return Denoised(self.model.embedding(codes))
+                codes.append(code)
+                places = self.model.said(torch.cat([code, code[picked]])[:, None])
+            return Denoised(self.model.embedding(torch.stack(codes, 1)))
 
         return written
 

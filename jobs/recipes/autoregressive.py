@@ -20,30 +20,38 @@ def run() -> RunSpec:
 
 
 def prior() -> TrainSpec:
-    """Caption -> image embedding in 48 codes.  Not yet trained at this size."""
+    """Caption -> image embedding in 96 codes.
+
+    Of pairs that the demo's draft paints from true embeddings 90 % are right; 83 % if they are written in 96
+    codes of 32 buckets and read back, 45 % in 48 of any.
+    """
     net = CodePriorSpec(
         width=192,
         head_width=64,
         text_width=demo.TOWERS.text_width,
         embedding_width=demo.TOWERS.embedding_width,
         context_length=demo.CONTEXT,
-        axes=48,
-        buckets=64,
+        axes=96,
+        buckets=32,
     )
     return TrainSpec(
         name="autoregressive_prior",
         stage=AutoregressivePriorSpec(net=net),
         parents={"clip": "clip"},
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=5_000),
-        budget=Budget(steps=400, checkpoint_every=200, report_every=20),
-        batch_size=64,
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, weight_decay=0.2, ema_images=10_000),
+        budget=Budget(steps=500, checkpoint_every=250, report_every=20),
+        batch_size=192,
         num_workers=1,
-        resources=demo.WORKER,
+        resources=demo.WORKER.but(memory_gib=3),
     )
 
 
 def cascade() -> CascadeSpec:
     """The demo's, its prior replaced."""
     before = demo.cascade()
-    writing = HopSpec(stage="autoregressive_prior", how=SamplingSpec(guidance_scale=2.0, draws=2))
+    writing = HopSpec(
+        stage="autoregressive_prior",
+        how=SamplingSpec(guidance_scale=1.0, draws=8),
+        guides={"draft": "draft"},
+    )
     return before.but(hops=tuple(writing if hop.stage == "prior" else hop for hop in before.hops))

@@ -18,8 +18,10 @@ from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
-OPTIMIZER = OptimizerSpec(learning_rate=1e-3, ema_images=6_000)
-BUDGET = Budget(steps=2_000, checkpoint_every=500, report_every=25, sample_every=1_000)
+OPTIMIZER = OptimizerSpec(algorithm="muon", learning_rate=3e-3, ema_images=3_000)
+BUDGET = Budget(steps=1_200, checkpoint_every=400, report_every=25, sample_every=600)
+BATCH = 16
+"""Small: in few images many steps learn more (15,000 images: error .24 in batches of 16, .37 of 32)."""
 UNET = UNetSpec(
     width=64,
     channel_mult=(1, 2),
@@ -64,7 +66,7 @@ def base() -> TrainSpec:
         stage=stage,
         optimizer=OPTIMIZER,
         budget=BUDGET,
-        batch_size=32,
+        batch_size=BATCH,
         num_workers=1,
         resources=WORKER,
         samples=SamplesSpec(prompts=("", "", "", ""), how=ANCESTRAL.but(num_steps=50)),

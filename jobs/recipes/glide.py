@@ -58,7 +58,7 @@ def base() -> TrainSpec:
         stage=ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.0),
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
-        batch_size=32,
+        batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50, guidance_scale=1.0)),
@@ -73,7 +73,7 @@ def guided() -> TrainSpec:
         stage=before.stage.but(told_dropout=0.2),
         parents={"start": "base"},
         optimizer=ddpm.OPTIMIZER.but(learning_rate=3e-4),
-        budget=ddpm.BUDGET.but(steps=500, sample_every=250),
+        budget=ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150),
         samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50)),
     )
 
@@ -120,7 +120,7 @@ def upsampler() -> TrainSpec:
         name="upsampler",
         stage=stage,
         optimizer=ddpm.OPTIMIZER,
-        budget=Budget(steps=600, checkpoint_every=300, report_every=25),
+        budget=Budget(steps=300, checkpoint_every=300, report_every=25),
         batch_size=16,
         num_workers=1,
         resources=WORKER,

@@ -64,7 +64,7 @@ def base() -> TrainSpec:
         stage=stage,
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
-        batch_size=32,
+        batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
         samples=SamplesSpec(prompts=("",) * 4, how=ALONE.but(num_steps=50)),
@@ -83,7 +83,7 @@ def classifier() -> TrainSpec:
         label=LABEL,
         optimizer=OptimizerSpec(learning_rate=1e-3, weight_decay=0.05),
         budget=Budget(steps=600, checkpoint_every=300, report_every=25),
-        batch_size=32,
+        batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
     )

@@ -55,7 +55,7 @@ def base() -> TrainSpec:
         label=LABEL,
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
-        batch_size=32,
+        batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
         samples=SamplesSpec(prompts=("",) * len(SHAPES), how=LEARNED.but(num_steps=50)),

@@ -76,8 +76,8 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip", "autoencoder": "autoencoder"},
         optimizer=ddpm.OPTIMIZER,
-        budget=ddpm.BUDGET,
-        batch_size=32,
+        budget=ddpm.BUDGET.but(steps=800),
+        batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=DDIM50.but(num_steps=20)),
@@ -94,7 +94,7 @@ def inpainting() -> RunSpec:
         name="filling",
         stage=before.stage.but(net=net, inpaints=True),
         parents=before.parents | {"start": "base"},
-        budget=ddpm.BUDGET.but(steps=500, sample_every=250),
+        budget=ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150),
     )
     hop = HopSpec(stage="filling", how=DDIM50)
     return whole.but(

@@ -1,24 +1,22 @@
-"""What a trained cascade paints when it is sampled in several ways: the oracle's scores, seconds an image.
+"""What every system of the field paints after a demo's worth of training, sampled in several ways.
 
-    python -m tests.benchmarks.systems CASCADE --stage base \
-        --way 'scale 1={"guidance_scale": 1}' --way 'scale 3={"guidance_scale": 3}' \
-        [--captions 64] [--clip BUNDLE] [--labels] [--pictures DIR] [--json FILE]
+    ddiff run --recipe systems
+    python -m tests.benchmarks.systems runs/demo [--only glide,latent] [--captions 96] [--json FILE]
 
-Each way changes how one hop is sampled and paints the same captions (none of which training saw) with the
-same seeds, in this process.  `all`, `one`, `two`, `unseen` and the attributes are as in an evaluation; for
-cascades that hear no caption there are `things` (pictures of one to three things, each of a shape and a
-colour that have a name) and, with --labels (class i of six is asked for in picture i), `class` (a thing of
-that shape is there).  `clip` is the cosine of picture and caption by the CLIP that the cascade stands on, or
-by that of --clip.
+Each system paints captions that training never saw, with the same seeds, in this process.  `all`, `one`,
+`two`, `unseen` and the attributes are as in an evaluation.  For networks that hear no caption there are
+`things` (pictures of one to three things, each of a shape and a colour that have a name) and, where classes
+are asked for (class i of six in picture i), `class`: a thing of that shape is there.  `clip` is the cosine of
+picture and caption by the run's own CLIP.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,31 +27,115 @@ from torchvision.utils import save_image
 
 from dd_core import bundle
 from dd_core.cascade import CascadeState, HopSpec, run
-from dd_core.images import to_bytes
+from dd_core.images import to_bytes, to_unit
+from dd_core.stage import Trained
+from dd_core.stages import load_hop
 from dd_core.stages.clip import clip_of
+from dd_core.steering import GradientSpec
 from dd_core.text import tokens
+from jobs.recipes import (
+    autoregressive,
+    consistency,
+    ddpm,
+    demo,
+    glide,
+    guided,
+    improved_ddpm,
+    latent,
+    systems,
+    unclip,
+)
 from workflows.evaluation import ATTRIBUTES, EvaluationSpec, Verdict, scores
 from workflows.grammar import Case
 from workflows.oracle import judged, read
-from workflows.shapes import SHAPES
+from workflows.pictures import reconstructions
+from workflows.shapes import SHAPES, draw_scene, drawn
 
 BATCH = 16
 COLUMNS = ("all", "one_object", "two_object", "unseen", *ATTRIBUTES, "things", "class", "clip", "image_s")
+Ways = Mapping[str, Mapping[str, Any]]
+
+
+class System(NamedTuple):
+    """One row of the table: its hops, and how the sampling of one of them is changed."""
+
+    hops: tuple[HopSpec, ...]
+    changes: str
+    """The hop that `ways` change."""
+    ways: Ways
+    labels: bool = False
+
+
+def renamed(hops: Sequence[HopSpec], **names: str) -> tuple[HopSpec, ...]:
+    """The hops of a recipe under the names that recipe `systems` gives their stages."""
+    return tuple(hop.but(stage=names.get(hop.stage, hop.stage)) for hop in hops)
+
+
+def scaled(*scales: float) -> Ways:
+    """Classifier-free guidance."""
+    return {f"guidance {scale:g}": {"guidance_scale": scale} for scale in scales}
+
+
+def led(score: str, *weights: float) -> Ways:
+    """Guidance by gradient, and none."""
+    some = {f"{score} {weight:g}": {"gradient": GradientSpec(**{score: weight})} for weight in weights}
+    return {"no guidance": {"gradient": None}} | some
+
+
+def all_systems() -> dict[str, System]:
+    """Every row."""
+    classes = guided.classes().cascade.hops
+    return {
+        "demo": System(demo.cascade().hops, "base", {"15 steps": {}}),
+        "consistency": System(
+            consistency.cascade().hops, "consistency", {f"{n} steps": {"num_steps": n} for n in (1, 2, 4)}
+        ),
+        "autoregressive": System(autoregressive.cascade().hops, "autoregressive_prior", {"8 draws": {}}),
+        "unclip": System(unclip.small().cascade.hops, "decoder", scaled(1, 2, 4)),
+        "glide": System(
+            renamed(glide.run().cascade.hops, guided="glide", upsampler="glide_upsampler"),
+            "glide",
+            scaled(1, 3),
+        ),
+        "latent": System(renamed(latent.run().cascade.hops, base="latent"), "latent", scaled(1, 3)),
+        "guided": System(renamed(guided.run().cascade.hops, base="untold"), "untold", led("caption", 3, 30)),
+        "guided.classes": System(
+            renamed(classes, base="untold"), "untold", led("classes", 3, 10), labels=True
+        ),
+        "improved_ddpm": System(
+            renamed(improved_ddpm.run().cascade.hops, base="improved_ddpm"),
+            "improved_ddpm",
+            scaled(1, 3),
+            labels=True,
+        ),
+        "ddpm": System(renamed(ddpm.run().cascade.hops, base="ddpm"), "ddpm", {"100 steps": {}}),
+    }
 
 
 def paint(
-    cascade: bundle.Cascade, hops: Sequence[HopSpec], cases: Sequence[Case], *, labels: bool
+    run_directory: Path, system: System, how: Mapping[str, Any], cases: Sequence[Case]
 ) -> tuple[Tensor, float]:
     """Pictures [n 3 h w] in [-1, 1], and seconds for each."""
-    caption = torch.tensor(tokens([case.caption for case in cases], cascade.spec.context_length))
+    whole = systems.run()
+
+    def trained(stage: str) -> Trained:
+        return bundle.load(run_directory / stage / "bundle").trained
+
+    hops = []
+    for hop in system.hops:
+        parents = {role: name for role, name in whole.stage(hop.stage).parents.items() if role != "start"}
+        known = {role: trained(name) for role, name in {**parents, **hop.guides}.items()}
+        hops.append(load_hop(trained(hop.stage), known, device="cpu"))
+    plan = [hop.how.but(**how) if hop.stage == system.changes else hop.how for hop in system.hops]
+    caption = torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))
     asked = torch.arange(len(cases)) % len(SHAPES)
     found, began = [], time.perf_counter()
     for first in range(0, len(cases), BATCH):
         part = slice(first, min(first + BATCH, len(cases)))
         seeds = list(range(part.start, part.stop))
-        state = CascadeState(seeds, caption[part], label=asked[part] if labels else None)
-        for hop, spec in zip(cascade.hops, hops, strict=True):
-            state = run(hop, state, spec.how)
+        state = CascadeState(seeds, caption[part], label=asked[part] if system.labels else None)
+        for hop, chosen in zip(hops, plan, strict=True):
+            state = run(hop, state, chosen)
         assert state.image is not None
         found.append(state.image)
     return torch.cat(found), (time.perf_counter() - began) / len(cases)
@@ -65,63 +147,65 @@ def named(picture: NDArray[np.uint8]) -> bool:
     return 0 < len(things) < 4 and all(thing.shape and thing.colour for thing in things)
 
 
-def row(
-    cases: Sequence[Case], pictures: Tensor, seconds: float, clip: bundle.Trained | None
-) -> dict[str, float | None]:
+def told(cases: Sequence[Case], pictures: Tensor, clip: Trained) -> dict[str, float]:
     """Everything that is said of the pictures of one way."""
     seen = [picture.permute(1, 2, 0).numpy() for picture in to_bytes(pictures)]
-    judgements = [judged(picture, case.says) for picture, case in zip(seen, cases, strict=True)]
     verdicts = [
-        Verdict(case.group, case.caption, truth, "") for case, truth in zip(cases, judgements, strict=True)
+        Verdict(case.group, case.caption, judged(picture, case.says), "")
+        for case, picture in zip(cases, seen, strict=True)
     ]
     shapes = [{thing.shape for thing in read(picture).things} for picture in seen]
-    told = scores(verdicts) | {
+    towers = clip_of(clip)
+    with torch.no_grad():
+        wanted = towers.read(torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))).embedding
+        shown = towers.embed_image(pictures)
+    return scores(verdicts) | {
         "things": sum(map(named, seen)) / len(seen),
         "class": sum(SHAPES[i % len(SHAPES)] in there for i, there in enumerate(shapes)) / len(seen),
-        "image_s": seconds,
+        "clip": F.cosine_similarity(wanted, shown).mean().item(),
     }
-    if clip is not None:
-        towers = clip_of(clip)
-        ids = torch.tensor(tokens([case.caption for case in cases], towers.spec.context_length))
-        with torch.no_grad():
-            wanted, shown = towers.read(ids).embedding, towers.embed_image(pictures)
-        told["clip"] = F.cosine_similarity(wanted, shown).mean().item()
-    return {name: told.get(name) for name in COLUMNS}
+
+
+def rebuilt(run_directory: Path, count: int) -> dict[str, float]:
+    """Mean PSNR in dB of new scenes through each autoencoder and back."""
+    rng = np.random.default_rng(12345)
+    scenes = torch.from_numpy(np.stack([drawn(draw_scene(rng)) for _ in range(count)])).permute(0, 3, 1, 2)
+    return {
+        name: float(
+            np.mean([one.psnr for one in reconstructions(run_directory / name / "bundle", to_unit(scenes))])
+        )
+        for name in ("autoencoder", "vq_autoencoder")
+    }
 
 
 def main() -> None:
-    """Paint every way, print the table."""
+    """Paint with every system in every way, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cascade", type=Path)
-    parser.add_argument("--stage", help="the hop whose sampling changes; the first unless given")
-    parser.add_argument("--way", action="append", default=[], help="name=JSON of sampling, more than once")
-    parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--labels", action="store_true")
-    parser.add_argument("--clip", type=Path, help="bundle of the CLIP that tells the cosine")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--only", help="these systems, joined by commas")
+    parser.add_argument("--captions", type=int, default=96)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path, help="directory for the first pictures of each way")
     options = parser.parse_args()
-    cascade, cases = bundle.load_cascade(options.cascade), EvaluationSpec(captions=options.captions).cases()
-    stage = options.stage or cascade.spec.hops[0].stage
-    clip = bundle.parent_of_hops(options.cascade, cascade.spec, "clip")
-    if options.clip:
-        clip = bundle.load(options.clip).trained
-    table: dict[str, Any] = {}
-    for words in options.way or ["as it is={}"]:
-        name, _, changes = words.partition("=")
-        hops = [
-            hop.but(how=hop.how.but(**json.loads(changes))) if hop.stage == stage else hop
-            for hop in cascade.spec.hops
-        ]
-        pictures, seconds = paint(cascade, hops, cases, labels=options.labels)
-        table[name] = row(cases, pictures, seconds, clip)
-        if options.pictures:
-            options.pictures.mkdir(parents=True, exist_ok=True)
-            sheet = options.pictures / f"{name.replace(' ', '_')}.png"
-            save_image(pictures[:32], sheet, nrow=8, normalize=True, value_range=(-1, 1))
-        told = "  ".join(f"{key} {value:.3g}" for key, value in table[name].items() if value is not None)
-        sys.stdout.write(f"{name}: {told}\n")
-        sys.stdout.flush()
+    clip = bundle.load(options.run / "clip" / "bundle").trained
+    cases = EvaluationSpec(captions=options.captions).cases()
+    only = options.only.split(",") if options.only else [*all_systems(), "autoencoders"]
+    table: dict[str, dict[str, float]] = {}
+    for name, system in all_systems().items():
+        for way, how in system.ways.items() if name in only else ():
+            pictures, seconds = paint(options.run, system, how, cases)
+            row = told(cases, pictures, clip) | {"image_s": seconds}
+            table[f"{name}, {way}"] = row
+            words = "  ".join(f"{key} {row[key]:.3g}" for key in COLUMNS if row.get(key) is not None)
+            sys.stdout.write(f"{name}, {way}: {words}\n")
+            sys.stdout.flush()
+            if options.pictures:
+                options.pictures.mkdir(parents=True, exist_ok=True)
+                sheet = options.pictures / f"{name}_{way}.png".replace(" ", "_")
+                save_image(pictures[:32], sheet, nrow=8, normalize=True, value_range=(-1, 1))
+    if "autoencoders" in only:
+        table["autoencoders"] = rebuilt(options.run, options.captions)
+        sys.stdout.write(f"PSNR: {table['autoencoders']}\n")
     if options.json:
         options.json.write_text(json.dumps(table, indent=2))
 

@@ -115,6 +115,17 @@ def test_no_code_hears_a_later_one_and_each_hears_all_before() -> None:
     assert torch.allclose(net(caption, product, codes[:, :2]), plain[:, :3], atol=1e-5)
 
 
+def test_a_sentence_read_code_by_code_says_what_it_says_when_read_at_once() -> None:
+    net = network()
+    caption = torch.randn(3, 13, 16)
+    codes = torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(0))
+    product, memories = torch.tensor([20, 3, 31]), net.memories()
+    found = [net.logits(net.begin(caption, product), memories)[:, -1:]]
+    found += [net.logits(net.said(codes[:, i : i + 1]), memories) for i in range(5)]
+    assert [memory.length for memory in memories] == [13 + 1 + 5] * len(memories)
+    torch.testing.assert_close(torch.cat(found, 1), net(caption, product, codes), atol=1e-5, rtol=1e-5)
+
+
 def test_codes_are_drawn_as_the_network_says(clip: Trained) -> None:
     """Whatever it hears, this one says the same of every code."""
     net, logits = network(), torch.linspace(-2, 2, 32)

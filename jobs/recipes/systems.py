@@ -1,0 +1,33 @@
+"""The demo, and beside its stages those of every other system, in the demo's run directory.
+
+What the demo has trained is not trained again.  `python -m tests.benchmarks.systems runs/demo` then paints
+with each of them and prints README's table.  On its own each system is a recipe of its name.
+"""
+
+from jobs.recipes import autoregressive, consistency, ddpm, demo, glide, guided, improved_ddpm, latent, unclip
+from workflows.run_spec import RunSpec
+from workflows.train_spec import TrainSpec
+
+
+def run() -> RunSpec:
+    """The demo's seven stages and twelve more, about 40 minutes of two CPUs; no GPU, up to 8 GB."""
+    before = demo.run()
+    return before.but(stages=(*before.stages, *others()))
+
+
+def others() -> tuple[TrainSpec, ...]:
+    """Every other stage, under a name that says whose it is."""
+    return (
+        consistency.consistency(),
+        autoregressive.prior(),
+        improved_ddpm.base().but(name="improved_ddpm"),
+        guided.base().but(name="untold"),
+        unclip.small().stage("decoder"),
+        guided.classifier(),
+        glide.base().but(name="glide_base"),
+        latent.base().but(name="latent"),
+        latent.vq().stage("autoencoder").but(name="vq_autoencoder"),
+        glide.guided().but(name="glide", parents={"start": "glide_base"}),
+        glide.upsampler().but(name="glide_upsampler"),
+        ddpm.base().but(name="ddpm"),
+    )
