@@ -23,6 +23,7 @@ PAPER_WORKERS = 8
 PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
+SMALL = ANCESTRAL.but(variance=ddpm.ANCESTRAL.variance)
 FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0)
 COSINE, LINEAR = ScheduleSpec(betas="cosine"), ScheduleSpec()
 
@@ -32,16 +33,16 @@ def run() -> RunSpec:
     return ddpm.run().but(
         name="glide",
         stages=(base(), guided(), upsampler()),
-        cascade=cascade(demo.CONTEXT),
+        cascade=cascade(demo.CONTEXT, SMALL),
         evaluation=demo.run().evaluation,
     )
 
 
-def cascade(context_length: int) -> CascadeSpec:
-    """Base and upsampler, sampled as published."""
+def cascade(context_length: int, how: SamplingSpec) -> CascadeSpec:
+    """Base and upsampler, the latter sampled as published."""
     return CascadeSpec(
         name="glide",
-        hops=(HopSpec(stage="guided", how=ANCESTRAL), HopSpec(stage="upsampler", how=FAST27)),
+        hops=(HopSpec(stage="guided", how=how), HopSpec(stage="upsampler", how=FAST27)),
         context_length=context_length,
         image_size=256,
     )
@@ -55,13 +56,13 @@ def base() -> TrainSpec:
     )
     return TrainSpec(
         name="base",
-        stage=ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.0),
+        stage=ChainSpec(net=net, schedule=COSINE, predicts=ddpm.PREDICTS, loss="hybrid", told_dropout=0.0),
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
-        samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50, guidance_scale=1.0)),
+        samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL.but(num_steps=50, guidance_scale=1.0)),
     )
 
 
@@ -74,7 +75,7 @@ def guided() -> TrainSpec:
         parents={"start": "base"},
         optimizer=ddpm.OPTIMIZER.but(learning_rate=3e-4),
         budget=ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150),
-        samples=SamplesSpec(prompts=demo.PROMPTS, how=ANCESTRAL.but(num_steps=50)),
+        samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL.but(num_steps=50)),
     )
 
 
@@ -88,7 +89,7 @@ def inpainting() -> RunSpec:
         name="filling", stage=before.stage.but(net=net, inpaints=True), parents={"start": "guided"}
     )
     enlarged = FAST27.but(inpainting="projection")
-    hops = (HopSpec(stage="filling", how=ANCESTRAL), HopSpec(stage="upsampler", how=enlarged))
+    hops = (HopSpec(stage="filling", how=SMALL), HopSpec(stage="upsampler", how=enlarged))
     return whole.but(
         name="glide_inpainting",
         stages=(*whole.stages, filling),
@@ -113,6 +114,7 @@ def upsampler() -> TrainSpec:
         image_size=256,
         factor=4,
         schedule=LINEAR,
+        predicts=ddpm.PREDICTS,
         loss="hybrid",
         told_dropout=0.0,
     )
@@ -154,7 +156,7 @@ def paper() -> RunSpec:
         name="glide_paper",
         pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=128),
         stages=(start, tuned, found[1]),
-        cascade=cascade(128),
+        cascade=cascade(128, ANCESTRAL),
     )
 
 

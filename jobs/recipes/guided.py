@@ -10,7 +10,6 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.classifier import ClassifierSpec as ClassifierNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.unet import UNetSpec
-from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
@@ -24,12 +23,10 @@ from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
-ALONE = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=1.0)
-
 
 def run() -> RunSpec:
     """The demo's pairs, CLIP, noised CLIP, base; 64 captions judged.  Two CPUs, no GPU, up to 8 GB."""
-    led = ALONE.but(gradient=GradientSpec(caption=3.0))
+    led = ddpm.ANCESTRAL.but(gradient=GradientSpec(caption=3.0))
     guides = {"noised_clip": "noised_clip", "clip": "clip"}
     return ddpm.run().but(
         name="guided",
@@ -41,7 +38,7 @@ def run() -> RunSpec:
 
 def classes() -> RunSpec:
     """The same base led to classes: `ddiff sample x --label 4` asks for a star."""
-    led = ALONE.but(gradient=GradientSpec(classes=3.0))
+    led = ddpm.ANCESTRAL.but(gradient=GradientSpec(classes=3.0))
     hop = HopSpec(stage="base", how=led, guides={"classifier": "classifier"})
     return ddpm.run().but(
         name="guided_classes",
@@ -57,6 +54,7 @@ def base() -> TrainSpec:
         net=PlainSpec(unet=ddpm.UNET, out_channels=6),
         schedule=ScheduleSpec(betas="cosine", num_timesteps=1000),
         loss="hybrid",
+        predicts=ddpm.PREDICTS,
         told_dropout=0.0,
     )
     return TrainSpec(
@@ -67,7 +65,7 @@ def base() -> TrainSpec:
         batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
-        samples=SamplesSpec(prompts=("",) * 4, how=ALONE.but(num_steps=50)),
+        samples=SamplesSpec(prompts=("",) * 4, how=ddpm.ANCESTRAL.but(num_steps=50)),
     )
 
 

@@ -7,7 +7,6 @@ Source: Nichol & Dhariwal 2021 (arXiv:2102.09672); sizes are ours.
 
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.network import PlainSpec
-from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import ddpm, demo
@@ -20,7 +19,7 @@ WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one 
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 LABEL = LabelSpec(path="objects.0.shape", classes=SHAPES)
-LEARNED = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=1.5)
+SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=1.5)
 
 
 def run() -> RunSpec:
@@ -31,7 +30,7 @@ def run() -> RunSpec:
         stages=(base(),),
         cascade=CascadeSpec(
             name="improved_ddpm",
-            hops=(HopSpec(stage="base", how=LEARNED),),
+            hops=(HopSpec(stage="base", how=SAMPLED),),
             context_length=demo.CONTEXT,
             image_size=64,
         ),
@@ -46,6 +45,7 @@ def base() -> TrainSpec:
         net=PlainSpec(unet=unet, out_channels=6),
         schedule=ScheduleSpec(betas="cosine", num_timesteps=4000),
         rescaled_time=True,
+        predicts=ddpm.PREDICTS,
         loss="hybrid",
         told_dropout=0.1,
     )
@@ -58,7 +58,7 @@ def base() -> TrainSpec:
         batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
-        samples=SamplesSpec(prompts=("",) * len(SHAPES), how=LEARNED.but(num_steps=50)),
+        samples=SamplesSpec(prompts=("",) * len(SHAPES), how=SAMPLED.but(num_steps=50)),
     )
 
 

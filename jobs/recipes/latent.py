@@ -69,6 +69,7 @@ def base() -> TrainSpec:
         image_size=256,
         latent_channels=4,
         schedule=SCALED,
+        predicts=ddpm.PREDICTS,
         told_dropout=0.1,
     )
     return TrainSpec(
@@ -76,7 +77,7 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip", "autoencoder": "autoencoder"},
         optimizer=ddpm.OPTIMIZER,
-        budget=ddpm.BUDGET.but(steps=800),
+        budget=ddpm.BUDGET.but(steps=600, checkpoint_every=300, sample_every=300),
         batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,

@@ -62,8 +62,15 @@ def small() -> RunSpec:
         text_width=128, text_at_level=False, level_told=True, embedding_width=demo.TOWERS.embedding_width
     )
     net = UnclipSpec(unet=unet, states_width=demo.TOWERS.text_width)
-    stage = ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.5, embedding_dropout=0.1)
-    told = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=2.0)
+    stage = ChainSpec(
+        net=net,
+        schedule=COSINE,
+        predicts=ddpm.PREDICTS,
+        loss="hybrid",
+        told_dropout=0.5,
+        embedding_dropout=0.1,
+    )
+    told = ddpm.ANCESTRAL.but(num_steps=50, guidance_scale=2.0)
     decoder = ddpm.base().but(
         name="decoder",
         stage=stage,
