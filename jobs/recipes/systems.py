@@ -10,7 +10,7 @@ from workflows.train_spec import TrainSpec
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and twelve more, about 40 minutes of two CPUs; no GPU, up to 8 GB."""
+    """The demo's seven stages and twelve more, some 50 minutes of two CPUs; no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, *others()))
 
