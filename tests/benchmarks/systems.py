@@ -187,9 +187,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path, help="directory for the first pictures of each way")
     options = parser.parse_args()
-    clip = bundle.load(options.run / "clip" / "bundle").trained
     cases = EvaluationSpec(captions=options.captions).cases()
-    only = options.only.split(",") if options.only else [*all_systems(), "autoencoders"]
+    known = [*all_systems(), "autoencoders"]
+    only = options.only.split(",") if options.only else known
+    if odd := set(only) - set(known):
+        parser.error(f"--only: there is no {', '.join(sorted(odd))}; there are {', '.join(known)}")
+    clip = bundle.load(options.run / "clip" / "bundle").trained
     table: dict[str, dict[str, float]] = {}
     for name, system in all_systems().items():
         for way, how in system.ways.items() if name in only else ():
