@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dd_core import bundle
+from dd_core.precision import autocast
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.clip import ClipSpec
@@ -153,7 +154,7 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int) -> int:
         return tensor
 
     stage.train()
-    half = torch.autocast("cpu", torch.bfloat16, enabled=spec.optimizer.precision == "bf16")
+    half = autocast(torch.device("cpu"), spec.optimizer.precision)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         stage(batch, phase)
     return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)

@@ -10,6 +10,7 @@ from dd_core import bundle
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.prior import CausalPriorSpec
 from dd_core.nets.text import CaptionedSpec
+from dd_core.precision import autocast
 from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.causal_prior import CausalPriorStageSpec
@@ -65,7 +66,7 @@ def test_checkpoints_gradients_and_activations_are_as_large_as_was_said(
         longest = torch.tensor([320] * (smoke.CONTEXT - 1) + [49407])  # END is the last word
         batch = PairBatch(torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8), longest.expand(4, -1))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):  # noqa: SIM117
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast(torch.device("cpu"), spec.optimizer.precision):
                 total = state.stage(batch, phase).total
         held = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
         most = max(most, held)
