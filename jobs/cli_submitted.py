@@ -33,8 +33,8 @@ def submit(
 ) -> None:
     """Run a command on a cluster; the same submission again resumes it.
 
-    RECIPE, or run, train STAGE, prepare with --recipe or --config, evaluate URL, deploy CASCADE.  Prints
-    the id of the job.
+    RECIPE, or run, train STAGE, prepare with --recipe or --config, evaluate URL, deploy NAME@ALIAS.  What
+    only the nodes may do, since they hold the keys, is done there.  Prints the id of the job.
     """
     from jobs.following import Cluster
     from jobs.submit import as_facts, order_of, told

@@ -214,6 +214,15 @@ NOISE = (
     "INFO worker.py",
     "UserWarning: The maximum number of concurrent tasks",
     "warnings.warn(",
+    "execution finished in",
+    "Attempting to start training worker group",
+    "Moving model to device",
+    "Wrapping provided model in",
+    "has constructor arguments in the object store",
+    "worker processes have been started on node",
+    "The hostname of the client socket cannot be retrieved",
+    "Found credentials in",
+    "Found endpoint for s3",
 )
 
 

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dd_core", "jobs", "serve", "workflows")
 KINDS = (".py", ".typed", ".css", ".html", ".js", ".yaml", ".json", "Dockerfile")
 CONFIG = "job.yaml"
+JUDGING = ("captions", "seed")
+"""Settings of `ddiff eval`."""
 ATTEMPTS = 3
 """How often a driver that was killed is started again before its job has failed."""
 
@@ -67,7 +69,7 @@ class Submitted(NamedTuple):
 
 
 def order_of(words: Sequence[str], recipe: str | None, file: Path | None, changes: Sequence[str]) -> Order:
-    """`smoke`, `run`, `train base`, `prepare`, `evaluate URL`, `deploy ALIAS ...` -> what to do there.
+    """`smoke`, `run`, `train base`, `prepare`, `evaluate URL`, `deploy NAME@ALIAS` -> what to do there.
 
     Raises:
         ConfigError: The words are no order, or the configuration is refused.
@@ -88,17 +90,34 @@ def order_of(words: Sequence[str], recipe: str | None, file: Path | None, change
                 raise ConfigError(f"{recipe or file} is of kind {pairs.kind!r}; prepare needs kind 'pairs'")
             name = f"prepare-{pairs.destination.rstrip('/').rpartition('/')[2]}"
             return Order(("data", "prepare", "--config", CONFIG), name, pairs, recipe or str(file))
-        case ("evaluate", *rest) if rest:
-            return Order(("eval", *rest), "evaluate", None, "")
-        case ("deploy", *rest) if rest:
-            return Order(("deploy", *rest), "deploy", None, "")
+        case ("evaluate" | "deploy" as what, which) if recipe is None and file is None:
+            return Order(of_the_served(what, which, changes), what, None, "")
         case (name,) if recipe is None and file is None:
             spec = run_of(name, None, changes)
             return Order(("run", "--config", CONFIG), spec.name, spec, name)
     raise ConfigError(
         f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --recipe or --config, "
-        "evaluate --url URL, deploy CASCADE"
+        "evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of a former config"
     )
+
+
+def of_the_served(what: str, which: str, changes: Sequence[str]) -> tuple[str, ...]:
+    """The command there for `evaluate URL`, `deploy NAME@ALIAS`, or `deploy` and a former config's address.
+
+    Raises:
+        ConfigError: It has no such setting.
+    """
+    if what == "evaluate":
+        given = [change.partition("=") for change in changes]
+        for name, _, value in given:
+            if name not in JUDGING or not value:
+                raise ConfigError(f"--set {name}={value}: evaluate takes captions=N and seed=N")
+        return ("eval", "--url", which, *(word for name, _, value in given for word in (f"--{name}", value)))
+    if not which.endswith(".yaml"):
+        return ("deploy", which, *(word for change in changes for word in ("--set", change)))
+    if changes:
+        raise ConfigError("a former config is deployed as it was; leave out --set")
+    return ("deploy", "--config", which)
 
 
 def run_of(recipe: str | None, file: Path | None, changes: Sequence[str]) -> RunSpec:

@@ -98,6 +98,11 @@ class Registry:
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
+            if error.get_http_status_code() == 401 or " 401 " in str(error):
+                raise RegistryError(
+                    f"MLflow at {shown(self.uri)} answers 401: set MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD, or `ddiff submit` it to nodes that have them"
+                ) from None
             raise RegistryError(f"MLflow at {shown(self.uri)}: {one_line(error)}; `ddiff doctor`") from None
 
     def known(self) -> Iterator[str]:

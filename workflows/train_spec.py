@@ -41,6 +41,8 @@ class ResourcesSpec(Spec):
     """Of the GPU that a worker is given; a stage that needs more is refused.  None: not checked."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Of the nodes, as Ray's label selectors: `ray.io/accelerator-type: H100`, `zone: in(a, b)`, `!spot`."""
+    spread: bool = False
+    """Over as many nodes as there are (Ray's SPREAD); else over as few as hold the workers (PACK)."""
 
 
 class TrainSpec(Spec):

@@ -17,7 +17,12 @@ def test_words_become_a_command_there() -> None:
     assert (run.words, run.run) == (("run", "--config", CONFIG), "mine")
     assert order_of(("run",), "smoke", None, ()).run == "smoke"
     assert order_of(("train", "base"), "smoke", None, ()).words == ("train", "base", "--config", CONFIG)
-    assert order_of(("evaluate", "--url", "http://x"), None, None, ()).words == ("eval", "--url", "http://x")
+    judge = order_of(("evaluate", "http://x"), None, None, ("captions=8",))
+    assert judge.words == ("eval", "--url", "http://x", "--captions", "8")
+    serve = order_of(("deploy", "demo@production"), None, None, ("port=80",))
+    assert serve.words == ("deploy", "demo@production", "--set", "port=80")
+    former = order_of(("deploy", "s3://bucket/runs/deployments/a.yaml"), None, None, ())
+    assert former.words == ("deploy", "--config", "s3://bucket/runs/deployments/a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,9 @@ def test_words_become_a_command_there() -> None:
         (("prepare",), "smoke", (), "prepare needs kind 'pairs'"),
         (("runn",), None, (), "no recipe 'runn'"),
         (("deploy",), "smoke", (), "write a recipe, or run, train STAGE"),
+        (("deploy", "demo"), "smoke", (), "write a recipe, or run, train STAGE"),
+        (("deploy", "a.yaml"), None, ("port=80",), "leave out --set"),
+        (("evaluate", "http://x"), None, ("prompts=8",), "evaluate takes captions=N and seed=N"),
     ],
 )
 def test_words_that_are_no_order_are_refused_here(
