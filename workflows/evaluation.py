@@ -57,6 +57,10 @@ class Answer(NamedTuple):
     failure: str = ""
 
 
+class EndpointError(ValueError):
+    """Nothing answers there."""
+
+
 class Verdict(NamedTuple):
     """What the oracle says of one picture."""
 
@@ -79,12 +83,16 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
     Returns:
         Share right: all, one_object, two_object, unseen, each attribute; n; failed; intervals: name ->
         [low, high] at 95 %.
+
+    Raises:
+        EndpointError: Nothing answers there; nobody has been judged.
     """
     asked = spec.cases()
     with (
         httpx.Client(base_url=url, timeout=spec.timeout_s) as client,
         ThreadPoolExecutor(spec.concurrency) as pool,
     ):
+        refuse_nobody(client)
         numbered = list(enumerate(asked))
         answers = list(
             pool.map(lambda one: painted(client, one[1].caption, spec.seed + one[0], spec), numbered)
@@ -95,6 +103,21 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
     if keep is not None:
         write_down(keep, verdicts, answers)
     return scores(verdicts)
+
+
+def refuse_nobody(client: httpx.Client) -> None:
+    """One question before hundreds, each of which would wait for a server that may come back.
+
+    Raises:
+        EndpointError: Nobody hears it.
+    """
+    try:
+        client.get("/health/live")
+    except httpx.TransportError as error:
+        raise EndpointError(
+            f"{client.base_url} does not answer ({type(error).__name__}: {error}); "
+            "give the address that `ddiff serve` or `ddiff deploy` has said"
+        ) from None
 
 
 def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec) -> Answer:

@@ -307,4 +307,9 @@ def test_the_others_of_the_family(run: Done) -> None:
     bad = ddiff(run.on, "submit", "evaluate", "http://127.0.0.1:9")
     ended = ddiff(run.on, "logs", "-f", bad.stdout.strip())
     assert ended.returncode != 0
-    assert len(ended.stderr.split("the first error:")[1].splitlines()) <= 17
+    told = ended.stderr.split("the first error:")[1].splitlines()
+    assert len(told) <= 17
+    assert "http://127.0.0.1:9 does not answer" in "".join(told)
+    judged = ddiff(run.on, "submit", "evaluate", run.deployed["endpoint"], "--set", "captions=4", "--follow")
+    assert judged.returncode == 0, judged.stderr
+    assert re.search(r"^n: 4$", judged.stderr, re.MULTILINE)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from workflows.evaluation import Answer, EvaluationSpec, evaluate_endpoint, scores, verdict, wilson
+from workflows.evaluation import (
+    Answer,
+    EndpointError,
+    EvaluationSpec,
+    evaluate_endpoint,
+    scores,
+    verdict,
+    wilson,
+)
 from workflows.grammar import Case, training_caption
 from workflows.shapes import drawn
 
@@ -44,6 +53,14 @@ def test_no_picture_and_a_torn_picture_are_wrong_in_everything_that_was_said() -
         assert bad.truth.keys() == good.truth.keys()
         assert not any(bad.truth.values())
         assert bad.failure
+
+
+def test_an_endpoint_that_is_not_there_is_an_error_at_once() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(EndpointError, match=f"{url} does not answer .*; give the address"):
+            evaluate_endpoint(url, EvaluationSpec(captions=320))
 
 
 def test_wilson_interval_has_its_known_values() -> None:
