@@ -1,4 +1,6 @@
-"""Discrete chains: betas -> alpha-bars -> noise levels, and which of their timesteps a sampler visits.
+"""Which noise levels a network knows: those of the timesteps of a discrete chain, or all of a range.
+
+For chains: betas -> alpha-bars -> noise levels, and which of their timesteps a sampler visits.
 
 A network trained on T timesteps knows T noise levels, sigma_t**2 = (1 - alpha_bar_t) / alpha_bar_t, growing
 with t.  Samplers walk any decreasing sequence of levels, so "100 of 1000 steps" is a choice of timesteps
@@ -47,6 +49,38 @@ class ScheduleSpec(Spec):
                 "take more timesteps, or cosine"
             )
         return self
+
+
+class LogNormalSpec(Spec):
+    """The noise levels of a network that was trained on all of them: log sigma is normal.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), table 1.
+    """
+
+    kind: Literal["lognormal"] = "lognormal"
+    mean: float = -1.2
+    std: float = Field(1.2, gt=0)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    """Highest and, before 0, lowest level that samplers visit."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> "LogNormalSpec":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+    def draw(self, like: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
+        """A level to train at for each sample."""
+        return torch.exp(self.mean + self.std * torch.randn(len(like), device=like.device))
+
+
+def sigma_range(levels: ScheduleSpec | LogNormalSpec) -> tuple[float, float]:
+    """Lowest and highest noise level that a sampler asks a network for."""
+    if isinstance(levels, LogNormalSpec):
+        return levels.sigma_min, levels.sigma_max
+    table = sigmas(levels)
+    return float(table[0]), float(table[-1])
 
 
 def betas(spec: ScheduleSpec) -> Float[Tensor, " t"]:

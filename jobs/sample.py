@@ -19,6 +19,7 @@ from dd_core.cascade import CascadeState, Hop, HopSpec, run
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
+from dd_core.stages.consistency import ConsistencyHop
 from dd_core.text import tokens
 from jobs import remake
 
@@ -137,7 +138,8 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
     follows = any(hop.follows_request for hop in specs)
     gradients = [chosen.gradient for chosen in how if chosen.gradient is not None]
     classes = any(gradient.classes for gradient in gradients)
-    told = any(isinstance(hop, ChainHop) and hop.spec.labels for hop in cascade.hops)
+    painters = (hop.base if isinstance(hop, ConsistencyHop) else hop for hop in cascade.hops)
+    told = any(isinstance(hop, ChainHop) and hop.spec.labels for hop in painters)
     unheard = (
         (order.steps is not None and not follows, "--steps", "set follows_request of one"),
         (order.guidance is not None and not follows, "--guidance", "set follows_request of one"),

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
-from dd_core.stages.chain_hop import refuse
+from dd_core.stages.chain_hop import refuse, refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from workflows.evaluation import EvaluationSpec
@@ -81,15 +81,19 @@ class RunSpec(Spec):
                 f"cascade: hop {hop.stage!r} is a {spec.kind} and is sampled by {hop.how.sampler}; "
                 "sampler consistency and stages of kind consistency need each other"
             )
-        if not isinstance(spec, ChainSpec):
+        chain = spec.base if isinstance(spec, ConsistencySpec) else spec
+        if not isinstance(chain, ChainSpec):
             return
         try:
-            refuse(spec, hop.how, hop.guides)
+            if chain is spec:
+                refuse(chain, hop.how, hop.guides)
+            else:
+                refuse_guidance(chain, hop.how.guidance_scale)
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
-        if spec.context_length not in (0, self.pairs.context_length):
+        if chain.context_length not in (0, self.pairs.context_length):
             raise ValueError(
-                f"stage {hop.stage!r} reads {spec.context_length} tokens, pairs.context_length is "
+                f"stage {hop.stage!r} reads {chain.context_length} tokens, pairs.context_length is "
                 f"{self.pairs.context_length}; make them equal"
             )
 

@@ -48,14 +48,14 @@ def drawn(
             told = clip_of(parents["clip"]).embed_image(truth)
             state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens, image_embedding=told)
             return in_turn(truth, run_alone(trained, parents, state, what))
+        case (ChainSpec() as spec) | ConsistencySpec(base=ChainSpec() as spec):
+            return painted(spec, trained, parents, what, truth)
         case BaseSpec() | ConsistencySpec() if what.prompts:
             clip = parents["clip"].spec
             assert isinstance(clip, ClipSpec)
             caption = torch.tensor(tokens(what.prompts, clip.net.context_length))
             state = CascadeState(seeds=seeds(what, len(caption)), tokens=caption)
             return run_alone(trained, parents, state, what)
-        case ChainSpec() as spec:
-            return painted(spec, trained, parents, what, truth)
         case UpsamplerSpec() as spec:
             small = F.avg_pool2d(truth, spec.factor)
             nothing = torch.zeros(len(truth), 1, dtype=torch.long)
@@ -90,7 +90,7 @@ def painted(
     what: SamplesSpec,
     truth: Float[Tensor, " b 3 h w"],
 ) -> Float[Tensor, " n 3 h w"] | None:
-    """What a chain paints: one for each prompt, classes in turn; enlarged ones beside the true ones."""
+    """What a chain, or a model of few steps, paints: one for each prompt; enlarged ones beside the true."""
     count = len(truth) if spec.factor > 1 else len(what.prompts)
     if not count:
         return None

@@ -88,10 +88,9 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> "TrainSpec":
-        classes = self.stage.net.classes if isinstance(self.stage, ClassifierSpec) else 0
-        where = "stage.net.classes"
-        if isinstance(self.stage, ChainSpec):
-            classes, where = self.stage.classes, "stage.net.unet.labels, that of nothing aside,"
+        classes = self.stage.classes
+        by_classifier = isinstance(self.stage, ClassifierSpec)
+        where = "stage.net.classes" if by_classifier else "net.unet.labels, that of nothing aside,"
         if classes and self.label is None:
             raise ValueError(f"a {self.stage.kind} learns labels; set label.path and label.classes")
         if classes and self.label is not None and len(self.label.classes) != classes:
@@ -112,13 +111,17 @@ class TrainSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _chain_fits(self) -> "TrainSpec":
-        if not isinstance(self.stage, ChainSpec):
-            return self
+    def _parents_are_named(self) -> "TrainSpec":
         for role in self.stage.needs:
             if role not in self.parents:
-                raise ValueError(f"parents lack {role!r}: this chain stands on one; name it there")
-        if self.budget.sample_every:
+                raise ValueError(
+                    f"parents lack {role!r}: this {self.stage.kind} stands on one; name it there"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> "TrainSpec":
+        if self.budget.sample_every and isinstance(self.stage, ChainSpec):
             refuse(self.stage, self.samples.how, ())
         return self
 

@@ -1,13 +1,13 @@
-"""The chain: a network trained on discrete timesteps, as DDPM and all that came of it before sigma.
+"""The chain: a network trained on the timesteps of DDPM, or on the noise levels of EDM.
 
-One stage for DDPM, Improved DDPM, GLIDE, ADM, the decoder of unCLIP and latent diffusion, which differ in
-what is written in the spec alone: the schedule, the loss, the network, what it is told (a caption by a
+One stage for DDPM, Improved DDPM, GLIDE, ADM, EDM, the decoder of unCLIP and latent diffusion, which differ
+in what is written in the spec alone: the noise levels, the loss, the network, what it is told (a caption by a
 transformer of its own or by the parent CLIP, a class, an image embedding, a smaller picture, a picture with
 a hole), and whether x is a picture or a latent.
 
 Sources: Ho et al. 2020 (arXiv:2006.11239), Nichol & Dhariwal 2021 (arXiv:2102.09672), Dhariwal & Nichol 2021
 (arXiv:2105.05233), Nichol et al. 2022 (arXiv:2112.10741), Ramesh et al. 2022 (arXiv:2204.06125), Rombach et
-al. 2022 (arXiv:2112.10752).  Continuous noise levels are trained by `base`.
+al. 2022 (arXiv:2112.10752), Karras et al. 2022 (arXiv:2206.00364).
 """
 
 from collections.abc import Mapping
@@ -24,17 +24,20 @@ from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
 from dd_core.nets.text import UnclipSpec
 from dd_core.ranks import gathered
-from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.schedules import LogNormalSpec
+from dd_core.stage import Example, Losses, PairBatch, Stage, Trained
 from dd_core.stages.autoencoder import autoencoder_of
+from dd_core.stages.base import null_like
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
-from dd_core.stages.chain_told import encoded, heard_of, holes, kept, seen, smaller, told
+from dd_core.stages.chain_told import encoded, heard_of, holes, kept, seen, smaller, told, unsaid
 from dd_core.stages.clip import clip_of
 from dd_core.stages.network import NetworkSpec
+from dd_core.stages.refusals import needed
 from dd_core.stages.upsampler import crops
 
 
 class ChainStage(Stage):
-    """Trains a network on the timesteps of a chain.
+    """Trains a network on the noise levels of a chain.
 
     Args:
         spec: What to train.
@@ -47,8 +50,8 @@ class ChainStage(Stage):
     """
 
     model: NetworkDenoiser[nn.Module]
-    table: Float[Tensor, " t"]
-    """Noise levels of the timesteps."""
+    table: Float[Tensor, " t"] | None
+    """Noise levels of the timesteps, if it has any."""
 
     def __init__(self, spec: ChainSpec, parents: Mapping[str, Trained]) -> None:
         super().__init__()
@@ -57,14 +60,24 @@ class ChainStage(Stage):
         self.model = denoiser_of(spec)
         if "start" in parents:
             self.model.load_state_dict(widened(parents["start"], self.model.state_dict()))
-        self.register_buffer("table", schedules.sigmas(spec.schedule), persistent=False)
+        timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
+        self.register_buffer("table", timed, persistent=False)
         self.timesteps: likelihood.TimestepSampler | None = None
-        if spec.loss == "vlb":
-            self.timesteps = likelihood.TimestepSampler(spec.schedule.num_timesteps)
+        if spec.loss == "vlb" and timed is not None:
+            self.timesteps = likelihood.TimestepSampler(len(timed))
         self.freeze(*(part for part in (clip, autoencoder) if part is not None))
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         """Raises ValueError if the network is told classes and a picture has none."""
+        example = self.example(batch)
+        return self.loss(example.x0, example.told(self.model.network))
+
+    def example(self, batch: PairBatch) -> Example:
+        """A batch as it is trained on: latents or crops of it, and what is said of them, some kept back.
+
+        Raises:
+            ValueError: The network is told classes and a picture has none.
+        """
         spec, picture = self.spec, images.to_unit(batch.image)
         clip = next((part for part in self.frozen if isinstance(part, Clip)), None)
         autoencoder = next((part for part in self.frozen if isinstance(part, Autoencoder)), None)
@@ -75,27 +88,40 @@ class ChainStage(Stage):
         heard = kept(spec, heard_whole)
         hole = holes(picture) if spec.inpaints else None
         shown = seen(spec, autoencoder, small=smaller(spec, picture), known=picture, hole=hole)
-        return self.loss(x0, told(spec, self.model.network, clip, heard, shown))
+        nothing = unsaid(heard, null_like(heard.tokens))
+
+        def said(network: nn.Module) -> Conditioning:
+            return told(spec, network, clip, heard, shown)
+
+        def not_said(network: nn.Module) -> Conditioning:
+            return told(spec, network, clip, nothing, shown)
+
+        return Example(x0, said, not_said)
 
     def loss(self, x0: Float[Tensor, " b c h w"], cond: Conditioning) -> Losses:
-        """The loss that the spec names, at random timesteps."""
-        count, spec = len(x0), self.spec
+        """The loss that the spec names, at random noise levels."""
+        spec, table = self.spec, self.table
+        if table is None:
+            assert isinstance(spec.schedule, LogNormalSpec)
+            return self.simple(x0, spec.schedule.draw(x0), cond)
         if self.timesteps is not None:
-            t, weight = self.timesteps.draw(count)
-            bits = likelihood.vlb(self.model, x0, t, self.table, cond)
+            t, weight = self.timesteps.draw(len(x0))
+            bits = likelihood.vlb(self.model, x0, t, table, cond)
             if self.training:
                 self.timesteps.observe(gathered(t), gathered(bits.detach()))
             return Losses((weight * bits).mean(), {"bits": (weight * bits).detach().mean()})
-        t = torch.randint(len(self.table), (count,), device=x0.device)
-        sigma = self.table.to(x0)[t]
+        t = torch.randint(len(table), (len(x0),), device=x0.device)
+        sigma = table.to(x0)[t]
         if spec.loss == "hybrid":
-            eps_mse, bits = likelihood.hybrid(
-                self.model, x0, t, self.table, cond, rescaled=spec.bound_rescaled
-            )
+            eps_mse, bits = likelihood.hybrid(self.model, x0, t, table, cond, rescaled=spec.bound_rescaled)
             mse = eps_mse * sigma**2 * losses.output_weight(spec.predicts, sigma)
             return Losses((mse + bits).mean(), {"mse": mse.detach().mean(), "bits": bits.detach().mean()})
+        return self.simple(x0, sigma, cond)
+
+    def simple(self, x0: Float[Tensor, " b c h w"], sigma: Float[Tensor, " b"], cond: Conditioning) -> Losses:
+        """Squared error of what the network predicts."""
         x0_mse = losses.x0_mse(self.model, x0, sigma, cond)
-        mse = losses.output_weight(spec.predicts, sigma) * x0_mse
+        mse = losses.output_weight(self.spec.predicts, sigma) * x0_mse
         return Losses(mse.mean(), {"mse": mse.detach().mean()})
 
 
@@ -106,8 +132,7 @@ def parents_of(spec: ChainSpec, parents: Mapping[str, Trained]) -> tuple[Clip | 
         ValueError: One is missing, or of another width than the spec says.
     """
     for role in spec.needs:
-        if role not in parents:
-            raise ValueError(f"chain: needs the parent {role!r}; train it first and name it in parents")
+        needed(parents, role, spec.kind)
     clip = clip_of(parents["clip"]) if "clip" in spec.needs else None
     autoencoder = autoencoder_of(parents["autoencoder"]) if "autoencoder" in spec.needs else None
     for name, mine, theirs in fits(spec, clip, autoencoder):

@@ -1,7 +1,8 @@
 """A trained chain as a link of the cascade: painting, guided, varying, filling holes, enlarging.
 
 Its samplers walk in the sigma frame, so x begins as sqrt(1 + sigma**2) eps, DDPM's N(0, 1), at the level of
-the first timestep.  Everything that cannot work is refused before a network is asked.
+the first timestep; as sigma eps where it has none.  Everything that cannot work is refused before a network
+is asked.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,18 +13,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dd_core import edits, images, schedules
+from dd_core import edits, images
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser
 from dd_core.guidance import UNLIMITED, Rows, bounded, classifier_free, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.noise import SeededNoise, from_vp, to_vp
 from dd_core.samplers import Sampling, SamplingSpec, begin, edited, invert, sigmas_of
+from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
-from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told
+from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told, unsaid
 from dd_core.stages.guides import Leaders, leaders_of
 from dd_core.stages.refusals import given_noise, refuse_draws, refuse_edit
 
@@ -63,7 +65,9 @@ class ChainHop:
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse(self.spec, how, self.leaders.roles())
-        refuse_state(self.spec, how, state)
+        refuse_draws(how, "chain")
+        refuse_edit(how, state, has_channels=self.spec.inpaints)
+        refuse_told(self.spec, how, state)
         if how.gradient is not None:
             decoded = bool(self.spec.latent_channels)
             self.leaders.refuse(how.gradient, state, self.spec.image_size, decoded=decoded)
@@ -73,10 +77,9 @@ class ChainHop:
         refuse_small(self.spec, state.image)
         sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
         edit, spec = self.edit(state), self.spec
-        shape = (len(state.seeds), spec.channels, self.side(), self.side())
-        eps = noise(torch.empty(shape, device=self.device))
+        eps = noise(torch.empty(self.shape(len(state.seeds)), device=self.device))
         first = float(sigmas[0])
-        x, fill = from_vp(eps, first), None
+        x, fill = from_vp(eps, first) if isinstance(spec.schedule, ScheduleSpec) else first * eps, None
         if spec.factor == 1 and (given := given_noise(state, x)) is not None:
             x = given
         if edit is not None:
@@ -88,7 +91,7 @@ class ChainHop:
         sampling = begin(how, x, sigmas, noise)
         if sigmas[-1] > 0:
             sampling = in_vp(sampling, float(sigmas[-1]))
-        return Draw(edited(sampling, fill) if fill else sampling, self.rows(state, how, edit))
+        return Draw(edited(sampling, fill) if fill else sampling, self.rows(state, how))
 
     def embedder(self) -> Clip | None:
         return self.clip if self.spec.embedding_width else None
@@ -109,20 +112,20 @@ class ChainHop:
         known = encoded(edit.known, self.autoencoder)
         if sigmas[-1] > 0:
             known = from_vp(known, float(sigmas[-1]))
-        return Draw(invert(known, sigmas), self.rows(state, how, edit))
+        return Draw(invert(known, sigmas), self.rows(state, how))
 
-    def rows(self, state: CascadeState, how: SamplingSpec, edit: Edit | None) -> Rows:
+    def rows(self, state: CascadeState, how: SamplingSpec) -> Rows:
         """What the samples of a request should become."""
         spec, count = self.spec, len(state.seeds)
-        picture = self.shown(state, edit)
+        picture = self.shown(state, self.edit(state))
         null = null_like(state.tokens) if state.negative is None else state.negative
         label = torch.full((count,), UNLABELLED) if state.label is None else state.label
         embedding = state.image_embedding
         if embedding is None or not spec.embedding_width:
             embedding = torch.zeros(count, spec.embedding_width)
-        nothing = Heard(null, torch.full_like(label, UNLABELLED), torch.zeros_like(embedding))
-        cond = self.told(Heard(state.tokens, label, embedding), picture)
-        without = cond if how.guidance_scale == 1 else self.told(nothing, picture)
+        heard = Heard(state.tokens, label, embedding)
+        cond = self.told(heard, picture)
+        without = cond if how.guidance_scale == 1 else self.told(unsaid(heard, null), picture)
         rows = rows_of(how, cond, without, count)
         if spec.latent_channels and how.clip is None:
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * count))
@@ -157,9 +160,10 @@ class ChainHop:
         hole = F.adaptive_max_pool2d(state.hole.float().to(self.device), size) > 0
         return Edit(known, hole)
 
-    def side(self) -> int:
+    def shape(self, count: int) -> tuple[int, int, int, int]:
         """Of x, in pixels or latents."""
-        return self.spec.image_size // (self.autoencoder.spec.factor if self.autoencoder else 1)
+        side = self.spec.image_size // (self.autoencoder.spec.factor if self.autoencoder else 1)
+        return count, self.spec.channels, side, side
 
     def denoiser(self, rows: Rows) -> Denoiser:
         guided = bounded(classifier_free(self.model, rows, rescaled_as=self.spec.predicts), rows)
@@ -187,9 +191,9 @@ def levels_of(spec: ChainSpec, how: SamplingSpec) -> Float[Tensor, " n"]:
     Raises:
         ValueError: The spacing cannot give so many steps, or the strength takes none.
     """
-    table = schedules.sigmas(spec.schedule)
-    low, high = float(table[0]), float(table[-1])
-    sigmas = sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
+    low, high = spec.sigma_range
+    chain = spec.schedule if isinstance(spec.schedule, ScheduleSpec) else None
+    sigmas = sigmas_of(how, sigma_min=low, sigma_max=high, chain=chain)
     if how.sampler != "ddim":  # as published: only there does the last step end on the level of timestep 0
         sigmas = torch.cat([sigmas[:-1], torch.zeros_like(sigmas[:1])])
     return edits.varied(sigmas, how.strength) if spec.factor == 1 else sigmas
@@ -205,7 +209,7 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
     wanted = how.gradient.guides() if how.gradient else set()
     lacking = sorted(wanted - set(guides))
     unlearned = how.sampler == "ddpm" and how.variance == "learned" and not spec.learns_variance
-    alone = how.guidance_scale != 1 and not spec.guides_itself
+    refuse_guidance(spec, how.guidance_scale)
     remedies = (
         (
             unlearned,
@@ -213,11 +217,6 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
             "fixed_large for 250 steps and more",
         ),
         (how.sampler == "consistency", "a chain is no consistency model; use ddim or dpmpp_2m, or distil it"),
-        (
-            alone,
-            f"guidance_scale {how.guidance_scale:g}, but the model has not learned to paint both told and "
-            "not told; set guidance_scale: 1, or train with told_dropout",
-        ),
         (
             bool(lacking),
             f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",
@@ -232,14 +231,21 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
             raise ValueError(remedy)
 
 
-def refuse_state(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> None:
-    """What a request lacks, or has in another shape.
+def refuse_guidance(spec: ChainSpec, scale: float) -> None:
+    """Raises ValueError if a model is to guide itself that has not learned to."""
+    if scale != 1 and not spec.guides_itself:
+        raise ValueError(
+            f"guidance_scale {scale:g}, but the model has not learned to paint both told and not told; "
+            "set guidance_scale: 1, or train with told_dropout"
+        )
+
+
+def refuse_told(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> None:
+    """What a request says too little of, or what is unknown.
 
     Raises:
         ValueError: With what to do about it.
     """
-    refuse_draws(how, "chain")
-    refuse_edit(how, state, has_channels=spec.inpaints)
     label, gradient, length = state.label, how.gradient, spec.context_length
     by_class = bool(gradient and gradient.classes)
     unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())

@@ -1,17 +1,17 @@
 """What a chain is, and its network: see `chain`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
 
-from dd_core.denoiser import NetworkDenoiser, Tell
+from dd_core.denoiser import NetworkDenoiser, Tell, consistency_time
 from dd_core.nets.dit import DiT, DiTSpec
 from dd_core.nets.network import PlainSpec, build
 from dd_core.nets.text import CaptionedSpec, UnclipSpec
 from dd_core.nets.unet import UNetSpec
-from dd_core.schedules import Clock, ScheduleSpec
+from dd_core.schedules import Clock, LogNormalSpec, ScheduleSpec, sigma_range
 from dd_core.stage import EmbeddedBy, LearnedSpec
 from dd_core.text import END
 
@@ -19,12 +19,26 @@ ChainNet = Annotated[DiTSpec | PlainSpec | CaptionedSpec | UnclipSpec, Field(dis
 """The networks that can be trained on a chain."""
 
 
+def levels_kind(levels: Any) -> str:
+    """Which noise levels are meant; timesteps, which came first, do not say so."""
+    kind = levels.get("kind") if isinstance(levels, dict) else getattr(levels, "kind", None)
+    return "timesteps" if kind is None else str(kind)
+
+
+Levels = Annotated[
+    Annotated[ScheduleSpec, Tag("timesteps")] | Annotated[LogNormalSpec, Tag("lognormal")],
+    Discriminator(levels_kind),
+]
+"""The noise levels of a chain: of timesteps, or all (EDM)."""
+
+
 class ChainSpec(LearnedSpec):
-    """A diffusion model on timesteps: noise -> picture or latent, told what its network is told."""
+    """A diffusion model: noise -> picture or latent, told what its network is told."""
 
     kind: Literal["chain"] = "chain"
     net: ChainNet
-    """A UNet with level_scale 1 is told the timestep, every other network log sigma."""
+    """A UNet with level_scale 1 is told the timestep, or 250 log sigma where there are none, as published;
+    every other network log sigma."""
     image_size: int = Field(64, ge=8)
     """Side of the pictures, in pixels."""
     latent_channels: int = Field(0, ge=0)
@@ -38,10 +52,10 @@ class ChainSpec(LearnedSpec):
     whole pictures all the same, so its network must not know places."""
     inpaints: bool = False
     """Told a picture with a hole, and where it is known: x's channels and one more."""
-    schedule: ScheduleSpec = ScheduleSpec()
+    schedule: Levels = ScheduleSpec()
     rescaled_time: bool = False
     """Told t * 1000 / T instead of t (Improved DDPM)."""
-    predicts: Literal["eps", "x0", "v"] = "eps"
+    predicts: Literal["eps", "x0", "v", "edm"] = "eps"
     loss: Literal["simple", "hybrid", "vlb"] = "simple"
     """Squared error of what is predicted; with the bound on top, for a network that learns its variance too;
     or the bound alone, at timesteps drawn by their losses (Improved DDPM)."""
@@ -52,6 +66,11 @@ class ChainSpec(LearnedSpec):
     class of nothing is the last of the network's labels."""
     embedding_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of image embeddings kept back, independently."""
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Lowest and highest noise level that it knows."""
+        return sigma_range(self.schedule)
 
     @property
     def learns_variance(self) -> bool:
@@ -127,7 +146,10 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
     """What of a chain does not go together, and what to do about it."""
     net, out = spec.net, spec.channels * (1 + spec.learns_variance)
     latent, told = bool(spec.latent_channels), spec.told_channels
+    continuous = isinstance(spec.schedule, LogNormalSpec)
     found = [
+        (continuous and spec.learns_variance, f"loss {spec.loss} counts the bits of timesteps; use simple"),
+        (continuous and spec.rescaled_time, "rescaled_time is for timesteps; leave it out"),
         (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
         (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
         (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),
@@ -180,5 +202,7 @@ def denoiser_of(spec: ChainSpec) -> NetworkDenoiser[nn.Module]:
     """The network of a chain, seen as a denoiser."""
     tell: Tell = torch.log
     if spec.unet and spec.unet.level_scale == 1:
-        tell = Clock(spec.schedule, rescaled=spec.rescaled_time)
+        tell = consistency_time
+        if isinstance(spec.schedule, ScheduleSpec):
+            tell = Clock(spec.schedule, rescaled=spec.rescaled_time)
     return NetworkDenoiser(network_of(spec), spec.predicts, tell=tell, learns_variance=spec.learns_variance)

@@ -111,6 +111,11 @@ def kept(spec: ChainSpec, heard: Heard) -> Heard:
     )
 
 
+def unsaid(heard: Heard, tokens: Int[Tensor, " b l"]) -> Heard:
+    """Nothing said, but for these captions: empty, or what a request does not want."""
+    return Heard(tokens, torch.full_like(heard.label, UNLABELLED), torch.zeros_like(heard.embedding))
+
+
 def encoded(
     picture: Float[Tensor, " b 3 h w"], autoencoder: Autoencoder | None, *, noisy: bool = False
 ) -> Float[Tensor, " b c i j"]:

@@ -29,6 +29,11 @@ class ClassifierSpec(LearnedSpec):
     """Noise levels of training: log sigma is normal, as for the base it guides."""
 
     @property
+    def classes(self) -> int:
+        """Classes of the data."""
+        return self.net.classes
+
+    @property
     def image_size(self) -> int:
         """Side of the prepared images that it trains on."""
         return self.net.image_size

@@ -1,16 +1,18 @@
-"""The consistency model: a base that jumps from any noise level to the image, in one step or a few.
+"""The consistency model: a base or chain that jumps from any noise level to the image, in one step or a few.
 
-It has the network of a base and is told what a base is told.  Distilled, it starts as the parent base and
-learns to land, from anywhere on a path, where that base's guided sampler would; alone, it learns from the
-images.  Its levels are those that samplers walk, ending in 0, where it is the identity: so one jump is a
-finished picture, where the published models end at 0.002.
+It has the network of a base, or of a chain, and is told what that is told.  Distilled, it starts as this
+parent and learns to land, from anywhere on a path, where the parent's guided sampler would, whatever the
+parent predicts (eps, v, x0, edm); alone, it learns from the images.  Its levels are those that samplers walk,
+ending in 0, where it is the identity: so one jump is a finished picture, where the published models end at
+0.002.
 
 Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 1 to 4; on the guidance that is learned with the
 steps: Luo et al. 2023 (arXiv:2310.04378), section 4.2.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, assert_never
+from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +20,24 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dd_core import consistency, edits, images
+from dd_core import consistency, edits
 from dd_core.cascade import CascadeState, Draw
 from dd_core.consistency import Distance, Pace, draw_pair, ended
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, NetworkDenoiser
-from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
-from dd_core.nets.clip import Clip, ReadCaption
-from dd_core.nets.dit import DiT
-from dd_core.nets.draft import Draft
+from dd_core.guidance import Rows, classifier_free, clip_x0
+from dd_core.nets.clip import Clip
 from dd_core.nets.perceptual import ClipFeatures, load_lpips
 from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
-from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
-from dd_core.stages.base import BaseHop, BaseSpec, decoder_of, denoiser_of, null_like, roughened
-from dd_core.stages.clip import clip_of, embedding_of
-from dd_core.stages.draft import drawn
-from dd_core.stages.refusals import refuse_draws, refuse_edit, refuse_gradient
+from dd_core.stage import EmbeddedBy, Example, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages import base, chain_spec
+from dd_core.stages.base import BaseHop, BaseSpec, BaseStage
+from dd_core.stages.chain import ChainStage
+from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import clip_of
+from dd_core.stages.refusals import needed, refuse_draws, refuse_edit, refuse_gradient
 
 
 class FixedLevels(Spec):
@@ -76,20 +79,21 @@ class GrowingLevels(Spec):
 
 
 class TeacherSpec(Spec):
-    """How the parent base walks when it is followed."""
+    """How the parent walks when it is followed."""
 
     guidance_scale: float = Field(3.0, ge=0, le=50)
     """It is learned with the path, so that sampling at scale 1 is guided by it."""
 
 
 class ConsistencySpec(LearnedSpec):
-    """A base of few steps: caption -> base.image_size x base.image_size RGB."""
+    """A base or a chain of few steps."""
 
     kind: Literal["consistency"] = "consistency"
-    base: BaseSpec
-    """Network, what it is told, and its noise levels; of a distilled one, the parent's own spec."""
+    base: Annotated[BaseSpec | ChainSpec, Field(discriminator="kind")]
+    """Network, what it is told, and its noise levels; of a distilled one, the parent's own spec, but for the
+    dropout of its UNet."""
     teacher: TeacherSpec | None = TeacherSpec()
-    """Distillation from the parent base; None trains alone, without one."""
+    """Distillation from the parent `base`; None trains alone, without one."""
     levels: Annotated[FixedLevels | GrowingLevels, Field(discriminator="kind")] = FixedLevels()
     distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
     """Between two answers.  lpips, as published, with the weights of `lpips_weights`; clip: features of the
@@ -101,7 +105,27 @@ class ConsistencySpec(LearnedSpec):
     def _fits(self) -> "ConsistencySpec":
         if self.distance == "lpips" and not self.lpips_weights:
             raise ValueError('distance "lpips" needs lpips_weights, a path; or use "clip"')
+        if not isinstance(self.base, ChainSpec):
+            return self
+        if self.base.factor > 1:
+            raise ValueError("a chain that enlarges is no consistency model; set base.factor: 1")
+        if self.base.latent_channels and self.distance in {"lpips", "clip"}:
+            raise ValueError(
+                f"distance {self.distance} looks at pictures, and this base paints latents; use pseudo_huber"
+            )
+        refuse_guidance(self.base, self.teacher.guidance_scale if self.teacher else 1.0)
         return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Roles of its parents."""
+        seeing = ("clip",) if self.distance == "clip" else ()
+        return tuple(dict.fromkeys((*self.base.needs, *seeing, *(("base",) if self.teacher else ()))))
+
+    @property
+    def classes(self) -> int:
+        """Classes of the data, if its network is told them."""
+        return self.base.classes
 
     @property
     def embedded_by(self) -> EmbeddedBy | None:
@@ -114,70 +138,40 @@ class ConsistencySpec(LearnedSpec):
         return self.base.image_size
 
 
-class Heard(NamedTuple):
-    """What a batch is told, before a network has read it."""
-
-    caption: ReadCaption
-    null: ReadCaption
-    embedding: Float[Tensor, " b d"] | None
-    draft: Float[Tensor, " b 3 h w"] | None = None
-
-    def by(self, model: NetworkDenoiser[DiT]) -> Conditioning:
-        """As this network hears it."""
-        text = model.network.read(self.caption)
-        return Conditioning(text=text, image_embedding=self.embedding, image=self.draft)
-
-    def unsaid_by(self, model: NetworkDenoiser[DiT]) -> Conditioning:
-        """The empty caption; no embedding, unless it has become a draft."""
-        text = model.network.read(self.null)
-        if self.draft is not None:
-            return Conditioning(text=text, image_embedding=self.embedding, image=self.draft)
-        nothing = None if self.embedding is None else torch.zeros_like(self.embedding)
-        return Conditioning(text=text, image_embedding=nothing)
-
-
 class ConsistencyStage(Stage):
     """Trains a base to answer alike along a path: the parent's, or that of the image itself.
 
     Args:
         spec: What to build.
-        clip: The parent that reads captions and images.
-        teacher: The parent base, for distillation.
-        draft: The parent whose drafts it starts from, if the base does.
+        parents: Those of `spec.base`, and "base" for distillation; "clip" for the distance of that name.
 
     Raises:
-        ValueError: The teacher is no base, or another than `spec.base` says.
+        ValueError: A parent is missing, or the teacher is another than `spec.base` says.
     """
 
-    model: NetworkDenoiser[DiT]
+    model: NetworkDenoiser[Any]
     steps: Tensor
     """Optimizer steps so far.  A buffer, so that a resumed run is as far as an unbroken one."""
 
-    def __init__(
-        self,
-        spec: ConsistencySpec,
-        clip: Trained,
-        teacher: Trained | None = None,
-        draft: Trained | None = None,
-    ) -> None:
+    def __init__(self, spec: ConsistencySpec, parents: Mapping[str, Trained]) -> None:
         super().__init__()
         self.spec = spec
-        self.model = denoiser_of(spec.base)
-        towers = clip_of(clip)
-        parents: list[nn.Module] = [towers]
-        if teacher is not None:
-            refuse_other(spec, teacher)
-            self.model.load_state_dict(teacher.weights)
-            parents.append(copy_of(self.model, spec.base))
-        if (seeing := seeing_of(spec, towers)) is not None:
-            parents.append(seeing)
+        for role in spec.needs:
+            needed(parents, role, spec.kind)
+        student = stage_of(spec.base, parents)
+        self.model, self.example = student.model, student.example
+        frozen: list[nn.Module] = [*student.frozen]
+        if spec.teacher is not None:
+            refuse_other(spec, parents["base"])
+            self.model.load_state_dict(parents["base"].weights)
+            frozen.append(copy_of(self.model, spec.base))
+        if (seeing := seeing_of(spec, parents, frozen)) is not None:
+            frozen.append(seeing)
         self.distance = distance_of(spec, seeing)
-        if (decoder := decoder_of(spec.base, draft)) is not None:
-            parents.append(decoder)
         self.target = copy_of(self.model, spec.base).requires_grad_(False)
         """The average of the model that it is trained towards; not what ships, which is averaged longer."""
         self.register_buffer("steps", torch.tensor(0))
-        self.freeze(*parents)
+        self.freeze(*frozen)
 
     def players(self, phase: str) -> list[nn.Parameter]:
         """The model's; the target follows."""
@@ -191,58 +185,56 @@ class ConsistencyStage(Stage):
         self.steps += 1
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
-        spec, base = self.spec, self.spec.base
-        x0 = images.to_unit(batch.image)
-        heard = self.heard(batch, x0)
+        spec, (low, high) = self.spec, self.spec.base.sigma_range
+        example = self.example(batch)
         num_levels = spec.levels.at(self.steps).num_levels
-        pair = draw_pair(x0, num_levels, sigma_min=base.sigma_min, sigma_max=base.sigma_max, to_zero=True)
-        student = bound(self.model, heard.by(self.model))
+        pair = draw_pair(example.x0, num_levels, sigma_min=low, sigma_max=high, to_zero=True)
+        student = bound(self.model, example.told(self.model.network))
         with torch.no_grad():
-            target = ended(bound(self.target, heard.by(self.target)))
+            target = ended(bound(self.target, example.told(self.target.network)))
         if spec.teacher is not None:
-            teacher = self.walker(spec.teacher, heard)
-            gap = consistency.distillation(student, target, teacher, x0, pair, self.distance)
+            teacher = self.walker(spec.teacher, example)
+            gap = consistency.distillation(student, target, teacher, example.x0, pair, self.distance)
         else:
-            gap = consistency.training(student, target, x0, pair, self.distance)
+            gap = consistency.training(student, target, example.x0, pair, self.distance)
         total, parts = gap.mean(), {"gap": gap.detach().mean(), "levels": gap.new_tensor(float(num_levels))}
         return Losses(total, parts)
 
     @torch.no_grad()
-    def heard(self, batch: PairBatch, x0: Float[Tensor, " b 3 h w"]) -> Heard:
-        """Captions and embeddings, left out and roughened as they were for the base."""
-        base, clip = self.spec.base, self.frozen[0]
-        assert isinstance(clip, Clip)
-        null = null_like(batch.tokens)
-        dropped = torch.rand(len(x0), 1, device=x0.device) < base.caption_dropout
-        caption = clip.read(torch.where(dropped, null, batch.tokens))
-        embedding, draft, decoder = None, None, self.frozen[-1]
-        if base.net.embedding_width:
-            made = decoder if isinstance(decoder, Draft) else None
-            embedding = roughened(base, made, embedding_of(clip, batch), dropped)
-            draft = drawn(made, embedding) if made else None
-        return Heard(caption, clip.read(null), embedding, draft)
-
-    @torch.no_grad()
-    def walker(self, how: TeacherSpec, heard: Heard) -> Denoiser:
-        """The parent base as it is sampled: guided, then clipped."""
-        teacher = self.frozen[1]
-        assert isinstance(teacher, NetworkDenoiser)
-        scale = torch.full((len(heard.caption.states),), how.guidance_scale)
-        return clip_x0(classifier_free(teacher, Rows(heard.by(teacher), heard.unsaid_by(teacher), scale)))
+    def walker(self, how: TeacherSpec, example: Example) -> Denoiser:
+        """The parent as it is sampled: guided, then clipped, unless it paints latents."""
+        teacher = next(part for part in self.frozen if isinstance(part, NetworkDenoiser))
+        cond = example.told(teacher.network)
+        null = cond if how.guidance_scale == 1 else example.untold(teacher.network)
+        scale = torch.full((len(example.x0),), how.guidance_scale)
+        guided = classifier_free(teacher, Rows(cond, null, scale))
+        latent = isinstance(self.spec.base, ChainSpec) and self.spec.base.latent_channels
+        return guided if latent else clip_x0(guided)
 
 
 class ConsistencyHop:
-    """Caption (and image embedding) -> small image in how.num_steps jumps; or an edit of an image.
+    """What its base is told -> an image in how.num_steps jumps; or an edit of an image.
 
     Without taus the jumps start at the first num_steps of num_steps + 1 Karras levels.  A guidance scale
     other than 1 comes on top of the one that was learned.
+
+    Args:
+        trained: The consistency model.
+        parents: Those of its base.
+        device: Where it paints.
     """
 
     def __init__(
-        self, trained: Trained, clip: Trained, draft: Trained | None = None, *, device: torch.device | str
+        self, trained: Trained, parents: Mapping[str, Trained], *, device: torch.device | str
     ) -> None:
         assert isinstance(trained.spec, ConsistencySpec)
-        self.base = BaseHop(Trained(trained.spec.base, trained.weights), clip, draft, device=device)
+        like = Trained(trained.spec.base, trained.weights)
+        own = {role: needed(parents, role, trained.spec.kind) for role in trained.spec.base.needs}
+        self.base: BaseHop | ChainHop
+        if isinstance(like.spec, BaseSpec):
+            self.base = BaseHop(like, own["clip"], own.get("draft"), device=device)
+        else:
+            self.base = ChainHop(like, own, device=device)
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         if how.sampler != "consistency":
@@ -255,21 +247,27 @@ class ConsistencyHop:
                 "a consistency model varies no picture, it fills holes; give a mask, or take the base "
                 "that it was distilled from"
             )
+        if isinstance(spec := self.base.spec, ChainSpec):
+            refuse_guidance(spec, how.guidance_scale)
+            refuse_told(spec, how, state)
+            given = (state.known, state.gray, state.coarse)
+            if spec.latent_channels and any(part is not None for part in given):
+                raise ValueError(
+                    "a consistency model of latents edits no picture; take the chain that it is like"
+                )
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
-        spec, device, noise = self.base.spec, self.base.device, SeededNoise(state.seeds)
+        (low, high), noise = self.base.spec.sigma_range, SeededNoise(state.seeds)
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
-        sigmas = sigmas_of(jumps, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
-        side = spec.image_size
-        x = spec.sigma_max * noise(torch.empty(len(state.seeds), 3, side, side, device=device))
-        known = known_of(state, side, device)
+        sigmas = sigmas_of(jumps, sigma_min=low, sigma_max=high)
+        x = high * noise(torch.empty(self.base.shape(len(state.seeds)), device=self.base.device))
+        known = known_of(state, self.base.spec.image_size, self.base.device)
         if known is None:
             sampling = begin(jumps, x, sigmas, noise)
         else:
             sampling = edited(begin(jumps, x + known.image, sigmas, noise), known.edit)
-        cond = self.base.told(state.tokens, state.image_embedding)
-        return Draw(sampling, rows_of(how, cond, self.base.unsaid(state), len(x)))
+        return Draw(sampling, self.base.rows(state, how))
 
     def denoiser(self, rows: Rows) -> Denoiser:
         return self.base.denoiser(rows)
@@ -315,25 +313,42 @@ def known_of(state: CascadeState, side: int, device: torch.device) -> Known | No
 
 def refuse_other(spec: ConsistencySpec, teacher: Trained) -> None:
     """Raises ValueError unless the teacher is the base that the spec describes."""
-    if not isinstance(teacher.spec, BaseSpec):
-        raise ValueError(f"the parent 'base' is a {type(teacher.spec).__name__}, it must be a base")
-    if teacher.spec != spec.base:
-        mine, its = spec.base.model_dump(), teacher.spec.model_dump()
-        field = next(name for name in its if mine[name] != its[name])
+    if not isinstance(teacher.spec, BaseSpec | ChainSpec):
+        raise ValueError(
+            f"the parent 'base' is a {type(teacher.spec).__name__}, it must be a base or a chain"
+        )
+    mine, its = undropped(spec.base), undropped(teacher.spec)
+    if mine != its:
+        field = next(name for name in its if mine.get(name) != its[name])
         raise ValueError(
             f"consistency: base.{field} is not that of the parent base; a distilled model is the same "
             "network, so give both the same spec"
         )
 
 
-def copy_of(model: NetworkDenoiser[DiT], spec: BaseSpec) -> NetworkDenoiser[DiT]:
+def undropped(spec: BaseSpec | ChainSpec) -> dict[str, Any]:
+    """All that a spec says but the dropout of its UNet: consistency models are published without."""
+    fields = spec.model_dump()
+    fields["net"].get("unet", {}).pop("dropout", None)
+    return fields
+
+
+def stage_of(spec: BaseSpec | ChainSpec, parents: Mapping[str, Trained]) -> BaseStage | ChainStage:
+    """The stage that trains such a network as a diffusion model: its network, and what that is told."""
+    if isinstance(spec, BaseSpec):
+        return BaseStage(spec, parents["clip"], parents.get("draft"))
+    return ChainStage(spec, parents)
+
+
+def copy_of(model: NetworkDenoiser[Any], spec: BaseSpec | ChainSpec) -> NetworkDenoiser[Any]:
     """The same network with the same weights.  Not by deepcopy, which needs tensors to have content."""
-    copied = denoiser_of(spec)
+    copied: NetworkDenoiser[Any]
+    copied = base.denoiser_of(spec) if isinstance(spec, BaseSpec) else chain_spec.denoiser_of(spec)
     copied.load_state_dict(model.state_dict())
     return copied
 
 
-def bound(model: NetworkDenoiser[DiT], cond: Conditioning) -> Denoiser:
+def bound(model: NetworkDenoiser[Any], cond: Conditioning) -> Denoiser:
     """A model that is told this."""
 
     def denoise(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Denoised:
@@ -370,8 +385,10 @@ def unregistered(network: nn.Module) -> Distance:
     return between
 
 
-def seeing_of(spec: ConsistencySpec, clip: Clip) -> nn.Module | None:
-    """The network by which a distance sees; None if it looks at pixels.
+def seeing_of(
+    spec: ConsistencySpec, parents: Mapping[str, Trained], frozen: Sequence[nn.Module]
+) -> nn.Module | None:
+    """The network by which a distance sees, one of `frozen` if it is there; None if it looks at pixels.
 
     Raises:
         ValueError: The LPIPS weights cannot be used.
@@ -380,6 +397,7 @@ def seeing_of(spec: ConsistencySpec, clip: Clip) -> nn.Module | None:
         case "lpips":
             return load_lpips(Path(spec.lpips_weights))
         case "clip":
-            return ClipFeatures(clip)
+            there = next((part for part in frozen if isinstance(part, Clip)), None)
+            return ClipFeatures(there or clip_of(parents["clip"]))
         case _:
             return None

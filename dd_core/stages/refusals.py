@@ -1,9 +1,23 @@
-"""What no hop can do, said before a network is asked; each error names the way out."""
+"""What a stage lacks and what no hop can do, said before a network is asked; each error names the way out."""
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from dd_core.cascade import CascadeState
 from dd_core.samplers import SamplingSpec
+from dd_core.stage import Trained
+
+
+def needed(parents: Mapping[str, Trained], role: str, kind: str) -> Trained:
+    """One of the parents, or an error that says whose is missing.
+
+    Raises:
+        ValueError: It is missing.
+    """
+    if role not in parents:
+        raise ValueError(f"{kind}: needs the parent {role!r}; train it first and name it in parents")
+    return parents[role]
 
 
 def refuse_gradient(how: SamplingSpec, kind: str) -> None:

@@ -2,17 +2,21 @@
 
 It works in the run directory of the demo and adds a stage to it; what the demo has trained is not trained
 again.  `ddiff run --recipe consistency` then makes and judges a cascade of few steps where that of the demo
-was (`ddiff run --recipe demo` brings that back): keep its summary.json to compare.  `paper` is the published
-training.
+was (`ddiff run --recipe demo` brings that back): keep its summary.json to compare.  `paper` and `paper_alone`
+are the published trainings.
 """
 
 from dd_core.cascade import CascadeSpec, HopSpec
-from dd_core.nets.dit import DiTSpec
+from dd_core.layouts.published import published
+from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
+from dd_core.schedules import LogNormalSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.base import BaseSpec
-from dd_core.stages.consistency import ConsistencySpec, FixedLevels, TeacherSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.consistency import ConsistencySpec, FixedLevels, GrowingLevels, TeacherSpec
 from jobs.recipes import demo
+from jobs.recipes.adm import CLASSES
 from jobs.recipes.latent import PAPER_WORKER, PAPER_WORKERS, paper_clip
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
@@ -28,54 +32,72 @@ def run() -> RunSpec:
 
 
 def paper() -> RunSpec:
-    """Consistency distillation as published for ImageNet 64 x 64, for your own tars; networks of 302 M.
+    """Consistency distillation as published for ImageNet 64 x 64: EDM's and the student's UNet of 296 M each.
 
-    Hardware: 64 A100, by the paper; time: not published, none measured here.  Published (table 3): N 40, mu
-    0.95, RAdam at 8e-6 without decay or schedule, batch 2048, 600,000 steps, weights averaged by 0.9999432;
-    the teacher is EDM's, log sigma ~ N(-1.2, 1.2), levels .002 to 80, 1e-4, batch 4096; two jumps, at the
-    levels 0 and 22 of 40.  Departures: captions and our transformer in place of classes and ADM's UNet of
-    296 M; the teacher has no dropout, as many steps as the student (its own are not in the paper), and the
-    weights of its loss are EDM's to a factor of two; CLIP's features in place of LPIPS (`--set
-    stages.consistency.stage.distance=lpips` and `...lpips_weights=FILE` bring it back); paths end at 0.
-    Set pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
-    Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C.
+    Hardware: 64 A100, by the paper; time: not published, none measured here.  As published: ADM's UNet, told
+    the class, which the json beside an image has; N 40, mu .95, RAdam at 8e-6 without decay or schedule,
+    batches of 2048, 600,000 steps, weights averaged by .9999432, no dropout; the teacher with dropout .1, log
+    sigma ~ N(-1.2, 1.2), EDM's weights, RAdam at 1e-4, batches of 4096; levels .002 to 80; two jumps, at the
+    levels 0 and 22 of 40.  Departures: CLIP's features in place of LPIPS (`--set
+    stages.consistency.stage.distance=lpips` and `...lpips_weights=FILE` bring it back); paths end at 0, where
+    EDM's scaling is the one published for students; the teacher takes as many steps as the student (its own
+    are not in the paper); bf16 for fp16; gradients are clipped at 1; images are not mirrored.  Set
+    pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
+    Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C, and the published code.
     """
-    jumps = SamplingSpec(sampler="consistency", num_steps=2, taus=(0, 22, 39), guidance_scale=1.0)
+    return paper_run("consistency_paper", paper_student(paper_teacher()), (0, 22, 39), paper_teacher())
+
+
+def paper_alone() -> RunSpec:
+    """Consistency training without a teacher, as published for the same images; one network of 296 M.
+
+    Hardware and departures: as for `paper`.  As published: N from 3 to 201 over 800,000 steps, mu by the
+    paper's formula from .95 (`--set stages.consistency.stage.levels.form=openai_code` by the code's), RAdam
+    at 8e-6 (the published script: 1e-4), batch 2048; two jumps, at the levels 0 and 106 of 201.
+    Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C, and the published code.
+    """
+    student, steps = paper_student(paper_teacher()), 800_000
+    assert isinstance(student.stage, ConsistencySpec)
+    levels = GrowingLevels(steps=steps, s0=2, s1=200, mu0=0.95)
+    alone = student.but(
+        stage=student.stage.but(teacher=None, levels=levels),
+        parents={"clip": "clip"},
+        budget=student.budget.but(steps=steps),
+    )
+    return paper_run("consistency_paper_alone", alone, (0, 106, 200))
+
+
+def paper_run(name: str, student: TrainSpec, taus: tuple[int, ...], *before: TrainSpec) -> RunSpec:
+    """A run of ImageNet that ends in a consistency model and its jumps."""
+    jumps = JUMPS.but(num_steps=len(taus) - 1, taus=taus)
     return RunSpec(
-        name="consistency_paper",
-        pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(64, 224)),
-        stages=(paper_clip(), paper_teacher(), paper_student(paper_teacher())),
+        name=name,
+        pairs=PairsSpec(
+            shards=("imagenet/*.tar",), destination="prepared", context_length=77, sizes=(64, 224)
+        ),
+        stages=(paper_clip(), *before, student),
         cascade=CascadeSpec(
-            name="consistency_paper",
-            hops=(HopSpec(stage="consistency", how=jumps),),
-            context_length=77,
-            image_size=64,
+            name=name, hops=(HopSpec(stage=student.name, how=jumps),), context_length=77, image_size=64
         ),
     )
 
 
 def paper_teacher() -> TrainSpec:
-    """The diffusion model that is followed."""
-    net = DiTSpec(conv_width=256, conv_blocks=3, width=1024, layers=13, text_width=768, caption_width=768)
-    stage = BaseSpec(
-        net=net,
-        predicts="edm",
-        log_sigma_mean=-1.2,
-        log_sigma_std=1.2,
-        weight_range=(4.0, 250_000.0),
-        sigma_min=0.002,
-        sigma_max=80.0,
-    )
+    """EDM, which is followed."""
+    net = published()["edm-imagenet64"].net
+    assert isinstance(net, PlainSpec)
+    stage = ChainSpec(net=net, schedule=LogNormalSpec(), predicts="edm", told_dropout=0.0)
     return TrainSpec(
         name="base",
         stage=stage,
-        parents={"clip": "clip"},
+        label=CLASSES,
         optimizer=OptimizerSpec(
+            algorithm="radam",
             learning_rate=1e-4,
             schedule="constant",
             warmup_steps=0,
             betas=(0.9, 0.999),
-            ema_images=10_000 * 4096,
+            ema_images=round(4096 / (1 - 0.9999432)),
         ),
         budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
         batch_size=4096,
@@ -86,15 +108,18 @@ def paper_teacher() -> TrainSpec:
 
 def paper_student(teacher: TrainSpec) -> TrainSpec:
     """The published optimizer and levels."""
-    assert isinstance(teacher.stage, BaseSpec)
-    stage = ConsistencySpec(base=teacher.stage, levels=FixedLevels(num_levels=40, mu=0.95), distance="clip")
+    assert isinstance(teacher.stage, ChainSpec)
+    stage = ConsistencySpec(
+        base=teacher.stage.but(net=published()["consistency-imagenet64"].net),
+        teacher=TeacherSpec(guidance_scale=1.0),
+        levels=FixedLevels(num_levels=40, mu=0.95),
+        distance="clip",
+    )
     return teacher.but(
         name="consistency",
         stage=stage,
         parents={"clip": "clip", "base": "base"},
-        optimizer=teacher.optimizer.but(
-            algorithm="radam", learning_rate=8e-6, ema_images=round(2048 / (1 - 0.9999432))
-        ),
+        optimizer=teacher.optimizer.but(learning_rate=8e-6, ema_images=round(2048 / (1 - 0.9999432))),
         batch_size=2048,
     )
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dd_core import checkpoint, consistency, edits, images
+from dd_core import checkpoint, consistency, edits
 from dd_core.cascade import CascadeState, run
 from dd_core.consistency import ended, teacher_step
 from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, Parameterization
@@ -18,7 +18,7 @@ from dd_core.nets.dit import DiTSpec
 from dd_core.nets.perceptual import ClipFeatures, Lpips, load_lpips
 from dd_core.noise import karras_sigmas, spread
 from dd_core.samplers import SamplingSpec, heun, sample
-from dd_core.stage import Budget, Losses, OptimizerSpec, PairBatch, Trained
+from dd_core.stage import Budget, Example, Losses, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.clip import clip_of
@@ -28,7 +28,6 @@ from dd_core.stages.consistency import (
     ConsistencyStage,
     FixedLevels,
     GrowingLevels,
-    Heard,
     TeacherSpec,
     bound,
 )
@@ -178,13 +177,14 @@ def test_the_teacher_is_followed_as_it_would_be_sampled(parents: dict[str, Train
     assert isinstance(teacher, BaseHop)
     captions, embedding = told("a red circle", "a star"), torch.randn(2, 8)
     empty = torch.tensor([null_tokens(12)] * 2)
-    heard = Heard(teacher.clip.read(captions), teacher.clip.read(empty), embedding)
-    how = SamplingSpec(guidance_scale=2.0)
-    rows = rows_of(how, teacher.told(captions, embedding), teacher.told(empty, None), 2)
-    x, sigma = 3 * torch.randn(2, 3, 16, 16), torch.tensor([3.0, 0.4])
+    cond, null = teacher.told(captions, embedding), teacher.told(empty, None)
+    x = 3 * torch.randn(2, 3, 16, 16)
+    example = Example(x, lambda _: cond, lambda _: null)
+    rows = rows_of(SamplingSpec(guidance_scale=2.0), cond, null, 2)
+    sigma = torch.tensor([3.0, 0.4])
     assert SPEC.teacher is not None
     with torch.no_grad():
-        followed, sampled = stage.walker(SPEC.teacher, heard)(x, sigma), teacher.denoiser(rows)(x, sigma)
+        followed, sampled = stage.walker(SPEC.teacher, example)(x, sigma), teacher.denoiser(rows)(x, sigma)
     assert torch.equal(followed.x0, sampled.x0)
 
 
@@ -219,13 +219,13 @@ def test_a_teacher_may_predict_what_it_likes(predicts: Parameterization, parents
     spec = SPEC.but(base=base, teacher=TeacherSpec(guidance_scale=1.0))
     stage = made(spec, parents | {"base": teacher})
     batch = next(squares())
-    x0 = images.to_unit(batch.image)
-    heard = stage.heard(batch, x0)
+    example = stage.example(batch)
+    x0 = example.x0
     assert spec.teacher is not None
-    walker = stage.walker(spec.teacher, heard)
+    walker = stage.walker(spec.teacher, example)
 
     def student(x: Tensor, sigma: Tensor) -> Denoised:
-        return clip_x0(bound(stage.model, heard.by(stage.model)))(x, sigma)
+        return clip_x0(bound(stage.model, example.told(stage.model.network)))(x, sigma)
 
     pair = consistency.draw_pair(x0, 2, sigma_min=0.1, sigma_max=10.0, to_zero=True)
     gap = consistency.distillation(student, ended(student), walker, x0, pair, consistency.l2)
