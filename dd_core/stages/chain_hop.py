@@ -227,6 +227,10 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
             "this network does not learn its variance (loss simple); set variance: fixed_small, or "
             "fixed_large for 250 steps and more",
         ),
+        (
+            how.variance == "analytic",
+            "a chain's errors are not measured; set variance: learned (loss hybrid or vlb) or fixed_small",
+        ),
         (how.sampler == "consistency", "a chain is no consistency model; use ddim or dpmpp_2m, or distil it"),
         (
             alone,
