@@ -86,13 +86,17 @@ def piece_tokens(piece: str) -> tuple[int, ...]:
         return (vocabulary.ids[piece],)
     word = [vocabulary.letters[byte] for byte in piece.encode()]
     word[-1] += "</w>"
+    return tuple(vocabulary.ids[symbol] for symbol in merged(word, vocabulary.ranks))
+
+
+def merged(word: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Neighbours joined, those of the lowest rank first, until none that is left may be."""
     while len(word) > 1:
-        pairs = list(itertools.pairwise(word))
-        best = min(pairs, key=lambda pair: vocabulary.ranks.get(pair, math.inf))
-        if best not in vocabulary.ranks:
+        best = min(itertools.pairwise(word), key=lambda pair: ranks.get(pair, math.inf))
+        if best not in ranks:
             break
         word = joined(word, best)
-    return tuple(vocabulary.ids[symbol] for symbol in word)
+    return word
 
 
 def joined(word: list[str], pair: tuple[str, str]) -> list[str]:
@@ -121,11 +125,16 @@ def loaded() -> Vocabulary:
         raise RuntimeError("the vocabulary comes with open_clip: pip install open-clip-torch")
     lines = gzip.decompress((Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
     merges = [tuple(line.split()) for line in lines.decode().split("\n")[1 : MERGES + 1]]
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+    letters = letters_of_bytes()
     symbols = list(letters.values())
     names = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(merge) for merge in merges)]
     ids = {name: n for n, name in enumerate([*names, "<start_of_text>", "<end_of_text>"])}
     ranks = {(first, second): n for n, (first, second) in enumerate(merges)}
     return Vocabulary(ids, ranks, tuple(letters[byte] for byte in range(256)))
+
+
+def letters_of_bytes() -> dict[int, str]:
+    """Byte -> its printable stand-in, in the order of their tokens (GPT-2's, which CLIP took over)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dd_core.cascade import CascadeState
+from dd_core.cascade import CascadeState, requested
 from dd_core.samplers import SamplingSpec
-from dd_core.text import tokens
 from dd_core.variations import Code, Encoder, between, encode, turned, walked
 
 if TYPE_CHECKING:
@@ -107,9 +105,9 @@ def way(
         code = between(one, two, order.between)
     elif order.instead_of is not None:
         assert clip is not None
-        before = torch.tensor(tokens([order.instead_of], cascade.spec.context_length))
-        code = encode(hop, state._replace(tokens=before), how[first])
-        code = turned(code, clip, before, state.tokens, order.by)
+        before = requested([order.instead_of], [], cascade.spec.context_length)
+        shown = state._replace(tokens=before.tokens, captions=before.captions)
+        code = turned(encode(hop, shown, how[first]), clip, before.tokens, state.tokens, order.by)
     else:
         code = encode(hop, state, how[first])
     return Way(first, begun(state, code), [walked(how[first], eta), *how[first + 1 :]])

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
-from dd_core.cascade import CascadeState, Hop, HopSpec, run
+from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, requested, run
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import ConsistencyHop
-from dd_core.text import tokens
 from jobs import remake
 
 
@@ -106,11 +105,10 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
             f"--keep {order.keep} of {order.images} images; paint more, -n {order.keep} at least"
         )
     opened = bundle.load_cascade(cascade, device=device())
-    caption = torch.tensor(tokens([order.prompt], opened.spec.context_length))
     how = [how_of(hop, order) for hop in opened.spec.hops]
-    asked = state_of(order, caption, opened.spec.image_size)
+    asked = state_of(order, opened.spec)
     refuse(order, opened, asked, how)
-    rank = None if order.keep is None else ranking(cascade, opened, caption)
+    rank = None if order.keep is None else ranking(cascade, opened, asked.tokens)
     out.mkdir(parents=True, exist_ok=True)
     hops = opened.hops
     if remake.asked_for(order):
@@ -160,9 +158,9 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
         hop.refuse(begun, chosen)
 
 
-def state_of(order: Order, caption: Int[Tensor, " 1 l"], side: int) -> CascadeState:
+def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:
     """What every picture of an order begins with, its seed aside."""
-    state = CascadeState(seeds=[], tokens=caption)
+    state, side = requested([order.prompt], [], cascade.context_length), cascade.image_size
     if order.label is not None:
         state = state._replace(label=torch.tensor([order.label]))
     if order.image is not None:

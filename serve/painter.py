@@ -4,10 +4,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
+from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
 from dd_core.text import tokens
 
@@ -87,10 +86,8 @@ class Painter:
 
     async def image(self, order: Order, seed: int, plan: Sequence[SamplingSpec], until: float) -> Tensor:
         """One image through every hop."""
-        length = self.cascade.context_length
-        caption = torch.tensor(tokens([order.prompt], length))
-        negative = torch.tensor(tokens([order.negative], length)) if order.negative else None
-        state = CascadeState(seeds=[seed], tokens=caption, negative=negative)
+        negatives = [order.negative] if order.negative else []
+        state = requested([order.prompt], [seed], self.cascade.context_length, negatives=negatives)
         clock = asyncio.get_running_loop().time
         for hop, how in zip(self.cascade.hops, plan, strict=True):
             state = await self.links[hop.stage].advance(state, how, until - clock())

@@ -109,8 +109,10 @@ def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Path
     for path in (run / named / "bundle", Path(named)):
         if (path / "spec.json").exists():
             with unset_fake_temporarily():
-                spec_there, weights = bundle.load(path).trained
-            return Trained(spec_there, {name: torch.empty_like(value) for name, value in weights.items()})
+                there = bundle.load(path).trained
+            return there._replace(
+                weights={name: torch.empty_like(value) for name, value in there.weights.items()}
+            )
     raise ValueError(f"{spec.name}: its {role} {named!r} is neither a stage of the run nor a bundle")
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
-from dd_core.cascade import CascadeState, run
+from dd_core.cascade import CascadeState, requested, run
 from dd_core.denoiser import Denoiser
 from dd_core.noise import SeededNoise
 from dd_core.samplers import Sampling
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
-from dd_core.text import tokens
 
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 """Of the forward strip: sigma, in units of the image's range of [-1, 1]."""
@@ -68,7 +67,7 @@ def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0, batch: i
 
 def states(cascade: Cascade, prompts: list[str], seeds: list[int]) -> Iterator[CascadeState]:
     """What travels down the cascade, after each hop."""
-    state = CascadeState(seeds=seeds, tokens=torch.tensor(tokens(prompts, cascade.spec.context_length)))
+    state = requested(prompts, seeds, cascade.spec.context_length)
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
         state = run(hop, state, link.how)
         yield state
@@ -80,7 +79,7 @@ def trajectory(cascade: Cascade, prompt: str, *, seed: int, frames: int = 9) -> 
 
     The noisy image is shown as x / sqrt(1 + sigma**2), as the network sees it.
     """
-    state = CascadeState(seeds=[seed], tokens=torch.tensor(tokens([prompt], cascade.spec.context_length)))
+    state = requested([prompt], [seed], cascade.spec.context_length)
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
         draw = hop.start(state, link.how)
         asked, x0 = answered(draw.sampling, hop.denoiser(draw.rows))

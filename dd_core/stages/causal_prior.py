@@ -5,24 +5,30 @@ un-noised embedding; embeddings are whitened, value by value, by the mean and th
 images that the training sees, and go back as CLIP's.  Karlo's weights are one of these: as the parent
 `start` they bring their mean and deviation along.
 
-Sources: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2; the published code of Karlo (whitening, bound).
+While it is trained it notes how wrong its estimates are at each noise level.  That ships with the weights,
+and from it the ancestral sampler knows the best variance of any step (`noise.analytic_std`).
+
+Sources: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2 and table 3 (64 steps of analytic variance); Bao
+et al. 2022 (arXiv:2201.06503); the published code of Karlo (whitening, bound).
 """
 
+import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from dd_core import losses, schedules
 from dd_core.cascade import CascadeState, Draw
-from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
+from dd_core.denoiser import Conditioning, Denoised, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.packed import upto_end
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec
-from dd_core.noise import SeededNoise, from_vp
+from dd_core.noise import SeededNoise, from_vp, spread
 from dd_core.ranks import gathered
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
@@ -36,6 +42,12 @@ from dd_core.stages.refusals import refuse_gradient
 
 BOUND = 10.0
 """No whitened number of an estimate is larger (Karlo)."""
+BINS = 32
+"""Parts of the chain in each of which errors are averaged."""
+HORIZON = 200_000
+"""Images over which errors are averaged in the long run; at first over a quarter of those seen.  The weights
+of each step made them, which err a little more than the averaged ones that ship."""
+MEASURED = ("errors", "counts", "seen")
 
 
 class CausalPriorStageSpec(LearnsEmbeddings):
@@ -57,19 +69,75 @@ class CausalPriorStageSpec(LearnsEmbeddings):
         return self.measured_images
 
 
+class PriorDenoiser(NetworkDenoiser[CausalPrior]):
+    """The network and how wrong it is: the mean squared error of its estimates in each part of the chain.
+
+    Errors are kept as shares of what they would be for numbers without any structure, sigma**2 /
+    (1 + sigma**2): these change little from one noise level to the next.
+    """
+
+    errors: Float[Tensor, " k"]
+    counts: Float[Tensor, " k"]
+    seen: Tensor
+
+    def __init__(self, spec: CausalPriorStageSpec) -> None:
+        super().__init__(CausalPrior(spec.net), "x0", tell=Clock(spec.schedule))
+        self.length = spec.schedule.num_timesteps
+        bins = min(BINS, self.length)
+        self.register_buffer("errors", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"], cond: Conditioning) -> Denoised:
+        share = between(self.errors / self.counts, (self.tell(sigma) + 0.5) / self.length)
+        variance = share * sigma**2 / (1 + sigma**2)
+        return super().forward(x, sigma, cond)._replace(x0_variance=spread(variance.to(x), x))
+
+    @property
+    def measured(self) -> bool:
+        """Whether an error is known in every part of the chain."""
+        return bool(self.counts.all())
+
+    @torch.no_grad()
+    def measure(
+        self,
+        t: Int[Tensor, " b"],
+        sigma: Float[Tensor, " b"],
+        x0_mse: Float[Tensor, " b"],
+        told: Bool[Tensor, " b"],
+    ) -> None:
+        """Take in the errors at these timesteps where a caption was told, and forget old ones."""
+        share = x0_mse * (1 + sigma**2) / sigma**2
+        t, share, counted = gathered(torch.stack([t.double(), share.double(), told.double()], 1)).unbind(1)
+        self.seen += len(t)
+        span = max(len(t), min(HORIZON, int(self.seen) // 4))
+        place = F.one_hot((t * len(self.errors)).long() // self.length, len(self.errors)).double()
+        for total, new in ((self.errors, counted * share), (self.counts, counted)):
+            total.mul_(math.exp(-len(t) / span)).add_(new @ place)
+
+
+def between(values: Float[Tensor, " k"], place: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Values of equal parts of [0, 1], read at places: straight from middle to middle, flat at the ends."""
+    at = (place.to(values) * len(values) - 0.5).clamp(0, len(values) - 1)
+    below = at.long()
+    above = (below + 1).clamp(max=len(values) - 1)
+    return torch.lerp(values[below], values[above], at - below)
+
+
 class CausalPriorStage(Stage):
     """Measures the first embeddings, then trains the prior to recover them from noise and the caption.
 
     Args:
         spec: What to train.
         clip: The parent whose embeddings these are.
-        start: First weights: such a prior, or the published one; its mean and deviation stay.
+        start: First weights: such a prior, or the published one; its mean and deviation stay, its errors
+            are measured anew.
 
     Raises:
         ValueError: The parent CLIP or the start is of other widths.
     """
 
-    model: NetworkDenoiser[CausalPrior]
+    model: PriorDenoiser
     table: Float[Tensor, " t"]
     """Noise levels of the timesteps."""
     moments: Float[Tensor, " 2 d"]
@@ -86,7 +154,11 @@ class CausalPriorStage(Stage):
         self.register_buffer("moments", torch.zeros(2, width, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(0))
         if start is not None:
-            self.model.load_state_dict(widened(start, self.model.state_dict()))
+            now = self.model.state_dict()
+            given, first = (
+                {k: v for k, v in one.items() if k not in MEASURED} for one in (start.weights, now)
+            )
+            self.model.load_state_dict(now | widened(start._replace(weights=given), first))
             self.count.fill_(spec.measured_images)
         self.freeze(clip_of(clip))
 
@@ -104,7 +176,10 @@ class CausalPriorStage(Stage):
             return Losses(nothing, {})
         t = torch.randint(len(self.table), (len(embedding),), device=embedding.device)
         cond = net.read(caption.states, caption.embedding, upto_end(tokens))
-        x0_mse = losses.x0_mse(self.model, net.whitened(embedding), self.table.to(embedding)[t], cond)
+        sigma = self.table.to(embedding)[t]
+        x0_mse = losses.x0_mse(self.model, net.whitened(embedding), sigma, cond)
+        if self.training:
+            self.model.measure(t, sigma, x0_mse, ~dropped[:, 0])
         return Losses(x0_mse.mean(), {"x0_mse": x0_mse.detach().mean()})
 
     @torch.no_grad()
@@ -138,10 +213,15 @@ class CausalPriorHop:
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         self.levels(how)
         refuse_gradient(how, "prior")
+        if how.variance == "analytic" and not self.model.measured:
+            raise ValueError(
+                "the errors of this prior have not been measured at all noise levels, so the best variance "
+                "is not known; train it for longer, or set variance: fixed_small"
+            )
         if how.sampler == "consistency" or (how.sampler == "ddpm" and how.variance == "learned"):
             raise ValueError(
                 f"this prior learns no variance and does not jump, so {how.sampler} needs a change: "
-                "set variance: fixed_small, or sampler: ddim"
+                "set variance: analytic or fixed_small, or sampler: ddim"
             )
 
     def levels(self, how: SamplingSpec) -> Float[Tensor, " n"]:
@@ -174,7 +254,7 @@ class CausalPriorHop:
         return self.chooser.kept(state, self.model.network.coloured(x0.float()))
 
 
-def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> NetworkDenoiser[CausalPrior]:
+def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> PriorDenoiser:
     """The network of a prior, seen as a denoiser.
 
     Raises:
@@ -193,4 +273,4 @@ def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> NetworkDenoiser[Ca
             f"causal_prior: net.context_length is {net.context_length}, its parent clip reads "
             f"{theirs.context_length} tokens; make them equal"
         )
-    return NetworkDenoiser(CausalPrior(net), "x0", tell=Clock(spec.schedule))
+    return PriorDenoiser(spec)

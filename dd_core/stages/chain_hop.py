@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dd_core import edits, images
@@ -62,12 +62,13 @@ class ChainHop:
         self.clip = clip and clip.to(self.device)
         self.autoencoder = autoencoder and autoencoder.to(self.device)
         self.leaders: Leaders = leaders_of(parents, self.device)
+        self.vocabulary = trained.vocabulary
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse(self.spec, how, self.leaders.roles())
         refuse_draws(how, "chain")
         refuse_edit(how, state, has_channels=self.spec.inpaints)
-        refuse_told(self.spec, how, state)
+        refuse_told(self.spec, how, state, own_vocabulary=self.vocabulary is not None)
         if how.gradient is not None:
             decoded = bool(self.spec.latent_channels)
             self.leaders.refuse(how.gradient, state, self.spec.image_size, decoded=decoded)
@@ -118,14 +119,15 @@ class ChainHop:
         """What the samples of a request should become."""
         spec, count = self.spec, len(state.seeds)
         picture = self.shown(state, self.edit(state))
-        null = null_like(state.tokens) if state.negative is None else state.negative
+        caption, null = self.read(state)
         label = torch.full((count,), UNLABELLED) if state.label is None else state.label
         embedding = state.image_embedding
         if embedding is None or not spec.embedding_width:
             embedding = torch.zeros(count, spec.embedding_width)
-        heard = Heard(state.tokens, label, embedding)
+        heard = Heard(caption, label, embedding, self.counts(caption))
         cond = self.told(heard, picture)
-        without = cond if how.guidance_scale == 1 else self.told(unsaid(heard, null), picture)
+        nothing = unsaid(heard, null)._replace(counts=self.counts(null))
+        without = cond if how.guidance_scale == 1 else self.told(nothing, picture)
         rows = rows_of(how, cond, without, count)
         if spec.latent_channels and how.clip is None:
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * count))
@@ -134,9 +136,22 @@ class ChainHop:
             rows = rows._replace(pull=pull)
         return rows
 
+    def read(self, state: CascadeState) -> tuple[Int[Tensor, " b l"], Int[Tensor, " b l"]]:
+        """Caption and what is not to be seen, in the tokens of this network."""
+        if self.vocabulary is None:
+            return state.tokens, null_like(state.tokens) if state.negative is None else state.negative
+        both = (state.captions, state.negatives or [""] * len(state.captions))
+        length = self.spec.context_length
+        caption, null = (torch.tensor(self.vocabulary.tokens(one, length)) for one in both)
+        return caption, null
+
+    def counts(self, tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"] | None:
+        """Which tokens of a vocabulary of its own are no padding; None without one."""
+        return None if self.vocabulary is None else tokens != self.vocabulary.end
+
     def told(self, heard: Heard, picture: Tensor | None) -> Conditioning:
         """What the network is told of a request."""
-        heard = Heard(*(part.to(self.device) for part in heard))
+        heard = Heard._make(None if part is None else part.to(self.device) for part in heard)
         return told(self.spec, self.model.network, self.clip, heard, picture)
 
     def shown(self, state: CascadeState, edit: Edit | None) -> Tensor | None:
@@ -216,6 +231,10 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
             "this network does not learn its variance (loss simple); set variance: fixed_small, or "
             "fixed_large for 250 steps and more",
         ),
+        (
+            how.variance == "analytic",
+            "a chain's errors are not measured; set variance: learned (loss hybrid or vlb) or fixed_small",
+        ),
         (how.sampler == "consistency", "a chain is no consistency model; use ddim or dpmpp_2m, or distil it"),
         (
             bool(lacking),
@@ -240,8 +259,16 @@ def refuse_guidance(spec: ChainSpec, scale: float) -> None:
         )
 
 
-def refuse_told(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> None:
+def refuse_told(
+    spec: ChainSpec, how: SamplingSpec, state: CascadeState, *, own_vocabulary: bool = False
+) -> None:
     """What a request says too little of, or what is unknown.
+
+    Args:
+        spec: Of the chain.
+        how: It is to be sampled.
+        state: The request.
+        own_vocabulary: Whether the chain reads the captions themselves, not their tokens.
 
     Raises:
         ValueError: With what to do about it.
@@ -251,7 +278,12 @@ def refuse_told(spec: ChainSpec, how: SamplingSpec, state: CascadeState) -> None
     unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
     remedies = (
         (
-            bool(length) and state.tokens.shape[1] != length,
+            own_vocabulary and len(state.captions) != len(state.tokens),
+            "it reads captions by a vocabulary of its own, and the request has their tokens alone; "
+            "give the captions",
+        ),
+        (
+            bool(length) and not own_vocabulary and state.tokens.shape[1] != length,
             f"captions of {state.tokens.shape[1]} tokens, but the model reads {length}; prepare with that",
         ),
         (

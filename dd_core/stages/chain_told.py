@@ -37,6 +37,8 @@ class Heard(NamedTuple):
     """UNLABELLED says nothing."""
     embedding: Float[Tensor, " b d"]
     """A row of zeros says nothing."""
+    counts: Bool[Tensor, " b l"] | None = None
+    """Which tokens are the caption's, to a network that reads for itself; None: see `counted`."""
 
 
 def told(
@@ -54,7 +56,8 @@ def told(
     embedding = heard.embedding if spec.embedding_width else None
     match network:
         case CaptionedUNet():
-            return network.read(heard.tokens, counted(heard.tokens))._replace(image=picture)
+            counts = counted(heard.tokens) if heard.counts is None else heard.counts
+            return network.read(heard.tokens, counts)._replace(image=picture)
         case UnclipUNet():
             assert clip is not None
             given = heard.embedding.any(1, keepdim=True)

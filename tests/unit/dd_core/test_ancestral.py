@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from dd_core.denoiser import Denoised
-from dd_core.noise import SeededNoise, ancestral_std, forward_std, karras_sigmas, posterior_std, spread
+from dd_core.noise import (
+    SeededNoise,
+    analytic_std,
+    ancestral_std,
+    forward_std,
+    karras_sigmas,
+    posterior_std,
+    spread,
+)
 from dd_core.samplers import ChurnSpec, Sampling, consistency, ddim, ddpm, dpmpp_2m, heun, invert, sample
 from dd_core.schedules import ScheduleSpec, sigmas, walk
 
@@ -81,6 +89,60 @@ def test_learned_fractions_zero_and_one_are_the_fixed_variances() -> None:
     for fraction, variance in ((0.0, "fixed_small"), (1.0, "fixed_large")):
         learned = ancestral_std("learned", torch.tensor(fraction, dtype=torch.float64), 3.0, 1.2)
         assert float(learned) == pytest.approx(float(ancestral_std(variance, None, 3.0, 1.2)))
+
+
+def error(var: float, sigma: float) -> Tensor:
+    """E[(x0 - E[x0 | x])**2] for x0 ~ N(0, var)."""
+    return torch.tensor(var * sigma**2 / (var + sigma**2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("sigma", "s"), [(90.0, 80.0), (5.0, 0.1), (1.0, 0.9), (0.3, 0.01)])
+@pytest.mark.parametrize("var", [0.01, 0.25, 1.0, 30.0])
+def test_the_analytic_variance_is_that_of_the_true_posterior_of_a_gaussian(
+    sigma: float, s: float, var: float
+) -> None:
+    found = float(analytic_std(error(var, sigma), sigma, s)) ** 2
+    joint, there, here = var + s**2, var + s**2, var + sigma**2  # of (x_s, x_sigma); x_s; x_sigma
+    assert found == pytest.approx(there - joint**2 / here)
+
+
+def test_the_analytic_variance_is_that_of_the_paper_in_its_frame() -> None:
+    """Theorem 1 with lambda**2 = beta-tilde, by the mean square of the score: eps = -sqrt(1 - bar) score."""
+    sigma, s, var = 3.0, 1.2, 0.4
+    bar, bar_next = 1 / (1 + sigma**2), 1 / (1 + s**2)
+    alpha, beta_bar, beta_bar_next = bar / bar_next, 1 - bar, 1 - bar_next
+    small = beta_bar_next / beta_bar * (1 - alpha)
+    gamma = 1 / (bar * var + beta_bar)  # E |score|**2 of a Gaussian
+    factor = (math.sqrt(beta_bar / alpha) - math.sqrt(beta_bar_next - small)) ** 2
+    theirs = small + factor * (1 - beta_bar * gamma)
+    ours = float(analytic_std(error(var, sigma), sigma, s)) ** 2
+    assert ours / (1 + s**2) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_with_the_analytic_variance_few_steps_draw_the_variance_of_the_data(steps: int) -> None:
+    levels = walk(ScheduleSpec(betas="cosine"), "linspace", steps).sigmas
+    std, found = torch.tensor([1.0, 0.5], dtype=torch.float64), {}
+
+    def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+        var = spread(sigma, x) ** 2
+        exact = std**2 * var / (std**2 + var)
+        return Denoised(x * std**2 / (std**2 + var), x0_variance=exact)
+
+    for variance in ("analytic", "fixed_small", "fixed_large"):
+        x = math.sqrt(1 + float(levels[0]) ** 2) * torch.randn(
+            20_000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
+        drawn = sample(ddpm(x, levels, Draws(), variance=variance), denoise)
+        found[variance] = drawn.std(0) / std
+    torch.testing.assert_close(found["analytic"], torch.ones(2).double(), atol=0.02, rtol=0)
+    assert (found["fixed_small"] < 0.93).all(), found
+    assert (found["fixed_large"] - 1).abs().max() > 0.05, found
+
+
+def test_an_answer_without_its_error_has_no_analytic_variance() -> None:
+    with pytest.raises(ValueError, match="a network that knows how wrong it is; use ddim with eta=1"):
+        sample(ddpm(start(1, 2.0), torch.tensor([2.0, 1.0, 0.0]), Draws(), variance="analytic"), gaussian)
 
 
 def test_a_large_variance_on_a_short_chain_drowns_the_image() -> None:

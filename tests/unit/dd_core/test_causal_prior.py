@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dd_core import checkpoint, images
+from dd_core import checkpoint, images, schedules
 from dd_core.cascade import CascadeState, run
 from dd_core.guidance import stack
 from dd_core.layouts.published import Process
@@ -116,6 +116,55 @@ def test_a_resumed_training_measures_and_learns_the_same(clip: Trained, cut: int
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_errors_are_averaged_where_they_were_made_and_old_ones_are_forgotten(clip: Trained) -> None:
+    model, table = stage(clip).model, schedules.sigmas(SPEC.schedule)
+    stream = torch.Generator().manual_seed(0)
+
+    def x0_variance(t: int) -> float:
+        cond = model.network.read(torch.zeros(1, LENGTH, 16), torch.zeros(1, 16))
+        found = model(torch.zeros(1, 16), table[[t]].float(), cond).x0_variance
+        assert found is not None
+        return float(found)
+
+    for scale in (9.0, 1.0):  # errors of data N(0, 1), at first nine times as large
+        for _ in range(60):
+            t = torch.randint(1000, (128,), generator=stream)
+            sigma = table[t]
+            noise = 0.8 + 0.4 * torch.rand(128, generator=stream)
+            told = torch.rand(128, generator=stream) < 0.9
+            error = torch.where(told, scale * noise, 1e6) * sigma**2 / (1 + sigma**2)
+            model.measure(t, sigma, error, told)
+    for t in (30, 500, 970):
+        exact = float(table[t] ** 2 / (1 + table[t] ** 2))
+        assert x0_variance(t) == pytest.approx(exact, rel=0.6)  # all of it would be 5 times too large
+        assert x0_variance(t) > 0.9 * exact
+
+
+@pytest.mark.slow
+def test_how_wrong_it_is_was_measured_in_training_and_is_the_variance_it_is_sampled_with(
+    clip: Trained,
+) -> None:
+    state = TrainState(stage(clip), OPTIMIZER)
+    steps(state, 160, of=160)
+    made, towers = hop(clip, state.average), clip_of(clip)
+    data = next(pictures(seed=5, count=400))
+    x0 = made.model.network.whitened(towers.embed_image(images.to_unit(data.image)))
+    cond, table = made.told(data.tokens, 1), schedules.sigmas(SPEC.schedule).float()
+    for t in (100, 400, 700, 900):
+        sigma = table[t].expand(len(x0))
+        answer = made.model(x0 + table[t] * torch.randn_like(x0), sigma, cond)
+        assert answer.x0_variance is not None
+        error = float((answer.x0 - x0).square().mean())
+        assert 0.6 * error < float(answer.x0_variance[0]) < 1.8 * error, t  # while it still learned
+    words = ["a red square", "a blue square"] * 60
+    spread_of = {}
+    for variance in ("analytic", "fixed_small"):
+        how = HOW.but(variance=variance, num_steps=4, guidance_scale=1.0, draws=1)
+        draw = made.start(asked(list(range(120)), *words), how)
+        spread_of[variance] = sample(draw.sampling, made.denoiser(draw.rows)).var(0).mean()
+    assert abs(spread_of["analytic"] - 1) < abs(spread_of["fixed_small"] - 1), spread_of
+
+
 @pytest.mark.slow
 def test_it_draws_embeddings_that_go_with_their_captions(clip: Trained) -> None:
     state = TrainState(stage(clip), OPTIMIZER)
@@ -161,6 +210,11 @@ def test_published_weights_start_it_with_their_own_mean_and_deviation(clip: Trai
     spec = NetworkSpec(source="karlo-prior", net=SPEC.net, process=Process(schedule="cosine", predicts="x0"))
     made = stage(clip, start=Trained(spec, net.state_dict()))
     assert float(made(next(pictures())).total.detach()) > 0  # nothing is measured first
+    hopped = hop(clip, made.model.state_dict())
+    with pytest.raises(ValueError, match="errors of this prior have not been measured at all noise levels"):
+        hopped.start(asked([1], "a"), HOW.but(variance="analytic"))
+    again = stage(clip, start=Trained(SPEC, made.model.state_dict()))
+    assert not again.model.counts.any()  # other weights will err otherwise
     assert torch.equal(made.model.network.mean, net.mean)
     assert torch.equal(made.model.network.out.weight, net.out.weight)
 
@@ -168,7 +222,7 @@ def test_published_weights_start_it_with_their_own_mean_and_deviation(clip: Trai
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"variance": "learned"}, "set variance: fixed_small"),
+        ({"variance": "learned"}, "set variance: analytic or fixed_small"),
         (
             {"sampler": "ddim", "variance": "learned", "spacing": "ddim_leading", "num_steps": 300},
             "no whole stride",

@@ -1,27 +1,37 @@
 """Published weights become bundles that load, and bundles folders that come back as they were."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dd_core import bundle
+from dd_core import bundle, sealed
+from dd_core.cascade import CascadeSpec, HopSpec, requested, run
 from dd_core.layouts import diffusers_scheduler, importing, ldm, published
 from dd_core.layouts.adm import AdmLayout
 from dd_core.layouts.moves import LayoutError, outward
 from dd_core.layouts.published import Process, Published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.network import PlainSpec, build
+from dd_core.nets.text import CaptionedSpec, CaptionedUNet, TextSpec
 from dd_core.nets.unet import UNet, UNetSpec
+from dd_core.samplers import SamplingSpec
 from dd_core.stages.autoencoder import AutoencoderSpec
+from dd_core.stages.chain_hop import ChainHop
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.network import NetworkSpec
+from dd_core.vocabulary import ENCODER, read_vocabulary
 from jobs import exchange
 from jobs.cli import main
+from jobs.recipes import glide
+from tests.unit.dd_core import test_vocabulary
 
 WHERE = "diffusion_pytorch_model-00002-of-00003.safetensors"
 UNET = UNetSpec(
@@ -245,3 +255,125 @@ def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refus
     assert diffusers_scheduler.process_of(config, image_size=64, learned_variance=False) == squares
     with pytest.raises(LayoutError, match="diffusers tells t; it cannot be exported"):
         diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)
+
+
+LENGTH = 12
+FAST = SamplingSpec(sampler="ddpm", num_steps=2, spacing="linspace", guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def glides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Files of GLIDE, very small, its vocabulary, and the cascade that was imported from them."""
+    place = tmp_path_factory.mktemp("glide")
+    encoder, merges = test_vocabulary.written(place, 50_000)
+    text = TextSpec(width=16, layers=1, heads=2, context_length=LENGTH)
+    unet = UNetSpec(
+        width=16,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_at=(2,),
+        head_width=8,
+        groups=4,
+        level_scale=1,
+        text_width=16,
+    )
+    known, whole = published.published(), glide.paper()
+    stages, files = [], {"encoder": encoder, "merges": merges}
+    torch.manual_seed(0)
+    for stage, source, more, size in (
+        ("guided", "glide-base", 0, 16),
+        ("upsampler", "glide-upsample", 3, 32),
+    ):
+        net = CaptionedSpec(unet=unet.but(image_channels=more), text=text)
+        known[source] = known[source]._replace(net=net)
+        before = whole.stage(stage)
+        assert isinstance(before.stage, ChainSpec)
+        stages.append(
+            before.but(stage=before.stage.but(net=net, image_size=size, factor=size // 16), parents={})
+        )
+        made = build(net)
+        for weight in made.parameters():
+            weight.data += 0.05 * torch.randn_like(weight)
+        files[source] = place / f"{source}.safetensors"
+        theirs = outward(made.state_dict(), importing.moves_of(made, "glide"))
+        save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, files[source])
+    hops = (HopSpec(stage="guided", how=FAST), HopSpec(stage="upsampler", how=FAST.but(guidance_scale=1.0)))
+    cascade = CascadeSpec(name="glide", hops=hops, context_length=LENGTH, image_size=32)
+    pairs = whole.pairs.but(context_length=LENGTH, sizes=(16, 32))
+    small = whole.but(stages=tuple(stages), cascade=cascade, pairs=pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "published", lambda: known)
+        patch.setattr(glide, "paper", lambda: small)
+        files["cascade"] = place / "cascade"
+        words = ["import", "glide", str(files["glide-base"]), str(files["glide-upsample"])]
+        words += ["--tokenizer", str(encoder), str(merges), "--out", str(files["cascade"])]
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+        yield files
+
+
+def test_an_imported_cascade_reads_captions_by_the_vocabulary_that_came_with_it(
+    glides: dict[str, Path],
+) -> None:
+    opened, vocabulary = (
+        bundle.load_cascade(glides["cascade"]),
+        read_vocabulary(glides["encoder"], glides["merges"]),
+    )
+    for hop in opened.hops:
+        assert isinstance(hop, ChainHop)
+        net = hop.model.network
+        assert isinstance(net, CaptionedUNet)
+        state = requested(["A red circle"], [1], LENGTH, negatives=["squares"])
+        state = state._replace(image=torch.zeros(1, 3, 16, 16))
+        rows = hop.start(state, FAST if hop.spec.factor == 1 else FAST.but(guidance_scale=1.0)).rows
+        wanted = [("A red circle", rows.cond.text)]
+        wanted += [("squares", rows.null.text)] if hop.spec.factor == 1 else []
+        for caption, told in wanted:
+            ids = vocabulary.encoded(caption)
+            tokens = torch.tensor([ids + [7] * (LENGTH - len(ids))])  # whatever the padding is
+            heard = torch.arange(LENGTH)[None] < len(ids)
+            torch.testing.assert_close(told, net.text(tokens, heard))
+        nothing = hop.start(
+            state._replace(negatives=(), negative=None, captions=("",)), FAST.but(guidance_scale=1.0)
+        ).rows
+        padding = net.text(torch.zeros(1, LENGTH, dtype=torch.long), torch.zeros(1, LENGTH, dtype=torch.bool))
+        torch.testing.assert_close(nothing.cond.text, padding)
+
+
+def test_what_it_is_told_decides_what_it_paints_and_tokens_alone_are_refused(
+    glides: dict[str, Path], tmp_path: Path
+) -> None:
+    def painted(prompt: str) -> bytes:
+        out = tmp_path / prompt
+        done = CliRunner().invoke(
+            main, ["sample", prompt, "--cascade", str(glides["cascade"]), "--out", str(out)]
+        )
+        assert done.exit_code == 0, done.output
+        return Image.open(out / "00000000.png").tobytes()
+
+    assert painted("a red circle") == painted("A RED circle") != painted("a  red circle")
+    base = bundle.load_cascade(glides["cascade"]).hops[0]
+    with pytest.raises(ValueError, match="has their tokens alone; give the captions"):
+        run(base, requested(["a"], [1], LENGTH)._replace(captions=()), FAST)
+
+
+@pytest.mark.fault
+def test_a_vocabulary_is_under_the_seal_and_must_be_that_of_the_weights(
+    glides: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(glides["cascade"], tmp_path / "copy")
+    inside = tmp_path / "copy" / "guided" / ENCODER
+    assert inside.read_bytes() == glides["encoder"].read_bytes()
+    inside.write_bytes(inside.read_bytes().replace(b"1", b"2", 1))
+    with pytest.raises(sealed.SealError, match=f"guided/{ENCODER}"):
+        bundle.load_cascade(tmp_path / "copy")
+    encoder, merges = test_vocabulary.written(tmp_path)
+    paths = [glides["glide-base"], glides["glide-upsample"]]
+    with pytest.raises(ValueError, match=r"encoder.json: \d+ symbols, but glide-base reads 50257"):
+        exchange.import_weights("glide", paths, tmp_path / "o", averaged=True, tokenizer=(encoder, merges))
+    for bad in (paths[:1], paths):
+        with pytest.raises(ValueError, match="two files of weights, base and upsampler"):
+            exchange.import_weights("glide", bad, tmp_path / "o", averaged=True)
+    with pytest.raises(ValueError, match="--tokenizer is for source glide"):
+        exchange.import_weights("sd1", paths, tmp_path / "o", averaged=True, tokenizer=(encoder, merges))
+    assert not (tmp_path / "o").exists()

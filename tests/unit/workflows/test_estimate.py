@@ -91,7 +91,8 @@ def test_a_parent_that_has_been_trained_counts_as_one_of_the_run_does(
     prior = next(spec for spec in SPECS if spec.name == "prior")
     path = tmp_path / "clip" / "bundle"
     path.parent.mkdir()
-    bundle.save(path, *trained("clip", real), parents={}, facts={})
+    clip = trained("clip", real)
+    bundle.save(path, clip.spec, clip.weights, parents={}, facts={})
     for parents, run in (({"clip": "clip"}, tmp_path), ({"clip": str(path)}, Path("nowhere"))):
         alone = prior.but(parents=parents)
         assert needs([alone], context_length=smoke.CONTEXT, run=run)["prior"] == needed["prior"]
