@@ -60,7 +60,14 @@ def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 
 
     Two blurs, the shrinking, Gaussian noise, noise of a sensor and JPEG in an order drawn for the batch; a
     last JPEG ends it.  What each does is drawn for each picture.  The sensor's noise is shot and read noise
-    in linear light, without a mosaic and without colours of the camera.
+    in linear light, without the mosaic and the camera's colours that the paper has; the code published with
+    latent diffusion has no noise of a sensor at all.
+
+    Otherwise it is of the strength of that code's full variant (noise up to 25/255, JPEG of quality 30 to
+    95), not of its light one (one blur, a quarter as wide, noise of 1/255 or 2/255, quality 80 to 95).  There
+    the shrinking is two steps between which others may fall, its first at times a shifted blur of which every
+    k-th pixel is taken; each of its two blurs is round or long by chance; the JPEG in the order is left out
+    for a tenth.  Here the shrinking is one step, there is a blur of each kind, and no JPEG is left out.
 
     Source: Zhang et al. 2021 (arXiv:2103.14006, BSRGAN), section 3; for unCLIP's second upsampler Ramesh et
     al. 2022, section 2.1, who refer to Rombach et al. 2022 (arXiv:2112.10752), section 4.4.
