@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dd_core import schedules
 from dd_core.cascade import CascadeState, Hop, run
-from dd_core.denoiser import Conditioning, output_from
+from dd_core.denoiser import Conditioning, Denoised, output_from
 from dd_core.losses import output_weight
 from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.nets.clip import ClipNetSpec
@@ -17,9 +17,9 @@ from dd_core.nets.network import PlainSpec
 from dd_core.nets.packed import upto_end
 from dd_core.nets.text import CaptionedSpec, TextSpec, UnclipSpec
 from dd_core.nets.unet import UNetSpec
-from dd_core.noise import SeededNoise
+from dd_core.noise import SeededNoise, karras_sigmas
 from dd_core.samplers import SamplingSpec, sample
-from dd_core.schedules import ScheduleSpec
+from dd_core.schedules import LogNormalSpec, ScheduleSpec
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import StageSpec, build_stage, load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec
@@ -89,6 +89,7 @@ UNCLIP = ChainSpec(
     told_dropout=0.5,
 )
 CLASSES = DDPM.but(net=plain(labels=4), told_dropout=0.1)
+EDM = DDPM.but(net=plain(labels=3, dropout=0.1), schedule=LogNormalSpec(), predicts="edm")
 FROZEN = DDPM.but(
     net=plain(attention="cross", text_width=16, text_at_level=False), predicts="v", told_dropout=0.1
 )
@@ -124,6 +125,7 @@ SPECS = {
     "glide": GLIDE,
     "unclip": UNCLIP,
     "classes": CLASSES,
+    "edm": EDM,
     "frozen": FROZEN,
     "transformer": TRANSFORMER,
     "latent": LATENT,
@@ -435,20 +437,61 @@ def test_importance_sampling_survives_in_the_state_and_reweighs() -> None:
 
 
 def test_the_weights_of_the_loss_are_those_of_what_is_predicted() -> None:
-    """With the estimate x0 + d the loss is d**2 / sigma**2, d**2, d**2 (1 + 1 / sigma**2) for eps, x0, v."""
+    """With the estimate x0 + d the loss is d**2 / sigma**2, d**2, d**2 (1 + 1 / sigma**2) for eps, x0, v, and
+    for edm d**2 (4 + 1 / sigma**2)."""
     x0, x, sigma = (
         torch.randn(3, 5, 3, dtype=torch.float64).unbind(0)[0],
         torch.randn(5, 3),
         torch.rand(5) + 0.3,
     )
     level = sigma[:, None].double()
-    for predicts in ("eps", "x0", "v"):
+    for predicts in ("eps", "x0", "v", "edm"):
         d = 0.1
         apart = output_from(predicts, x0 + d, x.double(), level) - output_from(
             predicts, x0, x.double(), level
         )
         expected = apart.square().mean(1)
         torch.testing.assert_close(output_weight(predicts, sigma.double()) * d**2, expected)
+
+
+def test_edm_counts_every_level_alike_before_it_has_learned() -> None:
+    """On data of deviation .5 its target has variance 1 at all levels; they are told as 250 log sigma."""
+    torch.manual_seed(0)
+    stage = build_stage(EDM.but(net=plain(labels=3)), {})
+    assert isinstance(stage, ChainStage)
+    image = 64 + 127 * torch.randint(0, 2, (64, 3, 16, 16), dtype=torch.uint8)
+    example = stage.example(PairBatch(image, told("a").expand(64, -1), torch.zeros(64, dtype=torch.long)))
+    heard = []
+
+    def looking(_: object, seen: tuple[Tensor, ...]) -> None:
+        heard.append(seen[1])
+
+    stage.model.network.register_forward_pre_hook(looking)
+    for sigma in (0.01, 0.5, 20.0):
+        level = torch.full((64,), sigma)
+        loss = stage.simple(example.x0, level, example.told(stage.model.network)).total
+        assert loss.item() == pytest.approx(1.0, abs=0.03)
+        torch.testing.assert_close(heard.pop(), 250 * level.log())
+    assert isinstance(EDM.schedule, LogNormalSpec)
+    drawn_levels = EDM.schedule.draw(torch.empty(20_000)).log()
+    assert float(drawn_levels.mean()) == pytest.approx(-1.2, abs=0.05)
+    assert float(drawn_levels.std()) == pytest.approx(1.2, abs=0.05)
+
+
+def test_edm_is_sampled_from_pure_noise_at_karras_levels() -> None:
+    state, levels = asked([3], "a"), []
+    made_hop = hop(EDM)
+    draw = made_hop.start(state, SamplingSpec(sampler="heun", num_steps=4, guidance_scale=1.0))
+    first = next(draw.sampling)
+    torch.testing.assert_close(first.x, 80.0 * SeededNoise([3])(first.x))
+    draw = made_hop.start(state, SamplingSpec(sampler="ddim", num_steps=4, guidance_scale=1.0))
+
+    def looking(x: Tensor, sigma: Tensor) -> Denoised:
+        levels.append(float(sigma))
+        return made_hop.denoiser(draw.rows)(x, sigma)
+
+    sample(draw.sampling, looking)
+    assert levels == pytest.approx(karras_sigmas(4, sigma_min=0.002, sigma_max=80.0)[:4].tolist())
 
 
 def test_holes_are_rectangles_and_some_hide_everything() -> None:

@@ -12,15 +12,28 @@ from torch import Tensor, nn
 from dd_core import checkpoint, consistency, edits
 from dd_core.cascade import CascadeState, run
 from dd_core.consistency import ended, teacher_step
-from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, Parameterization
+from dd_core.denoiser import (
+    Conditioning,
+    Denoised,
+    NetworkDenoiser,
+    Parameterization,
+    Tell,
+    consistency_time,
+    input_scale,
+    output_from,
+)
 from dd_core.guidance import clip_x0, rows_of
 from dd_core.nets.dit import DiTSpec
+from dd_core.nets.network import PlainSpec
 from dd_core.nets.perceptual import ClipFeatures, Lpips, load_lpips
+from dd_core.nets.unet import UNetSpec
 from dd_core.noise import karras_sigmas, spread
 from dd_core.samplers import SamplingSpec, heun, sample
+from dd_core.schedules import Clock, LogNormalSpec, ScheduleSpec
 from dd_core.stage import Budget, Example, Losses, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import (
     ConsistencyHop,
@@ -53,6 +66,30 @@ BASE = BaseSpec(
 )
 SPEC = ConsistencySpec(base=BASE, teacher=TeacherSpec(guidance_scale=2.0), levels=FixedLevels(num_levels=8))
 ALONE = SPEC.but(teacher=None, levels=GrowingLevels(steps=10, s1=20))
+UNET = UNetSpec(
+    width=16,
+    channel_mult=(1, 2),
+    blocks_per_level=1,
+    attention_at=(),
+    attention_in_middle=False,
+    groups=4,
+    level_scale=1,
+)
+EDM = ChainSpec(
+    net=PlainSpec(unet=UNET.but(labels=2, dropout=0.1)),
+    image_size=16,
+    schedule=LogNormalSpec(),
+    predicts="edm",
+    told_dropout=0.0,
+)
+"""The published teacher, small: told one of two classes."""
+TIMED = EDM.but(schedule=ScheduleSpec(), predicts="v")
+JUMPING = ConsistencySpec(
+    base=EDM.but(net=PlainSpec(unet=UNET.but(labels=2))),
+    teacher=TeacherSpec(guidance_scale=1.0),
+    levels=FixedLevels(num_levels=8, mu=0.9),
+)
+"""The published student, small: without dropout."""
 OPTIMIZER = OptimizerSpec(learning_rate=3e-3, precision="fp32", warmup_steps=5, ema_images=300)
 JUMPS = SamplingSpec(sampler="consistency", num_steps=2, guidance_scale=1.0)
 
@@ -76,6 +113,12 @@ def parents() -> dict[str, Trained]:
     return {"clip": clip, "base": Trained(BASE, random_weights(build_stage(BASE, {"clip": clip}).model))}
 
 
+@pytest.fixture(scope="module")
+def edm() -> dict[str, Trained]:
+    torch.manual_seed(2)
+    return {"base": Trained(EDM, random_weights(build_stage(EDM, {}).model))}
+
+
 def made(spec: ConsistencySpec, parents: dict[str, Trained]) -> ConsistencyStage:
     torch.manual_seed(1)
     stage = build_stage(spec, parents)
@@ -90,7 +133,7 @@ def hop(parents: dict[str, Trained]) -> ConsistencyHop:
 
 
 def squares(count: int = 8) -> Iterator[PairBatch]:
-    """A red or a blue square somewhere on grey, and its caption."""
+    """A red or a blue square somewhere on grey, its caption, and its class."""
     generator = torch.Generator().manual_seed(0)
     captions = told("a red square", "a blue square")
     while True:
@@ -98,7 +141,7 @@ def squares(count: int = 8) -> Iterator[PairBatch]:
         image = torch.full((count, 3, 16, 16), 60, dtype=torch.uint8)
         for place, (y, x) in enumerate(torch.randint(0, 9, (count, 2), generator=generator).tolist()):
             image[place, 2 * int(blue[place]), y : y + 8, x : x + 8] = 240
-        yield PairBatch(image, captions[blue])
+        yield PairBatch(image, captions[blue], blue)
 
 
 def posterior(x: Tensor, sigma: Tensor) -> Denoised:
@@ -118,9 +161,35 @@ class Gains(nn.Module):
         return Denoised(spread(self.gain[place] / (STD**2 + sigma**2).sqrt(), x) * x)
 
 
-def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_function() -> None:
+class Exact(nn.Module):
+    """The network of N(0, STD**2) that answers what `predicts` says, told `tell` of sigma."""
+
+    def __init__(self, predicts: Parameterization, tell: Tell) -> None:
+        super().__init__()
+        self.predicts, self.sigmas = predicts, torch.logspace(-2.3, 2.3, 4000, dtype=torch.float64)
+        self.told = tell(self.sigmas).double()
+
+    def forward(self, scaled: Tensor, told: Tensor, cond: Conditioning) -> Tensor:
+        place = torch.searchsorted(self.told, told.double()).clamp(1, len(self.told) - 1)
+        low, high = self.told[place - 1], self.told[place]
+        sigma = torch.lerp(self.sigmas[place - 1], self.sigmas[place], (told - low) / (high - low))
+        x = scaled / spread(input_scale(self.predicts, sigma), scaled)
+        return output_from(self.predicts, posterior(x, sigma).x0, x, spread(sigma, x))
+
+
+TEACHERS: dict[str, tuple[Parameterization, Tell]] = {
+    "edm": ("edm", consistency_time),
+    "eps on timesteps": ("eps", Clock(ScheduleSpec())),
+    "v on timesteps": ("v", Clock(ScheduleSpec(betas="cosine"))),
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_function(name: str) -> None:
     """Which is x STD / sqrt(STD**2 + sigma**2): where the path through x ends at level 0."""
     torch.manual_seed(0)
+    predicts, tell = TEACHERS[name]
+    teacher = bound(NetworkDenoiser(Exact(predicts, tell), predicts, tell=tell), Conditioning())
     count, low, high = 24, 0.05, 10.0
     grid = karras_sigmas(count - 1, sigma_min=low, sigma_max=high)[:-1]
     student, target = Gains(grid), Gains(grid)
@@ -128,7 +197,7 @@ def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_
     for _ in range(250):
         x0 = STD * torch.randn(256, 4, dtype=torch.float64)
         pair = consistency.draw_pair(x0, count, sigma_min=low, sigma_max=high, to_zero=True)
-        loss = consistency.distillation(student, ended(target), posterior, x0, pair, consistency.l2).mean()
+        loss = consistency.distillation(student, ended(target), teacher, x0, pair, consistency.l2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -248,31 +317,74 @@ def test_every_weight_of_the_model_can_learn(parents: dict[str, Trained]) -> Non
     assert still == []
 
 
-def test_levels_grow_with_the_steps_and_survive_a_restart(
-    parents: dict[str, Trained], tmp_path: Path
+@pytest.mark.parametrize("spec", [ALONE, JUMPING], ids=["alone", "distilled from EDM"])
+def test_the_steps_so_far_and_the_target_survive_a_restart(
+    spec: ConsistencySpec, parents: dict[str, Trained], edm: dict[str, Trained], tmp_path: Path
 ) -> None:
+    stands_on = edm if spec is JUMPING else parents
+
     def steps(state: TrainState, last: int) -> list[dict[str, float]]:
         supply = itertools.islice(squares(), state.step, None)
         reports = train(state, supply, optimizer=OPTIMIZER, budget=Budget(steps=6, checkpoint_every=9))
         return [report.read() for report in itertools.islice(reports, last - state.step)]
 
-    whole = TrainState(made(ALONE, parents), OPTIMIZER)
+    whole = TrainState(made(spec, stands_on), OPTIMIZER)
     curve = steps(whole, 6)
-    expected = [consistency.pace(k, 10, s0=2, s1=20, mu0=0.9).num_levels for k in range(6)]
-    assert [int(one["levels"]) for one in curve] == expected
-    assert expected[-1] > expected[0]
-    first = TrainState(made(ALONE, parents), OPTIMIZER)
+    if spec.teacher is None:
+        expected = [consistency.pace(k, 10, s0=2, s1=20, mu0=0.9).num_levels for k in range(6)]
+        assert [int(one["levels"]) for one in curve] == expected
+        assert expected[-1] > expected[0]
+    first = TrainState(made(spec, stands_on), OPTIMIZER)
     head = steps(first, 3)
     facts = {"step": first.step, "images": first.images}
     checkpoint.write(tmp_path / "c", first.tensors(), facts)
     torch.manual_seed(99)  # a new process knows nothing
-    second = TrainState(build_stage(ALONE, parents), OPTIMIZER)
+    second = TrainState(build_stage(spec, stands_on), OPTIMIZER)
     tensors = second.tensors()
     second.restored(tensors, **checkpoint.read(tmp_path / "c", tensors))
     assert head + steps(second, 6) == curve
     ours, theirs = second.tensors(), whole.tensors()
     assert any(name.startswith("model.target.") for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_chain_is_followed_as_it_would_be_sampled() -> None:
+    """Guided where it was taught to guide itself, then clipped: the denoiser of its own hop."""
+    labelled = EDM.but(net=PlainSpec(unet=UNET.but(labels=3)), told_dropout=0.1)
+    teacher = {"base": Trained(labelled, random_weights(build_stage(labelled, {}).model))}
+    spec = JUMPING.but(base=labelled, teacher=TeacherSpec(guidance_scale=2.0))
+    stage, hop_of_teacher = made(spec, teacher), load_hop(teacher["base"], {}, device="cpu")
+    torch.manual_seed(5)
+    example = stage.example(next(squares(2)))  # with this seed neither class is kept back
+    state = CascadeState(seeds=[0, 1], tokens=told("", ""), label=next(squares(2)).label)
+    draw = hop_of_teacher.start(state, SamplingSpec(guidance_scale=2.0))
+    x, sigma = 3 * torch.randn(2, 3, 16, 16), torch.tensor([3.0, 0.4])
+    assert spec.teacher is not None
+    with torch.no_grad():
+        followed = stage.walker(spec.teacher, example)(x, sigma).x0
+        assert torch.equal(followed, hop_of_teacher.denoiser(draw.rows)(x, sigma).x0)
+
+
+@pytest.mark.parametrize("spec", [EDM, TIMED], ids=["EDM", "timesteps"])
+def test_a_chain_has_no_gap_to_itself_where_its_path_ends(spec: ChainSpec) -> None:
+    """The last step of its path is its own estimate, which its student begins with."""
+    undropped = spec.but(net=PlainSpec(unet=UNET.but(labels=2)))
+    teacher = {"base": Trained(spec, random_weights(build_stage(spec, {}).model))}
+    jumping = JUMPING.but(base=undropped)
+    stage = made(jumping, teacher)
+    example, (low, high) = stage.example(next(squares())), spec.sigma_range
+    assert jumping.teacher is not None
+    walker = stage.walker(jumping.teacher, example)
+
+    def student(x: Tensor, sigma: Tensor) -> Denoised:
+        return clip_x0(bound(stage.model, example.told(stage.model.network)))(x, sigma)
+
+    pair = consistency.draw_pair(example.x0, 2, sigma_min=low, sigma_max=high, to_zero=True)
+    gap = consistency.distillation(student, ended(student), walker, example.x0, pair, consistency.l2)
+    assert gap.max() < 1e-10
+    stage(next(squares())).total.backward()
+    still = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
 
 
 @pytest.mark.slow
@@ -300,6 +412,36 @@ def test_a_distilled_base_paints_in_one_jump_what_its_teacher_paints_in_many_ste
     assert hasty is not None
     assert jumped is not None
     assert (jumped - slow).square().mean() < 0.6 * (hasty - slow).square().mean()
+
+
+def nights_and_days(count: int = 16) -> Iterator[PairBatch]:
+    """Dark pictures of class 0 and bright ones of class 1, 8 x 8, each of its own grey."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        bright = torch.randint(0, 2, (count,), generator=generator)
+        grey = 40 + 150 * bright + torch.randint(0, 40, (count,), generator=generator)
+        image = grey[:, None, None, None].expand(-1, 3, 8, 8).to(torch.uint8)
+        yield PairBatch(image, told("").expand(count, -1), bright)
+
+
+@pytest.mark.slow
+def test_a_student_of_edm_paints_its_class_in_one_jump_and_in_two() -> None:
+    torch.manual_seed(0)
+    edm = EDM.but(net=PlainSpec(unet=UNET.but(labels=2, channel_mult=(1,))), image_size=8)
+    budget = Budget(steps=60, checkpoint_every=999)
+    state = TrainState(build_stage(edm, {}), OPTIMIZER)
+    list(train(state, nights_and_days(), optimizer=OPTIMIZER, budget=budget))
+    parents, jumping = {"base": Trained(edm, state.average)}, JUMPING.but(base=edm)
+    state = TrainState(made(jumping, parents), OPTIMIZER)
+    list(train(state, nights_and_days(), optimizer=OPTIMIZER, budget=budget.but(steps=20)))
+    student = load_hop(Trained(jumping, state.average), {}, device="cpu")
+    label = torch.tensor([0, 1]).repeat(4)
+    asked = CascadeState(seeds=list(range(8)), tokens=told("").expand(8, -1), label=label)
+    for jumps in (1, 2):
+        jumped = run(student, asked, JUMPS.but(num_steps=jumps)).image
+        assert jumped is not None
+        night, day = (jumped.mean((1, 2, 3))[label == which] for which in (0, 1))
+        assert night.max() + 0.4 < day.min()
 
 
 @pytest.mark.parametrize(("jumps", "levels"), [(1, [80.0]), (2, None), (4, None)])
@@ -398,8 +540,61 @@ def test_a_teacher_must_be_the_base_that_the_spec_describes(parents: dict[str, T
     build_stage(ALONE, {"clip": parents["clip"]})
 
 
+def test_a_student_of_a_chain_may_leave_its_dropout_out_and_nothing_else(edm: dict[str, Trained]) -> None:
+    made(JUMPING, edm)
+    other = JUMPING.but(base=EDM.but(net=PlainSpec(unet=UNET.but(labels=2, groups=8))))
+    with pytest.raises(ValueError, match=r"base\.net is not that of the parent base"):
+        made(other, edm)
+    with pytest.raises(ValueError, match=r"base\.kind is not that of the parent base"):
+        made(JUMPING.but(teacher=TeacherSpec(guidance_scale=1.0)), {"base": Trained(BASE, {})})
+    with pytest.raises(ValueError, match="needs the parent 'clip'"):
+        made(JUMPING.but(distance="clip"), edm)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"teacher": TeacherSpec(guidance_scale=2.0)}, "set guidance_scale: 1, or train with told_dropout"),
+        (
+            {"base": EDM.but(net=PlainSpec(unet=UNET.but(labels=2, image_channels=3)), factor=2)},
+            "a chain that enlarges is no consistency model; set base.factor: 1",
+        ),
+        (
+            {
+                "base": EDM.but(
+                    net=PlainSpec(unet=UNET.but(labels=2), in_channels=4, out_channels=4), latent_channels=4
+                ),
+                "distance": "clip",
+            },
+            "distance clip looks at pictures, and this base paints latents; use pseudo_huber",
+        ),
+    ],
+)
+def test_a_chain_that_cannot_be_distilled_says_what_would_help(
+    change: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        JUMPING.but(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "how", "message"),
+    [
+        ({}, JUMPS, "it paints by class, and the request names none; give a label"),
+        ({"label": torch.tensor([2])}, JUMPS, r"label \[2\]: classes are 0 to 1"),
+        ({"label": torch.tensor([0])}, JUMPS.but(guidance_scale=3.0), "set guidance_scale: 1"),
+    ],
+)
+def test_a_consistency_model_of_classes_refuses_what_its_chain_would(
+    edm: dict[str, Trained], change: dict[str, Tensor], how: SamplingSpec, message: str
+) -> None:
+    made_hop = load_hop(Trained(JUMPING, edm["base"].weights), {}, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        made_hop.start(CascadeState(seeds=[1], tokens=told(""), **change), how)  # type: ignore[arg-type]
+
+
 def test_a_spec_of_either_kind_survives_json() -> None:
-    for spec in (SPEC, ALONE):
+    for spec in (SPEC, ALONE, JUMPING):
         assert ConsistencySpec.model_validate_json(spec.model_dump_json()) == spec
 
 

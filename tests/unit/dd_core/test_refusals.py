@@ -10,6 +10,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from tests.unit.dd_core.test_chain import (
     CLASSES,
     DDPM,
+    EDM,
     ENLARGING,
     GLIDE,
     INPAINTING,
@@ -66,6 +67,8 @@ def silent(made: Hop) -> Hop:
         (CLASSES.but(net=plain(labels=3), told_dropout=0.0), {}, {"label": None}, "give a label"),
         (ENLARGING, {}, {"image": None}, "enlarges 4 px and got None"),
         (ENLARGING, {}, {"image": torch.zeros(1, 3, 8, 8)}, r"enlarges 4 px and got \(3, 8, 8\)"),
+        (EDM, {"spacing": "linspace"}, {}, "trained on all noise levels; use karras"),
+        (EDM, {}, {"label": None}, "give a label"),
         (LATENT, {"dynamic_threshold": 0.9}, {}, "for pixels, and this model paints latents"),
     ],
 )
@@ -97,6 +100,8 @@ def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spe
         (ENLARGING, {"crop": 32}, "crop 32 is larger than image_size 16"),
         (ENLARGING, {"crop": 4}, "crop 4 must divide by 8"),
         (LATENT, {"crop": 8}, "for a UNet that paints pixels; set crop: 0"),
+        (EDM, {"loss": "vlb"}, "counts the bits of timesteps; use simple"),
+        (EDM, {"rescaled_time": True}, "is for timesteps; leave it out"),
         (TRANSFORMER, {"image_size": 32}, "net.image_size is 16, image_size 32; make them equal"),
     ],
 )

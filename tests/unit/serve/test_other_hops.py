@@ -14,8 +14,9 @@ from dd_core.stage import Trained
 from dd_core.stages import StageSpec, build_stage
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from dd_core.stages.base import BaseSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from jobs.sample import Order, paint
+from tests.unit.dd_core.test_chain import EDM, trained
 from tests.unit.serve.test_engine import all_of, served
 from tests.unit.serve.tiny import STAGES
 
@@ -98,3 +99,22 @@ def test_it_paints_follows_the_steps_of_a_request_and_ranks(cascade: Path, tmp_p
     again = paint(Order("a star", images=2), cascade, tmp_path / "again")
     assert [a.path.read_bytes() for a in two] == [a.path.read_bytes() for a in again]
     assert len(paint(Order("a star", images=3, keep=1), cascade, tmp_path / "best")) == 1
+
+
+def test_a_consistency_model_of_classes_paints_the_class_that_it_is_asked_for(tmp_path: Path) -> None:
+    spec = ConsistencySpec(base=EDM, teacher=TeacherSpec(guidance_scale=1.0))
+    bundle.save(tmp_path / "jumps", spec, trained(EDM).weights, parents={}, facts={})
+    cascade = CascadeSpec(
+        name="classes", hops=(HopSpec(stage="jumps", how=JUMPS),), context_length=12, image_size=16
+    )
+    bundle.save_cascade(tmp_path / "cascade", cascade, {"jumps": tmp_path / "jumps"}, card="classes")
+
+    def painted(label: int | None) -> bytes:
+        (done,) = paint(Order("x", label=label), tmp_path / "cascade", tmp_path / f"class_{label}")
+        return done.path.read_bytes()
+
+    assert len({painted(label) for label in range(3)}) == 3
+    with pytest.raises(ValueError, match="classes are 0 to 2"):
+        painted(3)
+    with pytest.raises(ValueError, match="give a label"):
+        painted(None)

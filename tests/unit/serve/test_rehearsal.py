@@ -5,11 +5,13 @@ import torch
 
 from dd_core.cascade import run
 from dd_core.samplers import SamplingSpec
+from dd_core.stage import Trained
 from dd_core.stages import load_hop
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from dd_core.steering import GradientSpec
 from serve.replicas import rehearsal, shortest
-from tests.unit.dd_core.test_chain import CLASSES, ENLARGING, GLIDE, INPAINTING, LATENT, PARENTS, trained
+from tests.unit.dd_core.test_chain import CLASSES, EDM, ENLARGING, GLIDE, INPAINTING, LATENT, PARENTS, trained
 from tests.unit.dd_core.test_guides import HOP
 
 FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0)
@@ -33,6 +35,16 @@ def test_every_chain_can_rehearse(spec: ChainSpec, how: SamplingSpec) -> None:
     assert image is not None
     assert image.shape == (1, 3, 16, 16)
     assert image.isfinite().all()
+
+
+def test_a_consistency_model_rehearses_in_jumps_wherever_its_own_lead() -> None:
+    how = SamplingSpec(sampler="consistency", num_steps=3, taus=(0, 9, 22, 39), guidance_scale=1.0)
+    assert shortest(how) == how.but(num_steps=2, taus=())
+    spec = ConsistencySpec(base=EDM, teacher=TeacherSpec(guidance_scale=1.0))
+    hop = load_hop(Trained(spec, trained(EDM).weights), {}, device="cpu")
+    image = run(hop, rehearsal(spec, 12, how), shortest(how)).image
+    assert image is not None
+    assert image.shape == (1, 3, 16, 16)
 
 
 def test_a_led_hop_asks_its_guides_while_it_rehearses() -> None:
