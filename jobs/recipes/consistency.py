@@ -51,7 +51,7 @@ def paper() -> RunSpec:
 def paper_alone() -> RunSpec:
     """Consistency training without a teacher, as published for the same images; one network of 296 M.
 
-    Hardware and departures: as for `paper`.  As published: N from 3 to 201 over 800,000 steps, mu by the
+    Hardware and departures: as for `paper`.  As published: N from 2 to 201 over 800,000 steps, mu by the
     paper's formula from .95 (`--set stages.consistency.stage.levels.form=openai_code` by the code's), RAdam
     at 8e-6 (the published script: 1e-4), batch 2048; two jumps, at the levels 0 and 106 of 201.
     Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C, and the published code.
@@ -101,6 +101,7 @@ def paper_teacher() -> TrainSpec:
         ),
         budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
         batch_size=4096,
+        micro_batch_size=32,
         num_workers=PAPER_WORKERS,
         resources=PAPER_WORKER,
     )

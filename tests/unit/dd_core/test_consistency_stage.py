@@ -46,6 +46,7 @@ from dd_core.stages.consistency import (
 )
 from dd_core.text import null_tokens, tokens
 from dd_core.training import TrainState, train
+from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core.test_stages import CLIP
 
 STD = 0.5
@@ -412,6 +413,34 @@ def test_a_distilled_base_paints_in_one_jump_what_its_teacher_paints_in_many_ste
     assert hasty is not None
     assert jumped is not None
     assert (jumped - slow).square().mean() < 0.6 * (hasty - slow).square().mean()
+
+
+@pytest.mark.parametrize("name", ["glide", "unclip", "frozen", "transformer", "latent", "inpainting"])
+def test_whatever_a_chain_is_told_its_student_hears_and_begins_as_its_teacher(name: str) -> None:
+    """Captions read by it or by CLIP, embeddings, latents, holes; a learned variance is left alone."""
+    chain = chains.SPECS[name]
+    parents = chains.PARENTS | {"base": chains.trained(chain)}
+    spec = JUMPING.but(base=chain, teacher=TeacherSpec(guidance_scale=2.0))
+    stage = made(spec, parents)
+    stage(chains.batch()).total.backward()
+    still = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still in ([], ["network.no_embedding"])  # none was kept back in this batch
+    student = load_hop(Trained(spec, parents["base"].weights), parents, device="cpu")
+    teacher = load_hop(parents["base"], parents, device="cpu")
+    state = chains.asked([5, 6], "a red circle", "a star", image_embedding=torch.randn(2, 16))
+    draw = student.start(state, JUMPS.but(num_steps=1))
+    query = next(draw.sampling)
+    assert query.levels().tolist() == pytest.approx([chain.sigma_range[1]] * 2)
+    rows = teacher.start(state, SamplingSpec(guidance_scale=1.0)).rows
+    estimates = [hop.denoiser(rows)(query.x, query.levels()).x0 for hop in (student, teacher)]
+    assert torch.equal(*estimates)
+    assert torch.equal(student.denoiser(draw.rows)(query.x, query.levels()).x0, estimates[0])
+    image = run(student, state, JUMPS).image
+    assert image is not None
+    assert image.shape == (2, 3, 16, 16)
+    if chain.latent_channels:
+        with pytest.raises(ValueError, match="a consistency model of latents edits no picture"):
+            student.start(state._replace(gray=torch.zeros(2, 1, 16, 16)), JUMPS)
 
 
 def nights_and_days(count: int = 16) -> Iterator[PairBatch]:

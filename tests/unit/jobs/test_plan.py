@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from dd_core.stages.base import BaseSpec
 from jobs.cli import main
-from jobs.config import RECIPES, recipe_spec
+from jobs.config import RECIPES, recipe_spec, resolve
 from jobs.nodes import Node, amount, grown, has_labels, places
 from jobs.plan import Plan, PlanError, groups, on, plan_of, refusals, refuse, told
 from jobs.recipes import smoke
@@ -181,6 +181,21 @@ def test_a_dry_run_shows_the_plan_starts_nothing_and_says_whether_it_fits(
     started = CliRunner().invoke(main, ["train", "clip", "--recipe", "smoke", "--set", more])
     assert (started.exit_code, "the plan does not fit" in started.stderr) == (2, True)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_published_consistency_model_is_planned_at_any_size_of_its_unet() -> None:
+    small = ("width=32", "channel_mult=[1,2]", "attention_at=[2]", "head_width=32", "blocks_per_level=1")
+    nets = ("stages.base.stage.net", "stages.consistency.stage.base.net")
+    changes = [f"{net}.unet.{change}" for net in nets for change in small]
+    spec = resolve("consistency.paper", None, [*changes, "stages.consistency.stage.distance=pseudo_huber"])
+    assert isinstance(spec, RunSpec)
+    plan = plan_of(spec, [GPU._replace(gpus=8, cpus=16, memory_bytes=2**40)], run="runs/consistency_paper")
+    refuse(plan)
+    needs = {stage.spec.name: stage.need for stage in plan.stages}
+    assert needs["base"].parameters == needs["consistency"].parameters
+    one = needs["base"].bundle
+    assert needs["consistency"].state > needs["base"].state + 0.9 * one  # the target, which is resumed too
+    assert needs["consistency"].frozen >= 2 * one  # the teacher, and its bundle beside it
 
 
 @pytest.mark.parametrize(
