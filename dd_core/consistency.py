@@ -15,11 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dd_core.denoiser import Denoised, Denoiser
 from dd_core.noise import karras_sigmas, spread
 from dd_core.samplers import Query, Sampling, sample
+from dd_core.spec import Spec
 
 Distance = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], Float[Tensor, " b"]]
 """Between estimates of images, one value per sample: l1, l2, pseudo_huber, or a perceptual one."""
@@ -59,6 +61,44 @@ def pace(
     intervals = max(1, math.ceil(grown - 1))
     over = intervals + 1 if form == "paper" else intervals
     return Pace(intervals + 1, math.exp(s0 * math.log(mu0) / over))
+
+
+class FixedLevels(Spec):
+    """As many levels from the first step to the last, for distillation (Song et al. 2023, table 3)."""
+
+    kind: Literal["fixed"] = "fixed"
+    num_levels: int = Field(18, ge=2)
+    """N: 18 on CIFAR-10, 40 on ImageNet-64."""
+    mu: float = Field(0.95, ge=0, lt=1)
+    """Share of the target's weights that stays at each step; 0 on CIFAR-10."""
+
+    def at(self, step: Tensor) -> Pace:
+        """How fine the path is, and how slow the target, at a step."""
+        return Pace(self.num_levels, self.mu)
+
+
+class GrowingLevels(Spec):
+    """Few levels at first and many at last, for training alone (Song et al. 2023, appendix C)."""
+
+    kind: Literal["growing"] = "growing"
+    steps: int = Field(ge=1)
+    """K, the step at which there are s1 + 1 of them; the budget's, as published."""
+    s0: int = Field(2, ge=1)
+    s1: int = Field(150, ge=2)
+    mu0: float = Field(0.9, gt=0, lt=1)
+    form: Literal["paper", "openai_code"] = "paper"
+    """The published code averages less than the paper says; see `pace`."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "GrowingLevels":
+        if self.s0 >= self.s1:
+            raise ValueError(f"s0 {self.s0} must be below s1 {self.s1}: levels grow")
+        return self
+
+    def at(self, step: Tensor) -> Pace:
+        """How fine the path is, and how slow the target, at a step."""
+        reached = min(int(step), self.steps)
+        return pace(reached, self.steps, s0=self.s0, s1=self.s1, mu0=self.mu0, form=self.form)
 
 
 class Pair(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dd_core import consistency, edits
 from dd_core.cascade import CascadeState, Draw
-from dd_core.consistency import Distance, Pace, draw_pair, ended
+from dd_core.consistency import Distance, FixedLevels, GrowingLevels, draw_pair, ended
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.clip import Clip
@@ -38,44 +38,6 @@ from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.refusals import needed, refuse_draws, refuse_edit, refuse_gradient
-
-
-class FixedLevels(Spec):
-    """As many levels from the first step to the last, for distillation (Song et al. 2023, table 3)."""
-
-    kind: Literal["fixed"] = "fixed"
-    num_levels: int = Field(18, ge=2)
-    """N: 18 on CIFAR-10, 40 on ImageNet-64."""
-    mu: float = Field(0.95, ge=0, lt=1)
-    """Share of the target's weights that stays at each step; 0 on CIFAR-10."""
-
-    def at(self, step: Tensor) -> Pace:
-        """How fine the path is, and how slow the target, at a step."""
-        return Pace(self.num_levels, self.mu)
-
-
-class GrowingLevels(Spec):
-    """Few levels at first and many at last, for training alone (Song et al. 2023, appendix C)."""
-
-    kind: Literal["growing"] = "growing"
-    steps: int = Field(ge=1)
-    """K, the step at which there are s1 + 1 of them; the budget's, as published."""
-    s0: int = Field(2, ge=1)
-    s1: int = Field(150, ge=2)
-    mu0: float = Field(0.9, gt=0, lt=1)
-    form: Literal["paper", "openai_code"] = "paper"
-    """The published code averages less than the paper says; see `consistency.pace`."""
-
-    @model_validator(mode="after")
-    def _grows(self) -> "GrowingLevels":
-        if self.s0 >= self.s1:
-            raise ValueError(f"s0 {self.s0} must be below s1 {self.s1}: levels grow")
-        return self
-
-    def at(self, step: Tensor) -> Pace:
-        """How fine the path is, and how slow the target, at a step."""
-        reached = min(int(step), self.steps)
-        return consistency.pace(reached, self.steps, s0=self.s0, s1=self.s1, mu0=self.mu0, form=self.form)
 
 
 class TeacherSpec(Spec):

@@ -7,6 +7,7 @@ are the published trainings.
 """
 
 from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.consistency import FixedLevels, GrowingLevels
 from dd_core.layouts.published import published
 from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
@@ -14,7 +15,7 @@ from dd_core.schedules import LogNormalSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec, FixedLevels, GrowingLevels, TeacherSpec
+from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from jobs.recipes import demo
 from jobs.recipes.adm import CLASSES
 from jobs.recipes.latent import PAPER_WORKER, PAPER_WORKERS, paper_clip
