@@ -14,7 +14,6 @@ from typing import NamedTuple
 from dd_core import sealed
 from jobs.environment import joins_cluster, ray_cluster
 from jobs.failures import PortTakenError
-from serve import app
 
 log = logging.getLogger(__name__)
 START_S, STOP_S = 300.0, 60.0
@@ -54,6 +53,8 @@ def serve_here(cascade: Path, address: Address, *, verbose: bool) -> None:
         SealError: The cascade is damaged or unfinished.
         PortTakenError: Something listens there.
     """
+    from serve import app  # noqa: PLC0415 seconds, which a run that serves nothing need not wait
+
     sealed.verify(cascade)
     if not joins_cluster():
         refuse_taken(address)
@@ -68,6 +69,8 @@ def refuse_taken(address: Address) -> None:
     Raises:
         PortTakenError: Something listens there.
     """
+    from serve import app  # noqa: PLC0415 seconds, as above
+
     try:
         app.refuse_taken_port(*address)
     except app.ServeError as error:
@@ -86,6 +89,8 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
         PortTakenError: Something listens there.
         EndpointError: It ended, or did not get ready; the message holds its last line.
     """
+    from serve import app  # noqa: PLC0415 seconds, as above
+
     stop_endpoint(run)
     refuse_taken(address)
     digest = sealed.verify(cascade).digest

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from workflows.evaluation import EvaluationSpec, evaluate_endpoint
+from workflows.evaluation import evaluate_endpoint
+from workflows.evaluation_spec import EvaluationSpec
 
 
 def judge_endpoint(url: str, *, captions: int, seed: int, keep: Path | None = None) -> dict[str, Any]:

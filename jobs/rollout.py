@@ -22,7 +22,8 @@ from jobs.run import score_tags
 from serve import app
 from serve.fetching import in_a_store, on_this_machine
 from serve.replicas import opened
-from workflows.evaluation import EvaluationSpec, evaluate_endpoint
+from workflows.evaluation import evaluate_endpoint
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Registry, Version, split
 
 SERVE = "/api/serve/applications/"

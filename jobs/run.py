@@ -19,7 +19,8 @@ from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
-from workflows.evaluation import EvaluationSpec, evaluate_endpoint
+from workflows.evaluation import evaluate_endpoint
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.journal import JOURNAL
 from workflows.pipeline import RunResult, RunSpec, opened, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW

@@ -98,9 +98,22 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+class Mlflow(NamedTuple):
+    """A tracking server that has been started."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def wait(self) -> None:
+        """Until it answers."""
+        until(lambda: answers(f"{self.url}/health") or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.log.read_text()[-2000:]
+
+
 @contextlib.contextmanager
-def mlflow_server(database: str, host: str, directory: Path) -> Iterator[str]:
-    """A server with users and allowed hosts, as the README tells to start it; its address."""
+def mlflow_server(database: str, host: str, directory: Path) -> Iterator[Mlflow]:
+    """A server with users and allowed hosts, as the README tells to start it; it makes its tables first."""
     directory.mkdir()
     port = free_port(host)
     users = directory / "users.ini"
@@ -124,9 +137,7 @@ def mlflow_server(database: str, host: str, directory: Path) -> Iterator[str]:
             [sys.executable, "-m", "mlflow", *words], env=environment, cwd=directory, stdout=log, stderr=log
         )
         with stopped(process):
-            until(lambda: answers(f"http://{host}:{port}/health") or process.poll() is not None, 120)
-            assert process.poll() is None, (directory / "log").read_text()[-2000:]
-            yield f"http://{host}:{port}"
+            yield Mlflow(f"http://{host}:{port}", process, directory / "log")
 
 
 class Node(NamedTuple):
@@ -256,11 +267,11 @@ def cluster() -> Iterator[TestCluster]:
     directory = Path(tempfile.mkdtemp(prefix="ddc-", dir="/tmp"))  # sockets need short paths
     (directory / "laptop").mkdir()
     tag = secrets.token_hex(2)
-    names = [f"n{number}{tag}" for number in (1, 2, 3)]  # the third is for the place of a lost one
+    names = [f"n{number}{tag}" for number in (1, 2)]
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         found = stack.enter_context(networks(names))
-        ips = found or ["127.0.0.1"] * 4
+        ips = found or ["127.0.0.1"] * 3
         database = stack.enter_context(postgres())
         mlflow = stack.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
         keys = stack.enter_context(s3_server(ips[0]))
@@ -273,6 +284,7 @@ def cluster() -> Iterator[TestCluster]:
             "MLFLOW_TRACKING_PASSWORD": CANARIES["MLFLOW_TRACKING_PASSWORD"],
             "HF_TOKEN": CANARIES["HF_TOKEN"],
             "OMP_NUM_THREADS": "1",
+            "RAY_num_workers_soft_limit": "4",  # idle processes are kept for the next task, as on a real node
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "4000",
@@ -295,7 +307,7 @@ def cluster() -> Iterator[TestCluster]:
             CANARIES["RAY_AUTH_TOKEN"],
             head,
             [],
-            mlflow,
+            mlflow.url,
             environment,
             directory,
             port,
@@ -309,6 +321,7 @@ def cluster() -> Iterator[TestCluster]:
         for number in (0, 1):
             made.add(names[number], ips[number + 1])
         until(lambda: alive_nodes(made) == 3, 120)
+        mlflow.wait()
         yield made
 
 

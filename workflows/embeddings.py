@@ -52,6 +52,8 @@ from workflows.storage import Home, StorageError
 log = logging.getLogger(__name__)
 PROCESS_BYTES = 1_500_000_000
 """Of a task before it has a model: Python, torch, Ray."""
+PROCESS_IMAGES = 1_000
+"""A process starts for some ten seconds: fewer images than this are embedded in that time."""
 
 
 class Embeddings(NamedTuple):
@@ -63,6 +65,8 @@ class Embeddings(NamedTuple):
     """Addresses of the prepared files."""
     data: str
     """Digest of the prepared data."""
+    images: int
+    """How many there are, about: decides into how many processes the work is cut."""
     clip: Home
     """The bundle."""
     clip_digest: str
@@ -212,10 +216,12 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
 
 
 def at_once(what: Embeddings, gpus: int) -> int:
-    """As many tasks as there are CPUs or GPUs, and memory for."""
+    """As many tasks as there are CPUs or GPUs, memory and work for."""
     there = ray.cluster_resources()
+    worthwhile = -(-what.images // PROCESS_IMAGES)
     each = PROCESS_BYTES + 3 * (what.clip.fetched() / "weights.safetensors").stat().st_size
-    return max(1, min(gpus or int(there.get("CPU", 1)), int(there.get("memory", each) // each)))
+    room = int(there.get("memory", each) // each)
+    return max(1, min(gpus or int(there.get("CPU", 1)), room, worthwhile))
 
 
 def reported(

@@ -10,43 +10,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
 
-from dd_core.spec import Spec
-from workflows.grammar import Case, cases
+from workflows.evaluation_spec import EvaluationSpec
+from workflows.grammar import Case
 from workflows.oracle import judged
 
 log = logging.getLogger(__name__)
 GROUPS = ("one_object", "two_object", "unseen")
 ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
 BUSY = (429, 503)
-
-
-class EvaluationSpec(Spec):
-    """How many captions are judged, and how they are asked for."""
-
-    kind: Literal["evaluation"] = "evaluation"
-    captions: int = Field(320, ge=4)
-    """Three eighths each of one and of two objects, a quarter with shape-colour pairs never seen together."""
-    seed: int = 0
-    """Of the choice of captions; picture i is painted with seed + i."""
-    concurrency: int = Field(32, ge=1)
-    """Requests under way at once."""
-    timeout_s: float = Field(600, gt=0)
-    """For one picture, waiting and repeats included."""
-
-    def cases(self) -> list[Case]:
-        """The captions, and what each says."""
-        unseen = self.captions // 4
-        one = (self.captions - unseen) // 2
-        counts = {"one_object": one, "two_object": self.captions - unseen - one, "unseen": unseen}
-        return cases(counts, seed=self.seed)
 
 
 class Answer(NamedTuple):

@@ -125,11 +125,13 @@ class Courier:
     """The thread that empties journals.
 
     Args:
+        every_s: Pause between rounds: what was written meanwhile goes in one request.
         retry_s: Pause after a failure.
     """
 
-    def __init__(self, *, retry_s: float = 5.0) -> None:
-        self.retry_s, self.stop_at = retry_s, math.inf
+    def __init__(self, *, every_s: float = 2.0, retry_s: float = 5.0) -> None:
+        self.every_s, self.retry_s = every_s, retry_s
+        self.closing, self.stop_at = threading.Event(), math.inf
         self.routes: dict[Path, Send] = {}
         self.complained = False
         self.joining = threading.Lock()
@@ -145,20 +147,21 @@ class Courier:
         """Send until closed, a bounded piece of a journal at a time."""
         while time.monotonic() < self.stop_at:
             waiting = [(journal, send) for journal, send in self.routes.items() if backlog(journal)]
-            closing = self.stop_at < math.inf
+            closing = self.closing.is_set()
             if closing and not waiting:
                 return
             try:
                 for journal, send in waiting:
                     send_some(journal, send)
                     self.complained = False
+                behind = any(backlog(journal) >= BATCH_BYTES for journal, _ in waiting)
+                pause = 0 if behind else self.every_s
             except Exception as error:  # noqa: BLE001 - tracking must never stop a run
                 self.complain(error)
                 if closing:  # a server that is away when a run ends is not waited for
                     return
-                time.sleep(min(self.retry_s, max(0.0, self.stop_at - time.monotonic())))
-            else:
-                time.sleep(0 if waiting else min(0.5, self.retry_s))
+                pause = self.retry_s
+            self.closing.wait(pause)
 
     def complain(self, error: Exception) -> None:
         """One line for each time the server goes away."""
@@ -170,6 +173,7 @@ class Courier:
     def close(self, timeout_s: float = 30.0) -> int:
         """Try to send the rest; return the bytes that stay in the journals for the next start."""
         self.stop_at = time.monotonic() + timeout_s
+        self.closing.set()
         self.thread.join(timeout_s)
         return sum(backlog(journal) for journal in self.routes)
 

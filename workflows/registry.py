@@ -145,7 +145,7 @@ class Registry:
         try:
             book = Book(Path(), uri=self.uri, experiment=experiment)
             book.connect()
-            run_id = self.client.create_run(book.experiment_id(), run_name=name).info.run_id
+            run_id = self.client.create_run(book.experiment_id, run_name=name).info.run_id
         except Exception as error:  # noqa: BLE001 whatever the server or the network says is the finding
             return {"begin a run": one_line(error)}
         for what, act in {

@@ -10,7 +10,7 @@ from dd_core.stage import LearnsEmbeddings
 from dd_core.stages.chain_hop import refuse, refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
-from workflows.evaluation import EvaluationSpec
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import TrainSpec

@@ -70,9 +70,20 @@ class Position(NamedTuple):
 
 
 def work(job: Job) -> tuple[str, str]:
-    """Train to the end of the budget, or to a reason to stop; the same on every worker."""
+    """Train to the end of the budget, or to a reason to stop; the same on every worker.
+
+    Returns:
+        An Outcome's status and message, as a tuple: Ray's controller unpickles it, and would import this
+        module, with all of dd_core, to read an Outcome.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("workflows").setLevel(logging.INFO)  # where Ray shows what workers say, there is this
+    outcome = ended(job)
+    return outcome.status, outcome.message
+
+
+def ended(job: Job) -> Outcome:
+    """How the loop ended, or what made it impossible."""
     try:
         return trained_to_the_end(job)
     except DivergedError as error:

@@ -17,7 +17,7 @@ from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import demo
-from workflows.evaluation import EvaluationSpec
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 

@@ -16,7 +16,7 @@ from dd_core.stages.draft import DraftSpec
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec
-from workflows.evaluation import EvaluationSpec
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.shape_shards import ShapesSpec

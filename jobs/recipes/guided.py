@@ -17,7 +17,7 @@ from dd_core.stages.classifier import ClassifierSpec
 from dd_core.steering import GradientSpec
 from jobs.recipes import ddpm, demo
 from jobs.recipes.improved_ddpm import LABEL, SHAPES
-from workflows.evaluation import EvaluationSpec
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 

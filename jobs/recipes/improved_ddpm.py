@@ -10,7 +10,7 @@ from dd_core.nets.network import PlainSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import ddpm, demo
-from workflows.evaluation import EvaluationSpec
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec

@@ -98,7 +98,7 @@ def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 600) ->
     while not truth():
         if time.monotonic() > end or ended(on, "smoke.1"):
             pytest.fail(ddiff(on, "logs", "smoke").stdout[-3000:])
-        time.sleep(0.5)
+        time.sleep(1.5)
 
 
 def wait_for_end(on: TestCluster, job: str) -> dict[str, Any]:
@@ -163,9 +163,7 @@ def run() -> Iterator[Done]:
         os.kill(driver, signal.SIGKILL)
 
         wait_for(lambda: step_of(home, "base") >= BEFORE, on)
-        lost = on.nodes[1]
-        kill_node(lost)
-        on.add(lost.name[:1] + "3" + lost.name[2:], next_address(lost.ip) if on.spaces else lost.ip)
+        kill_node(on.nodes[1])
 
         status = wait_for_end(on, "smoke.1")
         log = ddiff(on, "logs", "smoke").stdout
@@ -197,12 +195,6 @@ def painted(endpoint: str) -> tuple[Image.Image, str]:
     with urllib.request.urlopen(ask, timeout=120) as answer:
         file = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
         return Image.open(io.BytesIO(file)), str(answer.headers["x-model-version"])
-
-
-def next_address(ip: str) -> str:
-    """10.0.0.3 -> 10.0.0.4."""
-    front, _, last = ip.rpartition(".")
-    return f"{front}.{int(last) + 1}"
 
 
 def client_of(run: Done) -> Any:
@@ -240,7 +232,7 @@ def test_two_workers_were_on_two_nodes(run: Done) -> None:
     if run.on.spaces:
         assert len({ip for ip, *_ in places}) >= 2
         apart = [node for _, rank, local, node in places if (rank, local, node) == ("1", "0", "1")]
-        assert len(apart) >= len(STAGES)  # but for what begins while there is one node, on which both fit
+        assert len(apart) >= len(STAGES)  # both are on one node only after the other one is lost
 
 
 def test_mlflow_has_one_run_of_it_and_every_point_once(run: Done) -> None:

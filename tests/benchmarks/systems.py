@@ -45,7 +45,8 @@ from jobs.recipes import (
     systems,
     unclip,
 )
-from workflows.evaluation import ATTRIBUTES, EvaluationSpec, Verdict, scores
+from workflows.evaluation import ATTRIBUTES, Verdict, scores
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case
 from workflows.oracle import judged, read
 from workflows.pictures import reconstructions

@@ -30,6 +30,8 @@ from workflows.reading import paired
 from workflows.storage import Home
 
 SIZE, WIDTH, FILES, ROWS, REJECTED = 16, 16, 3, 40, 3
+MANY = 100_000
+"""Images that the job is told of, so that several processes work at once."""
 SCHEMA = pa.field("embedding", pa.list_(pa.float32(), WIDTH), nullable=False)
 NET = ClipNetSpec(
     embedding_width=WIDTH,
@@ -55,7 +57,7 @@ class Made(NamedTuple):
 def embeddings_of(run: Path, data: Path, clip: Path) -> Embeddings:
     files, digest = tuple(feed.prepared_files(data)), sealed.verify(clip).digest
     home = home_of(Home.of(run), "clip", Home.of(run).at("clip/bundle"), digest, SIZE)
-    return Embeddings(home, files, "d" * 64, Home.of(clip), digest, SIZE)
+    return Embeddings(home, files, "d" * 64, MANY, Home.of(clip), digest, SIZE)
 
 
 def telling(clip: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
