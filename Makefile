@@ -36,10 +36,12 @@ lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(TESTS)  ## measure the data path and the training step against others; figures in runs/bench
+bench: $(TESTS)  ## measure data path, training step, sampling and submission; figures in runs/bench
 	mkdir -p runs/bench
 	$(BIN)/python -m tests.benchmarks.data --json runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.train_step --json runs/bench/train_step.json
+	$(BIN)/python -m tests.benchmarks.sampling --json runs/bench/sampling.json
+	$(BIN)/python -m tests.benchmarks.submission
 
 install: $(RUNTIME)  ## .venv with what training and serving need
 

@@ -13,7 +13,6 @@ al. 2022 (arXiv:2112.10752), Karras et al. 2022 (arXiv:2206.00364).
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -59,7 +58,7 @@ class ChainStage(Stage):
         clip, autoencoder = parents_of(spec, parents)
         self.model = denoiser_of(spec)
         if "start" in parents:
-            self.model.load_state_dict(widened(parents["start"], self.model.state_dict()))
+            self.model.load_state_dict(widened(parents["start"], self.model.state_dict(), spec))
         timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
         self.register_buffer("table", timed, persistent=False)
         self.timesteps: likelihood.TimestepSampler | None = None
@@ -156,8 +155,14 @@ def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) ->
     return found
 
 
-def widened(start: Trained, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def widened(start: Trained, now: Mapping[str, Tensor], spec: ChainSpec) -> dict[str, Tensor]:
     """First weights from another model; input channels that it lacked are zero: it answers as before.
+
+    Args:
+        start: The other model.
+        now: The state that is begun.
+        spec: What is begun.  The first channels of its input are those of x; what the other model lacks comes
+            right after them, as what is told of a hole does, and what that is told of stays at the end.
 
     Raises:
         ValueError: A weight is missing, or differs in more than input channels.
@@ -166,11 +171,11 @@ def widened(start: Trained, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {f"network.{name}" if published else name: value for name, value in start.weights.items()}
     if odd := sorted(weights.keys() ^ now.keys()):
         raise ValueError(f"chain: the parent 'start' has another network: {odd[0]} is in one of them only")
-    return {name: wider(name, weights[name], value) for name, value in now.items()}
+    return {name: wider(name, weights[name], value, spec) for name, value in now.items()}
 
 
-def wider(name: str, weight: Tensor, like: Tensor) -> Tensor:
-    """A weight with zeros for the input channels that it lacks."""
+def wider(name: str, weight: Tensor, like: Tensor, spec: ChainSpec) -> Tensor:
+    """A weight with zeros for the input channels that it lacked."""
     missing = like.shape[1] - weight.shape[1] if like.ndim == 4 == weight.ndim else 0
     if weight.shape != like.shape and (
         missing < 0 or weight.shape[0] != like.shape[0] or weight.shape[2:] != like.shape[2:]
@@ -179,4 +184,8 @@ def wider(name: str, weight: Tensor, like: Tensor) -> Tensor:
             f"chain: {name} of the parent 'start' is {tuple(weight.shape)}, here {tuple(like.shape)}; "
             "only input channels may be added"
         )
-    return F.pad(weight, (0, 0, 0, 0, 0, missing)) if missing else weight
+    if not missing:
+        return weight
+    own = like.shape[1] * spec.channels // (spec.channels + spec.told_channels)
+    new = weight.new_zeros(weight.shape[0], missing, *weight.shape[2:])
+    return torch.cat([weight[:, :own], new, weight[:, own:]], dim=1)

@@ -154,18 +154,18 @@ def seen(
     known: Float[Tensor, " b 3 h w"],
     hole: Bool[Tensor, " b 1 h w"] | None,
 ) -> Float[Tensor, " b n y x"] | None:
-    """What the network is told of pictures: the smaller one enlarged, and what is known beside a hole.
+    """What the network is told of pictures: what is known beside a hole, and the smaller one enlarged.
 
-    In GLIDE's order, known values then 1 where they are known; known latents are those of the picture with
-    the hole painted grey.
+    In the order of GLIDE's weights: known values, 1 where they are known, the enlarged picture.  Known
+    latents are those of the picture with the hole painted grey.
     """
     parts: list[Tensor] = []
-    if small is not None:
-        parts.append(F.interpolate(small, scale_factor=spec.factor, mode="bilinear"))
     if spec.inpaints:
         assert hole is not None
         values = encoded(torch.where(hole, 0.0, known), autoencoder)
         parts += [values, 1 - covering(hole, values).to(values)]
+    if small is not None:
+        parts.append(F.interpolate(small, scale_factor=spec.factor, mode="bilinear"))
     return torch.cat(parts, dim=1) if parts else None
 
 

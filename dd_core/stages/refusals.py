@@ -20,6 +20,20 @@ def needed(parents: Mapping[str, Trained], role: str, kind: str) -> Trained:
     return parents[role]
 
 
+def refuse_vocabularies(parents: Mapping[str, Trained]) -> None:
+    """For training: prepared captions are tokens of CLIP's vocabulary, whatever a parent has learned.
+
+    Raises:
+        ValueError: A parent brings another vocabulary along.
+    """
+    for role, parent in parents.items():
+        if parent.vocabulary is not None:
+            raise ValueError(
+                f"the parent {role!r} reads captions by a vocabulary of its own, and prepared data holds "
+                "CLIP's tokens; sample it as it is, or train a model of the same spec from the start"
+            )
+
+
 def refuse_gradient(how: SamplingSpec, kind: str) -> None:
     """For the hops that no guide can read.
 

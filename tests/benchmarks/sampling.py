@@ -25,10 +25,9 @@ from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free
 from dd_core.noise import SeededNoise
 from dd_core.samplers import ddim, sample
-from tests.benchmarks.train_step import LENGTH, SIDE, SPEC, network_of, now
+from tests.benchmarks.train_step import LENGTH, SIDE, SPEC, modes_on, network_of, now
 
 STEPS, SCALE = 20, 3.0
-MODES = ("fp32", "bf16", "bf16 channels_last")
 Paint = Callable[[], Tensor]
 
 
@@ -141,13 +140,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--modes", help="only these, joined by commas")
     parser.add_argument("--one-thread", action="store_true", help="CPU time of one thread, for a busy box")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.one_thread:
         torch.set_num_threads(1)
-    modes = tuple(options.modes.split(","))
+    modes = modes_on("cuda" if torch.cuda.is_available() else "cpu")
+    if options.modes:
+        modes = tuple(options.modes.split(","))
     found = [compare(int(size), options.rounds, modes) for size in options.batches.split(",")]
     for batch in found:
         for row in batch["rows"]:

@@ -25,9 +25,10 @@ from dd_core.stages import StageSpec, build_stage, load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain import ChainStage
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.chain_told import counted, holes
+from dd_core.stages.chain_told import counted, holes, seen
 from dd_core.stages.clip import ClipSpec
 from dd_core.text import tokens
+from dd_core.vocabulary import ByteVocabulary
 
 LENGTH = 12
 CLIP = ClipSpec(
@@ -108,6 +109,7 @@ LATENT = DDPM.but(
 )
 ENLARGING = DDPM.but(net=plain(learned=True, image_channels=3), loss="hybrid", factor=4)
 UNATTENDED = plain(image_channels=3, attention_at=(), attention_in_middle=False)
+FILLING_ENLARGING = ENLARGING.but(net=plain(learned=True, image_channels=7), inpaints=True)
 BLURRED = DDPM.but(net=UNATTENDED, factor=4, degrades="blur", crop=8)
 DEGRADED = BLURRED.but(degrades="bsr")
 INPAINTING = GLIDE.but(
@@ -525,6 +527,40 @@ def test_an_inpainting_model_starts_as_the_model_that_it_is_made_of(
     exact = (known[..., :8] * 127.5 + 127.5).round() / 127.5 - 1
     assert torch.equal(training_free[..., :8], exact)
     assert not torch.equal(training_free[..., 8:], known[..., 8:])
+
+
+def test_an_enlarging_model_that_fills_hears_what_glides_weights_hear_in_their_order() -> None:
+    known, small = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 4, 4), -0.25)
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hole[..., 8:] = True
+    found = seen(FILLING_ENLARGING, None, small=small, known=known, hole=hole)
+    assert found is not None
+    left, right = found[0, :, 0, 0].tolist(), found[0, :, 0, 15].tolist()
+    assert left == [0.5, 0.5, 0.5, 1, -0.25, -0.25, -0.25]  # picture, mask, enlarged: model_fns of GLIDE
+    assert right == [0, 0, 0, 0, -0.25, -0.25, -0.25]
+
+
+def test_an_enlarging_model_that_fills_starts_as_the_one_that_enlarges() -> None:
+    before = trained(ENLARGING)
+    after = build_stage(FILLING_ENLARGING, {"start": before})
+    plainly = build_stage(ENLARGING, {"start": before})
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 3.0])
+    enlarged, about = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 16, 16)
+    old = plainly.model(x, sigma, Conditioning(image=enlarged)).x0
+    new = after.model(x, sigma, Conditioning(image=torch.cat([about, enlarged], dim=1))).x0
+    torch.testing.assert_close(new, old)
+
+
+def test_weights_with_a_vocabulary_of_their_own_are_not_trained_on() -> None:
+    own = trained(GLIDE)._replace(vocabulary=ByteVocabulary({"a": 0, "<end>": 1}, {}, {}))
+    with pytest.raises(ValueError, match="the parent 'start' reads captions by a vocabulary of its own"):
+        build_stage(GLIDE, PARENTS | {"start": own})
+
+
+def test_a_chain_told_to_sample_with_measured_errors_says_that_it_has_none() -> None:
+    how = SamplingSpec(sampler="ddpm", variance="analytic", guidance_scale=1.0)
+    with pytest.raises(ValueError, match="a chain's errors are not measured; set variance: learned"):
+        hop(IMPROVED).start(asked([1], "a star"), how)
 
 
 def test_another_network_is_no_start() -> None:
