@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.shell import DIRECTORY, FILE, Group, answer
+from jobs.shell import DIRECTORY, FILE, Group, answer, importing
 
 if TYPE_CHECKING:
     from jobs.following import Cluster
@@ -37,18 +36,17 @@ def submit(
     RECIPE, or run, train STAGE, prepare with --recipe or --config, evaluate URL, deploy NAME@ALIAS.  What
     only the nodes may do, since they hold the keys, is done there.  Prints the id of the job.
     """
-    gc.disable()  # most of the seconds that this takes are imports, which collections slow by a fifth
-    from jobs.following import Cluster
-    from jobs.submit import as_facts, order_of, told
-    from jobs.submit import submit as hand_over
+    with importing():
+        from jobs.following import Cluster
+        from jobs.submit import as_facts, order_of, told
+        from jobs.submit import submit as hand_over
 
-    cluster = Cluster(address)
-    done = hand_over(order_of(words, recipe, file, changes), cluster)
+        cluster = Cluster(address)
+        done = hand_over(order_of(words, recipe, file, changes), cluster)
     if not click.get_current_context().obj.quiet:
         click.echo(told(done), err=True)
     answer(as_facts(done), done.id)
     if follow:
-        gc.enable()
         show_log(cluster, done.id, to_the_end=True, err=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import signal
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from types import FrameType
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -56,6 +58,16 @@ class Group(click.Group):
 
     command_class = Command
     group_class = type
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """While inside, nobody looks for garbage: imports leave none, and looking is a fifth of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def listen(manner: Manner) -> None:

@@ -58,7 +58,8 @@ class ChainStage(Stage):
         clip, autoencoder = parents_of(spec, parents)
         self.model = denoiser_of(spec)
         if "start" in parents:
-            self.model.load_state_dict(widened(parents["start"], self.model.state_dict(), spec))
+            of_x = spec.channels / (spec.channels + spec.told_channels)
+            self.model.load_state_dict(widened(parents["start"], self.model.state_dict(), of_x))
         timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
         self.register_buffer("table", timed, persistent=False)
         self.timesteps: likelihood.TimestepSampler | None = None
@@ -155,14 +156,14 @@ def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) ->
     return found
 
 
-def widened(start: Trained, now: Mapping[str, Tensor], spec: ChainSpec) -> dict[str, Tensor]:
+def widened(start: Trained, now: Mapping[str, Tensor], of_x: float = 1.0) -> dict[str, Tensor]:
     """First weights from another model; input channels that it lacked are zero: it answers as before.
 
     Args:
         start: The other model.
         now: The state that is begun.
-        spec: What is begun.  The first channels of its input are those of x; what the other model lacks comes
-            right after them, as what is told of a hole does, and what that is told of stays at the end.
+        of_x: Share of the input channels, the first ones, that are those of x.  What the other model lacks
+            comes right after them, as what is told of a hole does; what that is told of stays at the end.
 
     Raises:
         ValueError: A weight is missing, or differs in more than input channels.
@@ -171,10 +172,10 @@ def widened(start: Trained, now: Mapping[str, Tensor], spec: ChainSpec) -> dict[
     weights = {f"network.{name}" if published else name: value for name, value in start.weights.items()}
     if odd := sorted(weights.keys() ^ now.keys()):
         raise ValueError(f"chain: the parent 'start' has another network: {odd[0]} is in one of them only")
-    return {name: wider(name, weights[name], value, spec) for name, value in now.items()}
+    return {name: wider(name, weights[name], value, of_x) for name, value in now.items()}
 
 
-def wider(name: str, weight: Tensor, like: Tensor, spec: ChainSpec) -> Tensor:
+def wider(name: str, weight: Tensor, like: Tensor, of_x: float) -> Tensor:
     """A weight with zeros for the input channels that it lacked."""
     missing = like.shape[1] - weight.shape[1] if like.ndim == 4 == weight.ndim else 0
     if weight.shape != like.shape and (
@@ -186,6 +187,6 @@ def wider(name: str, weight: Tensor, like: Tensor, spec: ChainSpec) -> Tensor:
         )
     if not missing:
         return weight
-    own = like.shape[1] * spec.channels // (spec.channels + spec.told_channels)
+    own = round(like.shape[1] * of_x)
     new = weight.new_zeros(weight.shape[0], missing, *weight.shape[2:])
     return torch.cat([weight[:, :own], new, weight[:, own:]], dim=1)

@@ -40,13 +40,14 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")
 LONG = ("clip", "base")
 """Stages that are long enough to be hit."""
-STEPS, BEFORE = 120, 30
-"""Of such a stage: its budget, and how many are done when it is hit."""
+STEPS, BEFORE, SAVED = 90, 35, 30
+"""Of such a stage: its budget, how many are done when it is hit, and after how many it is saved."""
 CHANGES = [
     "at_once=2",
     *(f"stages.{name}.{field}" for name in STAGES for field in ("num_workers=2", "resources.spread=true")),
     *(f"stages.{name}.budget.{field}" for name in LONG for field in (f"steps={STEPS}", "report_every=5")),
-    *(f"stages.{name}.budget.checkpoint_every=20" for name in LONG),
+    *(f"stages.{name}.budget.checkpoint_every={SAVED}" for name in LONG),
+    f"stages.base.budget.sample_every={SAVED}",
 ]
 SECRETS = [*CANARIES.values(), KEYS["AWS_SECRET_ACCESS_KEY"], "canary-of-postgres"]
 
