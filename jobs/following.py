@@ -26,6 +26,10 @@ class ClusterError(ValueError):
     """The cluster cannot be reached, does not let us, or has no such job; the message says what to do."""
 
 
+class NameTakenError(ClusterError):
+    """The cluster knows a job of this name already, listed or not."""
+
+
 class JobFacts(NamedTuple):
     """A job as the cluster tells of it."""
 
@@ -87,7 +91,8 @@ class Cluster:
                 f"{self.address} does not answer ({text:.120}); is it the dashboard?"
             ) from None
         except RuntimeError as error:
-            raise ClusterError(f"{self.address}: {reason(str(error))}") from None
+            kind = NameTakenError if "already exists" in str(error) else ClusterError
+            raise kind(f"{self.address}: {reason(str(error))}") from None
 
     def start(
         self,
@@ -98,7 +103,11 @@ class Cluster:
         environment: Mapping[str, str],
         marks: dict[str, str],
     ) -> str:
-        """A new job that runs in a copy of a directory; its id."""
+        """A new job that runs in a copy of a directory; its id.
+
+        Raises:
+            NameTakenError: There is one of this name, perhaps since a moment ago.
+        """
         return self.ask(
             lambda client: str(
                 client.submit_job(
@@ -184,7 +193,7 @@ def reason(text: str) -> str:
     """The last line of what a server says of itself, out of JSON and tracebacks."""
     with contextlib.suppress(ValueError):
         text = str(json.loads(text.partition(": ")[2].rstrip("."))["msg"])
-    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip(" .")]
     return lines[-1][:300] if lines else "no reason given"
 
 

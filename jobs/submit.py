@@ -14,14 +14,14 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dd_core.spec import Spec
 from jobs.config import ConfigError, resolve, shown
 from jobs.environment import for_the_cluster, secrets_here
-from jobs.following import Cluster, JobFacts
+from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 
@@ -33,6 +33,8 @@ JUDGING = ("captions", "seed")
 """Settings of `ddiff eval`."""
 ATTEMPTS = 3
 """How often a driver that was killed is started again before its job has failed."""
+NAMES = 5
+"""How many names are tried for a job."""
 
 
 class Order(NamedTuple):
@@ -135,23 +137,36 @@ def submit(order: Order, cluster: Cluster) -> Submitted:
         ConfigError: The configuration holds a secret.
         following.ClusterError: The cluster cannot be reached, or does not let us.
     """
-    began = time.monotonic()
-    before = [job for job in cluster.jobs() if job.run == order.run]
-    environment = for_the_cluster()
+    began, environment = time.monotonic(), for_the_cluster()
     with packed(order, environment) as (directory, pack):
-        if under_way := [job for job in before if not job.over]:
-            job = under_way[0]
-            return Submitted(job.id, order.run, False, job.attempt, pack, time.monotonic() - began)
-        attempt = 1 + max((job.attempt for job in before), default=0)
-        words = ("python", "-m", "jobs.attempts", str(ATTEMPTS), *order.words, "-v")
-        made = cluster.start(
-            f"{order.run}.{attempt}",
-            " ".join(quoted(word) for word in words),
-            directory,
-            environment=environment,
-            marks={"ddiff.run": order.run, "ddiff.attempt": str(attempt), "ddiff.command": order.words[0]},
-        )
-    return Submitted(made, order.run, True, attempt, pack, time.monotonic() - began)
+        for taken in range(NAMES):  # by somebody who submits this moment, or by a job that is being deleted
+            before = [job for job in cluster.jobs() if job.run == order.run]
+            if under_way := [job for job in before if not job.over]:
+                job = under_way[0]
+                return Submitted(job.id, order.run, False, job.attempt, pack, time.monotonic() - began)
+            attempt = 1 + max((job.attempt for job in before), default=0) + taken
+            with suppress(NameTakenError):
+                made = handed_over(order, attempt, cluster, directory, environment)
+                return Submitted(made, order.run, True, attempt, pack, time.monotonic() - began)
+    raise ClusterError(f"{order.run}: the names of {NAMES} jobs are taken, and none is listed; try again")
+
+
+def handed_over(
+    order: Order, attempt: int, cluster: Cluster, directory: Path, environment: Mapping[str, str]
+) -> str:
+    """Start the job; its id.
+
+    Raises:
+        following.NameTakenError: There is a job of this run and attempt.
+    """
+    words = ("python", "-m", "jobs.attempts", str(ATTEMPTS), *order.words, "-v")
+    return cluster.start(
+        f"{order.run}.{attempt}",
+        " ".join(quoted(word) for word in words),
+        directory,
+        environment=environment,
+        marks={"ddiff.run": order.run, "ddiff.attempt": str(attempt), "ddiff.command": order.words[0]},
+    )
 
 
 @contextmanager

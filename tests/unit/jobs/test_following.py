@@ -80,3 +80,8 @@ def test_an_address_that_is_no_dashboard_is_refused(address: str, monkeypatch: p
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match=r"such as http://head:8265.*use --address or RAY_ADDRESS"):
         Cluster()
+
+
+def test_the_reason_of_a_server_is_its_last_line_that_says_something() -> None:
+    text = "Request failed with status code 500: Traceback ...\nValueError: Job smoke.1 already exists.\n."
+    assert reason(text) == "ValueError: Job smoke.1 already exists."

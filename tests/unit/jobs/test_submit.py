@@ -1,13 +1,15 @@
 """What travels to a cluster is our code and the configuration, and nothing that is secret."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
 
 from jobs.attempts import attempted
 from jobs.config import ConfigError
-from jobs.submit import CONFIG, ROOT, order_of, packed, quoted
+from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
+from jobs.submit import CONFIG, ROOT, Submitted, order_of, packed, quoted, submit
 
 CANARY = "canary-0123456789"
 
@@ -110,3 +112,44 @@ def test_words_reach_the_shell_as_they_are() -> None:
 def test_a_command_that_fails_by_itself_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
     assert attempted(3, ["run", "--recipe", "no-such"]) == 2
     assert capfd.readouterr().err.count("no recipe 'no-such'") == 1
+
+
+class Busy:
+    """A cluster on which others submit the same run: answers of `jobs`, and the names that are taken."""
+
+    def __init__(self, taken: set[str], listed: list[list[JobFacts]]) -> None:
+        self.taken, self.listed, self.asked = taken, listed, list[str]()
+
+    def jobs(self) -> list[JobFacts]:
+        return self.listed.pop(0) if self.listed else []
+
+    def start(self, name: str, *_: object, **__: object) -> str:
+        self.asked.append(name)
+        if name in self.taken:
+            raise NameTakenError(f"{name} already exists")
+        return name
+
+
+def sent(cluster: Busy) -> Submitted:
+    order = order_of(("run",), "smoke", None, ())
+    return submit(order, cast("Cluster", cluster))
+
+
+def test_a_name_that_a_deleted_job_still_has_is_passed_over() -> None:
+    cluster = Busy({"smoke.1", "smoke.2"}, [])
+    done = sent(cluster)
+    assert (done.id, done.started, done.attempt) == ("smoke.3", True, 3)
+    assert cluster.asked == ["smoke.1", "smoke.2", "smoke.3"]
+
+
+def test_of_two_who_submit_at_once_the_second_joins_the_first() -> None:
+    first = JobFacts("smoke.1", "smoke", 1, "PENDING", "", "run", 0.0, 0.0)
+    cluster = Busy({"smoke.1"}, [[], [first]])
+    done = sent(cluster)
+    assert (done.id, done.started) == ("smoke.1", False)
+    assert cluster.asked == ["smoke.1"]
+
+
+def test_a_cluster_on_which_every_name_is_taken_is_an_error() -> None:
+    with pytest.raises(ClusterError, match="the names of 5 jobs are taken"):
+        sent(Busy({f"smoke.{number}" for number in range(1, 9)}, []))
