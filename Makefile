@@ -36,7 +36,7 @@ lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(TESTS)  ## measure data path, training step, sampling and submission; figures in runs/bench
+bench: $(TESTS)  ## measure data path, training step, sampling and submission; most figures in runs/bench
 	mkdir -p runs/bench
 	$(BIN)/python -m tests.benchmarks.data --json runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.train_step --json runs/bench/train_step.json

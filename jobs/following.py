@@ -19,6 +19,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)$')
 ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))\b(?::|$)")
+TAKEN = re.compile(r"Job with submission_id \S+ already exists")
 OURS = ("dd_core/", "workflows/", "serve/", "jobs/")
 
 
@@ -27,7 +28,7 @@ class ClusterError(ValueError):
 
 
 class NameTakenError(ClusterError):
-    """The cluster knows a job of this name already, listed or not."""
+    """The cluster knows a job of this name already."""
 
 
 class JobFacts(NamedTuple):
@@ -91,7 +92,7 @@ class Cluster:
                 f"{self.address} does not answer ({text:.120}); is it the dashboard?"
             ) from None
         except RuntimeError as error:
-            kind = NameTakenError if "already exists" in str(error) else ClusterError
+            kind = NameTakenError if TAKEN.search(str(error)) else ClusterError
             raise kind(f"{self.address}: {reason(str(error))}") from None
 
     def start(
@@ -177,10 +178,11 @@ class Cluster:
 def facts_of(job: Any) -> JobFacts:
     """Ray's details, as far as they are wanted."""
     marks = job.metadata or {}
+    run, _, number = job.submission_id.rpartition(".")  # Ray may list what it deleted again, without marks
     return JobFacts(
         id=job.submission_id,
-        run=marks.get("ddiff.run", ""),
-        attempt=int(marks.get("ddiff.attempt", "0")),
+        run=marks.get("ddiff.run", run if number.isdigit() else ""),
+        attempt=int(marks.get("ddiff.attempt", number if number.isdigit() else "0")),
         status=str(job.status.value),
         message=" ".join((job.message or "").split()),
         command=marks.get("ddiff.command", ""),

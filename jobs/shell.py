@@ -62,7 +62,7 @@ class Group(click.Group):
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """While inside, nobody looks for garbage: imports leave none, and looking is a fifth of their time."""
+    """For work of seconds that is mostly imports: nobody looks for garbage, a fifth of their time, inside."""
     gc.disable()
     try:
         yield

@@ -139,7 +139,7 @@ def submit(order: Order, cluster: Cluster) -> Submitted:
     """
     began, environment = time.monotonic(), for_the_cluster()
     with packed(order, environment) as (directory, pack):
-        for taken in range(NAMES):  # by somebody who submits this moment, or by a job that is being deleted
+        for taken in range(NAMES):  # by somebody who submits at this moment, or by a job that is not listed
             before = [job for job in cluster.jobs() if job.run == order.run]
             if under_way := [job for job in before if not job.over]:
                 job = under_way[0]
@@ -148,7 +148,7 @@ def submit(order: Order, cluster: Cluster) -> Submitted:
             with suppress(NameTakenError):
                 made = handed_over(order, attempt, cluster, directory, environment)
                 return Submitted(made, order.run, True, attempt, pack, time.monotonic() - began)
-    raise ClusterError(f"{order.run}: the names of {NAMES} jobs are taken, and none is listed; try again")
+    raise ClusterError(f"{order.run}: the names of {NAMES} jobs are taken by jobs that are not listed")
 
 
 def handed_over(

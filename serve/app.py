@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import ray.serve
@@ -21,6 +22,7 @@ from pydantic import Field
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
+from dd_core import bundle
 from dd_core.cascade import CascadeSpec
 from dd_core.sealed import MANIFEST
 from dd_core.spec import SafeName, Spec
@@ -92,11 +94,12 @@ class Ingress:
         cascade: CascadeSpec,
         digest: str,
         created: int,
+        by_class: bool,
         hops: dict[str, DeploymentHandle],
     ) -> None:
         links = {stage: ReplicaLink(stage, handle) for stage, handle in hops.items()}
         self.api = Api(
-            Painter(cascade, digest, links),
+            Painter(cascade, digest, links, by_class=by_class),
             created=created,
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
@@ -127,7 +130,14 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     }
     created = int((directory / MANIFEST).stat().st_mtime)
     ingress = Ingress.options(num_replicas=spec.ingress_replicas)  # type: ignore[attr-defined]
-    return ingress.bind(spec, cascade, digest, created, hops)
+    return ingress.bind(spec, cascade, digest, created, hears_classes(directory, cascade), hops)
+
+
+def hears_classes(directory: Path, cascade: CascadeSpec) -> bool:
+    """Whether a hop of a cascade is told classes, or led to them by a classifier."""
+    specs = (bundle.checked(bundle.SPEC, directory / hop.stage / "spec.json") for hop in cascade.hops)
+    led = any(hop.how.gradient is not None and hop.how.gradient.classes for hop in cascade.hops)
+    return led or any(spec.classes for spec in specs)
 
 
 def deployment(spec: ReplicaSpec, stage: str, cascade: str, digest: str) -> ray.serve.Application:

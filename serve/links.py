@@ -8,7 +8,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dd_core.cascade import CascadeState
 from dd_core.samplers import SamplingSpec
-from serve.engine import BusyError, EngineDownError
+from serve.engine import BusyError, EngineDownError, RefusedError
 from serve.painter import HopLostError
 
 
@@ -34,6 +34,8 @@ class ReplicaLink:
                 raise
             except BackPressureError:
                 raise BusyError(f"too many requests wait for {self.stage}") from None
+            except RefusedError as error:  # Ray's copy reads as a traceback, its cause as it was raised
+                raise RefusedError(str(getattr(error, "cause", error))) from None
             except DeploymentUnavailableError as error:
                 raise HopLostError(f"no replica of {self.stage} can be started", again=True) from error
             except (RayActorError, EngineDownError) as error:

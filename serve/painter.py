@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
@@ -34,6 +35,7 @@ class Link(Protocol):
             BusyError: Too many are there already.
             TimeoutError: timeout_s passed first.
             HopLostError: It cannot be reached.
+            RefusedError: It cannot do what the request asks.
         """
         ...
 
@@ -54,6 +56,8 @@ class Order(NamedTuple):
     effort: float
     """Multiplies their number of steps where `steps` is None."""
     scale: float | None
+    label: int | None = None
+    """Class, where a hop is told one."""
 
 
 class Painter:
@@ -63,16 +67,19 @@ class Painter:
         cascade: Its hops and how each is sampled.
         digest: Which cascade the links must serve.
         links: One per stage.
+        by_class: Whether a hop is told, or led to, classes.
     """
 
-    def __init__(self, cascade: CascadeSpec, digest: str, links: Mapping[str, Link]) -> None:
-        self.cascade, self.digest, self.links = cascade, digest, links
+    def __init__(
+        self, cascade: CascadeSpec, digest: str, links: Mapping[str, Link], *, by_class: bool = False
+    ) -> None:
+        self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
 
     async def paint(self, order: Order, timeout_s: float) -> list[Tensor]:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
 
         Raises:
-            BusyError, TimeoutError, HopLostError: As the links do.
+            BusyError, TimeoutError, HopLostError, RefusedError: As the links do.
         """
         plan = self.plan(order)
         until = asyncio.get_running_loop().time() + timeout_s
@@ -88,6 +95,8 @@ class Painter:
         """One image through every hop."""
         negatives = [order.negative] if order.negative else []
         state = requested([order.prompt], [seed], self.cascade.context_length, negatives=negatives)
+        if order.label is not None:
+            state = state._replace(label=torch.tensor([order.label]))
         clock = asyncio.get_running_loop().time
         for hop, how in zip(self.cascade.hops, plan, strict=True):
             state = await self.links[hop.stage].advance(state, how, until - clock())

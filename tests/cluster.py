@@ -143,7 +143,6 @@ def mlflow_server(database: str, host: str, directory: Path) -> Iterator[Mlflow]
 class Node(NamedTuple):
     """One node of the cluster."""
 
-    name: str
     ip: str
     process: "subprocess.Popen[bytes]"
     home: Path
@@ -167,12 +166,11 @@ class TestCluster(NamedTuple):
     spaces: bool
     """Whether each node has a network of its own."""
 
-    def add(self, name: str, ip: str) -> Node:
+    def add(self, name: str, ip: str) -> None:
         """One more worker node."""
         place = Place(name, ip, self.directory, self.spaces)
-        node = start_node(place, self.environment, ["--address", f"{self.head.ip}:{self.head_port}"], cpus=1)
-        self.nodes.append(node)
-        return node
+        words = ["--address", f"{self.head.ip}:{self.head_port}"]
+        self.nodes.append(start_node(place, self.environment, words, cpus=1))
 
     def outside(self) -> dict[str, str]:
         """The environment of a laptop: the address, the token, and where things lie."""
@@ -211,11 +209,11 @@ def start_node(place: Place, environment: dict[str, str], words: list[str], *, c
     command = [
         *inside, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         "--node-ip-address", ip, "--num-cpus", str(cpus), "--object-store-memory", "200000000",
-        "--temp-dir", str(home), "--resources", json.dumps({name: 1}), *words,
+        "--temp-dir", str(home), *words,
     ]  # fmt: skip
     with (home / "ray.log").open("wb") as log:
         process = subprocess.Popen(command, env=own, cwd=home, stdout=log, stderr=log, start_new_session=True)
-    return Node(name, ip, process, home)
+    return Node(ip, process, home)
 
 
 def kill_node(node: Node) -> None:

@@ -42,5 +42,6 @@ def write_prepared(
         )
         path = directory / f"part-{file:05d}.parquet"
         pq.write_table(table, path, row_group_size=16, write_page_checksum=True)
-    (directory / "manifest.json").write_text(json.dumps({"digest": "d" * 64}))
+    facts = {"digest": "d" * 64, "kept": files * (rows - rejected)}
+    (directory / "manifest.json").write_text(json.dumps(facts))
     return directory

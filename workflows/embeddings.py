@@ -66,7 +66,7 @@ class Embeddings(NamedTuple):
     data: str
     """Digest of the prepared data."""
     images: int
-    """How many there are, about: decides into how many processes the work is cut."""
+    """How many there are; it decides into how many processes the work is cut."""
     clip: Home
     """The bundle."""
     clip_digest: str

@@ -146,22 +146,23 @@ class Courier:
     def deliver(self) -> None:
         """Send until closed, a bounded piece of a journal at a time."""
         while time.monotonic() < self.stop_at:
+            closing = self.closing.is_set()  # first: what was written before the end is then seen
             waiting = [(journal, send) for journal, send in self.routes.items() if backlog(journal)]
-            closing = self.closing.is_set()
-            if closing and not waiting:
-                return
+            moved = 0
             try:
                 for journal, send in waiting:
-                    send_some(journal, send)
+                    moved += send_some(journal, send)
                     self.complained = False
-                behind = any(backlog(journal) >= BATCH_BYTES for journal, _ in waiting)
-                pause = 0 if behind else self.every_s
             except Exception as error:  # noqa: BLE001 - tracking must never stop a run
                 self.complain(error)
                 if closing:  # a server that is away when a run ends is not waited for
                     return
-                pause = self.retry_s
-            self.closing.wait(pause)
+                self.closing.wait(self.retry_s)
+                continue
+            if closing and not moved:
+                return
+            behind = moved and any(backlog(journal) >= BATCH_BYTES for journal, _ in waiting)
+            self.closing.wait(0 if behind else self.every_s)
 
     def complain(self, error: Exception) -> None:
         """One line for each time the server goes away."""
@@ -178,17 +179,18 @@ class Courier:
         return sum(backlog(journal) for journal in self.routes)
 
 
-def send_some(journal: Path, send: Send) -> None:
-    """One piece, then the mark: a crash in between repeats it, and loses nothing."""
+def send_some(journal: Path, send: Send) -> int:
+    """One piece, then the mark: a crash in between repeats it, and loses nothing.  Bytes of whole lines."""
     start = sent(journal)
     with journal.open("rb") as file:
         file.seek(start)
-        piece = file.read(BATCH_BYTES)
+        piece = file.read(BATCH_BYTES) + file.readline()
     whole = piece.rfind(b"\n") + 1
     send(list(entries(journal, start=start, size=whole)))
     draft = journal.with_suffix(".sent.new")
     draft.write_text(str(start + whole))
     draft.replace(journal.with_suffix(".sent"))
+    return whole
 
 
 def sent(journal: Path) -> int:

@@ -1,7 +1,7 @@
 """What every worker of a training run does: build the stage, resume, step, save, and say how it ended.
 
 What would fail again in the same way (a refused spec, damaged data, a gradient that stays not
-finite) is returned as an Outcome and ends the run; only what may be another's fault (a lost
+finite) is returned and ends the run; only what may be another's fault (a lost
 worker, a broken connection) is raised, so that Ray starts the workers anew.
 """
 

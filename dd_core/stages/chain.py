@@ -21,6 +21,7 @@ from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
+from dd_core.nets.network import PlainSpec
 from dd_core.nets.text import UnclipSpec
 from dd_core.ranks import gathered
 from dd_core.schedules import LogNormalSpec
@@ -58,6 +59,7 @@ class ChainStage(Stage):
         clip, autoencoder = parents_of(spec, parents)
         self.model = denoiser_of(spec)
         if "start" in parents:
+            refuse_start(spec, parents["start"])
             of_x = spec.channels / (spec.channels + spec.told_channels)
             self.model.load_state_dict(widened(parents["start"], self.model.state_dict(), of_x))
         timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
@@ -154,6 +156,25 @@ def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) ->
         if isinstance(spec.net, DiTSpec):
             found.append(("net.image_size", spec.net.image_size, spec.image_size // autoencoder.spec.factor))
     return found
+
+
+def refuse_start(spec: ChainSpec, start: Trained) -> None:
+    """Weights whose input fits in number, and not in what it means.
+
+    Raises:
+        ValueError: They hear of a hole elsewhere, or otherwise, than this network does.
+    """
+    match start.spec:
+        case ChainSpec() as other if spec.inpaints and other.inpaints and other.factor < spec.factor:
+            raise ValueError("chain: the parent 'start' fills holes and enlarges nothing; take one that does")
+        case NetworkSpec(net=PlainSpec() as net) if spec.inpaints and spec.latent_channels:
+            if net.unet.image_channels:
+                raise ValueError(
+                    f"chain: {start.spec.source} hears the mask before the picture, 1 in the hole, and this "
+                    "network the other way round; start from the same model without holes"
+                )
+        case _:
+            pass
 
 
 def widened(start: Trained, now: Mapping[str, Tensor], of_x: float = 1.0) -> dict[str, Tensor]:

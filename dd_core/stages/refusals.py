@@ -30,7 +30,7 @@ def refuse_vocabularies(parents: Mapping[str, Trained]) -> None:
         if parent.vocabulary is not None:
             raise ValueError(
                 f"the parent {role!r} reads captions by a vocabulary of its own, and prepared data holds "
-                "CLIP's tokens; sample it as it is, or train a model of the same spec from the start"
+                "CLIP's tokens; sample it as it is, or train a model of the same spec without it"
             )
 
 

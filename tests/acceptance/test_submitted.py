@@ -26,7 +26,7 @@ TRAIN = (
     "submit", "train", "upsampler", "--recipe", "smoke",
     "--set", f"stages.upsampler.budget.steps={STEPS}",
     "--set", "stages.upsampler.budget.report_every=5",
-    "--set", "stages.upsampler.budget.checkpoint_every=20",
+    "--set", "stages.upsampler.budget.checkpoint_every=1000",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_a_stage_is_trained_by_a_job_that_saves_itself_when_it_is_stopped(runs: 
     saved = last_step(journal)
     assert 10 <= saved < STEPS
     names = sorted(path.name for path in (runs / "smoke" / "upsampler" / "checkpoints").iterdir())
-    assert int(names[-1].removeprefix("step-")) >= saved  # at the step where it was, not the last full twenty
+    assert int(names[-1].removeprefix("step-")) >= saved  # none was due: it was saved because it was told
 
     again = ddiff(*TRAIN, "--follow")
     assert (again.exit_code, again.stdout) == (0, "smoke.2\n"), again.stderr

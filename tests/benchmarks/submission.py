@@ -42,7 +42,8 @@ def say(line: str) -> None:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     walls, processors = [], []
-    with ray_head() as head, tempfile.TemporaryDirectory() as name:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with ray_head(variables={"PATH": path}) as head, tempfile.TemporaryDirectory() as name:
         for _ in range(rounds):
             began, spent = time.monotonic(), processor_s()
             job = ddiff(head, Path(name), "submit", "smoke").stdout.strip()

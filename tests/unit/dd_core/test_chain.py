@@ -27,6 +27,7 @@ from dd_core.stages.chain import ChainStage
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.chain_told import counted, holes, seen
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.network import NetworkSpec
 from dd_core.text import tokens
 from dd_core.vocabulary import ByteVocabulary
 
@@ -549,6 +550,15 @@ def test_an_enlarging_model_that_fills_starts_as_the_one_that_enlarges() -> None
     old = plainly.model(x, sigma, Conditioning(image=enlarged)).x0
     new = after.model(x, sigma, Conditioning(image=torch.cat([about, enlarged], dim=1))).x0
     torch.testing.assert_close(new, old)
+
+
+def test_weights_that_hear_of_holes_otherwise_are_no_start() -> None:
+    filling = INPAINTING.but(net=plain(learned=True, image_channels=4))
+    with pytest.raises(ValueError, match="fills holes and enlarges nothing"):
+        build_stage(FILLING_ENLARGING, {"start": trained(filling)})
+    network = NetworkSpec(source="sd1-inpaint", net=LATENT_INPAINTING.net)
+    with pytest.raises(ValueError, match="sd1-inpaint hears the mask before the picture"):
+        build_stage(LATENT_INPAINTING, PARENTS | {"start": Trained(network, {})})
 
 
 def test_weights_with_a_vocabulary_of_their_own_are_not_trained_on() -> None:

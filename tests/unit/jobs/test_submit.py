@@ -151,5 +151,5 @@ def test_of_two_who_submit_at_once_the_second_joins_the_first() -> None:
 
 
 def test_a_cluster_on_which_every_name_is_taken_is_an_error() -> None:
-    with pytest.raises(ClusterError, match="the names of 5 jobs are taken"):
+    with pytest.raises(ClusterError, match="the names of 5 jobs are taken by jobs that are not listed"):
         sent(Busy({f"smoke.{number}" for number in range(1, 9)}, []))

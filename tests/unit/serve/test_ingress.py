@@ -18,7 +18,7 @@ from PIL import Image
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
 from dd_core.samplers import SamplingSpec
-from serve.engine import BusyError, Engine
+from serve.engine import BusyError, Engine, RefusedError
 from serve.ingress import Api
 from serve.openai_api import GenerationRequest
 from serve.painter import HopLostError, Painter, chosen, too_long
@@ -43,12 +43,14 @@ class EngineLink:
         self.hop, self.engine = hop, Engine(hop, max_rows=8, max_waiting=8)
         self.running: asyncio.Task[None] | None = None
         self.hows: list[SamplingSpec] = []
+        self.labels: list[torch.Tensor | None] = []
         self.failing: Exception | None = None
         self.digest = DIGEST
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         self.running = self.running or asyncio.create_task(self.engine.run())
         self.hows.append(how)
+        self.labels.append(state.label)
         if self.failing:
             raise self.failing
         return await self.engine.submit(state, how, timeout_s=timeout_s)
@@ -62,9 +64,9 @@ class EngineLink:
 class Served:
     """The application over two hops, and its client."""
 
-    def __init__(self, timeout_s: float = 20) -> None:
+    def __init__(self, timeout_s: float = 20, *, by_class: bool = False) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
-        painter = Painter(CASCADE, DIGEST, self.links)
+        painter = Painter(CASCADE, DIGEST, self.links, by_class=by_class)
         api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
         self.app = api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
@@ -392,6 +394,19 @@ def test_a_replica_of_another_cascade_is_not_ready() -> None:
     one.links["base"].digest = "cd" * 32
     with one.client:
         assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text
+
+
+def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_it(served: Served) -> None:
+    assert "label: must be left out: no hop is told classes" in refused(served.post(label=2), 400, "label")
+    one = Served(by_class=True)
+    with one.client:
+        answer = one.post(label=2, seed=1)
+        (file,) = pngs(answer)
+        assert Image.open(io.BytesIO(file)).text["label"] == "2"
+        assert [link.labels for link in one.links.values()] == [[torch.tensor([2])]] * 2
+        one.links["base"].failing = RefusedError("it paints by class; give a label")
+        assert refused(one.post(), 400) == "it paints by class; give a label"
+        refused(one.post(label=-1), 400, "label")
 
 
 def test_effort_never_asks_for_more_steps_than_a_request_may() -> None:

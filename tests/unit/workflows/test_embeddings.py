@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from numpy.typing import NDArray
 
@@ -23,7 +24,7 @@ from tests.conftest import needs_ray
 from tests.prepared import png, write_prepared
 from tests.unit.workflows.tiny_run import saved
 from workflows import feed
-from workflows.embeddings import Embeddings, embed, home_of, require, write_sidecar
+from workflows.embeddings import Embeddings, at_once, embed, home_of, require, write_sidecar
 from workflows.feed import DataError, Order, Wanted
 from workflows.parts import UNFINISHED, DestinationError
 from workflows.reading import paired
@@ -283,3 +284,11 @@ def test_embeddings_of_another_width_are_refused(written: Made) -> None:
     wanted = Wanted(SIZE, None, written.what.home.address, 2 * WIDTH)
     with pytest.raises(DataError, match=r"the stage reads embeddings of 32 numbers"):
         feed.survey(written.what.files, wanted)
+
+
+@pytest.mark.parametrize(("count", "tasks"), [(1, 1), (1000, 1), (1001, 2), (10**6, 4)])
+def test_few_images_are_not_worth_many_processes(
+    written: Made, monkeypatch: pytest.MonkeyPatch, count: int, tasks: int
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "memory": 1e12})
+    assert at_once(written.what._replace(images=count), gpus=0) == tasks

@@ -18,12 +18,12 @@ from PIL import Image
 from workflows.evaluation import (
     Answer,
     EndpointError,
-    EvaluationSpec,
     evaluate_endpoint,
     scores,
     verdict,
     wilson,
 )
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case, training_caption
 from workflows.shapes import drawn
 
