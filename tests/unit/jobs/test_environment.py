@@ -60,6 +60,12 @@ def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: 
     assert environment.runs() == "/elsewhere"
 
 
+def test_a_dashboard_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ValueError, match="is a dashboard: hand the command to it with `ddiff submit`"):
+        environment.ray_cluster().__enter__()
+
+
 def test_nobody_else_takes_settings_from_the_environment() -> None:
     """Others may hand a default to a library there, never read one for themselves."""
     for package in ("dd_core", "serve", "jobs"):
