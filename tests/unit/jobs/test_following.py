@@ -1,8 +1,10 @@
 """A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from jobs.following import MOST_LINES, Cluster, ClusterError, first_error, merged, reason
+from jobs.following import MOST_LINES, Cluster, ClusterError, facts_of, first_error, merged, reason
 
 PREFIX = "\x1b[36m(Worker pid=8, ip=10.0.0.3)\x1b[0m "
 WRAPPED = """\
@@ -85,3 +87,13 @@ def test_an_address_that_is_no_dashboard_is_refused(address: str, monkeypatch: p
 def test_the_reason_of_a_server_is_its_last_line_that_says_something() -> None:
     text = "Request failed with status code 500: Traceback ...\nValueError: Job smoke.1 already exists.\n."
     assert reason(text) == "ValueError: Job smoke.1 already exists."
+
+
+def test_a_job_that_ray_lists_without_our_marks_is_known_by_its_name() -> None:
+    job = SimpleNamespace(
+        submission_id="smoke.2", metadata=None, status=SimpleNamespace(value="FAILED"), message="gone",
+        start_time=None, end_time=None,
+    )  # fmt: skip
+    assert (facts_of(job).run, facts_of(job).attempt, facts_of(job).over) == ("smoke", 2, True)
+    job.submission_id = "raysubmit_x"
+    assert (facts_of(job).run, facts_of(job).attempt) == ("", 0)
