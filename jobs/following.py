@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jobs.environment import cluster_address, prepare_environment
+from jobs.environment import cluster_address, prepare_environment, ray_token
 
 T = TypeVar("T")
 MOST_LINES = 15
@@ -78,7 +78,9 @@ class Cluster:
 
         try:
             if self.client is None:
-                self.client = JobSubmissionClient(self.address)
+                token = ray_token()  # shown by us: Ray reads its own once a process, whatever comes later
+                headers = {"Authorization": f"Bearer {token}"} if token else None
+                self.client = JobSubmissionClient(self.address, headers=headers)
             return what(self.client)
         except AuthenticationError as error:
             code = 403 if str(error).lstrip().startswith("Authentication failed") else 401

@@ -1,5 +1,7 @@
 """A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +99,27 @@ def test_a_job_that_ray_lists_without_our_marks_is_known_by_its_name() -> None:
     assert (facts_of(job).run, facts_of(job).attempt, facts_of(job).over) == ("smoke", 2, True)
     job.submission_id = "raysubmit_x"
     assert (facts_of(job).run, facts_of(job).attempt) == ("", 0)
+
+
+def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown.append(self.headers["Authorization"])
+            body = b"[]" if "jobs" in self.path else b'{"ray_version": "2.60.0", "version": "4"}'
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for token in ("first-" + "0" * 32, "second-" + "0" * 32):
+            monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+            assert Cluster(f"http://127.0.0.1:{server.server_port}").jobs() == []
+            assert set(shown) == {f"Bearer {token}"}
+            shown.clear()
+        server.shutdown()
