@@ -2,6 +2,7 @@
 
 from torch import nn, optim
 
+from dd_core.muon import Muon
 from dd_core.stage import OptimizerSpec, Stage
 
 
@@ -9,12 +10,11 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
     """The algorithms that together step the parameters of a phase, each parameter by one of them.
 
     Muon replaces the update of a matrix by the nearest orthogonal one and learns more from each image;
-    it takes a tenth to a fifth of a step's time here.  Its updates are scaled to the size of AdamW's, so
-    both share a learning rate.  RAdam is AdamW that holds its first steps back until their scale is known.
+    it takes a tenth to a fifth of a step's time.  RAdam is AdamW that holds its first steps back until their
+    scale is known.
 
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101, AdamW); Liu et al. 2020 (arXiv:1908.03265, RAdam, with
-    AdamW's decay of weights); Jordan et al. 2024 (Muon) with the scale of
-    Liu et al. 2025 (arXiv:2502.16982, section 2.2).
+    AdamW's decay of weights).
     """
     players = list(stage.players(phase))
     if spec.algorithm == "radam":
@@ -31,9 +31,7 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
     rest = [p for p in players if p not in hidden]
     found: dict[str, optim.Optimizer] = {}
     if matrices:
-        found["muon"] = optim.Muon(
-            matrices, lr=spec.learning_rate, weight_decay=spec.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        found["muon"] = Muon(matrices, spec.learning_rate, weight_decay=spec.weight_decay)
     if rest:
         found["adamw"] = optim.AdamW(
             rest, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay, fused=True

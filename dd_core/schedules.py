@@ -12,8 +12,10 @@ The tables are float64.
 import math
 from typing import Literal, NamedTuple, assert_never
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -79,12 +81,13 @@ def sigma_range(levels: ScheduleSpec | LogNormalSpec) -> tuple[float, float]:
     """Lowest and highest noise level that a sampler asks a network for."""
     if isinstance(levels, LogNormalSpec):
         return levels.sigma_min, levels.sigma_max
-    table = sigmas(levels)
-    return float(table[0]), float(table[-1])
+    bar = np.cumprod(1 - added(levels))
+    low, high = np.sqrt((1 - bar[[0, -1]]) / bar[[0, -1]]).tolist()
+    return low, high
 
 
-def betas(spec: ScheduleSpec) -> Float[Tensor, " t"]:
-    """Variance added by each step, in DDPM's frame.
+def added(spec: ScheduleSpec) -> NDArray[np.float64]:
+    """Variance added by each step, in DDPM's frame; numbers even where tensors are only imagined.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), section 4 (linear); Nichol & Dhariwal 2021 (arXiv:2102.09672),
     eq. 17 (cosine); Rombach et al. 2022 (arXiv:2112.10752), published code (scaled_linear).
@@ -93,15 +96,19 @@ def betas(spec: ScheduleSpec) -> Float[Tensor, " t"]:
     match spec.betas:
         case "linear":
             scale = 1000 / count
-            return torch.linspace(scale * start, scale * end, count, dtype=torch.float64)
+            return np.linspace(scale * start, scale * end, count)
         case "scaled_linear":
-            return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+            return np.linspace(start**0.5, end**0.5, count) ** 2
         case "cosine":
-            u = torch.linspace(0, 1, count + 1, dtype=torch.float64)
-            bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+            bar = np.cos((np.linspace(0, 1, count + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - bar[1:] / bar[:-1]).clip(max=0.999)
         case _:
             assert_never(spec.betas)
+
+
+def betas(spec: ScheduleSpec) -> Float[Tensor, " t"]:
+    """Variance added by each step, in DDPM's frame."""
+    return torch.tensor(added(spec))
 
 
 def alpha_bars(spec: ScheduleSpec) -> Float[Tensor, " t"]:

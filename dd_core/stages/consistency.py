@@ -57,6 +57,9 @@ class ConsistencySpec(LearnedSpec):
     teacher: TeacherSpec | None = TeacherSpec()
     """Distillation from the parent `base`; None trains alone, without one."""
     levels: Annotated[FixedLevels | GrowingLevels, Field(discriminator="kind")] = FixedLevels()
+    sigma_max: float | None = Field(None, gt=0)
+    """Where its paths begin; published: 80.  None: at the base's highest level, which for a chain with cosine
+    betas is above 50,000, and then half of the levels lie where no picture is to be seen."""
     distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
     """Between two answers.  lpips, as published, with the weights of `lpips_weights`; clip: features of the
     parent CLIP in its place."""
@@ -67,6 +70,12 @@ class ConsistencySpec(LearnedSpec):
     def _fits(self) -> "ConsistencySpec":
         if self.distance == "lpips" and not self.lpips_weights:
             raise ValueError('distance "lpips" needs lpips_weights, a path; or use "clip"')
+        low, high = self.base.sigma_range
+        if self.sigma_max is not None and not low < self.sigma_max <= high:
+            raise ValueError(
+                f"sigma_max {self.sigma_max:g} must be above the base's lowest level, {low:g}, and at most "
+                f"its highest, {high:g}; leave it out to begin there"
+            )
         if not isinstance(self.base, ChainSpec):
             return self
         if self.base.factor > 1:
@@ -83,6 +92,12 @@ class ConsistencySpec(LearnedSpec):
         """Roles of its parents."""
         seeing = ("clip",) if self.distance == "clip" else ()
         return tuple(dict.fromkeys((*self.base.needs, *seeing, *(("base",) if self.teacher else ()))))
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Lowest and highest noise level of its paths, before their end at 0."""
+        low, high = self.base.sigma_range
+        return low, self.sigma_max or high
 
     @property
     def classes(self) -> int:
@@ -147,7 +162,7 @@ class ConsistencyStage(Stage):
         self.steps += 1
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
-        spec, (low, high) = self.spec, self.spec.base.sigma_range
+        spec, (low, high) = self.spec, self.spec.sigma_range
         example = self.example(batch)
         num_levels = spec.levels.at(self.steps).num_levels
         pair = draw_pair(example.x0, num_levels, sigma_min=low, sigma_max=high, to_zero=True)
@@ -190,6 +205,7 @@ class ConsistencyHop:
         self, trained: Trained, parents: Mapping[str, Trained], *, device: torch.device | str
     ) -> None:
         assert isinstance(trained.spec, ConsistencySpec)
+        self.sigma_range = trained.spec.sigma_range
         like = Trained(trained.spec.base, trained.weights)
         own = {role: needed(parents, role, trained.spec.kind) for role in trained.spec.base.needs}
         self.base: BaseHop | ChainHop
@@ -220,7 +236,7 @@ class ConsistencyHop:
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
-        (low, high), noise = self.base.spec.sigma_range, SeededNoise(state.seeds)
+        (low, high), noise = self.sigma_range, SeededNoise(state.seeds)
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
         sigmas = sigmas_of(jumps, sigma_min=low, sigma_max=high)
         x = high * noise(torch.empty(self.base.shape(len(state.seeds)), device=self.base.device))

@@ -16,7 +16,7 @@ from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
-from jobs.recipes import demo
+from jobs.recipes import demo, improved_ddpm
 from jobs.recipes.adm import CLASSES
 from jobs.recipes.latent import PAPER_WORKER, PAPER_WORKERS, paper_clip
 from workflows.pairs import PairsSpec
@@ -30,6 +30,36 @@ def run() -> RunSpec:
     """The demo's seven stages and one more; 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, consistency()), cascade=cascade())
+
+
+def classes() -> RunSpec:
+    """The base of `improved_ddpm`, and a student of it that paints classes in a few jumps.
+
+    Two CPUs, no GPU, up to 8 GB.  How few steps do is in README: `tests/benchmarks/solvers.py`.
+    """
+    before = improved_ddpm.run()
+    hop = HopSpec(stage="consistency", how=JUMPS, follows_request=True)
+    return before.but(stages=(*before.stages, student_of_classes()), cascade=before.cascade.but(hops=(hop,)))
+
+
+def student_of_classes() -> TrainSpec:
+    """Learns the teacher's guidance with its path; each image costs four answers of it and one target."""
+    teacher = improved_ddpm.base()
+    assert isinstance(teacher.stage, ChainSpec)
+    stage = ConsistencySpec(
+        base=teacher.stage,
+        teacher=TeacherSpec(guidance_scale=improved_ddpm.SAMPLED.guidance_scale),
+        levels=FixedLevels(num_levels=18, mu=0.9),
+        sigma_max=80.0,
+    )
+    return teacher.but(
+        name="consistency",
+        stage=stage,
+        parents={"base": "base"},
+        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=1_500),
+        budget=Budget(steps=300, checkpoint_every=150, report_every=15, sample_every=150),
+        samples=SamplesSpec(prompts=("",) * 8, how=JUMPS),
+    )
 
 
 def paper() -> RunSpec:

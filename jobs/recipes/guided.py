@@ -16,7 +16,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
 from dd_core.steering import GradientSpec
 from jobs.recipes import ddpm, demo
-from jobs.recipes.improved_ddpm import LABEL, SHAPES
+from jobs.recipes.improved_ddpm import LABEL
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
@@ -37,7 +37,7 @@ def run() -> RunSpec:
 
 
 def classes() -> RunSpec:
-    """The same base led to classes: `ddiff sample x --label 4` asks for a star."""
+    """The same base led to classes: `ddiff sample x --label 4` asks for something purple."""
     led = ddpm.ANCESTRAL.but(gradient=GradientSpec(classes=3.0))
     hop = HopSpec(stage="base", how=led, guides={"classifier": "classifier"})
     return ddpm.run().but(
@@ -70,11 +70,11 @@ def base() -> TrainSpec:
 
 
 def classifier() -> TrainSpec:
-    """Noisy 64 px -> the shape of the first thing."""
+    """Noisy 64 px -> the colour of the first thing."""
     unet = UNetSpec(
         width=32, channel_mult=(1, 2, 3, 4), blocks_per_level=1, attention_at=(8,), head_width=32, groups=16
     )
-    net = ClassifierNetSpec(unet=unet, image_size=64, classes=len(SHAPES))
+    net = ClassifierNetSpec(unet=unet, image_size=64, classes=len(LABEL.classes))
     return TrainSpec(
         name="classifier",
         stage=ClassifierSpec(net=net),

@@ -1,7 +1,7 @@
 """Improved DDPM on the embedded world: cosine schedule of 4000 timesteps, learned variance, told a class.
 
 `bound` trains the same network by the variational bound, its timesteps drawn by their losses.  The class is
-the shape of the first thing in a scene: `ddiff sample x --label 4` paints a star.
+the colour of the first thing in a scene: `ddiff sample x --label 4` paints something purple.
 Source: Nichol & Dhariwal 2021 (arXiv:2102.09672); sizes are ours.
 """
 
@@ -13,12 +13,12 @@ from jobs.recipes import ddpm, demo
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.run_spec import RunSpec
+from workflows.shapes import COLOURS
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-LABEL = LabelSpec(path="objects.0.shape", classes=SHAPES)
+LABEL = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
 SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=1.5)
 
 
@@ -40,7 +40,7 @@ def run() -> RunSpec:
 
 def base() -> TrainSpec:
     """64 px, the hybrid loss; one class in ten kept back, so that it can guide itself."""
-    unet = ddpm.UNET.but(labels=len(SHAPES) + 1)
+    unet = ddpm.UNET.but(labels=len(LABEL.classes) + 1)
     stage = ChainSpec(
         net=PlainSpec(unet=unet, out_channels=6),
         schedule=ScheduleSpec(betas="cosine", num_timesteps=4000),
@@ -58,7 +58,7 @@ def base() -> TrainSpec:
         batch_size=ddpm.BATCH,
         num_workers=1,
         resources=WORKER,
-        samples=SamplesSpec(prompts=("",) * len(SHAPES), how=SAMPLED.but(num_steps=50)),
+        samples=SamplesSpec(prompts=("",) * len(LABEL.classes), how=SAMPLED.but(num_steps=50)),
     )
 
 

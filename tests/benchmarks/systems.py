@@ -6,8 +6,8 @@
 Each system paints captions that training never saw, with the same seeds, in this process.  `all`, `one`,
 `two`, `unseen` and the attributes are as in an evaluation.  For networks that hear no caption there are
 `things` (pictures of one to three things, each of a shape and a colour that have a name) and, where classes
-are asked for (class i of six in picture i), `class`: a thing of that shape is there.  `clip` is the cosine of
-picture and caption by the run's own CLIP.
+are asked for (class i of eight in picture i), `class`: a thing of that colour is there.  `clip` is the cosine
+of picture and caption by the run's own CLIP.
 """
 
 import argparse
@@ -50,9 +50,10 @@ from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case
 from workflows.oracle import judged, read
 from workflows.pictures import reconstructions
-from workflows.shapes import SHAPES, draw_scene, drawn
+from workflows.shapes import COLOURS, draw_scene, drawn
 
 BATCH = 16
+NAMES = tuple(COLOURS)
 COLUMNS = ("all", "one_object", "two_object", "unseen", *ATTRIBUTES, "things", "class", "clip", "image_s")
 Ways = Mapping[str, Mapping[str, Any]]
 
@@ -129,7 +130,7 @@ def paint(
         hops.append(load_hop(trained(hop.stage), known, device="cpu"))
     plan = [hop.how.but(**how) if hop.stage == system.changes else hop.how for hop in system.hops]
     caption = torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))
-    asked = torch.arange(len(cases)) % len(SHAPES)
+    asked = torch.arange(len(cases)) % len(NAMES)
     found, began = [], time.perf_counter()
     for first in range(0, len(cases), BATCH):
         part = slice(first, min(first + BATCH, len(cases)))
@@ -155,14 +156,14 @@ def told(cases: Sequence[Case], pictures: Tensor, clip: Trained) -> dict[str, fl
         Verdict(case.group, case.caption, judged(picture, case.says), "")
         for case, picture in zip(cases, seen, strict=True)
     ]
-    shapes = [{thing.shape for thing in read(picture).things} for picture in seen]
+    colours = [{thing.colour for thing in read(picture).things} for picture in seen]
     towers = clip_of(clip)
     with torch.no_grad():
         wanted = towers.read(torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))).embedding
         shown = towers.embed_image(pictures)
     return scores(verdicts) | {
         "things": sum(map(named, seen)) / len(seen),
-        "class": sum(SHAPES[i % len(SHAPES)] in there for i, there in enumerate(shapes)) / len(seen),
+        "class": sum(NAMES[i % len(NAMES)] in there for i, there in enumerate(colours)) / len(seen),
         "clip": F.cosine_similarity(wanted, shown).mean().item(),
     }
 

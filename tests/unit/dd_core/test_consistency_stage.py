@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -488,6 +489,28 @@ def test_n_jumps_ask_the_network_n_times_beginning_at_the_noise(
     sample(draw.sampling, looking)
     grid = karras_sigmas(jumps + 1, sigma_min=0.1, sigma_max=80.0)[:jumps]
     assert seen == pytest.approx(levels or grid.tolist())
+
+
+def test_paths_may_begin_below_the_highest_level_of_the_base(
+    edm: dict[str, Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, trained_at = JUMPING.but(sigma_max=20.0), []
+
+    def draw(like: Tensor, num_levels: int, **how: Any) -> consistency.Pair:
+        pair = consistency.draw_pair(like, num_levels, **how)
+        trained_at.append(pair)
+        return pair
+
+    monkeypatch.setattr("dd_core.stages.consistency.draw_pair", draw)
+    stage = made(spec, edm)
+    for batch in itertools.islice(squares(), 20):
+        stage(batch)
+    assert max(float(pair.high.max()) for pair in trained_at) == pytest.approx(20)
+    student = load_hop(Trained(spec, edm["base"].weights), {}, device="cpu")
+    asked = CascadeState(seeds=[1], tokens=told(""), label=torch.tensor([0]))
+    assert next(student.start(asked, JUMPS).sampling).levels().tolist() == pytest.approx([20])
+    with pytest.raises(ValueError, match=r"sigma_max 100 must be above .* and at most its highest, 80"):
+        JUMPING.but(sigma_max=100.0)
 
 
 def test_a_seed_gives_the_same_picture_alone_and_in_company(parents: dict[str, Trained]) -> None:

@@ -7,9 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dd_core.noise import forward_std, from_vp, posterior_std, to_vp
-from dd_core.schedules import Clock, ScheduleSpec, Spacing, alpha_bars, betas, sigmas, timesteps, walk
+from dd_core.schedules import (
+    Clock,
+    ScheduleSpec,
+    Spacing,
+    alpha_bars,
+    betas,
+    sigma_range,
+    sigmas,
+    timesteps,
+    walk,
+)
 
 SD = ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first")
 CHAINS = [
@@ -30,6 +41,13 @@ def test_little_of_the_image_is_left_at_the_last_timestep(spec: ScheduleSpec, la
     assert bar.dtype == torch.float64
     assert (bar.diff() < 0).all()
     assert (sigmas(spec).diff() > 0).all()
+
+
+@pytest.mark.parametrize("spec", CHAINS)
+def test_the_range_of_a_chain_is_known_even_where_tensors_are_only_imagined(spec: ScheduleSpec) -> None:
+    ends = sigmas(spec)[[0, -1]].tolist()
+    with FakeTensorMode():
+        assert sigma_range(spec) == pytest.approx(ends, rel=1e-12)
 
 
 def test_cosine_betas_follow_their_definition() -> None:

@@ -17,7 +17,7 @@ from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.training import TrainState
-from jobs.recipes import glide, smoke
+from jobs.recipes import consistency, glide, smoke
 from workflows.estimate import Need, needs, size
 from workflows.pipeline import in_order
 from workflows.train_spec import TrainSpec
@@ -130,6 +130,15 @@ def test_the_published_prior_is_planned_as_if_it_had_measured() -> None:
     spec = clip.but(name="prior", stage=stage, parents={"clip": clip.name})
     found = needs([wide, spec], context_length=smoke.CONTEXT, run=Path("nowhere"))["prior"]
     assert found.activations > clip.batch_size * towers.context_length * 64 * 4
+
+
+def test_a_student_of_a_chain_of_timesteps_is_planned_beside_its_teacher() -> None:
+    """Of its seven answers for an image one is learned from; it does without what the teacher's bound keeps."""
+    found = needs(consistency.classes().stages, context_length=12, run=Path("nowhere"))
+    teacher, student = found["base"], found["consistency"]
+    assert student.parameters == teacher.parameters
+    assert student.frozen > teacher.frozen
+    assert 0.8 * teacher.activations < student.activations < teacher.activations
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "radam", "muon"])
