@@ -7,7 +7,7 @@ Each system paints captions that training never saw, with the same seeds, in thi
 `two`, `unseen` and the attributes are as in an evaluation.  For networks that hear no caption there are
 `things` (pictures of one to three things, each of a shape and a colour that have a name) and, where classes
 are asked for (class i of eight in picture i), `class`: a thing of that colour is there.  `clip` is the cosine
-of picture and caption by the run's own CLIP.
+of picture and caption by the run's own CLIP, if it has one.
 """
 
 import argparse
@@ -149,23 +149,26 @@ def named(picture: NDArray[np.uint8]) -> bool:
     return 0 < len(things) < 4 and all(thing.shape and thing.colour for thing in things)
 
 
-def told(cases: Sequence[Case], pictures: Tensor, clip: Trained) -> dict[str, float]:
-    """Everything that is said of the pictures of one way."""
+def told(cases: Sequence[Case], pictures: Tensor) -> dict[str, float]:
+    """What the oracle says of the pictures of one way."""
     seen = [picture.permute(1, 2, 0).numpy() for picture in to_bytes(pictures)]
     verdicts = [
         Verdict(case.group, case.caption, judged(picture, case.says), "")
         for case, picture in zip(cases, seen, strict=True)
     ]
     colours = [{thing.colour for thing in read(picture).things} for picture in seen]
-    towers = clip_of(clip)
-    with torch.no_grad():
-        wanted = towers.read(torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))).embedding
-        shown = towers.embed_image(pictures)
     return scores(verdicts) | {
         "things": sum(map(named, seen)) / len(seen),
         "class": sum(NAMES[i % len(NAMES)] in there for i, there in enumerate(colours)) / len(seen),
-        "clip": F.cosine_similarity(wanted, shown).mean().item(),
     }
+
+
+@torch.no_grad()
+def nearness(cases: Sequence[Case], pictures: Tensor, clip: Trained) -> float:
+    """Mean cosine of pictures and captions."""
+    towers = clip_of(clip)
+    wanted = towers.read(torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))).embedding
+    return F.cosine_similarity(wanted, towers.embed_image(pictures)).mean().item()
 
 
 def rebuilt(run_directory: Path, count: int) -> dict[str, float]:
@@ -194,12 +197,14 @@ def main() -> None:
     only = options.only.split(",") if options.only else known
     if odd := set(only) - set(known):
         parser.error(f"--only: there is no {', '.join(sorted(odd))}; there are {', '.join(known)}")
-    clip = bundle.load(options.run / "clip" / "bundle").trained
+    clip = bundle.load(options.run / "clip" / "bundle").trained if (options.run / "clip").exists() else None
     table: dict[str, dict[str, float]] = {}
     for name, system in all_systems().items():
         for way, how in system.ways.items() if name in only else ():
             pictures, seconds = paint(options.run, system, how, cases)
-            row = told(cases, pictures, clip) | {"image_s": seconds}
+            row = told(cases, pictures) | {"image_s": seconds}
+            if clip is not None:
+                row["clip"] = nearness(cases, pictures, clip)
             table[f"{name}, {way}"] = row
             words = "  ".join(f"{key} {row[key]:.3g}" for key in COLUMNS if row.get(key) is not None)
             sys.stdout.write(f"{name}, {way}: {words}\n")

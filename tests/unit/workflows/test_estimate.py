@@ -133,7 +133,7 @@ def test_the_published_prior_is_planned_as_if_it_had_measured() -> None:
 
 
 def test_a_student_of_a_chain_of_timesteps_is_planned_beside_its_teacher() -> None:
-    """Of its seven answers for an image one is learned from; it does without what the teacher's bound keeps."""
+    """Of its answers for an image one is learned from; the teacher's bound, which keeps more, it has not."""
     found = needs(consistency.classes().stages, context_length=12, run=Path("nowhere"))
     teacher, student = found["base"], found["consistency"]
     assert student.parameters == teacher.parameters

@@ -1,0 +1,65 @@
+"""Muon's step is orthogonal, in whatever numbers the device multiplies, and is that of torch's."""
+
+import pytest
+import torch
+from torch import nn, optim
+
+from dd_core import muon
+from dd_core.muon import Muon, orthogonal
+
+SHAPES = [(64, 64), (96, 32), (32, 96)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("half", [False, True])
+def test_the_step_keeps_directions_and_levels_their_strengths(
+    shape: tuple[int, int], half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "has_bf16", lambda device: half)
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    strengths = torch.linspace(1, 0.05, min(shape))
+    found = orthogonal(u @ strengths.diag() @ v)
+    assert found.dtype == (torch.bfloat16 if half else torch.float32)
+    levelled = u.T @ found.float() @ v.T
+    assert 0.6 < levelled.diag().min() <= levelled.diag().max() < 1.25
+    assert (levelled - levelled.diag().diag()).abs().max() < (0.05 if half else 1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_twenty_steps_are_those_of_torch(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's is in bfloat16: to the bit in the same numbers, to its rounding in float32."""
+    monkeypatch.setattr(muon, "has_bf16", lambda device: half)
+    torch.manual_seed(0)
+    firsts = [torch.randn(shape) for shape in SHAPES]
+    mine, theirs = ([nn.Parameter(first.clone()) for first in firsts] for _ in range(2))
+    ours = Muon(mine, 0.02, weight_decay=0.3)
+    peer = optim.Muon(theirs, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    for _ in range(20):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        peer.step()
+    gaps = [(a - b).norm() / (a - first).norm() for a, b, first in zip(mine, theirs, firsts, strict=True)]
+    assert max(gaps) == 0 if half else max(gaps) < 0.02
+
+
+def test_a_matrix_without_a_gradient_stays() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    algorithm = Muon([weight], 0.1)
+    algorithm.step()
+    assert torch.equal(weight, torch.ones(4, 4))
+    assert not algorithm.state[weight]
+
+
+def test_a_closure_is_called_before_the_step() -> None:
+    weight = nn.Parameter(torch.eye(4))
+
+    def closure() -> float:
+        loss = weight.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert Muon([weight], 0.1).step(closure) == 4
+    assert weight.diag().max() < 1
