@@ -1,4 +1,4 @@
-"""Muon: the momentum of a matrix, made orthogonal, is its step.
+"""Muon: the momentum of a matrix, made orthogonal, is its step; kernels are matrices [out, in * k * k].
 
 torch's own multiplies in bfloat16 whatever the device, which a CPU without it imitates at a four-hundredth
 of the speed: three quarters of a training step there were Muon's.  This one takes the numbers that the device
@@ -23,7 +23,7 @@ class Muon(optim.Optimizer):
     """Steps of the size that AdamW's have, so that both may share a learning rate.
 
     Args:
-        params: Matrices.
+        params: Matrices and kernels of convolutions.
         lr: Learning rate.
         weight_decay: Decoupled, as AdamW's.
         momentum: Of the gradients, averaged, and looked ahead (Nesterov).
@@ -38,23 +38,24 @@ class Muon(optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of every matrix that has a gradient; a closure is called first, and its loss returned."""
+        """One step of every weight that has a gradient; a closure is called first, and its loss returned."""
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self.step_matrix(param, param.grad, group)
+                    self.step_one(param, param.grad, group)
         return loss
 
-    def step_matrix(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
-        """One step of one matrix."""
+    def step_one(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        """One step of one weight."""
         rate, momentum, state = group["lr"], group["momentum"], self.state[param]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
         average: Tensor = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        ahead = grad.lerp(average, momentum).flatten(1)
         param.mul_(1 - rate * group["weight_decay"])
-        param.add_(orthogonal(grad.lerp(average, momentum)), alpha=-rate * 0.2 * max(param.shape) ** 0.5)
+        param.add_(orthogonal(ahead).reshape(param.shape), alpha=-rate * 0.2 * max(ahead.shape) ** 0.5)
 
 
 def orthogonal(matrix: Float[Tensor, " rows columns"]) -> Float[Tensor, " rows columns"]:

@@ -1,4 +1,4 @@
-"""Which algorithm steps which weights: AdamW or RAdam for all, or Muon for the matrices of transformers."""
+"""Which algorithm steps which weights: AdamW or RAdam for all, or Muon for what is hidden in the middle."""
 
 from torch import nn, optim
 
@@ -26,7 +26,7 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
             decoupled_weight_decay=True,
         )
         return {"radam": rectified}
-    hidden = hidden_matrices(stage) if spec.algorithm == "muon" else set()
+    hidden = hidden_weights(stage, spec.algorithm)
     matrices = [p for p in players if p in hidden]
     rest = [p for p in players if p not in hidden]
     found: dict[str, optim.Optimizer] = {}
@@ -39,10 +39,17 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
     return found
 
 
-def hidden_matrices(stage: nn.Module) -> set[nn.Parameter]:
-    """Matrices inside the blocks of transformers; what enters, leaves or modulates stays with AdamW."""
+def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
+    """What Muon steps: matrices inside the blocks of transformers, with muon_unet also the kernels of a UNet.
+
+    What enters, leaves or modulates stays with AdamW.
+    """
+    kernels = ("down.", "up.", "middle") if algorithm == "muon_unet" else ()
+    if not algorithm.startswith("muon"):
+        return set()
     return {
         parameter
         for name, parameter in stage.named_parameters()
-        if parameter.ndim == 2 and "blocks." in name and "modulation" not in name
+        if (parameter.ndim == 2 and "blocks." in name and "modulation" not in name and ".level." not in name)
+        or (parameter.ndim == 4 and any(place in name for place in kernels))
     }

@@ -56,7 +56,7 @@ def student_of_classes() -> TrainSpec:
         name="consistency",
         stage=stage,
         parents={"base": "base"},
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, ema_images=1_500),
+        optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=1e-3, ema_images=1_500),
         budget=Budget(steps=300, checkpoint_every=150, report_every=15, sample_every=150),
         samples=SamplesSpec(prompts=("",) * 8, how=JUMPS),
     )

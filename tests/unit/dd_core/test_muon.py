@@ -6,6 +6,12 @@ from torch import nn, optim
 
 from dd_core import muon
 from dd_core.muon import Muon, orthogonal
+from dd_core.nets.network import PlainSpec
+from dd_core.nets.unet import UNetSpec
+from dd_core.optimizers import hidden_weights, optimizers_of
+from dd_core.stage import OptimizerSpec
+from dd_core.stages import build_stage
+from dd_core.stages.chain_spec import ChainSpec
 
 SHAPES = [(64, 64), (96, 32), (32, 96)]
 
@@ -43,6 +49,41 @@ def test_twenty_steps_are_those_of_torch(half: bool, monkeypatch: pytest.MonkeyP
         peer.step()
     gaps = [(a - b).norm() / (a - first).norm() for a, b, first in zip(mine, theirs, firsts, strict=True)]
     assert max(gaps) == 0 if half else max(gaps) < 0.02
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_kernel_is_stepped_as_the_matrix_of_its_rows(wide: bool) -> None:
+    torch.manual_seed(0)
+    first = torch.randn((8, 4, 3, 3) if wide else (64, 2, 3, 3)).to(memory_format=torch.channels_last)
+    kernel, matrix = nn.Parameter(first.clone()), nn.Parameter(first.flatten(1).clone())
+    kernel.grad = torch.randn(first.shape)
+    matrix.grad = kernel.grad.flatten(1).clone()
+    for weight in (kernel, matrix):
+        Muon([weight], 0.1).step()
+    assert torch.allclose(kernel.flatten(1), matrix, atol=1e-6)
+    assert not torch.equal(kernel, first)
+
+
+def test_muon_steps_what_is_hidden_and_adamw_what_enters_leaves_and_modulates() -> None:
+    unet = UNetSpec(
+        width=8, channel_mult=(1, 2), blocks_per_level=1, attention_at=(2,), head_width=8, groups=4
+    )
+    stage = build_stage(ChainSpec(net=PlainSpec(unet=unet)), {})
+    names = {weight: name.removeprefix("model.network.") for name, weight in stage.named_parameters()}
+    kernels = {names[weight] for weight in hidden_weights(stage, "muon_unet") if weight.ndim == 4}
+    matrices = {names[weight] for weight in hidden_weights(stage, "muon_unet") if weight.ndim == 2}
+    assert "down.0.blocks.0.residual.conv_in.weight" in kernels
+    assert "middle_out.conv_out.weight" in kernels
+    assert "up.0.grow.conv_in.weight" in kernels
+    assert not {"stem.weight", "out.weight"} & kernels
+    assert "down.1.blocks.0.attention.qkv.weight" in matrices
+    assert not any("level" in name for name in matrices)
+    assert {names[weight] for weight in hidden_weights(stage, "muon")} == matrices
+    assert not hidden_weights(stage, "adamw")
+    found = optimizers_of(stage, "model", OptimizerSpec(algorithm="muon_unet", learning_rate=1e-3))
+    counts = [sum(len(group["params"]) for group in one.param_groups) for one in found.values()]
+    assert list(found) == ["muon", "adamw"]
+    assert counts == [len(kernels | matrices), len(names) - len(kernels | matrices)]
 
 
 def test_a_matrix_without_a_gradient_stays() -> None:

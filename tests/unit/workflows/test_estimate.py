@@ -141,7 +141,7 @@ def test_a_student_of_a_chain_of_timesteps_is_planned_beside_its_teacher() -> No
     assert 0.8 * teacher.activations < student.activations < teacher.activations
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "radam", "muon"])
+@pytest.mark.parametrize("algorithm", ["adamw", "radam", "muon", "muon_unet"])
 def test_every_optimizer_is_planned_with_what_it_keeps(algorithm: str) -> None:
     clip = smoke.run().stages[0]
     spec = clip.but(optimizer=clip.optimizer.but(algorithm=algorithm))
