@@ -18,9 +18,8 @@ from dd_core.stages.clip import clip_of
 from dd_core.stages.noised_clip import NoisedClip, noised_clip_of
 from dd_core.steering import GradientSpec, Guides, Pull, score_of
 
-REFERENCE = 2**41
-"""Added to a seed for the noise of the reference picture: a guided image begins as an unguided one."""
-
+REFERENCE = 0x51ED270B
+"""Added to a seed, of which a generator hears 32 bits, for the noise of the reference picture."""
 
 CLEAN = 0.02
 """Noise level that the guides are told of a decoded estimate: the lowest that ours are trained about."""
@@ -111,7 +110,7 @@ class Leaders(NamedTuple):
         reference, noise = torch.zeros(shape), torch.zeros(shape)
         if how.looks_at_reference():
             reference = self.at_size(state.reference, side)
-            noise = SeededNoise([seed + REFERENCE for seed in state.seeds])(reference)
+            noise = SeededNoise([(seed + REFERENCE) % 2**32 for seed in state.seeds])(reference)
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
 
     def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:

@@ -65,6 +65,16 @@ def expected(name: str, seed: int) -> scores.Score:
     return scores.weighted(found[name])
 
 
+def test_the_noise_of_a_reference_is_not_that_of_the_image_that_it_leads() -> None:
+    draw = HOP.start(asked(4, 2**32 - 1), how_of(image=1.0))
+    begun = next(draw.sampling)
+    own = begun.x / (1 + begun.levels()[0] ** 2) ** 0.5
+    noise = draw.rows.pull.noise  # type: ignore[union-attr]
+    assert torch.allclose(own[:1], SeededNoise([4])(PICTURE), atol=1e-5)
+    for mine in noise:
+        assert all(torch.dist(mine, other) > 20 for other in own)  # of 768 numbers; equal ones: 0
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_each_score_moves_the_estimate_by_its_gradient_times_the_variance(name: str) -> None:
     """Tweedie: E[x0 | x, y] = E[x0 | x] + sigma**2 grad log p(y | x)."""
