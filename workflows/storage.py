@@ -150,8 +150,12 @@ class Home(NamedTuple):
 
     # between this machine and the store; all of it nothing where the directory is one for all
 
-    def send(self, *names: str) -> None:
-        """Files and directories to the store; the manifest of a sealed one comes last."""
+    def send(self, *names: str, missing_ok: bool = False) -> None:
+        """Files and directories to the store; the manifest of a sealed one comes last.
+
+        Raises:
+            StorageError: The store is away, or what is to be sent is not here, unless that is fine.
+        """
         if not self.stored:
             return
         with said(self.address):
@@ -162,6 +166,8 @@ class Home(NamedTuple):
                     send_directory(fs, path, address)
                 elif path.exists():
                     fs.put_file(str(path), address)
+                elif not missing_ok:
+                    raise StorageError(f"{path} is gone; it was to be sent to {address}")
 
     def fetch(self, *names: str) -> None:
         """Files from the store; one that the store has not is removed here too."""
@@ -347,7 +353,7 @@ class Sending:
             for path in self.home.here.glob(pattern):
                 now = path.stat()
                 if self.sent.get(path) != (stamp := (now.st_mtime_ns, now.st_size)):
-                    self.home.send(path.relative_to(self.home.here).as_posix())
+                    self.home.send(path.relative_to(self.home.here).as_posix(), missing_ok=True)
                     self.sent[path] = stamp
 
 

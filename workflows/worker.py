@@ -323,15 +323,20 @@ class Recorder:
             checkpoint.prune(home.here, kept=kept, every=every)
 
     def send(self, place: Home, written: list[str]) -> None:
-        """Each rank its files, then the journal up to this step, then the manifest; none stays here."""
+        """Each rank its files, then the journal up to this step, then the manifest; none stays here.
+
+        Ranks of one machine share the directory: it goes when the manifest is in the store, not before.
+        """
         if self.who.rank == 0:
             place.unseal()
         place.send(*(name for name in written if name != sealed.MANIFEST))
         if self.who.ranks > 1:
             dist.barrier()
         if self.who.rank == 0:
-            self.job.home.send(JOURNAL)
+            self.job.home.send(JOURNAL, missing_ok=True)  # before the first report there is none
             place.send(sealed.MANIFEST)
+        if self.who.ranks > 1:
+            dist.barrier()
         shutil.rmtree(self.job.home.here / "checkpoints", ignore_errors=True)
 
     def ship(self) -> None:
@@ -341,4 +346,5 @@ class Recorder:
         weights = {name: value.cpu() for name, value in self.state.average.items()}
         home = self.job.home
         bundle.save(home.here / "bundle", self.spec.stage, weights, parents=parents, facts=facts)
-        home.send(JOURNAL, "bundle")
+        home.send(JOURNAL, missing_ok=True)
+        home.send("bundle")
