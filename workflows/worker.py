@@ -156,7 +156,7 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     stage = build_stage(spec.stage, parents)
     unused = {"find_unused_parameters": True} if len(stage.phases) > 1 else {}
     wrapped = ray.train.torch.prepare_model(stage, parallel_strategy_kwargs=unused)
-    state = TrainState(wrapped, spec.optimizer, seed=spec.seed, rank=who.rank)
+    state = TrainState(wrapped, spec.optimizer, seed=spec.seed, rank=who.rank, ranks=who.ranks)
     name = newest(job.home) if who.rank == 0 else ""
     if who.ranks > 1:
         name = ray.train.collective.broadcast_from_rank_zero(name)
@@ -164,7 +164,8 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
         return state, 0.0
     tensors = state.tensors()
     facts = checkpoint.read(job.home.at(name).fetched(), tensors)
-    state.restored(tensors, step=facts["step"], images=facts["images"])
+    step = facts["step"]
+    state.restored(tensors, step=step, images=step * spec.batch_size)  # older ones count those of one rank
     if who.rank == 0:
         log.info("%s: continues at step %d", spec.name, state.step)
     return state, facts["seconds"]
@@ -308,7 +309,6 @@ class Recorder:
         home = self.job.home
         place = home.at(f"checkpoints/step-{self.state.step:08d}")
         facts = self.facts() | {
-            "images": self.state.images,
             "spec": self.spec.model_dump(mode="json"),
             "ledger": {"position": self.state.step * self.spec.batch_size},
         }

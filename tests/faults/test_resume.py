@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dd_core import sealed
+from dd_core import checkpoint, sealed
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.draft import DraftSpec
@@ -169,6 +169,8 @@ def test_two_workers_one_of_them_killed_read_every_row_in_its_turn(data: Path, r
     assert not killer.is_alive()
     facts = sealed.verify(bundle).facts
     assert (facts["step"], facts["images"]) == (40, 40 * 8)
+    saved = checkpoint.facts(run / "two" / "checkpoints" / "step-00000040")
+    assert (saved["step"], saved["images"]) == (40, 40 * 8)
     assert steps_of(run / "two") == list(range(1, 41))
 
 
