@@ -1,7 +1,8 @@
 """Where shards lie: addresses expanded and checked, and reads that survive a failing store.
 
 Any store that fsspec knows (local, http, s3, gs).  A name that matches nothing is refused before
-work starts; a file that fails, shrinks or changes while it is read is found out.
+work starts; a file that shrinks or changes while it is read is found out, and one that a store does not
+give is not taken for damaged.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import braceexpand
 import fsspec
 
+from workflows.storage import StorageError
+
 VERSION_FIELDS = (
     "ETag",
     "etag",
@@ -25,7 +28,8 @@ VERSION_FIELDS = (
     "updated",
     "Content-MD5",
 )
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Of the file itself: no later attempt finds more."""
 
 
 class MissingShardError(ValueError):
@@ -33,7 +37,7 @@ class MissingShardError(ValueError):
 
 
 class DamagedError(ValueError):
-    """A file breaks off, cannot be read, or is not what it should be, from some byte on."""
+    """A file breaks off, is gone, or is not what it should be, from some byte on."""
 
     def __init__(self, message: str, *, member: str = "") -> None:
         super().__init__(message)
@@ -153,7 +157,8 @@ class ShardFile:
         """Exactly `count` bytes, fewer only at the end of the file.
 
         Raises:
-            DamagedError: If the file is gone, was replaced, or fails at every attempt.
+            DamagedError: If the file is gone or was replaced.
+            StorageError: If the store fails at every attempt or does not let us; the file may be good.
         """
         data = b""
         for attempt in range(self.attempts):
@@ -161,12 +166,18 @@ class ShardFile:
                 return self.attempt(count, data)
             except Partial as partial:
                 data, failure = partial.data, partial.failure
-            if isinstance(failure, FINAL):
+            if isinstance(failure, GONE):
+                raise DamagedError(self.unread(failure))
+            if isinstance(failure, PermissionError):
                 break
             self.close()
             self.reopened += 1
             time.sleep(self.pause_s * 2**attempt)
-        raise DamagedError(f"{self.url} cannot be read at byte {self.position:,}: {one_line(failure)}")
+        raise StorageError(f"{self.unread(failure)}; when the store gives it, run the same command again")
+
+    def unread(self, failure: Exception) -> str:
+        """What could not be read, and why."""
+        return f"{self.url} cannot be read at byte {self.position:,}: {one_line(failure)}"
 
     def attempt(self, count: int, data: bytes) -> bytes:
         """One try to complete `data` to `count` bytes."""

@@ -56,6 +56,9 @@ def write_part(
 
     Yields:
         Rows since the last time, bytes of the shard read so far, and at the end the part.
+
+    Raises:
+        StorageError: The shard could not be read to its end; there is no part and no note of it.
     """
     home = Home.of(directory)
     here = home.here

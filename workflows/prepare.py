@@ -56,6 +56,7 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
     Raises:
         MissingShardError: If a named shard does not exist; nothing has been written.
         DestinationError: If the destination holds other files or cannot be written to.
+        StorageError: If a store is away; what is finished stays, and no shard is taken for damaged.
         TooManyRejectsError: After refused.json was written, with the facts and no manifest.
     """
     source, home = located(spec.shards), Home.of(spec.destination)
@@ -160,6 +161,7 @@ def written(
 
     Raises:
         DestinationError: If a part cannot be written (no space, no right).
+        StorageError: If a store, of the shards or of the parts, is away or does not let us.
     """
     todo = [{"shard": shard, "url": found.url} for shard, found in enumerate(source) if shard not in known]
     if not todo:
@@ -175,6 +177,8 @@ def written(
     for step in reports.iter_rows():
         if step["error"]:
             raise DestinationError(f"{home.address} cannot be written to: {step['error']}")
+        if step["away"]:
+            raise StorageError(step["away"])
         if bar is not None:
             bar.advance(step["rows"], step["position"] - read[step["shard"]])
         read[step["shard"]] = step["position"]
@@ -185,19 +189,21 @@ def written(
 def reported(batch: dict[str, np.ndarray], *, spec: PairsSpec, home: Home) -> Iterator[dict[str, np.ndarray]]:
     """What a task runs: a report for every row group of its shard, and one with the part at the end."""
     shard, url = int(batch["shard"][0]), str(batch["url"][0])
-    error = ""
     try:
         for rows, position, part in write_part(home, shard, url, spec):
-            yield report(shard, rows, position, part.model_dump_json() if part else "", "")
-    except (OSError, StorageError) as failure:
-        error = one_line(failure)
-    if error:
-        yield report(shard, 0, 0, "", error)
+            yield report(shard, rows, position, part=part.model_dump_json() if part else "")
+    except OSError as failure:
+        yield report(shard, 0, 0, error=one_line(failure))
+    except StorageError as failure:
+        yield report(shard, 0, 0, away=one_line(failure))
 
 
-def report(shard: int, rows: int, position: int, part: str, error: str) -> dict[str, np.ndarray]:
+def report(
+    shard: int, rows: int, position: int, *, part: str = "", error: str = "", away: str = ""
+) -> dict[str, np.ndarray]:
     """One row for the driver."""
-    values = {"shard": shard, "rows": rows, "position": position, "part": part, "error": error}
+    values: dict[str, int | str] = {"shard": shard, "rows": rows, "position": position}
+    values |= {"part": part, "error": error, "away": away}
     return {name: np.array([value]) for name, value in values.items()}
 
 

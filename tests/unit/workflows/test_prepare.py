@@ -4,17 +4,19 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from dd_core import sealed
 from tests.conftest import jpg, needs_ray, write_shard
-from workflows.files import MissingShardError
+from workflows.files import MissingShardError, ShardFile
 from workflows.pairs import PairsSpec, TooManyRejectsError
 from workflows.parts import UNFINISHED, DestinationError, Part, resumed, write_part
-from workflows.prepare import prepare_pairs, prepared
+from workflows.prepare import prepare_pairs, prepared, reported
 from workflows.progress import SampleProgress
+from workflows.storage import Home, StorageError
 
 
 def tars(directory: Path, count: int, *, bad: int = 0) -> Path:
@@ -68,6 +70,35 @@ def test_what_an_earlier_run_finished_stays_and_what_it_spoilt_goes(tmp_path: Pa
     assert sorted(path.name for path in out.glob("*part*")) == ["part-00000.parquet", "part-00003.parquet"]
     assert resumed(out, "another source") == {}
     assert list(out.glob("*part*")) == []
+
+
+@pytest.mark.parametrize("failure", [ConnectionError, PermissionError])
+def test_a_shard_that_a_store_did_not_give_is_read_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[OSError]
+) -> None:
+    spec, out = spec_of(tars(tmp_path, 2), 2), tmp_path / "out"
+    resumed(out, "s")
+    made = parts_of(out, 0, spec)
+
+    def away(file: ShardFile) -> None:
+        raise failure("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFile, "open", away)
+        patch.setattr("workflows.files.time.sleep", lambda _: None)
+        with pytest.raises(
+            StorageError, match=r"00001\.tar cannot be read at byte 0: the store is away; when"
+        ):
+            parts_of(out, 1, spec)
+        (told,) = reported({"shard": np.array([1]), "url": np.array(["b.tar"])}, spec=spec, home=Home.of(out))
+        assert str(told["away"][0]).startswith("b.tar cannot be read at byte 0")
+    assert resumed(out, "s") == {0: made[0]}
+    (part,) = parts_of(out, 1, spec)
+    assert (part.kept, part.damage) == (6, "")
+    (tmp_path / "00001.tar").unlink()  # that is another matter
+    (gone,) = parts_of(out, 1, spec)
+    assert (gone.kept, gone.rejects) == (0, {"shard": 1})
+    assert "cannot be read at byte 0" in gone.damage
 
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
