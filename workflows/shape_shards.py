@@ -1,10 +1,15 @@
-"""The embedded world as WebDataset tars: pictures, captions and scenes, a function of the seed."""
+"""The embedded world as WebDataset tars: pictures, captions and scenes, a function of the seed.
+
+<directory>/shapes.json        the spec that the tars are made from, written before them
+<directory>/shapes-00000.tar   written under another name, renamed (or sent) when whole
+"""
 
 import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,6 +21,10 @@ from dd_core.spec import Spec
 from workflows.grammar import training_caption
 from workflows.shapes import drawn, facts_of, scene_rng
 from workflows.storage import Home
+
+WORLD = 1
+"""Changes when the same spec would give other tars."""
+ABOUT = "shapes.json"
 
 
 class ShapesSpec(Spec):
@@ -43,20 +52,43 @@ def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
 
 
 def write_shards(spec: ShapesSpec, directory: Home | Path) -> list[str]:
-    """Write the world as WebDataset tars, a process for each CPU; a shard that is whole is left as it is.
+    """Write the world as WebDataset tars, a process for each CPU; a whole one of this spec is left as it is.
 
     Returns:
         The addresses of the shards, shapes-00000.tar and on.
     """
     home = Home.of(directory)
     home.here.mkdir(parents=True, exist_ok=True)
-    names = [f"shapes-{number:05d}.tar" for number in range(-(-spec.pairs // spec.pairs_per_shard))]
+    drop_others(spec, home)
+    names = [name_of(shard) for shard in range(-(-spec.pairs // spec.pairs_per_shard))]
     missing = [number for number, name in enumerate(names) if not home.has(name)]
     for path in written(spec, home.here, missing):
         home.send(path.name)
         if home.stored:
             path.unlink()
     return [home.at(name).address for name in names]
+
+
+def name_of(shard: int) -> str:
+    """The file of a shard."""
+    return f"shapes-{shard:05d}.tar"
+
+
+def drop_others(spec: ShapesSpec, home: Home) -> None:
+    """Remove the tars of another spec, then note this one.
+
+    Shards that are full by either number of pairs stay; so do those of older versions, which noted no spec.
+    """
+    was, now = home.facts(ABOUT), {"world": WORLD, **spec.model_dump(mode="json")}
+    if was == now:
+        return
+    more_or_fewer = was | {"pairs": spec.pairs} == now
+    full = min(was["pairs"], spec.pairs) // spec.pairs_per_shard if more_or_fewer else 0
+    keep = {name_of(shard) for shard in range(full)}
+    for name in home.names() if was else ():
+        if fnmatch(name, "shapes-*.tar") and name not in keep:
+            home.drop(name)
+    home.write(ABOUT, json.dumps(now, indent=2))
 
 
 def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterator[Path]:
@@ -74,14 +106,13 @@ def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:
     """One tar of the world, made under another name and renamed when whole."""
     import webdataset  # noqa: PLC0415 it takes seconds to import, and most who import this only want the spec
 
-    path = directory / f"shapes-{shard:05d}.tar"
-    if not path.exists():
-        draft = directory / f".{path.name}.tmp"
-        with webdataset.TarWriter(str(draft), mtime=0) as tar:
-            for number in numbers(spec, shard):
-                key, members = pair(spec, number)
-                tar.write({"__key__": key} | members)
-        draft.rename(path)
+    path = directory / name_of(shard)
+    draft = directory / f".{path.name}.tmp"
+    with webdataset.TarWriter(str(draft), mtime=0) as tar:
+        for number in numbers(spec, shard):
+            key, members = pair(spec, number)
+            tar.write({"__key__": key} | members)
+    draft.rename(path)
     return path
 
 

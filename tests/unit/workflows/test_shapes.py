@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from workflows import grammar, oracle, shapes
+from workflows import grammar, oracle, shapes, storage
 from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.shapes import UNSEEN, Scene, drawn, place_of, scene_rng
+from workflows.storage import Home
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -109,6 +110,62 @@ def test_shards_are_a_function_of_the_seed_and_never_hold_an_unseen_pair(tmp_pat
     things = [(thing["shape"], thing["colour"]) for about in abouts for thing in about["objects"]]
     assert things
     assert not set(things) & UNSEEN
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"image_size": 32}, {"pairs_per_shard": 1}, {"pairs": 5}, {"pairs": 3}, {}]
+)
+def test_shards_of_another_spec_are_made_anew_and_those_of_the_same_left(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
+    spec = ShapesSpec(pairs=4, pairs_per_shard=2, image_size=64)
+    before = [Path(path) for path in write_shards(spec, tmp_path / "a")]
+    stamps = [path.stat().st_mtime_ns for path in before]
+    now = [Path(path) for path in write_shards(spec.but(**change), tmp_path / "a")]
+    fresh = [Path(path) for path in write_shards(spec.but(**change), tmp_path / "b")]
+    assert [path.read_bytes() for path in now] == [path.read_bytes() for path in fresh]
+    assert sorted((tmp_path / "a").glob("*.tar")) == now
+    kept = [path.stat().st_mtime_ns for path in now][:2] == stamps[: len(now)]
+    assert kept == (change in ({}, {"pairs": 5}))
+
+
+def test_a_change_of_spec_that_is_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ShapesSpec(pairs=3, pairs_per_shard=1, image_size=32)
+    write_shards(spec, tmp_path / "a")
+    drop = Home.drop
+
+    def killed(home: Home, name: str) -> None:
+        drop(home, name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Home, "drop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(spec.but(seed=1), tmp_path / "a")
+    now = [Path(path).read_bytes() for path in write_shards(spec.but(seed=1), tmp_path / "a")]
+    assert now == [Path(path).read_bytes() for path in write_shards(spec.but(seed=1), tmp_path / "b")]
+
+
+def test_shards_without_a_note_of_their_spec_are_taken_as_they_are(tmp_path: Path) -> None:
+    spec = ShapesSpec(pairs=2, image_size=32)
+    (tar,) = (Path(path) for path in write_shards(spec, tmp_path))
+    (tmp_path / "shapes.json").unlink()
+    before = tar.stat().st_mtime_ns
+    write_shards(spec, tmp_path)
+    assert tar.stat().st_mtime_ns == before
+
+
+def test_what_a_machine_keeps_of_shards_that_a_store_has_not_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    home, spec = Home("memory://shapes"), ShapesSpec(pairs=2, image_size=32)
+    home.here.mkdir(parents=True)
+    (home.here / "shapes-00000.tar").write_bytes(b"of another time")
+    (address,) = write_shards(spec, home)
+    (good,) = write_shards(spec, tmp_path / "local")
+    assert storage.store(home.root).cat_file(address) == Path(good).read_bytes()
 
 
 def test_no_judged_caption_says_what_a_training_caption_says() -> None:
