@@ -305,22 +305,22 @@ class Recorder:
         return {"step": self.state.step, "images": images, "seconds": seconds, **self.job.facts}
 
     def save(self) -> None:
-        """A checkpoint, by all ranks together; then the oldest go."""
-        home = self.job.home
-        place = home.at(f"checkpoints/step-{self.state.step:08d}")
+        """A checkpoint, by all ranks together; then those that it outlives go."""
+        home, step = self.job.home, self.state.step
+        place = home.at(f"checkpoints/step-{step:08d}")
         facts = self.facts() | {
             "spec": self.spec.model_dump(mode="json"),
-            "ledger": {"position": self.state.step * self.spec.batch_size},
+            "ledger": {"position": step * self.spec.batch_size},
         }
         written = checkpoint.write(place.here, self.state.tensors(), facts)
         kept, every = self.spec.checkpoints_kept, self.spec.keep_every
         if home.stored:
             self.send(place, written)
             names = home.at("checkpoints").names() if self.who.rank == 0 else []
-            for name in checkpoint.outlived(names, kept=kept, every=every):
+            for name in checkpoint.outlived(names, step=step, kept=kept, every=every):
                 home.drop(f"checkpoints/{name}")
         elif self.who.rank == 0:
-            checkpoint.prune(home.here, kept=kept, every=every)
+            checkpoint.prune(home.here, step=step, kept=kept, every=every)
 
     def send(self, place: Home, written: list[str]) -> None:
         """Each rank its files, then the journal up to this step, then the manifest; none stays here.

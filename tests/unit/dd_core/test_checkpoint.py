@@ -22,9 +22,22 @@ def steps(run: Path) -> list[int]:
 def test_the_newest_and_every_nth_stay(tmp_path: Path) -> None:
     for step in range(10, 100, 10):
         written(tmp_path, step)
-        checkpoint.prune(tmp_path, kept=2, every=40)
+        checkpoint.prune(tmp_path, step=step, kept=2, every=40)
     assert steps(tmp_path) == [40, 80, 90]
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000090"
+
+
+@pytest.mark.parametrize(("kept", "left"), [(1, [350]), (2, [300, 350]), (9, [200, 300, 350])])
+def test_what_a_lost_attempt_left_at_later_steps_outlives_no_good_one(
+    tmp_path: Path, kept: int, left: list[int]
+) -> None:
+    for step in (200, 300, 400):
+        written(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-00000400" / sealed.MANIFEST).unlink()
+    newest = written(tmp_path, 350)  # the run went on from 300
+    checkpoint.prune(tmp_path, step=350, kept=kept, every=400)
+    assert steps(tmp_path) == left
+    assert checkpoint.newest(tmp_path) == newest
 
 
 @pytest.mark.parametrize("lost", range(1, 4))
@@ -69,8 +82,8 @@ def test_a_removal_that_is_cut_leaves_nothing_that_looks_good(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.prune(tmp_path, kept=1)
+            checkpoint.prune(tmp_path, step=2, kept=1)
     with pytest.raises(sealed.SealError, match="cut short"):
         sealed.verify(tmp_path / "checkpoints" / "step-00000001")
-    checkpoint.prune(tmp_path, kept=1)
+    checkpoint.prune(tmp_path, step=2, kept=1)
     assert steps(tmp_path) == [2]
