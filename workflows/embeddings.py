@@ -37,6 +37,7 @@ from workflows import feed
 from workflows.feed import EMBEDDING, DataError
 from workflows.files import one_line
 from workflows.parts import (
+    SOURCE,
     UNFINISHED,
     DestinationError,
     Part,
@@ -183,9 +184,10 @@ def reopened(what: Embeddings) -> dict[int, Part]:
     """The good files of an earlier job, cut or finished; the directory is ready for the others."""
     home, facts = what.home, facts_of(what)
     if facts.get("source") == what.source:  # it was finished, and has lost a file since
+        home.drop(UNFINISHED)  # of another source, for which it was not yet made ready when that was cut
         for part in parts_of(facts):
             write_json(home, f"{UNFINISHED}/part-{part.shard:05d}.json", part.model_dump(mode="json"))
-        write_json(home, f"{UNFINISHED}/source.json", {"source": what.source})
+        write_json(home, SOURCE, {"source": what.source})
     return resumed(home, what.source)
 
 

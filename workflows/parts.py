@@ -25,6 +25,7 @@ from workflows.pairs import DAMAGE, PairsSpec, census, pairs_schema, prepared_ta
 from workflows.storage import Home
 
 UNFINISHED = ".unfinished"
+SOURCE = f"{UNFINISHED}/source.json"
 
 
 class DestinationError(ValueError):
@@ -144,17 +145,18 @@ def resumed(directory: Home | Path, source: str) -> dict[int, Part]:
         names = home.names()
         if names and not is_ours(home, names):
             raise DestinationError(f"{home.address} holds other files; choose an empty or a new directory")
-        home.drop(sealed.MANIFEST)  # from here on it is unfinished
         known: dict[int, Part] = {}
-        if home.facts(f"{UNFINISHED}/source.json").get("source") == source:
+        if home.facts(SOURCE).get("source") == source:
             known = {part.shard: part for part in noted(home) if is_whole(home, part)}
-        else:
-            home.drop(UNFINISHED)
+        else:  # notes of another source never stand beside this one, and at every moment it is ours
+            for name in notes(home):
+                home.drop(name)
+            write_json(home, SOURCE, {"source": source})
+        home.drop(sealed.MANIFEST)  # from here on it is unfinished
         keep = {part.file for part in known.values()}
         for name in names:
             if name not in keep and (fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")):
                 home.drop(name)
-        write_json(home, f"{UNFINISHED}/source.json", {"source": source})
     except OSError as error:
         raise DestinationError(f"{home.address} cannot be written to ({error}); choose another") from None
     return known
@@ -165,14 +167,18 @@ def is_ours(home: Home, names: Sequence[str]) -> bool:
     return UNFINISHED in names or "parts" in home.facts(sealed.MANIFEST)
 
 
+def notes(home: Home) -> list[str]:
+    """The files that name a part each."""
+    return [f"{UNFINISHED}/{name}" for name in home.at(UNFINISHED).names() if fnmatch(name, "part-*.json")]
+
+
 def noted(home: Home) -> Iterator[Part]:
     """The parts that an earlier run finished."""
-    for name in home.at(UNFINISHED).names():
-        if fnmatch(name, "part-*.json"):
-            try:
-                yield Part(**home.facts(f"{UNFINISHED}/{name}"))
-            except ValidationError:
-                continue  # a note that was cut: its part is made again
+    for name in notes(home):
+        try:
+            yield Part(**home.facts(name))
+        except ValidationError:
+            continue  # a note that was cut: its part is made again
 
 
 def is_whole(home: Home, part: Part) -> bool:

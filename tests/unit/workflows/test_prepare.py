@@ -1,8 +1,11 @@
 """Prepared data is whole, says what it is, is not made twice, and goes on where it was cut."""
 
+import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -99,6 +102,37 @@ def test_a_shard_that_a_store_did_not_give_is_read_by_the_next_start(
     (gone,) = parts_of(out, 1, spec)
     assert (gone.kept, gone.rejects) == (0, {"shard": 1})
     assert "cannot be read at byte 0" in gone.damage
+
+
+@pytest.mark.parametrize("done", range(8))
+@pytest.mark.parametrize("sealed_before", [True, False])
+def test_a_kill_while_a_directory_is_made_ready_for_another_source_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int, *, sealed_before: bool
+) -> None:
+    spec, out = spec_of(tars(tmp_path, 2), 2), tmp_path / "out"
+    resumed(out, "old")
+    made = [part for shard in range(2) for part in parts_of(out, shard, spec)]
+    if sealed_before:
+        facts = {"parts": [part.model_dump(mode="json") for part in made]}
+        sealed.seal(out, {part.file: part.sha256 for part in made}, facts)
+        Home.of(out).drop(UNFINISHED)
+    left = iter([True] * done)
+
+    def until_killed(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*args: Any) -> None:
+            if not next(left, False):
+                raise KeyboardInterrupt
+            change(*args)
+
+        return changed
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Home, "drop", until_killed(Home.drop))
+        patch.setattr(Home, "write", until_killed(Home.write))
+        resumed(out, "new")
+    assert resumed(out, "new") == {}
+    assert sorted(path.name for path in out.iterdir()) == [UNFINISHED]
+    assert [path.name for path in (out / UNFINISHED).iterdir()] == ["source.json"]
 
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
