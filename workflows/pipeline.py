@@ -210,10 +210,13 @@ def loaded_or_trained(stage: TrainSpec, found: training.Inputs, making: Making) 
 
 
 def cascade_of(spec: RunSpec, run: Home, bundles: Mapping[str, Path]) -> str:
-    """The cascade of these bundles; left as it is if it is made of just these."""
+    """The cascade of these bundles; left as it is if it is made of just these.
+
+    Parents from elsewhere belong to it, but not where weights began: nothing is sampled with them.
+    """
     stages = dict(bundles)
     for stage in spec.stages:
-        for role in stage.parents:
+        for role in (role for role in stage.parents if role != "start"):
             path = training.parent_home(stage, role, run).fetched()
             if path not in stages.values():
                 stages[f"{stage.name}.{role}"] = path

@@ -84,6 +84,14 @@ def test_a_cascade_does_not_mix_trainings(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+def test_where_weights_began_is_no_part_of_a_cascade(tmp_path: Path) -> None:
+    found = stages(tmp_path)
+    named = sealed.verify(found["base"]).facts["parents"] | {"start": "a" * 64}
+    bundle.save(found["base"], BASE, stage(BASE).model.state_dict(), parents=named, facts={"step": 1})
+    digest = bundle.save_cascade(tmp_path / "cascade", SPEC, found, card="")
+    assert bundle.load_cascade(tmp_path / "cascade").digest == digest
+
+
 @pytest.mark.parametrize(
     "name", ["base/weights.safetensors", "cascade.json", "clip/spec.json", "clip/manifest.json"]
 )

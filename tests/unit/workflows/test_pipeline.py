@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from dd_core import sealed
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from workflows.pairs import PairsSpec
-from workflows.pipeline import RunSpec, check_parents, clock, in_order, seconds_of, timed
+from workflows.pipeline import RunSpec, cascade_of, check_parents, clock, in_order, seconds_of, timed
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 from workflows.worker import threads
 
@@ -76,6 +78,23 @@ def test_a_parent_that_is_nowhere_is_named_before_any_work(tmp_path: Path) -> No
         check_parents(spec, tmp_path)
     with pytest.raises(ValueError, match="r has no stage 'base'; it has a"):
         spec.stage("base")
+
+
+def sealed_bundle(directory: Path, parents: dict[str, str]) -> str:
+    directory.mkdir(parents=True)
+    (directory / "w").write_text(directory.parent.name)
+    facts = {"step": 1, "images": 4, "seconds": 1.0, "parents": parents}
+    return sealed.seal(directory, sealed.digests(directory), facts)
+
+
+def test_a_bundle_from_elsewhere_that_gave_the_first_weights_is_not_in_the_cascade(tmp_path: Path) -> None:
+    start = sealed_bundle(tmp_path / "other" / "base" / "bundle", {"clip": "a" * 64})
+    run, bundles = tmp_path / "run", {"a": tmp_path / "run" / "a" / "bundle"}
+    sealed_bundle(bundles["a"], {"start": start})
+    spec = run_spec(stage("a", start=str(tmp_path / "other" / "base" / "bundle")))
+    digest = cascade_of(spec, Home.of(run), bundles)
+    assert sealed.verify(run / "cascade").digest == digest == cascade_of(spec, Home.of(run), bundles)
+    assert [path.name for path in (run / "cascade").iterdir() if path.is_dir()] == ["a"]
 
 
 def test_the_fingerprint_follows_what_the_result_depends_on_and_nothing_else() -> None:
