@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 256 * 2**10
 PARAM_CHARACTERS = 6000
 JOURNAL = "metrics.jsonl"
-MARKS = (JOURNAL, "metrics.sent", "metrics.run")
-"""The journal, how much of it has been sent, and the run that it was sent to."""
+SENT = ("metrics.sent", "metrics.run")
+"""How much of a journal has been sent, and the run that it was sent to."""
+MARKS = (JOURNAL, *SENT)
 
 
 class Entry(NamedTuple):
@@ -187,10 +188,27 @@ def send_some(journal: Path, send: Send) -> int:
         piece = file.read(BATCH_BYTES) + file.readline()
     whole = piece.rfind(b"\n") + 1
     send(list(entries(journal, start=start, size=whole)))
-    draft = journal.with_suffix(".sent.new")
-    draft.write_text(str(start + whole))
-    draft.replace(journal.with_suffix(".sent"))
+    mark(journal, start + whole)
     return whole
+
+
+def mark(journal: Path, position: int) -> None:
+    """Write down that a journal has been delivered up to here."""
+    draft = journal.with_suffix(".sent.new")
+    draft.write_text(str(position))
+    draft.replace(journal.with_suffix(".sent"))
+
+
+def settle(journal: Path) -> None:
+    """Take a mark that is ahead of its journal back to the journal's end, before anybody writes on.
+
+    A machine that is lost may have sent the mark and not the lines; those that are written in their place
+    have not been delivered.
+    """
+    known = journal.with_suffix(".sent")
+    size = journal.stat().st_size if journal.exists() else 0
+    if known.exists() and int(known.read_text()) > size:
+        mark(journal, journal.read_bytes().rfind(b"\n") + 1 if size else 0)
 
 
 def sent(journal: Path) -> int:

@@ -21,7 +21,7 @@ from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.embeddings import embed
-from workflows.journal import JOURNAL
+from workflows.journal import JOURNAL, Journal, entries
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepBars, StepProgress, clock
 from workflows.run_spec import RunSpec, in_order
@@ -165,6 +165,7 @@ def made(stage: TrainSpec, making: Making) -> Path:
     found, home = training.inputs(stage, run=run, data=prepared.home), run.at(stage.name)
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
+        caught_up(home, making.tracked.stage(stage.name), done)
         return done
     if (told := training.embeddings_of(stage, found, run=run)) is not None:
         with EMBEDDING, timed(run, "embeddings"):
@@ -184,12 +185,27 @@ def made(stage: TrainSpec, making: Making) -> Path:
         journal.status("KILLED" if isinstance(error, training.PreemptedError) else "FAILED")
         home.send(JOURNAL)
         raise
+    told_finished(home, journal, path)
+    log.info("%s: done in %s", stage.name, clock(seconds_of(run)[stage.name]))
+    return path
+
+
+def caught_up(home: Home, journal: Journal, path: Path) -> None:
+    """Of a stage that was done before: what the start that made it was killed before it could write down.
+
+    What that start could not deliver is carried since the journal was opened.
+    """
+    said = [entry.value for entry in entries(journal.path) if entry.kind == "status"]
+    if said and said[-1] != "FINISHED":
+        told_finished(home, journal, path)
+
+
+def told_finished(home: Home, journal: Journal, path: Path) -> None:
+    """The last that is written down of a stage."""
     seal = sealed.verify(path)
     journal.tags({"bundle": home.at("bundle").address, "bundle_sha256": seal.digest})
     journal.status("FINISHED")
     home.send(JOURNAL)
-    log.info("%s: done in %s", stage.name, clock(seconds_of(run)[stage.name]))
-    return path
 
 
 def loaded_or_trained(stage: TrainSpec, found: training.Inputs, making: Making) -> Path:
