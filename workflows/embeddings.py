@@ -104,6 +104,7 @@ def embed(what: Embeddings, *, told_to_stop: Callable[[], bool] = lambda: False)
         ValueError: The parent is no CLIP.
         DataError: A prepared file is damaged, or was prepared without this size.
         DestinationError: The directory cannot be written to, or holds other files.
+        StorageError: A store, of the data or of the embeddings, is away; what is made stays.
     """
     if not is_finished(what):
         made(what, told_to_stop)
@@ -214,6 +215,8 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
             raise DataError(report["damage"])
         if report["error"]:
             raise DestinationError(f"{what.home.address} cannot be written to: {report['error']}")
+        if report["away"]:
+            raise StorageError(report["away"])
         yield Part.model_validate_json(report["part"])
 
 
@@ -236,15 +239,18 @@ def reported(
     torch.set_num_threads(1)
     clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
     for number in batch["file"].tolist():
-        part, damage, error = "", "", ""
+        part, damage, error, away = "", "", "", ""
         try:
             found = write_sidecar(what, number, clip.spec.embedding_width, partial(told, clip, device))
             part = found.model_dump_json()
         except DataError as failure:
             damage = one_line(failure)
-        except (OSError, StorageError) as failure:
+        except OSError as failure:
             error = one_line(failure)
-        yield {"part": np.array([part]), "damage": np.array([damage]), "error": np.array([error])}
+        except StorageError as failure:
+            away = one_line(failure)
+        told_of = {"part": part, "damage": damage, "error": error, "away": away}
+        yield {name: np.array([value]) for name, value in told_of.items()}
 
 
 @torch.inference_mode()
@@ -305,16 +311,20 @@ def write_sidecar(
 
 def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
     """Of each row group the images that are there, uint8 [b, 3, s, s], and which rows they are of."""
-    column, remedy = f"image{image_size}", "prepare the data again"
-    try:
+    column = f"image{image_size}"
+
+    def look() -> int:
         with fsspec.open(url, "rb") as file:
             parquet = pq.ParquetFile(file)
             feed.check_columns(url, parquet, (column, "reject"))
-            groups = parquet.num_row_groups
+            return int(parquet.num_row_groups)
+
+    try:
+        groups = feed.patiently(look, url)
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{url}: {feed.first_line(error)}; {remedy}") from None
+        raise DataError(f"{url}: {feed.first_line(error)}; {feed.PREPARE}") from None
     for group in range(groups):
-        table = feed.row_group(url, group, [column, "reject"], remedy)
+        table = feed.row_group(url, group, [column, "reject"], feed.PREPARE)
         usable = pc.equal(table["reject"], "").combine_chunks().to_numpy(zero_copy_only=False)
         data = table[column].filter(pa.array(usable)).to_pylist()
         yield stacked(data, image_size), usable

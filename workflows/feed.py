@@ -10,11 +10,12 @@ Runs without Ray and without torch, so that the processes that read start at onc
 """
 
 import io
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -24,9 +25,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from workflows.files import GONE, one_line
 from workflows.labels import LabelSpec, label_of
-from workflows.storage import Home
+from workflows.storage import Home, StorageError
 
+T = TypeVar("T")
 GROUPS_PER_MIX = 8
 TASK_BYTES = 32 * 2**20
 """Decoded images, or embeddings, of one read task."""
@@ -38,7 +41,12 @@ EMBEDDINGS = 1
 """Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
 EMBEDDING = "embedding"
 """Column of the sidecars."""
+PREPARE = "prepare the data again"
 REMAKE = "delete it, if it is there, and run the same command again: it is made anew"
+
+
+ATTEMPTS, PAUSE_S = 6, 0.1
+"""How often a store that is away is asked, and the first pause, of which each is twice the one before."""
 
 
 class DataError(RuntimeError):
@@ -152,16 +160,20 @@ def check_columns(url: str, parquet: pq.ParquetFile, columns: Sequence[str]) -> 
 def check_sidecar(url: str, beside: pq.ParquetFile, width: int) -> None:
     """Refuse embeddings that are not there, or are not those of this file, row group by row group."""
     try:
-        with fsspec.open(url, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            kind = parquet.schema_arrow.field(EMBEDDING).type
-            rows = groups_of(parquet)
+        kind, rows = patiently(lambda: shape_of(url), url)
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise DataError(f"{url}: {first_line(error)}; {REMAKE}") from None
     if rows != groups_of(beside):
         raise DataError(f"{url} has other rows than the prepared file of its name; {REMAKE}")
     if kind != pa.list_(pa.float32(), width):
         raise DataError(f"{url} holds {kind}, the stage reads embeddings of {width} numbers; {REMAKE}")
+
+
+def shape_of(url: str) -> tuple[pa.DataType, list[int]]:
+    """Of a sidecar: the kind of its embeddings, and the rows of each row group."""
+    with fsspec.open(url, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.schema_arrow.field(EMBEDDING).type, groups_of(parquet)
 
 
 def groups_of(parquet: pq.ParquetFile) -> list[int]:
@@ -250,8 +262,9 @@ def usable(url: str, group: int, wanted: Wanted) -> pa.Table:
 
     Raises:
         DataError: A file is gone, cut or changed.
+        StorageError: The store is away.
     """
-    table = row_group(url, group, [*wanted.columns, "reject"], "prepare the data again")
+    table = row_group(url, group, [*wanted.columns, "reject"], PREPARE)
     if wanted.embeddings:
         beside = row_group(wanted.sidecar(url), group, [EMBEDDING], REMAKE)
         if len(beside) != len(table):
@@ -277,13 +290,43 @@ def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.T
 
     Raises:
         DataError: The file is gone, cut or changed; the message ends with the remedy.
+        StorageError: The store is away, or does not let us.
     """
-    try:
+
+    def look() -> pa.Table:
         with fsspec.open(url, "rb") as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             return parquet.read_row_group(group, columns=list(columns))
+
+    try:
+        return patiently(look, url)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{url}, row group {group}: {first_line(error)}; {remedy}") from None
+
+
+def patiently(look: Callable[[], T], url: str) -> T:
+    """What is read of a file; tried again while it is the store that fails.
+
+    Raises:
+        StorageError: The store failed at every attempt, or does not let us.
+        The errors of `look` that tell of the file.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return look()
+        except Exception as error:
+            if tells_of_the_file(error):
+                raise
+            failure = error
+        time.sleep(PAUSE_S * 2**attempt)
+    raise StorageError(f"{url} cannot be read: {one_line(failure)}; run the same command again when it can")
+
+
+def tells_of_the_file(error: Exception) -> bool:
+    """Whether it is gone, or damaged as pyarrow says it; stores raise other kinds, or with a number."""
+    if isinstance(error, (*GONE, pa.ArrowException, DataError, KeyError, MemoryError)):
+        return True
+    return type(error) is OSError and error.errno is None
 
 
 def first_line(error: Exception) -> str:

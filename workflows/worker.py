@@ -89,7 +89,10 @@ def ended(job: Job) -> Outcome:
     except DivergedError as error:
         return Outcome("diverged", str(error))
     except ray.exceptions.RayTaskError as error:  # a read task raised, and would again
-        return Outcome("data", str(error.cause).strip().splitlines()[0])  # then Ray's advice on retries
+        said = str(error.cause).strip().splitlines()[0]  # then comes Ray's advice on retries
+        if isinstance(error.cause, StorageError):  # but for this
+            raise StorageError(said) from None
+        return Outcome("data", said)
     except feed.DataError as error:  # which the one above may be too, with a traceback for a message
         return Outcome("data", str(error))
     except StorageError:  # a store that is away may come back, and the next attempt finds it

@@ -1,6 +1,7 @@
 """What a run reads is a function of data, seed and step: of nothing that happens to the run."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tests.prepared import png, write_prepared
 from workflows import feed
 from workflows.feed import DataError, Order, Share, Wanted
 from workflows.labels import LabelSpec, label_of
+from workflows.storage import StorageError
 
 BATCH = 12
 SIZE = 16
@@ -110,3 +112,31 @@ def test_bad_data_is_refused_with_its_name(data: Path, tmp_path: Path) -> None:
     path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
     with pytest.raises(DataError, match=r"part-00000.parquet, row group \d+: .*prepare the data again"):
         captions(order, Share(0, 1, 24, 0, 1))
+
+
+class AwayError(Exception):
+    """As botocore and aiohttp have their own."""
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, ConnectionResetError, PermissionError, AwayError])
+@pytest.mark.parametrize("times", [5, 6])
+def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
+    data: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], times: int
+) -> None:
+    real, failures, pauses = feed.fsspec.open, iter([kind("the store is away")] * times), list[float]()
+
+    def flaky(*args: Any, **options: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return real(*args, **options)
+
+    monkeypatch.setattr("workflows.feed.fsspec.open", flaky)
+    monkeypatch.setattr("workflows.feed.time.sleep", pauses.append)
+    url = str(data / "part-00000.parquet")
+    if times < feed.ATTEMPTS:
+        assert len(feed.row_group(url, 0, ["reject"], "")) == 16
+    else:
+        with pytest.raises(StorageError, match=r"part-00000\.parquet cannot be read: the store is away; run"):
+            feed.row_group(url, 0, ["reject"], "")
+    assert pauses == sorted(pauses)
+    assert len(pauses) == times

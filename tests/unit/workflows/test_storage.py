@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fsspec.implementations.local import LocalFileSystem
+from ray.exceptions import RayTaskError
 
 from dd_core import checkpoint
 from workflows import storage, worker
+from workflows.feed import DataError
 from workflows.journal import JOURNAL
 from workflows.storage import Home, StorageError
 
@@ -62,6 +64,24 @@ def test_workers_of_one_machine_leave_each_other_time_to_send_a_checkpoint(run: 
     mp.spawn(rank_main, (home, tmp_path / "meeting"), nprocs=2)
     assert home.text(JOURNAL) == "1\n"
     assert worker.newest(home) == "checkpoints/step-00000010"
+
+
+@pytest.mark.parametrize(
+    ("cause", "again"), [(StorageError("the store is away"), True), (DataError("cut\nadvice"), False)]
+)
+def test_a_store_that_is_away_while_workers_read_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, *, again: bool
+) -> None:
+    def reading(job: worker.Job) -> worker.Outcome:
+        raise RayTaskError("read", "traceback", cause).as_instanceof_cause()
+
+    monkeypatch.setattr(worker, "trained_to_the_end", reading)
+    job: Any = None
+    if again:
+        with pytest.raises(StorageError, match=r"^the store is away$"):
+            worker.ended(job)
+    else:
+        assert worker.ended(job) == worker.Outcome("data", "cut")
 
 
 def test_what_is_to_be_sent_and_is_gone_is_an_error(run: Home) -> None:
