@@ -41,7 +41,7 @@ EMBEDDINGS = 1
 """Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
 EMBEDDING = "embedding"
 """Column of the sidecars."""
-PREPARE = "prepare the data again"
+PREPARE = "delete it, if it is there, and prepare the data again (`ddiff run` does): it is made anew"
 REMAKE = "delete it, if it is there, and run the same command again: it is made anew"
 
 

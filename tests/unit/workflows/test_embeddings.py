@@ -200,7 +200,7 @@ def test_bad_inputs_are_refused_with_the_file_named(inputs: Made, tmp_path: Path
     path = inputs.data / "part-00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
-    with pytest.raises(DataError, match=r"part-00001.parquet, row group 0: .*; prepare the data again"):
+    with pytest.raises(DataError, match=r"part-00001.parquet, row group 0: .*; delete it.*prepare the data"):
         embed(inputs.what)
     path.write_bytes(whole)
     with pytest.raises(DataError, match=r"has no column 'image64'.*prepare the pairs with this size"):

@@ -110,7 +110,7 @@ def test_bad_data_is_refused_with_its_name(data: Path, tmp_path: Path) -> None:
     path = copy / "part-00000.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
-    with pytest.raises(DataError, match=r"part-00000.parquet, row group \d+: .*prepare the data again"):
+    with pytest.raises(DataError, match=r"part-00000.parquet, row group \d+: .*delete it.* prepare the data"):
         captions(order, Share(0, 1, 24, 0, 1))
 
 
