@@ -56,7 +56,7 @@ class ReplicaSpec(Spec):
     max_rows: int = Field(8, ge=1)
     """Samples in progress at once; what fits the memory of the device."""
     max_waiting: int = Field(64, ge=0)
-    """Samples that may wait for them; more are told to come back later."""
+    """Images that may wait for them; more are told to come back later."""
     shared: bool | None = None
     """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
     image would no longer be the same to the last bit whatever is served beside it."""
