@@ -300,6 +300,7 @@ def test_any_json_gets_its_images_or_a_reason(served: Served, body: dict[str, An
         (BusyError("full"), 429, "busy", ("retry-after", "1")),
         (TimeoutError(), 504, "deadline_exceeded", ("x-should-retry", "false")),
         (HopLostError("no replica", again=True), 503, "unavailable", ("retry-after", "2")),
+        (torch.OutOfMemoryError("CUDA out of memory"), 503, "unavailable", ("retry-after", "2")),
         (HopLostError("two died", again=False), 500, "replica_died", ("x-should-retry", "false")),
         (FloatingPointError(), 500, "not_finite", ("x-should-retry", "false")),
     ],
