@@ -8,15 +8,19 @@ from ray.serve.handle import DeploymentHandle
 
 from dd_core.cascade import CascadeState
 from dd_core.samplers import SamplingSpec
-from serve.engine import BusyError, EngineDownError, RefusedError
+from serve.engine import BusyError, DeviceLostError, EngineDownError, RefusedError
 from serve.painter import HopLostError
+
+PAUSE_S = 1.0
+"""Before a hop is asked again whose replica says that it cannot serve: Serve has to replace that first."""
 
 
 class ReplicaLink:
     """Any replica of the deployment of a hop.
 
     A sampling is seeded, so it may be asked again: when a replica dies, its request goes once more to
-    another one.  Two deaths under one request are more likely than not its own fault.
+    another one.  Two deaths under one request are more likely than not its own fault; a replica that
+    had failed before it was asked is none, and is asked again until it has been replaced.
     """
 
     def __init__(self, stage: str, handle: DeploymentHandle) -> None:
@@ -24,23 +28,36 @@ class ReplicaLink:
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         clock = asyncio.get_running_loop().time
-        until = clock() + timeout_s
-        for _ in range(2):
-            response = self.handle.advance.remote(state, how, until - clock())
+        until, deaths = clock() + timeout_s, 0
+        while True:
             try:
-                return await response
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except BackPressureError:
-                raise BusyError(f"too many requests wait for {self.stage}") from None
-            except RefusedError as error:  # Ray's copy reads as a traceback, its cause as it was raised
-                raise RefusedError(str(getattr(error, "cause", error))) from None
-            except DeploymentUnavailableError as error:
-                raise HopLostError(f"no replica of {self.stage} can be started", again=True) from error
+                return await self.asked(state, how, until - clock())
             except (RayActorError, EngineDownError) as error:
                 lost: Exception = error
-        raise HopLostError(f"two replicas of {self.stage} died under this request", again=False) from lost
+            if not isinstance(lost, EngineDownError) or isinstance(lost, DeviceLostError):
+                deaths += 1
+            if deaths == 2:
+                told = f"two replicas of {self.stage} died under this request"
+                raise HopLostError(told, again=False) from lost
+            if isinstance(lost, EngineDownError):
+                if clock() + PAUSE_S > until:
+                    raise HopLostError(f"a replica of {self.stage} is being replaced", again=True) from lost
+                await asyncio.sleep(PAUSE_S)
+
+    async def asked(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
+        """The answer of one replica."""
+        response = self.handle.advance.remote(state, how, timeout_s)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise BusyError(f"too many requests wait for {self.stage}") from None
+        except RefusedError as error:  # Ray's copy reads as a traceback, its cause as it was raised
+            raise RefusedError(str(getattr(error, "cause", error))) from None
+        except DeploymentUnavailableError as error:
+            raise HopLostError(f"no replica of {self.stage} can be started", again=True) from error
 
     async def ready(self) -> str:
         response = self.handle.ready.remote()
