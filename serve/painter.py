@@ -108,6 +108,14 @@ class Painter:
         """How each hop is sampled for an order."""
         return [chosen(hop, order) for hop in self.cascade.hops]
 
+    def follows(self) -> bool:
+        """Whether a hop follows the steps and the guidance of orders."""
+        return any(hop.follows_request for hop in self.cascade.hops)
+
+    def guided(self, order: Order) -> bool:
+        """Whether a hop is guided, and so away from a negative prompt."""
+        return any(how.guidance_scale != 1 for how in self.plan(order))
+
     def cut(self, order: Order) -> list[str]:
         """The texts of an order that are longer than the model reads."""
         texts = {"prompt": order.prompt, "negative_prompt": order.negative}
@@ -131,10 +139,14 @@ class Painter:
 
 
 def chosen(hop: HopSpec, order: Order) -> SamplingSpec:
-    """The sampling of a hop: its own, changed by the order where the hop follows it."""
+    """The sampling of a hop: its own, changed by the order where the hop follows it.
+
+    Effort asks for no more steps than a request may, unless the hop takes more by itself.
+    """
     if not hop.follows_request:
         return hop.how
-    steps = order.steps or min(250, max(1, round(hop.how.num_steps * order.effort)))
+    own = hop.how.num_steps
+    steps = order.steps or min(max(250, own), max(1, round(own * order.effort)))
     scale = hop.how.guidance_scale if order.scale is None else order.scale
     return hop.how.but(num_steps=steps, guidance_scale=scale)
 

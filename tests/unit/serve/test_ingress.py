@@ -64,9 +64,11 @@ class EngineLink:
 class Served:
     """The application over two hops, and its client."""
 
-    def __init__(self, timeout_s: float = 20, *, by_class: bool = False) -> None:
+    def __init__(
+        self, timeout_s: float = 20, *, by_class: bool = False, cascade: CascadeSpec = CASCADE
+    ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
-        painter = Painter(CASCADE, DIGEST, self.links, by_class=by_class)
+        painter = Painter(cascade, DIGEST, self.links, by_class=by_class)
         api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
         self.app = api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
@@ -117,13 +119,15 @@ def test_seeds_run_over_the_top_back_to_zero(served: Served) -> None:
 
 
 def test_a_png_says_what_paints_it_again(served: Served) -> None:
-    answer = served.post(
-        prompt="ein Kreis, größer als ☃", seed=3, num_inference_steps=4, negative_prompt="blue"
-    )
+    asked = {"num_inference_steps": 4, "guidance_scale": 2, "negative_prompt": "blue"}
+    answer = served.post(prompt="ein Kreis, größer als ☃", seed=3, **asked)
     text = Image.open(io.BytesIO(pngs(answer)[0])).text  # type: ignore[attr-defined]
     assert text["prompt"] == "ein Kreis, größer als ☃"
     assert (text["negative_prompt"], text["seed"], text["cascade"]) == ("blue", "3", DIGEST)
-    assert [SamplingSpec(**how) for how in json.loads(text["how"])] == [BASE.but(num_steps=4), LAST]
+    assert [SamplingSpec(**how) for how in json.loads(text["how"])] == [
+        BASE.but(num_steps=4, guidance_scale=2.0),
+        LAST,
+    ]
     assert answer.headers["x-model-version"] == DIGEST
 
 
@@ -197,6 +201,29 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, param: str, 
     assert message.startswith(f"{param}: ")
 
 
+@pytest.mark.parametrize(
+    ("param", "value"), [("num_inference_steps", 5), ("guidance_scale", 2), ("quality", "high")]
+)
+def test_what_no_hop_hears_is_refused_and_what_clients_send_unasked_is_not(param: str, value: Any) -> None:
+    one = Served(cascade=CASCADE.but(hops=tuple(hop.but(follows_request=False) for hop in CASCADE.hops)))
+    with one.client:
+        message = refused(one.post(**{param: value}), 400, param)
+        assert message == f"{param}: no hop hears it; leave it out, or set follows_request of one"
+        usual = [one.post(seed=1, quality=quality) for quality in ("auto", "standard", None)]
+    assert len({pngs(answer)[0] for answer in usual}) == 1
+
+
+def test_a_negative_prompt_is_refused_where_nothing_is_guided(served: Served) -> None:
+    message = refused(served.post(negative_prompt="blue"), 400, "negative_prompt")
+    assert message == (
+        "negative_prompt: no hop is guided away from it; leave it out, or set a guidance_scale above 1"
+    )
+    fixed = CASCADE.but(hops=tuple(HopSpec(stage=stage, how=LAST) for stage in ("base", "upsampler")))
+    with Served(cascade=fixed).client as client:
+        told = refused(client.post(URL, json={"prompt": "a", "negative_prompt": "b"}), 400, "negative_prompt")
+    assert told.endswith("leave it out")
+
+
 def test_an_unknown_model_is_404_and_the_known_one_is_listed(served: Served) -> None:
     message = refused(served.post(model="dall-e-3"), 404, "model")
     assert message == "model: there is no 'dall-e-3'; demo is served"
@@ -214,7 +241,7 @@ def test_a_prompt_longer_than_the_context_is_cut_and_says_so(served: Served) -> 
     assert too_long(cut, 16)
     assert "x-prompt-truncated" not in served.post(prompt=fits).headers
     assert served.post(prompt=cut).headers["x-prompt-truncated"] == "prompt"
-    both = served.post(prompt=cut, negative_prompt=cut)
+    both = served.post(prompt=cut, negative_prompt=cut, guidance_scale=2)
     assert both.headers["x-prompt-truncated"] == "prompt, negative_prompt"
 
 
@@ -410,11 +437,15 @@ def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_
         refused(one.post(label=-1), 400, "label")
 
 
-def test_effort_never_asks_for_more_steps_than_a_request_may() -> None:
+@pytest.mark.parametrize(
+    ("own", "quality", "steps"),
+    [(100, "max", 250), (100, "low", 50), (1000, "auto", 1000), (1000, "high", 1000), (1000, "low", 500)],
+)
+def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop_s_own(
+    own: int, quality: Any, steps: int
+) -> None:
     order = Api(Painter(CASCADE, DIGEST, {}), created=0, timeout_s=1, max_body_bytes=1).order(
-        GenerationRequest(prompt="a", quality="max")
+        GenerationRequest(prompt="a", quality=quality)
     )
-    assert (
-        chosen(HopSpec(stage="base", how=BASE.but(num_steps=100), follows_request=True), order).num_steps
-        == 250
-    )
+    hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)
+    assert chosen(hop, order).num_steps == steps
