@@ -1,10 +1,13 @@
 """The cascade that a config names, on this machine: a directory as it is, or fetched from a store once.
 
 A fetched cascade lies in a directory named after its digest and is never changed; every byte is
-verified before the directory gets its name, so one that is there can be opened.
+verified before the directory gets its name.  What cleans temporary directories may still remove files
+of it, so it is verified again before it is opened, and fetched anew if it is damaged.
 """
 
+import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +20,7 @@ import fsspec
 
 from dd_core import sealed
 
+log = logging.getLogger(__name__)
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -37,9 +41,26 @@ def on_this_machine(address: str, digest: str) -> Path:
     if not DIGEST.fullmatch(digest):
         raise ValueError(f"{address} is fetched by its digest; set digest, as `ddiff deploy` does")
     place = cache() / digest
-    if not place.exists():
+    if not whole(place):
         fetch(address, digest, place)
     return place
+
+
+def whole(place: Path) -> bool:
+    """Whether a fetched cascade can be opened; a damaged one is removed, under a name of its own first."""
+    if not place.exists():
+        return False
+    try:
+        sealed.verify(place)
+    except (sealed.SealError, OSError) as error:
+        log.warning("fetching it anew: %s", error)
+    else:
+        return True
+    aside = draft_of(place)
+    with contextlib.suppress(FileNotFoundError):  # another process of this machine was sooner
+        place.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    return False
 
 
 def in_a_store(address: str) -> bool:
@@ -62,7 +83,7 @@ def fetch(address: str, digest: str, place: Path) -> None:
         files, root = fsspec.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(f"{address} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
-    draft = place.with_name(f".{digest[:16]}-{uuid.uuid4().hex}")
+    draft = draft_of(place)
     try:
         copy(files, root, address, draft)
         found = sealed.verify(draft).digest
@@ -75,6 +96,11 @@ def fetch(address: str, digest: str, place: Path) -> None:
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def draft_of(place: Path) -> Path:
+    """A name beside it that nobody else has."""
+    return place.with_name(f".{place.name[:16]}-{uuid.uuid4().hex}")
 
 
 def copy(files: Any, root: str, address: str, draft: Path) -> None:

@@ -35,6 +35,16 @@ def test_it_is_fetched_once_and_opened_from_there(stored: tuple[str, str]) -> No
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("lost", ["base/weights.safetensors", sealed.MANIFEST])
+def test_a_fetched_cascade_that_has_lost_a_file_is_fetched_anew(stored: tuple[str, str], lost: str) -> None:
+    path = on_this_machine(*stored)
+    (path / lost).unlink()
+    assert on_this_machine(*stored) == path
+    assert sealed.verify(path).digest == stored[1]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.fault
 def test_a_flipped_bit_a_missing_file_and_another_cascade_are_refused(stored: tuple[str, str]) -> None:
     address, digest = stored
     with pytest.raises(sealed.SealError, match=f"is cascade {digest[:12]}, not {'f' * 12} as asked for"):
