@@ -23,6 +23,8 @@ import regex  # type: ignore[import-untyped]
 START, END = 49406, 49407
 """Open and close every caption; what follows END is zeros."""
 MERGES = 49152 - 256 - 2
+LONGEST_REMEMBERED = 32
+"""Characters of a piece: longer runs of letters do not come again, but would fill the memory."""
 PLAIN = re.compile(r"[ -%'-~\t\n]*")
 """Printable ASCII without '&': the text repairs below leave it as it is."""
 PIECES = regex.compile(
@@ -78,9 +80,19 @@ def cleaned(caption: str) -> str:
     return " ".join(caption.split()).lower()
 
 
-@functools.lru_cache(maxsize=65_536)
 def piece_tokens(piece: str) -> tuple[int, ...]:
-    """The tokens of one word, number or run of signs: neighbours are joined, lowest rank first."""
+    """The tokens of one word, number or run of signs; those of words of common length are remembered."""
+    return remembered(piece) if len(piece) <= LONGEST_REMEMBERED else joined_tokens(piece)
+
+
+@functools.lru_cache(maxsize=65_536)
+def remembered(piece: str) -> tuple[int, ...]:
+    """The same, once for each piece."""
+    return joined_tokens(piece)
+
+
+def joined_tokens(piece: str) -> tuple[int, ...]:
+    """The symbols of a piece: neighbours are joined, lowest rank first."""
     vocabulary = loaded()
     if piece in {"<start_of_text>", "<end_of_text>"}:
         return (vocabulary.ids[piece],)

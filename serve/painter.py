@@ -84,19 +84,23 @@ class Painter:
         plan = self.plan(order)
         until = asyncio.get_running_loop().time() + timeout_s
         async with asyncio.timeout_at(until):
-            tasks = [asyncio.create_task(self.image(order, seed, plan, until)) for seed in order.seeds]
+            asked = await asyncio.to_thread(self.asked, order)  # long texts take long to read
+            states = (asked._replace(seeds=[seed]) for seed in order.seeds)
+            tasks = [asyncio.create_task(self.image(state, plan, until)) for state in states]
             try:
                 return await asyncio.gather(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()
 
-    async def image(self, order: Order, seed: int, plan: Sequence[SamplingSpec], until: float) -> Tensor:
-        """One image through every hop."""
+    def asked(self, order: Order) -> CascadeState:
+        """What every image of an order begins with, its seed aside."""
         negatives = [order.negative] if order.negative else []
-        state = requested([order.prompt], [seed], self.cascade.context_length, negatives=negatives)
-        if order.label is not None:
-            state = state._replace(label=torch.tensor([order.label]))
+        state = requested([order.prompt], [], self.cascade.context_length, negatives=negatives)
+        return state if order.label is None else state._replace(label=torch.tensor([order.label]))
+
+    async def image(self, state: CascadeState, plan: Sequence[SamplingSpec], until: float) -> Tensor:
+        """One image through every hop."""
         clock = asyncio.get_running_loop().time
         for hop, how in zip(self.cascade.hops, plan, strict=True):
             state = await self.links[hop.stage].advance(state, how, until - clock())
@@ -153,4 +157,4 @@ def chosen(hop: HopSpec, order: Order) -> SamplingSpec:
 
 def too_long(text: str, context_length: int) -> bool:
     """Whether tokens are lost: with one place more, that place would be used."""
-    return tokens([text], context_length + 1)[0] != [*tokens([text], context_length)[0], 0]
+    return tokens([text], context_length + 1)[0][-1] != 0

@@ -60,6 +60,13 @@ def test_every_text_fits_and_ends_with_end() -> None:
         assert row[min(words + 1, length - 1)] == text.END
 
 
+def test_only_pieces_of_the_length_of_words_are_remembered(published: Published) -> None:
+    text.remembered.cache_clear()
+    caption = "red " + "q" * 33 + " " + "x" * 32 + " red"
+    assert text.tokens([caption], 77) == published([caption], 77)
+    assert text.remembered.cache_info().currsize == 2
+
+
 def test_tokenizing_imports_neither_torch_nor_open_clip() -> None:
     code = "import sys; from dd_core import text; text.tokens(['a'], 8); "
     code += "print([m for m in ('torch', 'open_clip', 'ray') if m in sys.modules])"

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from PIL import Image
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
 from dd_core.samplers import SamplingSpec
+from dd_core.text import tokens
 from serve.engine import BusyError, Engine, RefusedError
 from serve.ingress import Api
 from serve.openai_api import GenerationRequest
@@ -243,6 +244,23 @@ def test_a_prompt_longer_than_the_context_is_cut_and_says_so(served: Served) -> 
     assert served.post(prompt=cut).headers["x-prompt-truncated"] == "prompt"
     both = served.post(prompt=cut, negative_prompt=cut, guidance_scale=2)
     assert both.headers["x-prompt-truncated"] == "prompt, negative_prompt"
+
+
+def test_texts_are_read_once_an_order_and_never_in_the_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(captions: Iterable[str], context_length: int) -> list[list[int]]:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        read.extend(captions)
+        return tokens(captions, context_length)
+
+    monkeypatch.setattr("dd_core.cascade.tokens", counted)
+    monkeypatch.setattr("serve.painter.tokens", counted)
+    served.post(n=3, guidance_scale=2, negative_prompt="blue")
+    assert read == ["a red circle", "blue"] * 2  # to be painted, and to be told whether they were cut
 
 
 @pytest.mark.parametrize(
