@@ -34,6 +34,8 @@ from serve.replicas import HopReplica, opened
 
 log = logging.getLogger(__name__)
 APPLICATION = "ddiff"
+GRACE_S = 5.0
+"""Beyond the longest time for one request: only then is a replica that is replaced stopped at its work."""
 
 
 class ServeError(RuntimeError):
@@ -125,11 +127,15 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
             f"hops: {min(strangers)!r} is no hop of {cascade.name}; it has {', '.join(sorted(stages))}"
         )
     place = spec.cascade if in_a_store(spec.cascade) else str(directory)  # each replica fetches its own copy
+    patience = spec.timeout_s + GRACE_S  # a replica that is replaced finishes what it has begun
     hops = {
-        stage: deployment(spec.hops.get(stage, spec.hop), stage, place, digest) for stage in sorted(stages)
+        stage: deployment(spec.hops.get(stage, spec.hop), stage, place, digest, patience_s=patience)
+        for stage in sorted(stages)
     }
     created = int((directory / MANIFEST).stat().st_mtime)
-    ingress = Ingress.options(num_replicas=spec.ingress_replicas)  # type: ignore[attr-defined]
+    ingress = Ingress.options(  # type: ignore[attr-defined]
+        num_replicas=spec.ingress_replicas, graceful_shutdown_timeout_s=patience
+    )
     return ingress.bind(spec, cascade, digest, created, hears_classes(directory, cascade), hops)
 
 
@@ -140,7 +146,9 @@ def hears_classes(directory: Path, cascade: CascadeSpec) -> bool:
     return led or any(spec.classes for spec in specs)
 
 
-def deployment(spec: ReplicaSpec, stage: str, cascade: str, digest: str) -> ray.serve.Application:
+def deployment(
+    spec: ReplicaSpec, stage: str, cascade: str, digest: str, *, patience_s: float
+) -> ray.serve.Application:
     """A hop with its own replicas.
 
     The engine bounds its queue itself, so Serve hands it a few requests more than it takes: they are
@@ -157,6 +165,7 @@ def deployment(spec: ReplicaSpec, stage: str, cascade: str, digest: str) -> ray.
             target_ongoing_requests=spec.busy_requests,
         ),
         "max_surge_percent": 100,
+        "graceful_shutdown_timeout_s": patience_s,
         "health_check_period_s": 2,
         "max_constructor_retry_count": 3,
     }

@@ -1,0 +1,15 @@
+"""The application as it is handed to Ray Serve."""
+
+from pathlib import Path
+
+from serve import app
+from tests.unit.serve.tiny import tiny_cascade
+
+
+def test_what_is_replaced_may_finish_the_longest_request(tmp_path: Path) -> None:
+    tiny_cascade(tmp_path)
+    ingress = app.build({"cascade": str(tmp_path / "cascade"), "timeout_s": 300})._bound_deployment
+    hops = [hop._bound_deployment for hop in ingress.init_args[-1].values()]
+    assert [hop.name for hop in hops] == ["base", "prior", "upsampler"]
+    for one in (ingress, *hops):
+        assert one._deployment_config.graceful_shutdown_timeout_s > 300
