@@ -6,6 +6,7 @@
 A cascade that is already running is replaced replica by replica.
 """
 
+import asyncio
 import json
 import logging
 import signal
@@ -88,9 +89,13 @@ class ServeSpec(Spec):
 @ray.serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_surge_percent=100)
 @ray.serve.ingress()
 class Ingress:
-    """HTTP for one cascade; the application is built in the replica, where the handles work."""
+    """HTTP for one cascade; the application is built in the replica, where the handles work.
 
-    def __init__(
+    Where it replaces another cascade it is there when every hop has changed: until then, and for good if
+    the hops do not come up, what was on the air answers.
+    """
+
+    async def __init__(  # type: ignore[misc] # Serve awaits it
         self,
         spec: ServeSpec,
         cascade: CascadeSpec,
@@ -99,9 +104,12 @@ class Ingress:
         by_class: bool,
         hops: dict[str, DeploymentHandle],
     ) -> None:
-        links = {stage: ReplicaLink(stage, handle) for stage, handle in hops.items()}
+        links = {stage: ReplicaLink(stage, handle, digest) for stage, handle in hops.items()}
+        painter = Painter(cascade, digest, links, by_class=by_class)
+        while await painter.replacing(timeout_s=5):  # noqa: ASYNC110 - hops do not tell when they change
+            await asyncio.sleep(0.5)
         self.api = Api(
-            Painter(cascade, digest, links, by_class=by_class),
+            painter,
             created=created,
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,

@@ -8,11 +8,13 @@ from ray.serve.handle import DeploymentHandle
 
 from dd_core.cascade import CascadeState
 from dd_core.samplers import SamplingSpec
-from serve.engine import BusyError, DeviceLostError, EngineDownError, RefusedError
+from serve.engine import BusyError, DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
 from serve.painter import HopLostError
 
 PAUSE_S = 1.0
 """Before a hop is asked again whose replica says that it cannot serve: Serve has to replace that first."""
+STRANGERS = 5
+"""Replicas of another cascade that a request may meet: then its own is not on its way in, but gone."""
 
 
 class ReplicaLink:
@@ -21,32 +23,36 @@ class ReplicaLink:
     A sampling is seeded, so it may be asked again: when a replica dies, its request goes once more to
     another one.  Two deaths under one request are more likely than not its own fault; a replica that
     had failed before it was asked is none, and is asked again until it has been replaced.
+
+    While a cascade is replaced by another one each hop changes at its own time, so each request says
+    whose it is: no image is drawn half by the one and half by the other.
     """
 
-    def __init__(self, stage: str, handle: DeploymentHandle) -> None:
-        self.stage, self.handle = stage, handle
+    def __init__(self, stage: str, handle: DeploymentHandle, digest: str) -> None:
+        self.stage, self.handle, self.digest = stage, handle, digest
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         clock = asyncio.get_running_loop().time
-        until, deaths = clock() + timeout_s, 0
+        until, deaths, strangers = clock() + timeout_s, 0, 0
         while True:
             try:
                 return await self.asked(state, how, until - clock())
-            except (RayActorError, EngineDownError) as error:
+            except (RayActorError, EngineDownError, OtherCascadeError) as error:
                 lost: Exception = error
-            if not isinstance(lost, EngineDownError) or isinstance(lost, DeviceLostError):
-                deaths += 1
+            deaths += isinstance(lost, RayActorError | DeviceLostError)
+            strangers += isinstance(lost, OtherCascadeError)
             if deaths == 2:
                 told = f"two replicas of {self.stage} died under this request"
                 raise HopLostError(told, again=False) from lost
-            if isinstance(lost, EngineDownError):
-                if clock() + PAUSE_S > until:
-                    raise HopLostError(f"a replica of {self.stage} is being replaced", again=True) from lost
-                await asyncio.sleep(PAUSE_S)
+            if isinstance(lost, RayActorError):
+                continue
+            if strangers == STRANGERS or clock() + PAUSE_S > until:
+                raise HopLostError(f"a replica of {self.stage} is being replaced", again=True) from lost
+            await asyncio.sleep(PAUSE_S)
 
     async def asked(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         """The answer of one replica."""
-        response = self.handle.advance.remote(state, how, timeout_s)
+        response = self.handle.advance.remote(state, how, timeout_s, self.digest)
         try:
             return await response
         except asyncio.CancelledError:

@@ -130,6 +130,12 @@ class Painter:
         answers = await asyncio.gather(*(self.answer(link, timeout_s) for link in self.links.values()))
         return {stage: why for stage, why in zip(self.links, answers, strict=True) if why}
 
+    async def replacing(self, timeout_s: float) -> bool:
+        """Whether a hop still serves another cascade, which is on the air until none does."""
+        asked = (asyncio.wait_for(link.ready(), timeout_s) for link in self.links.values())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return any(isinstance(digest, str) and digest != self.digest for digest in found)
+
     async def answer(self, link: Link, timeout_s: float) -> str:
         """Why a link cannot serve now, or nothing."""
         try:

@@ -3,7 +3,10 @@
 The cluster's nodes and this process share an S3 server and nothing else.
 """
 
+import concurrent.futures
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,28 @@ def painted_by(url: str) -> str:
     return reply.headers["x-model-version"]
 
 
+@contextlib.contextmanager
+def asked_all_the_while(url: str) -> Iterator[set[tuple[str, str]]]:
+    """Who painted the same order, and what, from request to request."""
+    found: set[tuple[str, str]] = set()
+    over = threading.Event()
+
+    def ask() -> None:
+        body = {"prompt": "a red circle", "seed": 1}
+        while not over.wait(0.5):
+            reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+            if reply.status_code == 200:
+                found.add((reply.headers["x-model-version"], reply.json()["data"][0]["b64_json"]))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            yield found
+        finally:
+            over.set()
+        asking.result()
+
+
 @pytest.mark.usefixtures("here")
 def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_back(
     store: Path, tmp_path: Path
@@ -121,8 +146,12 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     refused(ddiff("promote", "tiny"), 2, "tiny@production stays", "version 2 (40.0% right of 320", "--force")
     assert done("deploy", "tiny@production", "--dry-run")["applications"][0]["args"]["digest"] == first
     assert done("promote", "tiny@current", "--force")["digest"] == second
-    now = done("deploy", "tiny@production", *settings)
-    assert painted_by(now["endpoint"]) == second
+    with asked_all_the_while(on_air["endpoint"]) as found:
+        now = done("deploy", "tiny@production", *settings)
+        assert painted_by(now["endpoint"]) == second
+    painters = [digest for digest, _ in found]
+    assert len(set(painters)) == len(painters)  # each paints one picture: none was painted by both
+    assert {first} <= set(painters) <= {first, second}
     assert now["former"] == on_air["config"]
 
     back = done("deploy", "--config", now["former"])

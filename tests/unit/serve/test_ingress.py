@@ -437,7 +437,11 @@ def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
 
 def test_a_replica_of_another_cascade_is_not_ready() -> None:
     one = Served()
+    painter = Painter(CASCADE, DIGEST, one.links)
+    assert not asyncio.run(painter.replacing(1))
     one.links["base"].digest = "cd" * 32
+    one.links["upsampler"].failing = RuntimeError()
+    assert asyncio.run(painter.replacing(1))
     with one.client:
         assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text
 

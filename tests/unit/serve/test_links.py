@@ -2,20 +2,25 @@
 
 import asyncio
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ray.exceptions import RayActorError
 
-from dd_core.cascade import CascadeState
+from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
-from serve.engine import DeviceLostError, EngineDownError
+from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError
 from serve.links import ReplicaLink
-from serve.painter import HopLostError
+from serve.painter import HopLostError, Order, Painter
+from serve.replicas import HopReplica
+from tests.unit.serve.tiny import tiny_cascade
 
 STATE = CascadeState(seeds=[1], tokens=torch.zeros(1, 12))
 DEAD, DOWN, STRUCK = RayActorError(), EngineDownError("failed"), DeviceLostError("failed")
+OTHER = OtherCascadeError("another")
+OLD, NEW = "a" * 64, "b" * 64
 
 
 class Handle:
@@ -34,7 +39,7 @@ class Handle:
 
 
 def asked(handle: Any, *, timeout_s: float = 60) -> CascadeState:
-    return asyncio.run(ReplicaLink("base", handle).advance(STATE, SamplingSpec(), timeout_s))
+    return asyncio.run(ReplicaLink("base", handle, OLD).advance(STATE, SamplingSpec(), timeout_s))
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.links.PAUSE_S", 0.01)
 
 
-@pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, DOWN]], ids=str)
+@pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, OTHER]], ids=str)
 def test_a_request_outlives_one_death_and_any_number_of_failed_engines(answers: list[Exception]) -> None:
     assert asked(Handle(*answers)) is STATE
 
@@ -61,3 +66,47 @@ def test_a_hop_that_stays_down_is_given_up_at_the_deadline_for_the_client_to_ask
     with pytest.raises(HopLostError, match="a replica of base is being replaced") as lost:
         asked(Handle(DOWN))
     assert lost.value.again
+
+
+def test_a_request_whose_cascade_has_been_replaced_is_given_back_to_the_client() -> None:
+    with pytest.raises(HopLostError, match="a replica of base is being replaced") as lost:
+        asked(Handle(*[OTHER] * 5))
+    assert lost.value.again
+
+
+class Replica(Handle):
+    """The only replica of a deployment, of this cascade."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__()
+        self.digest, self.drawn = digest, 0
+
+    def remote(self, state: CascadeState, *asked: Any) -> "asyncio.Future[CascadeState]":
+        self.answers = [] if asked[-1] == self.digest else [OTHER]
+        self.drawn += not self.answers
+        return super().remote(state, *asked)
+
+
+def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
+    hops = {"prior": Replica(OLD), "base": Replica(NEW)}  # in the middle of a rollout
+    links = {stage: ReplicaLink(stage, hop, OLD) for stage, hop in hops.items()}  # type: ignore[arg-type]
+    cascade = CascadeSpec(
+        name="two", hops=(HopSpec(stage="prior"), HopSpec(stage="base")), context_length=12, image_size=4
+    )
+    order = Order(prompt="a", negative="", seeds=[1], steps=None, effort=1, scale=None)
+    with pytest.raises(HopLostError, match="base is being replaced") as lost:
+        asyncio.run(Painter(cascade, OLD, links).paint(order, 60))
+    assert lost.value.again
+    assert [hop.drawn for hop in hops.values()] == [1, 0]
+
+
+def test_a_replica_draws_for_its_own_cascade_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get_gpu_ids", list)
+    digest = tiny_cascade(tmp_path)
+    limits = {"max_rows": 8, "max_waiting": 8, "shared": False, "threads": 0}
+    replica = HopReplica.func_or_class(str(tmp_path / "cascade"), "prior", digest=digest, **limits)
+    state = requested(["a"], [1], 12)
+    how = SamplingSpec(num_steps=2)
+    with pytest.raises(OtherCascadeError, match=f"{digest[:12]} is served here, not {NEW[:12]}"):
+        asyncio.run(replica.advance(state, how, 9, NEW))
+    assert asyncio.run(replica.advance(state, how, 9, digest)).image_embedding is not None
