@@ -174,7 +174,7 @@ def kept(config: Config, storage: str) -> str:
 def deploy(config: Config, address: str) -> dict[str, Any]:
     """Put a config on the air and wait until its cascade answers.
 
-    What was on the air answers until the new replicas have drawn an image.
+    What was on the air answers until the new replicas have drawn an image; other applications stay.
 
     Args:
         config: What.
@@ -192,9 +192,22 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
         former = on_air(details)
         path = kept(config, storage)
         back = kept(former, storage) if former and former.fields != config.fields else ""
-        dashboard.put(SERVE, config.fields)
+        dashboard.put(SERVE, beside_others(config, details))
         url = await_running(dashboard, config.spec)
     return {"endpoint": url, "digest": config.spec.digest, "config": path, "former": back}
+
+
+def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config with the applications of others: Serve deletes what a config does not list.
+
+    Those that no config has deployed, and those that are being deleted, have none and are left alone.
+    """
+    others = [
+        found["deployed_app_config"]
+        for name, found in (details.get("applications") or {}).items()
+        if name != app.APPLICATION and found.get("deployed_app_config")
+    ]
+    return config.fields | {"applications": [*config.fields["applications"], *others]}
 
 
 def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:

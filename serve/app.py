@@ -226,7 +226,15 @@ def wait() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
-    ray.serve.shutdown()
+    leave()
+
+
+def leave() -> None:
+    """Stop serving; a Serve that has applications of others as well goes on with them."""
+    if ray.serve.status().applications.keys() - {APPLICATION}:
+        ray.serve.delete(APPLICATION)
+    else:
+        ray.serve.shutdown()
 
 
 def serving(url: str) -> bool:
