@@ -16,7 +16,8 @@ from jobs.environment import joins_cluster, ray_cluster
 from jobs.failures import PortTakenError
 
 log = logging.getLogger(__name__)
-START_S, STOP_S = 300.0, 60.0
+START_S, STOP_S = 300.0, 180.0
+"""The latter is more than ServeSpec.timeout_s, for which a server that stops finishes what it has begun."""
 
 
 class Address(NamedTuple):

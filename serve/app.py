@@ -38,6 +38,9 @@ APPLICATION = "ddiff"
 GRACE_S = 5.0
 """Beyond the longest time for one request: only then is a replica that is replaced stopped at its work."""
 
+SENDING_S = 1.0
+"""For the last images on their way through Serve's proxy, when all have been drawn."""
+
 
 class ServeError(RuntimeError):
     """The cascade cannot be put on the air; the message says what to do."""
@@ -114,6 +117,10 @@ class Ingress:
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
         )
+
+    async def drain(self) -> int:
+        """Take in no more requests for images; how many are in progress."""
+        return self.api.drain()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.api.app()
@@ -216,17 +223,37 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
     await_ready(url, digest, spec.startup_s)
     log.info("serving %s at %s", digest[:12], url)
     if blocking:
-        wait()
+        wait(spec.timeout_s)
     return url
 
 
-def wait() -> None:
-    """Until Ctrl-C or SIGTERM; then stop serving, letting requests in progress finish."""
+def wait(limit_s: float) -> None:
+    """Until Ctrl-C or SIGTERM; then stop serving, letting requests in progress finish.
+
+    Args:
+        limit_s: Longest time for these; a second signal cuts it short.
+    """
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
+    stopped.clear()
+    drain(limit_s, hurried=stopped)
     leave()
+
+
+def drain(limit_s: float, *, hurried: threading.Event) -> None:
+    """Until the images in progress are on their way and no others are begun; at most until `hurried`."""
+    until = time.monotonic() + limit_s
+    try:
+        ingress = ray.serve.get_deployment_handle("Ingress", APPLICATION)
+        while sum(ingress.broadcast("drain").results(timeout_s=10)) and time.monotonic() < until:
+            if hurried.wait(0.2):
+                return
+    except Exception as error:  # noqa: BLE001 - whatever has gone wrong with it, serving must stop
+        log.warning("stopping at once: %s", type(error).__name__)
+    else:
+        hurried.wait(SENDING_S)
 
 
 def leave() -> None:

@@ -1,7 +1,9 @@
 """The application as it is handed to Ray Serve."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,40 @@ def test_who_leaves_a_serve_that_others_use_takes_away_nothing_of_theirs(
     monkeypatch.setattr("ray.serve.shutdown", lambda: gone.append("all"))
     app.leave()
     assert gone == left
+
+
+class Ingress:
+    """One whose replicas have these many images in progress, asked one time after another."""
+
+    def __init__(self, *counts: list[int]) -> None:
+        self.counts = list(counts)
+
+    def broadcast(self, method: str) -> "Ingress":
+        assert method == "drain"
+        return self
+
+    def results(self, *, timeout_s: float) -> list[int]:
+        if not self.counts:
+            raise TimeoutError
+        return self.counts.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit_s", "hurried", "left"),
+    [
+        ([[2, 0], [1, 0], [0, 0], [9]], 60, False, [[9]]),  # asked until it has finished
+        ([[1], [1], [9]], 0, False, [[1], [9]]),
+        ([[1], [1], [9]], 60, True, [[1], [9]]),
+        ([[1]], 60, False, []),  # it answers no more
+    ],
+)
+def test_images_in_progress_are_waited_for(
+    counts: list[list[int]], limit_s: float, hurried: bool, left: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingress, signal = Ingress(*counts), threading.Event()
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: ingress)
+    monkeypatch.setattr("serve.app.SENDING_S", 0)
+    if hurried:
+        signal.set()
+    app.drain(limit_s, hurried=signal)
+    assert ingress.counts == left

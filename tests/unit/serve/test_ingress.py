@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import io
 import json
 import logging
@@ -70,8 +71,8 @@ class Served:
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
         painter = Painter(cascade, DIGEST, self.links, by_class=by_class)
-        api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
-        self.app = api.app()
+        self.api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
+        self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def post(self, **body: Any) -> Any:
@@ -433,6 +434,22 @@ def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
         message = refused(one.client.get("/health/ready"), 503)
         assert message == "not ready: upsampler: RuntimeError"
         assert one.client.get("/health/live").json() == {"status": "live"}
+
+
+def test_a_server_that_stops_finishes_what_it_has_begun_and_begins_nothing() -> None:
+    one = Served()
+    base = one.links["base"]
+    with one.client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        base.hop.gate.clear()
+        begun = pool.submit(one.post, seed=1)
+        while not base.engine.active:
+            time.sleep(0.01)
+        assert one.api.drain() == 1
+        assert refused(one.post(), 503) == "the server is stopping"
+        assert refused(one.client.get("/health/ready"), 503) == "not ready: it is stopping"
+        base.hop.gate.set()
+        assert len(pngs(begun.result())) == 1
+    assert one.api.drain() == 0
 
 
 def test_a_replica_of_another_cascade_is_not_ready() -> None:
