@@ -39,12 +39,14 @@ def classes() -> RunSpec:
     """
     before = improved_ddpm.run()
     hop = HopSpec(stage="consistency", how=JUMPS, follows_request=True)
-    return before.but(stages=(*before.stages, student_of_classes()), cascade=before.cascade.but(hops=(hop,)))
+    return before.but(
+        stages=(*before.stages, student_of_classes(before.stage("base"))),
+        cascade=before.cascade.but(hops=(hop,)),
+    )
 
 
-def student_of_classes() -> TrainSpec:
+def student_of_classes(teacher: TrainSpec) -> TrainSpec:
     """Learns the teacher's guidance with its path; each image costs four answers of it and one target."""
-    teacher = improved_ddpm.base()
     assert isinstance(teacher.stage, ChainSpec)
     stage = ConsistencySpec(
         base=teacher.stage,
