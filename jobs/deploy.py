@@ -17,7 +17,7 @@ from jobs.failures import PortTakenError
 
 log = logging.getLogger(__name__)
 START_S, STOP_S = 300.0, 180.0
-"""The latter is more than ServeSpec.timeout_s, for which a server that stops finishes what it has begun."""
+"""The latter is above the default of ServeSpec.timeout_s: a server that stops finishes what it has begun."""
 
 
 class Address(NamedTuple):

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from workflows.files import GONE, one_line
+from workflows.files import ATTEMPTS, GONE, PAUSE_S, one_line
 from workflows.labels import LabelSpec, label_of
 from workflows.storage import Home, StorageError
 
@@ -43,10 +43,6 @@ EMBEDDING = "embedding"
 """Column of the sidecars."""
 PREPARE = "delete it, if it is there, and prepare the data again (`ddiff run` does): it is made anew"
 REMAKE = "delete it, if it is there, and run the same command again: it is made anew"
-
-
-ATTEMPTS, PAUSE_S = 6, 0.1
-"""How often a store that is away is asked, and the first pause, of which each is twice the one before."""
 
 
 class DataError(RuntimeError):

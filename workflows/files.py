@@ -30,6 +30,8 @@ VERSION_FIELDS = (
 )
 GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 """Of the file itself: no later attempt finds more."""
+ATTEMPTS, PAUSE_S = 6, 0.1
+"""How often a store that fails is asked, and the first pause, of which each is twice the one before."""
 
 
 class MissingShardError(ValueError):
@@ -146,7 +148,7 @@ def one_line(error: BaseException) -> str:
 class ShardFile:
     """Sequential reads that survive a failing store: re-opened at the byte where it failed."""
 
-    def __init__(self, url: str, *, attempts: int = 6, pause_s: float = 0.1) -> None:
+    def __init__(self, url: str, *, attempts: int = ATTEMPTS, pause_s: float = PAUSE_S) -> None:
         self.url, self.attempts, self.pause_s = url, attempts, pause_s
         self.file: Any = None
         self.position = 0

@@ -8,7 +8,7 @@ import pytest
 
 from dd_core.labels import UNLABELLED
 from tests.prepared import png, write_prepared
-from workflows import feed
+from workflows import feed, files
 from workflows.feed import DataError, Order, Share, Wanted
 from workflows.labels import LabelSpec, label_of
 from workflows.storage import StorageError
@@ -133,7 +133,7 @@ def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
     monkeypatch.setattr("workflows.feed.fsspec.open", flaky)
     monkeypatch.setattr("workflows.feed.time.sleep", pauses.append)
     url = str(data / "part-00000.parquet")
-    if times < feed.ATTEMPTS:
+    if times < files.ATTEMPTS:
         assert len(feed.row_group(url, 0, ["reject"], "")) == 16
     else:
         with pytest.raises(StorageError, match=r"part-00000\.parquet cannot be read: the store is away; run"):
