@@ -101,7 +101,12 @@ class ChainStage(Stage):
         return Example(x0, said, not_said)
 
     def loss(self, x0: Float[Tensor, " b c h w"], cond: Conditioning) -> Losses:
-        """The loss that the spec names, at random noise levels."""
+        """The loss that the spec names, at random noise levels.
+
+        In the hybrid loss the bound counts as published where noise is predicted.  Where the image is, its
+        error does not fall with the noise and the bound is about error / sigma^2: there it counts sigma^2 as
+        much, or the few lowest levels, where it is thousands, would be all that is learned.
+        """
         spec, table = self.spec, self.table
         if table is None:
             assert isinstance(spec.schedule, LogNormalSpec)
@@ -116,7 +121,8 @@ class ChainStage(Stage):
         sigma = table.to(x0)[t]
         if spec.loss == "hybrid":
             eps_mse, bits = likelihood.hybrid(self.model, x0, t, table, cond, rescaled=spec.bound_rescaled)
-            mse = eps_mse * sigma**2 * losses.output_weight(spec.predicts, sigma)
+            weight = sigma**2 * losses.output_weight(spec.predicts, sigma)
+            mse, bits = weight * eps_mse, weight.clamp(max=1) * bits
             return Losses((mse + bits).mean(), {"mse": mse.detach().mean(), "bits": bits.detach().mean()})
         return self.simple(x0, sigma, cond)
 
