@@ -19,7 +19,8 @@ from jobs.deploy import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of
 from jobs.nodes import Node, amount, free_disk, node_text, nodes_of
 from jobs.plan import Plan, on, plan_of, refusals
-from workflows.registry import Registry, RegistryError, shown
+from workflows.addresses import shown
+from workflows.registry import Registry, RegistryError
 from workflows.run_spec import RunSpec
 
 State = Literal["ok", "warn", "fail"]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from workflows.addresses import shown
+
 logger = logging.getLogger(__name__)
 BATCH_BYTES = 256 * 2**10
 PARAM_CHARACTERS = 6000
@@ -90,13 +92,13 @@ class Journal:
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """{"a": {"b": 1}} -> ("a.b", "1"), cut at what the server takes."""
+    """{"a": {"b": 1}} -> ("a.b", "1"), without passwords of addresses, cut at what the server takes."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            yield f"{prefix}{name}", text[:PARAM_CHARACTERS]
+            yield f"{prefix}{name}", shown(text)[:PARAM_CHARACTERS]
 
 
 def entries(path: Path, *, start: int = 0, size: int = -1) -> Iterator[Entry]:
@@ -168,7 +170,7 @@ class Courier:
     def complain(self, error: Exception) -> None:
         """One line for each time the server goes away."""
         if not self.complained:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = shown((str(error).strip() or repr(error)).splitlines()[0])
             logger.warning("tracking: %.200s; the run goes on, its metrics wait in the journal", reason)
         self.complained = True
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from dd_core.spec import SafeName
+from workflows.addresses import shown
 from workflows.tracking import Book
 
 CURRENT = "current"
@@ -194,12 +195,6 @@ def split(wanted: str) -> tuple[str, str]:
         raise RegistryError(f"{wanted!r} is no NAME@ALIAS; letters, digits, '.', '_', '-' in both") from None
 
 
-def shown(uri: str) -> str:
-    """An address without the password that may be in it."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
-
-
 def one_line(error: BaseException) -> str:
-    """What it says, short enough for a line."""
-    return f"{' '.join(str(error).split()):.240}" or type(error).__name__
+    """What it says, short enough for a line; MLflow names the address that it was given."""
+    return f"{shown(' '.join(str(error).split())):.240}" or type(error).__name__
