@@ -11,7 +11,7 @@ import click
 from jobs.shell import DIRECTORY, FILE, Group, answer, importing
 
 if TYPE_CHECKING:
-    from jobs.following import Cluster
+    from jobs.following import Cluster, JobFacts
 
 submitted = Group("submitted")
 
@@ -47,7 +47,7 @@ def submit(
         click.echo(told(done), err=True)
     answer(as_facts(done), done.id)
     if follow:
-        show_log(cluster, done.id, to_the_end=True, err=True)
+        show_log(cluster, cluster.job(done.id), to_the_end=True, err=True)
 
 
 @submitted.command()
@@ -70,22 +70,21 @@ def logs(job: str, follow: bool, address: str | None) -> None:
     """What a JOB says, all its processes in one; of one that failed, the first error at the end."""
     from jobs.following import Cluster
 
-    show_log(Cluster(address), job, to_the_end=follow)
+    cluster = Cluster(address)
+    show_log(cluster, cluster.job(job), to_the_end=follow)
 
 
-def show_log(cluster: Cluster, job: str, *, to_the_end: bool, err: bool = False) -> None:
+def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = False) -> None:
     """Print a log, and of a job that failed the first error of our code; its end is our end."""
-    from jobs.failures import JobFailedError
-    from jobs.following import first_error, merged
+    from jobs.following import end_as, first_error, merged
 
-    said = []
     for line in merged(cluster.follow(job) if to_the_end else iter(cluster.log(job).splitlines())):
-        said.append(line)
         click.echo(json.dumps({"line": line}) if click.get_current_context().obj.as_json else line, err=err)
-    facts = cluster.job(job)
-    if facts.status == "FAILED":
+    job = cluster.job(job.id)
+    if job.status == "FAILED":
         click.echo("\n".join(["", "the first error:", *first_error(cluster.log(job))]), err=True)
-        raise JobFailedError(f"{facts.id} has failed: {facts.message:.200}")
+    if job.over or to_the_end:
+        end_as(job)
 
 
 @submitted.command("list")

@@ -4,6 +4,8 @@ import errno
 import traceback
 from enum import IntEnum
 
+from workflows.addresses import shown
+
 
 class Code(IntEnum):
     """Exit codes of every `ddiff` command."""
@@ -22,7 +24,16 @@ class StoppedError(RuntimeError):
 
 
 class JobFailedError(RuntimeError):
-    """A job on a cluster has ended badly; what it said has been shown."""
+    """A job on a cluster has ended badly, or does not end; what it said has been shown.
+
+    Args:
+        message: Which, and what to do.
+        code: Its own, as that of the command that follows it.
+    """
+
+    def __init__(self, message: str, code: Code = Code.INTERNAL) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PortTakenError(RuntimeError):
@@ -46,7 +57,7 @@ def code_of(error: BaseException) -> Code:
         case OSError():
             return Code.INTERNAL
         case _:
-            return code_of_training(error)
+            return error.code if isinstance(error, JobFailedError) else code_of_training(error)
 
 
 def code_of_training(error: BaseException) -> Code:
@@ -67,6 +78,11 @@ def code_of_training(error: BaseException) -> Code:
             return Code.INTERNAL
 
 
+def code_elsewhere(status: int | None) -> Code:
+    """That of a command of ours that failed on another machine with this exit status; None: it has none."""
+    return Code(status) if status in set(Code) - {Code.DONE} else Code.INTERNAL
+
+
 def cause_of(error: BaseException) -> BaseException:
     """The error that a worker raised, out of the wrappers that Ray puts round it."""
     while (inner := getattr(error, "cause", None)) and isinstance(inner, BaseException):
@@ -75,7 +91,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def line_of(error: BaseException) -> str:
-    """What, where and what to do, in one line."""
+    """What, where and what to do, in one line that names no password of an address."""
     match error:
         case KeyboardInterrupt():
             return "stopped; run the same command again to continue"
@@ -83,13 +99,21 @@ def line_of(error: BaseException) -> str:
             where = error.filename or "the disk of the run"
             return f"no space left on {where}; free some and run the same command again to continue"
         case OSError() if error.filename:
-            return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, JobFailedError):
-        return text
-    if code_of(error) is not Code.INTERNAL:
+            return shown(f"{error.filename}: {error.strerror}")
+    text = shown(" ".join(words_of(error).split())) or type(error).__name__
+    if isinstance(error, JobFailedError) or code_of(error) is not Code.INTERNAL:
         return text
     return f"{type(error).__name__}: {text:.300}; run again with -v for the traceback"
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says; of a value that a spec refuses, which and why, without pydantic's frame."""
+    from pydantic import ValidationError  # noqa: PLC0415 the command line waits for it only where it fails
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+    return "; ".join(f"{place}: {why}" if place else why for place, why in found).replace("Value error, ", "")
 
 
 def trace_of(error: BaseException) -> str:

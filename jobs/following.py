@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jobs.environment import cluster_address, prepare_environment, ray_token
+from jobs.failures import Code, JobFailedError, code_elsewhere
 
 T = TypeVar("T")
 MOST_LINES = 15
@@ -43,6 +44,10 @@ class JobFacts(NamedTuple):
     started: float
     """Seconds since 1970; 0 if it has not."""
     ended: float
+    order: str = ""
+    """Digest of what it was told to do; empty: nobody has said."""
+    exit_code: int | None = None
+    """Of its command, once that has ended by itself."""
 
     @property
     def over(self) -> bool:
@@ -134,20 +139,28 @@ class Cluster:
             ClusterError: There is neither.
         """
         found = self.jobs()
-        for job in found:
-            if name in (job.id, job.run):
-                return job
+        if named := [job for job in found if job.id == name] or [job for job in found if job.run == name]:
+            return named[0]
         known = ", ".join(job.id for job in found[:5]) or "none"
         raise ClusterError(f"{self.address} has no job and no run {name!r}; it has {known}")
 
     def stop(self, name: str, *, wait_s: float = 150.0) -> JobFacts:
-        """Ask a job to save itself and end, and wait until it has."""
+        """Ask a job to save itself and end, and wait until it has.
+
+        Raises:
+            JobFailedError: It is at work even now.
+        """
         job = self.job(name)
         if not job.over:
             self.ask(lambda client: client.stop_job(job.id))
             until = time.monotonic() + wait_s
             while not (job := self.job(job.id)).over and time.monotonic() < until:
                 time.sleep(0.5)
+        if not job.over:
+            raise JobFailedError(
+                f"{job.id} is still {job.status} {wait_s:g} s after it was told to stop; "
+                f"`ddiff status {job.id}` says when it has, `ddiff logs {job.id}` what it does"
+            )
         return job
 
     def delete(self, name: str) -> JobFacts:
@@ -158,14 +171,13 @@ class Cluster:
         self.ask(lambda client: client.delete_job(job.id))
         return job
 
-    def log(self, name: str) -> str:
+    def log(self, job: JobFacts) -> str:
         """All that a job has written so far."""
-        job = self.job(name)
         return self.ask(lambda client: str(client.get_job_logs(job.id)))
 
-    def follow(self, name: str) -> Iterator[str]:
-        """Whole lines of a job, as they are written, until it is over."""
-        job, rest = self.job(name), ""
+    def follow(self, job: JobFacts) -> Iterator[str]:
+        """Whole lines of a job, as they are written, until it is over or the connection is closed."""
+        rest = ""
         pieces = self.ask(lambda client: client.tail_job_logs(job.id))
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             while (
@@ -186,16 +198,42 @@ def facts_of(job: Any) -> JobFacts:
         run=marks.get("ddiff.run", run if number.isdigit() else ""),
         attempt=int(marks.get("ddiff.attempt", number if number.isdigit() else "0")),
         status=str(job.status.value),
-        message=" ".join((job.message or "").split()),
+        message=gist(job.message or ""),
         command=marks.get("ddiff.command", ""),
         started=(job.start_time or 0) / 1000,
         ended=(job.end_time or 0) / 1000,
+        order=marks.get("ddiff.order", ""),
+        exit_code=job.driver_exit_code,
     )
+
+
+def gist(message: str) -> str:
+    """One line of what Ray says of a job; if it has failed, that is the last 20,000 letters of its log."""
+    lines = list(merged(iter(message.splitlines())))
+    ours = [line for line in lines if line.startswith("ddiff: ")]
+    return (ours or lines or [""])[-1][:300]
+
+
+def end_as(job: JobFacts) -> None:
+    """A command that follows a job ends as the job did.
+
+    Raises:
+        JobFailedError: It was not done; with its exit code.
+    """
+    match job.status:
+        case "SUCCEEDED":
+            return
+        case "FAILED":
+            raise JobFailedError(f"{job.id} has failed: {job.message}", code_elsewhere(job.exit_code))
+        case "STOPPED":
+            raise JobFailedError(f"{job.id} was stopped; submit it again to continue", Code.PREEMPTED)
+        case status:
+            raise JobFailedError(f"{job.id} is {status}, but no more is heard of it; ddiff logs -f {job.id}")
 
 
 def reason(text: str) -> str:
     """The last line of what a server says of itself, out of JSON and tracebacks."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # not the JSON of a dashboard
         text = str(json.loads(text.partition(": ")[2].rstrip("."))["msg"])
     lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip(" .")]
     return lines[-1][:300] if lines else "no reason given"

@@ -7,7 +7,17 @@ import pytest
 from dd_core.sealed import SealError
 from dd_core.training import DataEndedError, DivergedError
 from jobs.config import ConfigError
-from jobs.failures import Code, PortTakenError, StoppedError, cause_of, code_of, line_of
+from jobs.failures import (
+    Code,
+    JobFailedError,
+    PortTakenError,
+    StoppedError,
+    cause_of,
+    code_elsewhere,
+    code_of,
+    line_of,
+)
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.feed import DataError
 from workflows.files import DamagedError, MissingShardError
 from workflows.pairs import TooManyRejectsError
@@ -55,6 +65,29 @@ def test_what_ray_has_wrapped_is_taken_out() -> None:
     twice.cause = wrapped  # type: ignore[attr-defined]
     assert cause_of(twice) is inner
     assert cause_of(inner) is inner
+
+
+def test_a_value_that_a_spec_refuses_is_said_without_the_frame_of_pydantic() -> None:
+    with pytest.raises(ValueError, match="captions") as refused:
+        EvaluationSpec(captions=2)
+    assert line_of(refused.value) == "captions: Input should be greater than or equal to 4"
+    assert code_of(refused.value) == 2
+
+
+def test_no_line_names_the_password_of_an_address() -> None:
+    line = line_of(ValueError("http://me:hunter2@mlflow:5000 does not answer; s3://bucket/a@b is well"))
+    assert line == "http://mlflow:5000 does not answer; s3://bucket/a@b is well"
+    cut = line_of(RuntimeError("x" * 285 + " http://me:hunter2@mlflow"))
+    assert "hunter2" not in cut
+    assert "http://mlf" in cut
+
+
+ENDED = [(2, 2), (3, 3), (5, 5), (6, 6), (0, 70), (1, 70), (137, 70), (None, 70)]
+
+
+@pytest.mark.parametrize(("status", "code"), ENDED)
+def test_what_fails_elsewhere_with_a_code_of_ours_has_it_here(status: int | None, code: int) -> None:
+    assert code_of(JobFailedError("smoke.1 has failed", code_elsewhere(status))) == code
 
 
 def test_an_internal_error_says_its_kind_and_how_to_see_more() -> None:

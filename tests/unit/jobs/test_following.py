@@ -94,7 +94,7 @@ def test_the_reason_of_a_server_is_its_last_line_that_says_something() -> None:
 def test_a_job_that_ray_lists_without_our_marks_is_known_by_its_name() -> None:
     job = SimpleNamespace(
         submission_id="smoke.2", metadata=None, status=SimpleNamespace(value="FAILED"), message="gone",
-        start_time=None, end_time=None,
+        start_time=None, end_time=None, driver_exit_code=None,
     )  # fmt: skip
     assert (facts_of(job).run, facts_of(job).attempt, facts_of(job).over) == ("smoke", 2, True)
     job.submission_id = "raysubmit_x"
@@ -123,3 +123,8 @@ def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.Monke
             assert set(shown) == {f"Bearer {token}"}
             shown.clear()
         server.shutdown()
+
+
+@pytest.mark.parametrize("text", ["Request failed: 123", "Request failed: {}", "Request failed: [1]"])
+def test_a_server_that_says_other_json_is_quoted_as_it_is(text: str) -> None:
+    assert reason(text) == text

@@ -1,0 +1,123 @@
+"""A command that follows a job ends as that job did, whatever else has the name of its run."""
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jobs.cli import main
+from jobs.following import Cluster, facts_of
+
+LONG = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\n"
+
+
+def job(name: str, status: str, exit_code: int | None = None, *, message: str = "", at: int = 0) -> Any:
+    """As Ray tells of it."""
+    return SimpleNamespace(
+        submission_id=name, metadata=None, status=SimpleNamespace(value=status), message=message,
+        start_time=at, end_time=None, driver_exit_code=exit_code,
+    )  # fmt: skip
+
+
+class Jobs:
+    """Ray's client, of a cluster whose jobs stand as they stand."""
+
+    def __init__(self, *jobs: Any, appears: Any = None) -> None:
+        self.there, self.appears, self.stopped = list(jobs), appears, list[str]()
+
+    def list_jobs(self) -> list[Any]:
+        return self.there
+
+    def get_job_logs(self, name: str) -> str:
+        return f"log of {name}\nddiff: no pairs\n"
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        yield f"log of {name}\n"
+        if self.appears:
+            self.there.append(self.appears)
+
+    def stop_job(self, name: str) -> None:
+        self.stopped.append(name)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the commands speak to such a client."""
+
+    def ask(self: Cluster, what: Any) -> Any:
+        return what(client)
+
+    def use(*jobs: Any, appears: Any = None) -> None:
+        nonlocal client
+        client = Jobs(*jobs, appears=appears)
+
+    client = Jobs()
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setattr(Cluster, "ask", ask)
+    return use
+
+
+def ddiff(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "code", "said"),
+    [
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", 3, 3, "smoke.1 has failed"),
+        ("FAILED", 5, 5, "smoke.1 has failed"),
+        ("FAILED", 137, 70, "smoke.1 has failed"),
+        ("FAILED", None, 70, "smoke.1 has failed"),
+        ("STOPPED", None, 6, "smoke.1 was stopped; submit it again to continue"),
+        ("RUNNING", None, 70, "smoke.1 is RUNNING, but no more is heard of it; ddiff logs -f smoke.1"),
+    ],
+)
+def test_who_follows_a_job_ends_as_it_ends(
+    on: Any, status: str, exit_code: int | None, code: int, said: str
+) -> None:
+    on(job("smoke.1", status, exit_code))
+    done = ddiff("logs", "-f", "smoke")
+    assert (done.exit_code, done.stdout) == (code, "log of smoke.1\n")
+    assert said in done.stderr
+
+
+def test_the_log_of_a_job_at_work_is_shown_as_far_as_it_goes(on: Any) -> None:
+    on(job("smoke.1", "RUNNING"))
+    assert ddiff("logs", "smoke").exit_code == 0
+
+
+def test_a_newer_job_of_the_run_does_not_decide_how_the_one_that_was_followed_ended(on: Any) -> None:
+    on(job("smoke.1", "SUCCEEDED", 0, at=1), appears=job("smoke.2", "FAILED", 3, at=2))
+    assert ddiff("logs", "-f", "smoke").exit_code == 0
+
+
+def test_an_id_means_that_job_although_a_run_has_the_same_name(on: Any) -> None:
+    on(job("smoke.1", "SUCCEEDED", 0, at=1), job("smoke.1.1", "FAILED", 3, at=2))  # of a run named smoke.1
+    assert ddiff("logs", "-f", "smoke.1").stdout == "log of smoke.1\n"
+
+
+def test_of_a_job_that_failed_one_line_is_shown(on: Any) -> None:
+    log = "12:00 hello\nddiff: 9 of 9 pairs are rejected\n(raylet) at the end\n" + "\n"
+    on(job("smoke.1", "FAILED", 3, message=LONG + "noise\n" * 3000 + log))
+    lines = ddiff("status", "smoke").stdout.splitlines()
+    assert lines[1:] == ["ddiff: 9 of 9 pairs are rejected"]
+    assert facts_of(job("x.1", "FAILED", message="a\n" + "b" * 9000)).message == "b" * 300
+    assert facts_of(job("x.1", "SUCCEEDED", message="Job finished successfully.")).message.endswith(
+        "successfully."
+    )
+
+
+def test_a_job_that_does_not_stop_is_no_success(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Cluster.stop
+    monkeypatch.setattr(Cluster, "stop", lambda self, name: whole(self, name, wait_s=0.0))
+    on(job("smoke.1", "RUNNING"))
+    done = ddiff("stop", "smoke")
+    assert (done.exit_code, done.stdout) == (70, "")
+    assert done.stderr.startswith(
+        "ddiff: smoke.1 is still RUNNING 0 s after it was told to stop; `ddiff status"
+    )
+    on(job("smoke.1", "STOPPED"))
+    assert ddiff("stop", "smoke").stdout == "smoke.1: STOPPED\n"
