@@ -4,24 +4,27 @@ What travels is our own packages and the configuration, resolved here; nothing o
 user stands in, so no data and no secrets.  Those the cluster has: its nodes hold the keys of the
 store, of MLflow and of Ray in their own environment.
 
-The run is known by its name.  A job that works on it is returned, not started a second time; after
-its end the same submission makes a new job that goes on where the last one stopped.
+The run is known by its name.  While a job works on it, the same submission returns that job, and another
+one is refused; after its end the same submission makes a new job that goes on where the last one stopped.
 """
 
-import json
+import hashlib
+import shlex
 import shutil
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dd_core.sealed import digest_of
 from dd_core.spec import Spec
-from jobs.config import ConfigError, resolve, shown
-from jobs.environment import for_the_cluster, secrets_here
+from jobs.config import ConfigError, resolve, run_spec, shown
+from jobs.environment import for_the_cluster, same_everywhere, secrets_here
 from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
+from workflows.addresses import has_password
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 
@@ -47,6 +50,12 @@ class Order(NamedTuple):
     spec: Spec | None
     source: str
     """Where the spec came from."""
+
+    def digest(self, environment: Mapping[str, str]) -> str:
+        """Equal for two submissions that ask for the same, to the last value."""
+        fields = self.spec.model_dump(mode="json") if self.spec else None
+        asked = {"words": self.words, "spec": fields, "environment": dict(environment)}
+        return digest_of(asked)[:16]
 
 
 class Pack(NamedTuple):
@@ -78,24 +87,28 @@ def order_of(words: Sequence[str], recipe: str | None, file: Path | None, change
     """
     match tuple(words):
         case ("train", stage):
-            spec = run_of(recipe, file, changes)
+            spec = whole_run(recipe, file, changes)
             spec.stage(stage)
             return Order(("train", stage, "--config", CONFIG), spec.name, spec, recipe or str(file))
         case ("train", *_):
             raise ConfigError("train: name one stage, such as `ddiff submit train base --recipe demo`")
         case ("run",):
-            spec = run_of(recipe, file, changes)
+            spec = whole_run(recipe, file, changes)
             return Order(("run", "--config", CONFIG), spec.name, spec, recipe or str(file))
         case ("prepare",):
             pairs = resolve(recipe, file, changes)
             if not isinstance(pairs, PairsSpec):
                 raise ConfigError(f"{recipe or file} is of kind {pairs.kind!r}; prepare needs kind 'pairs'")
-            name = f"prepare-{pairs.destination.rstrip('/').rpartition('/')[2]}"
+            refuse_folder(pairs)
+            place = pairs.destination.rstrip("/")
+            name = f"prepare-{place.rpartition('/')[2]}-{short(place)}"
             return Order(("data", "prepare", "--config", CONFIG), name, pairs, recipe or str(file))
-        case ("evaluate" | "deploy" as what, which) if recipe is None and file is None:
-            return Order(of_the_served(what, which, changes), what, None, "")
+        case ("evaluate", url) if recipe is None and file is None:
+            return Order(judging(url, changes), f"evaluate-{short(url.rstrip('/'))}", None, "")
+        case ("deploy", which) if recipe is None and file is None:
+            return Order(deploying(which, changes), "deploy", None, "")
         case (name,) if recipe is None and file is None:
-            spec = run_of(name, None, changes)
+            spec = whole_run(name, None, changes)
             return Order(("run", "--config", CONFIG), spec.name, spec, name)
     raise ConfigError(
         f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --recipe or --config, "
@@ -103,18 +116,27 @@ def order_of(words: Sequence[str], recipe: str | None, file: Path | None, change
     )
 
 
-def of_the_served(what: str, which: str, changes: Sequence[str]) -> tuple[str, ...]:
-    """The command there for `evaluate URL`, `deploy NAME@ALIAS`, or `deploy` and a former config's address.
+def judging(url: str, changes: Sequence[str]) -> tuple[str, ...]:
+    """The command there for `evaluate URL`.
 
     Raises:
         ConfigError: It has no such setting.
+        ValidationError: Or not with this value.
     """
-    if what == "evaluate":
-        given = [change.partition("=") for change in changes]
-        for name, _, value in given:
-            if name not in JUDGING or not value:
-                raise ConfigError(f"--set {name}={value}: evaluate takes captions=N and seed=N")
-        return ("eval", "--url", which, *(word for name, _, value in given for word in (f"--{name}", value)))
+    given = [change.partition("=") for change in changes]
+    for name, _, value in given:
+        if name not in JUDGING or not value:
+            raise ConfigError(f"--set {name}={value}: evaluate takes captions=N and seed=N")
+    EvaluationSpec.model_validate({name: value for name, _, value in given})
+    return ("eval", "--url", url, *(word for name, _, value in given for word in (f"--{name}", value)))
+
+
+def deploying(which: str, changes: Sequence[str]) -> tuple[str, ...]:
+    """The command there for `deploy NAME@ALIAS`, or for `deploy` and a former config's address.
+
+    Raises:
+        ConfigError: A former config is to be changed.
+    """
     if not which.endswith(".yaml"):
         return ("deploy", which, *(word for change in changes for word in ("--set", change)))
     if changes:
@@ -122,33 +144,66 @@ def of_the_served(what: str, which: str, changes: Sequence[str]) -> tuple[str, .
     return ("deploy", "--config", which)
 
 
-def run_of(recipe: str | None, file: Path | None, changes: Sequence[str]) -> RunSpec:
-    """The whole run that is meant."""
-    spec = resolve(recipe, file, changes)
-    if not isinstance(spec, RunSpec):
-        raise ConfigError(f"{recipe or file} is of kind {spec.kind!r}; this needs kind 'run'")
+def whole_run(recipe: str | None, file: Path | None, changes: Sequence[str]) -> RunSpec:
+    """The run that is meant; its data lies beside it, or where all nodes find it."""
+    spec = run_spec(recipe, file, changes)
+    if spec.shapes is None:
+        refuse_folder(spec.pairs)
     return spec
+
+
+def refuse_folder(pairs: PairsSpec) -> None:
+    """Data that is prepared into the folder of a job would be deleted with it.
+
+    Raises:
+        ConfigError: It would be.
+    """
+    if not same_everywhere(pairs.destination):
+        raise ConfigError(
+            f"destination {pairs.destination!r} would lie in the folder of the job, which Ray deletes; write "
+            "s3://bucket/prepared or a directory that every node sees"
+        )
+
+
+def short(text: str) -> str:
+    """For a name: different for every text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def submit(order: Order, cluster: Cluster) -> Submitted:
     """Hand an order to the cluster.
 
     Raises:
-        ConfigError: The configuration holds a secret.
-        following.ClusterError: The cluster cannot be reached, or does not let us.
+        ConfigError: A secret would travel.
+        following.ClusterError: The cluster cannot be reached, does not let us, or works on this run already
+            and was told something else.
     """
     began, environment = time.monotonic(), for_the_cluster()
     with packed(order, environment) as (directory, pack):
         for taken in range(NAMES):  # by somebody who submits at this moment, or by a job that is not listed
             before = [job for job in cluster.jobs() if job.run == order.run]
-            if under_way := [job for job in before if not job.over]:
-                job = under_way[0]
+            if job := next((job for job in before if not job.over), None):
+                refuse_another(order, job, environment)
                 return Submitted(job.id, order.run, False, job.attempt, pack, time.monotonic() - began)
             attempt = 1 + max((job.attempt for job in before), default=0) + taken
             with suppress(NameTakenError):
                 made = handed_over(order, attempt, cluster, directory, environment)
                 return Submitted(made, order.run, True, attempt, pack, time.monotonic() - began)
     raise ClusterError(f"{order.run}: the names of {NAMES} jobs are taken by jobs that are not listed")
+
+
+def refuse_another(order: Order, job: JobFacts, environment: Mapping[str, str]) -> None:
+    """A job that is at work does what it was told, whatever is asked for now.
+
+    Raises:
+        following.ClusterError: It was told something else, or nobody knows what.
+    """
+    if job.order != order.digest(environment):
+        own = ", or name this run otherwise: --set name=..." if isinstance(order.spec, RunSpec) else ""
+        raise ClusterError(
+            f"{job.id} works on {order.run} and was told something else ({job.command or '?'}, {job.status});"
+            f" wait for its end: ddiff logs -f {job.id}, or stop it: ddiff stop {job.id}{own}"
+        )
 
 
 def handed_over(
@@ -162,10 +217,15 @@ def handed_over(
     words = ("python", "-m", "jobs.attempts", str(ATTEMPTS), *order.words, "-v")
     return cluster.start(
         f"{order.run}.{attempt}",
-        " ".join(quoted(word) for word in words),
+        shlex.join(words),
         directory,
         environment=environment,
-        marks={"ddiff.run": order.run, "ddiff.attempt": str(attempt), "ddiff.command": order.words[0]},
+        marks={
+            "ddiff.run": order.run,
+            "ddiff.attempt": str(attempt),
+            "ddiff.command": order.words[0],
+            "ddiff.order": order.digest(environment),
+        },
     )
 
 
@@ -173,7 +233,7 @@ def handed_over(
 def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path, Pack]]:
     """A directory with what travels, and nothing else, while inside."""
     text = shown(order.spec, order.source) if order.spec else ""
-    refuse_secrets(text, environment)
+    refuse_secrets(order, environment)
     with tempfile.TemporaryDirectory(prefix="ddiff-submit-") as name:
         directory = Path(name)
         for package in PACKAGES:
@@ -189,29 +249,39 @@ def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path,
         yield directory, Pack(len(files), size, (*PACKAGES, *((CONFIG,) if text else ())))
 
 
-def refuse_secrets(text: str, environment: Mapping[str, str]) -> None:
+def refuse_secrets(order: Order, environment: Mapping[str, str]) -> None:
     """What travels can be read by everybody who may look at the cluster's dashboard.
 
     Raises:
         ConfigError: The value of a secret of this environment is in it, or a password in an address.
     """
-    everything = text + json.dumps(dict(environment))
-    for name, value in secrets_here().items():
-        if value in everything:
-            raise ConfigError(f"the value of {name} is in the configuration; take it out: the nodes have it")
-    for name, value in environment.items():
-        if urllib.parse.urlsplit(value).password:
+    secrets = secrets_here()
+    for place, text in travelling(order, environment):
+        for name, value in secrets.items():
+            if value in text:
+                raise ConfigError(f"the value of {name} is in {place}; take it out: the nodes have it")
+        if has_password(text):
             raise ConfigError(
-                f"{name} holds a password; give the nodes user and password as variables of their own"
+                f"{place} holds a password; give the nodes user and password as variables of their own"
             )
 
 
-def quoted(word: str) -> str:
-    """A word of an entry point, which is read by a shell."""
-    return "'" + word.replace("'", "'\\''") + "'" if set(word) - SAFE else word
+def travelling(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Every text that goes to the cluster, after the place where it stands."""
+    yield from (("the command", word) for word in (*order.words, order.source))
+    yield from environment.items()
+    if order.spec:
+        yield from texts(order.spec.model_dump(mode="json"))
 
 
-SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:=@,+")
+def texts(value: Any, *path: str) -> Iterator[tuple[str, str]]:
+    """Every name and value of a spec, after its place."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        yield ".".join(path) or "the configuration", str(name)
+        yield from texts(inner, *path, str(name))
+    if not isinstance(value, dict | list):
+        yield ".".join(path), str(value)
 
 
 def as_facts(done: Submitted) -> dict[str, Any]:
@@ -226,6 +296,3 @@ def told(done: Submitted) -> str:
         f"packed {done.pack.files} files, {done.pack.bytes / 1000:,.0f} kB: {', '.join(done.pack.content)}\n"
         f"run {done.run}: {done.id} ({state}, accepted in {done.seconds:.1f} s)"
     )
-
-
-__all__ = ["JobFacts", "Order", "Submitted", "as_facts", "order_of", "submit", "told"]

@@ -60,6 +60,51 @@ def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: 
     assert environment.runs() == "/elsewhere"
 
 
+def test_a_secret_that_is_too_long_for_a_path_or_is_none_stays_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("")
+    for name, value in {
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "SOME_API_KEY": "k" * 5000,
+        "OTHER_KEY": "line\n" * 99,
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = environment.secrets_here()
+    assert (found["SOME_API_KEY"], len(found["OTHER_KEY"])) == ("k" * 5000, 494)
+    assert "RAY_AUTH_TOKEN_PATH" not in found
+    assert not environment.names_a_file("a\0b")
+
+
+def test_the_address_of_a_cluster_ends_with_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
+    assert environment.cluster_address() == "http://head:8265"
+
+
+@pytest.mark.parametrize("place", ["", "runs", "./runs"])
+def test_a_job_keeps_no_run_in_its_own_folder(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", place)
+    assert environment.runs() == (place or "runs")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ValueError, match=r"lies in the folder of this job, .*: set DDIFF_STORAGE"):
+        environment.runs()
+    for other in ("s3://bucket/runs", "/data/runs"):
+        monkeypatch.setenv("DDIFF_STORAGE", other)
+        assert environment.runs() == other
+
+
+def test_a_job_is_not_told_of_a_folder_beside_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", "runs")
+    with pytest.raises(ValueError, match="DDIFF_STORAGE=runs is a folder beside this one"):
+        environment.for_the_cluster()
+    for there in ("s3://bucket/runs", "/data/runs"):
+        monkeypatch.setenv("DDIFF_STORAGE", there)
+        assert environment.for_the_cluster()["DDIFF_STORAGE"] == there
+    monkeypatch.delenv("DDIFF_STORAGE")  # the nodes have one of their own
+    assert "DDIFF_STORAGE" not in environment.for_the_cluster()
+
+
 def test_a_dashboard_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ValueError, match="is a dashboard: hand the command to it with `ddiff submit`"):

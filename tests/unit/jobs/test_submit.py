@@ -1,5 +1,7 @@
 """What travels to a cluster is our code and the configuration, and nothing that is secret."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -8,8 +10,10 @@ import yaml
 
 from jobs.attempts import attempted
 from jobs.config import ConfigError
+from jobs.environment import for_the_cluster
 from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
-from jobs.submit import CONFIG, ROOT, Submitted, order_of, packed, quoted, submit
+from jobs.recipes import smoke
+from jobs.submit import CONFIG, ROOT, Order, Submitted, order_of, packed, submit
 
 CANARY = "canary-0123456789"
 
@@ -40,6 +44,8 @@ def test_words_become_a_command_there() -> None:
         (("deploy", "demo"), "smoke", (), "write a recipe, or run, train STAGE"),
         (("deploy", "a.yaml"), None, ("port=80",), "leave out --set"),
         (("evaluate", "http://x"), None, ("prompts=8",), "evaluate takes captions=N and seed=N"),
+        (("evaluate", "http://x"), None, ("captions=2",), "captions\n.*greater than or equal to 4"),
+        (("smoke",), None, ("shapes=null",), "destination 'prepared' would lie in the folder of the job"),
     ],
 )
 def test_words_that_are_no_order_are_refused_here(
@@ -89,23 +95,53 @@ def test_the_pack_is_our_code_and_the_whole_configuration(
 def test_a_secret_in_the_configuration_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", CANARY)
     order = order_of(("smoke",), None, None, (f"pairs.shards=['https://x/{CANARY}.tar']",))
-    with (
-        pytest.raises(ConfigError, match="the value of SOME_API_KEY is in the configuration") as found,
-        packed(order, {}),
-    ):
+    assert refused(order) == (
+        "the value of SOME_API_KEY is in pairs.shards.0; take it out: the nodes have it"
+    )
+    served = order_of(("deploy", "demo@production"), None, None, (f"keys={CANARY}",))
+    assert refused(served).startswith("the value of SOME_API_KEY is in the command; ")
+    named = order_of(("smoke",), None, None, ())._replace(source=f"/home/me/{CANARY}.yaml")
+    assert refused(named).startswith("the value of SOME_API_KEY is in the command; ")
+
+
+@pytest.mark.parametrize("secret", ['with"quotes"and\\slashes', "it's a pass phrase", "k" * 5000])
+def test_a_secret_that_yaml_writes_otherwise_or_that_is_long_is_known(
+    secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", secret + "\n")
+    spec = smoke.run()
+    shards = spec.pairs.but(shards=(f"x/{secret}.tar",))
+    assert "SOME_API_KEY is in pairs.shards.0;" in refused(
+        Order(("run",), "smoke", spec.but(pairs=shards), "")
+    )
+
+
+def test_a_password_in_an_address_stays_here() -> None:
+    whole = order_of(("smoke",), None, None, ())
+    said = refused(whole, {"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow"})
+    assert said.startswith("MLFLOW_TRACKING_URI holds a password; ")
+    judged = order_of(("evaluate", "http://me:hunter2@head:8000"), None, None, ())
+    assert refused(judged).startswith("the command holds a password; ")
+    served = order_of(("deploy", "demo@production"), None, None, ("cascade=s3://me:hunter2@host/x",))
+    assert refused(served).startswith("the command holds a password; ")
+    shards = order_of(
+        ("smoke",), None, None, ("pairs.shards=['x.tar', 'https://me:hunter2@host/{0..9}.tar']",)
+    )
+    assert refused(shards).startswith("pairs.shards.1 holds a password; ")
+
+
+def refused(order: Order, environment: dict[str, str] | None = None) -> str:
+    """Why an order does not travel; what must not be read is not in it either."""
+    with pytest.raises(ConfigError) as found, packed(order, environment or {}):
         pass
-    assert CANARY not in str(found.value)
-    order = order_of(("smoke",), None, None, ())
-    with (
-        pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI holds a password"),
-        packed(order, {"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow"}),
-    ):
-        pass
+    assert not any(secret in str(found.value) for secret in (CANARY, "hunter2", "k" * 99))
+    return str(found.value)
 
 
 def test_words_reach_the_shell_as_they_are() -> None:
-    assert quoted("a'b; rm -rf $HOME") == "'a'\\''b; rm -rf $HOME'"
-    assert quoted("s3://bucket/runs") == "s3://bucket/runs"
+    cluster = Busy(set(), [])
+    submit(order_of(("evaluate", "http://x/$HOME;'"), None, None, ()), cast("Cluster", cluster))
+    assert cluster.entrypoints == ["""python -m jobs.attempts 3 eval --url 'http://x/$HOME;'"'"'' -v"""]
 
 
 @pytest.mark.slow
@@ -119,20 +155,22 @@ class Busy:
 
     def __init__(self, taken: set[str], listed: list[list[JobFacts]]) -> None:
         self.taken, self.listed, self.asked = taken, listed, list[str]()
+        self.entrypoints, self.marks = list[str](), list[dict[str, str]]()
 
     def jobs(self) -> list[JobFacts]:
         return self.listed.pop(0) if self.listed else []
 
-    def start(self, name: str, *_: object, **__: object) -> str:
+    def start(self, name: str, entrypoint: str, *_: object, marks: dict[str, str], **__: object) -> str:
         self.asked.append(name)
+        self.entrypoints.append(entrypoint)
+        self.marks.append(marks)
         if name in self.taken:
             raise NameTakenError(f"{name} already exists")
         return name
 
 
 def sent(cluster: Busy) -> Submitted:
-    order = order_of(("run",), "smoke", None, ())
-    return submit(order, cast("Cluster", cluster))
+    return submit(order(), cast("Cluster", cluster))
 
 
 def test_a_name_that_a_deleted_job_still_has_is_passed_over() -> None:
@@ -142,12 +180,72 @@ def test_a_name_that_a_deleted_job_still_has_is_passed_over() -> None:
     assert cluster.asked == ["smoke.1", "smoke.2", "smoke.3"]
 
 
-def test_of_two_who_submit_at_once_the_second_joins_the_first() -> None:
-    first = JobFacts("smoke.1", "smoke", 1, "PENDING", "", "run", 0.0, 0.0)
-    cluster = Busy({"smoke.1"}, [[], [first]])
+def order(*changes: str) -> Order:
+    return order_of(("run",), "smoke", None, changes)
+
+
+def at_work(done: Order, **told: str) -> JobFacts:
+    """The job of an order that was submitted with these variables."""
+    told = told or for_the_cluster()
+    return JobFacts(f"{done.run}.1", done.run, 1, "PENDING", "", "run", 0.0, 0.0, done.digest(told))
+
+
+def test_of_two_who_submit_the_same_at_once_the_second_joins_the_first() -> None:
+    cluster = Busy({"smoke.1"}, [[], [at_work(order())]])
     done = sent(cluster)
     assert (done.id, done.started) == ("smoke.1", False)
     assert cluster.asked == ["smoke.1"]
+    assert cluster.marks[0]["ddiff.order"] == at_work(order()).order
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: at_work(order("stages.base.budget.steps=7")),
+        lambda: at_work(order_of(("train", "base"), "smoke", None, ())),
+        lambda: at_work(order(), DDIFF_STORAGE="s3://another/runs"),
+        lambda: at_work(order())._replace(order=""),  # of an older ddiff, or Ray has lost its marks
+    ],
+    ids=["other values", "one stage", "another place", "nobody knows"],
+)
+def test_another_order_for_a_run_that_is_being_worked_on_is_refused(other: Callable[[], JobFacts]) -> None:
+    cluster = Busy(set(), [[other()]])
+    with pytest.raises(ClusterError) as found:
+        sent(cluster)
+    assert str(found.value) == (
+        "smoke.1 works on smoke and was told something else (run, PENDING); wait for its end: ddiff logs -f "
+        "smoke.1, or stop it: ddiff stop smoke.1, or name this run otherwise: --set name=..."
+    )
+    assert cluster.asked == []
+    done = sent(Busy(set(), [[other()._replace(status="STOPPED")]]))
+    assert (done.id, done.started) == ("smoke.2", True)
+
+
+def test_only_one_config_is_deployed_at_a_time_and_another_is_not_taken_for_it() -> None:
+    first, second = (order_of(("deploy", name), None, None, ()) for name in ("demo@current", "other@current"))
+    with pytest.raises(ClusterError, match=r"deploy.1 works on deploy .* or stop it: ddiff stop deploy.1$"):
+        submit(second, cast("Cluster", Busy(set(), [[at_work(first)]])))
+
+
+def test_two_endpoints_are_two_runs_and_so_are_two_destinations(tmp_path: Path) -> None:
+    urls = ("http://a:1", "http://b:1", "http://a:1/")
+    runs = [order_of(("evaluate", url), None, None, ()).run for url in urls]
+    assert (len(set(runs)), runs[0]) == (2, runs[2])
+    names = [
+        order_of(("prepare",), None, pairs_in(tmp_path, place), ()).run
+        for place in ("s3://x/prepared", "s3://y/prepared", "s3://x/prepared/")
+    ]
+    assert (len(set(names)), names[0]) == (2, names[2])
+    assert all(re.fullmatch(r"prepare-prepared-[0-9a-f]{8}", name) for name in names)
+    with pytest.raises(ConfigError, match="would lie in the folder of the job"):
+        order_of(("prepare",), None, pairs_in(tmp_path, "prepared"), ())
+
+
+def pairs_in(directory: Path, destination: str) -> Path:
+    """A preparation to be submitted."""
+    config = directory / "pairs.yaml"
+    config.write_text(f"kind: pairs\nshards: [a.tar]\ndestination: {destination}\n")
+    return config
 
 
 def test_a_cluster_on_which_every_name_is_taken_is_an_error() -> None:
