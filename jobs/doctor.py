@@ -17,7 +17,7 @@ from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
 from jobs.deploy import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of
-from jobs.nodes import Node, amount, free_disk, node_text, nodes_of
+from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
 from jobs.plan import Plan, on, plan_of, refusals
 from workflows.addresses import shown
 from workflows.registry import Registry, RegistryError
@@ -48,7 +48,9 @@ def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
         spec: The run whose needs are compared with what there is.
         address: Where the endpoint would listen.
     """
-    plan = functools.cache(lambda: None if spec is None else plan_of(spec, [], run=place_of(spec)))
+    plan = functools.cache(
+        lambda: None if spec is None else plan_of(spec, [], run=f"{environment.runs()}/{spec.name}")
+    )
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "versions": versions,
         "cluster": cluster,
@@ -63,15 +65,10 @@ def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
     return [finding for name, check in checks.items() for finding in findings(name, check)]
 
 
-def place_of(spec: RunSpec) -> str:
-    """Where a run would be kept."""
-    return f"{environment.runs()}/{spec.name}"
-
-
 def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What a check finds, or that it could not be made."""
+    """What a check finds, or that it could not be made; no password of an address is among it."""
     try:
-        yield from check()
+        yield from (finding._replace(says=shown(finding.says)) for finding in check())
     except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
         says, _, fix = line_of(error).rpartition("; ")
         yield Finding(name, "fail", says or fix, fix if says else "run again with -v for the traceback")
@@ -117,18 +114,7 @@ def cluster() -> Iterator[Finding]:
     if not is_dashboard(address):
         yield Finding("cluster", "ok", f"{address} is joined by a run; its dashboard is not asked")
         return
-    mode = without_token(f"{address}/api/authentication_mode")
-    open_to_all = without_token(f"{address}/api/version").status == httpx.codes.OK
-    if open_to_all:
-        said = mode.body.get("authentication_mode", "?") if isinstance(mode.body, dict) else "?"
-        yield Finding(
-            "cluster token",
-            "fail",
-            f"{address} runs code for anybody who reaches it (authentication mode {said})",
-            "start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token)",
-        )
-    else:
-        yield Finding("cluster token", "ok", f"{address} asks for a token")
+    yield asks_for_a_token(address)
     with Dashboard(address) as dashboard:
         theirs = str(dashboard.get("/api/version").get("ray_version"))
     ours = installed("ray")
@@ -143,6 +129,28 @@ def cluster() -> Iterator[Finding]:
         )
 
 
+def asks_for_a_token(address: str) -> Finding:
+    """Whether a dashboard lets nobody in who shows none."""
+    status = without_token(f"{address}/api/version").status
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return Finding("cluster token", "ok", f"{address} asks for a token")
+    if status != httpx.codes.OK:
+        return Finding(
+            "cluster token",
+            "fail",
+            f"{address}/api/version says {status} to who shows no token, which is neither yes nor no",
+            "see that RAY_ADDRESS is the dashboard itself, such as http://HEAD:8265, with nothing behind it",
+        )
+    mode = without_token(f"{address}/api/authentication_mode").body
+    said = mode.get("authentication_mode", "?") if isinstance(mode, dict) else "?"
+    return Finding(
+        "cluster token",
+        "fail",
+        f"{address} runs code for anybody who reaches it (authentication mode {said})",
+        "start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token)",
+    )
+
+
 def resources(plan: Plan | None) -> Iterator[Finding]:
     """Whether every stage of the run fits on the nodes that there are."""
     try:
@@ -153,6 +161,10 @@ def resources(plan: Plan | None) -> Iterator[Finding]:
     there = listed(nodes)
     if plan is None:
         yield Finding("resources", "ok", f"{there}; name a recipe to compare with what it needs")
+        return
+    if unstarted(nodes):
+        fix = "the job compares before it starts; to do it here, set DDIFF_NODE_GROUPS as its pods have it"
+        yield Finding("resources", "warn", f"{there}: {UNSTARTED}", fix)
         return
     lacking = [line for line in refusals(on(plan, nodes)) if not line.startswith("disk: ")]
     for line in lacking:

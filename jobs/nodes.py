@@ -125,6 +125,17 @@ def grown(alive: Sequence[Node]) -> list[Node]:
     return [node for group in found for node in group.nodes()]
 
 
+def unstarted(nodes: Sequence[Node]) -> bool:
+    """Whether none of them computes: a cluster that starts nodes on demand has a head alone at first.
+
+    What it will come to is in DDIFF_NODE_GROUPS of its pods, and not told from outside.
+    """
+    return not any(node.cpus for node in nodes)
+
+
+UNSTARTED = "no node of the cluster computes yet, and which it starts on demand is not known from here"
+
+
 def has_labels(node: Node, asked: Mapping[str, str]) -> bool:
     """Whether a node's labels are as asked, in the words of Ray's selectors: a, !a, in(a, b), !in(a, b)."""
     return all(label_fits(node.labels.get(name), choice) for name, choice in asked.items())

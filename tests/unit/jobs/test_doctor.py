@@ -13,6 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
+from jobs.doctor import cluster, findings, installed, resources
+from jobs.nodes import UNSTARTED
+from jobs.plan import plan_of
+from jobs.recipes import smoke
 from tests.s3 import s3_server
 from workflows.registry import Registry
 
@@ -128,6 +132,73 @@ def test_an_mlflow_that_is_away_and_a_cluster_that_is_away_are_failures(
     assert done.exit_code == 2
     state = {one["check"]: one["state"] for one in report["findings"]}
     assert (state["mlflow"], state["cluster"], state["resources"]) == ("fail", "fail", "fail")
+
+
+class Gate(BaseHTTPRequestHandler):
+    """What answers at a cluster's address: a dashboard with only its head, or something before it."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        known = self.path.partition("?")[0] in ("/api/version", "/api/authentication_mode", "/api/v0/nodes")
+        shown = "Authorization" in self.headers
+        self.send_response(200 if shown and known else self.status if known else 404)
+        self.end_headers()
+        head = {"node_ip": "10.0.0.2", "state": "ALIVE", "resources_total": {"memory": 2**33}}
+        nodes = {"result": {"result": [head]}}
+        self.wfile.write(json.dumps({"ray_version": installed("ray"), "data": nodes}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Gate) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32)
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "said"),
+    [
+        (401, "ok", "asks for a token"),
+        (403, "ok", "asks for a token"),
+        (200, "fail", "runs code for anybody who reaches it"),
+        (404, "fail", "/api/version says 404 to who shows no token"),
+        (302, "fail", "/api/version says 302 to who shows no token"),
+        (502, "fail", "/api/version says 502 to who shows no token"),
+    ],
+)
+def test_only_a_refusal_is_a_closed_door(
+    gate: str, status: int, state: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"{gate}/")
+    monkeypatch.setattr(Gate, "status", status)
+    (found, *_) = findings("cluster", cluster)
+    assert (found.check, found.state) == ("cluster token", state)
+    assert found.says.startswith(gate)
+    assert said in found.says
+
+
+def test_a_cluster_that_has_a_head_alone_so_far_is_a_warning(gate: str) -> None:
+    (found,) = resources(plan_of(smoke.run(), [], run="s3://bucket/smoke"))
+    assert (found.state, found.says) == ("warn", f"10.0.0.2: 0 CPU, 8.0 GiB: {UNSTARTED}")
+    assert "DDIFF_NODE_GROUPS" in found.fix
+    (known,) = resources(None)
+    assert known.state == "ok"
+
+
+def test_no_line_of_the_report_names_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://me:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    done = CliRunner().invoke(main, ["doctor", "--json"])
+    assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_a_run_that_does_not_fit_a_full_disk_and_a_taken_port_are_failures(tmp_path: Path) -> None:
