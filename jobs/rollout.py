@@ -4,6 +4,7 @@
 <storage>/deployments/<name>-<12>.yaml  its config; deploying the former one is the way back
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Registry, Version, split
 
+log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
 
@@ -192,8 +194,10 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
         former = on_air(details)
         path = kept(config, storage)
         back = kept(former, storage) if former and former.fields != config.fields else ""
+        if back:
+            log.info("what is on the air now comes back with: ddiff deploy --config %s", back)
         dashboard.put(SERVE, beside_others(config, details))
-        url = await_running(dashboard, config.spec)
+        url = await_running(dashboard, config.spec, back)
     return {"endpoint": url, "digest": config.spec.digest, "config": path, "former": back}
 
 
@@ -229,12 +233,21 @@ def on_air(details: dict[str, Any]) -> Config | None:
     return Config(serve_fields(app.ServeSpec.model_validate(ours["args"])), "what was on the air before")
 
 
-def await_running(dashboard: Dashboard, spec: app.ServeSpec) -> str:
+def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> str:
     """The address of the endpoint, when the cascade with this digest answers there.
 
     An endpoint that listens on the cluster's own loopback alone cannot be asked from elsewhere; then what
     Serve says of it must do.
+
+    Args:
+        dashboard: Of the cluster.
+        spec: What it was told to serve.
+        back: The former config, for who has to go back to it.
+
+    Raises:
+        DeployError: It does not come up.
     """
+    way = f" (back to the former: ddiff deploy --config {back})" if back else ""
     url = endpoint_of(dashboard.address, spec)
     until, why = time.monotonic() + spec.startup_s, ""
     while time.monotonic() < until:
@@ -242,12 +255,12 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec) -> str:
         status = ours.get("status", "UNKNOWN")
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             why = app.cause(ours.get("message", ""))
-            raise DeployError(f"{spec.digest[:12]} is not served: {why}; deploy the former config")
+            raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
         if not (why := state_of(ours, spec) or (app.missing(url, spec.digest) if url else "")):
             return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
         time.sleep(0.5)
     raise DeployError(
-        f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s: {why}; `serve status` says more"
+        f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; `serve status` says more"
     )
 
 

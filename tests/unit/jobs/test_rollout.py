@@ -1,9 +1,13 @@
 """What Serve is told when a cascade is deployed on a cluster that serves more than this."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import ray.serve.schema
 
+from jobs import rollout
+from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
 from serve.app import ServeSpec
 
@@ -26,3 +30,45 @@ def test_the_applications_of_others_are_told_again_for_serve_deletes_what_it_is_
     assert told | {"applications": [ours]} == CONFIG.fields
     ray.serve.schema.ServeDeploySchema.model_validate(told)
     assert beside_others(CONFIG, {"applications": {}}) == CONFIG.fields
+
+
+class Serve:
+    """A dashboard on which a cascade is on the air and the next one fails."""
+
+    address = "http://127.0.0.1:8265"
+
+    def __init__(self, log: pytest.LogCaptureFixture) -> None:
+        before = CONFIG.fields["applications"][0]
+        self.former = before | {"args": before["args"] | {"digest": "b" * 64}}
+        self.status, self.log, self.said_before = "RUNNING", log, ""
+
+    def __enter__(self) -> "Serve":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def get(self, _: str) -> dict[str, Any]:
+        ours = {"status": self.status, "message": "Error: no memory", "deployed_app_config": self.former}
+        return {
+            "http_options": {"host": "127.0.0.1", "port": 8000},
+            "applications": {"ddiff": ours},
+        }
+
+    def put(self, _: str, __: object) -> None:
+        self.said_before, self.status = self.log.text, "DEPLOY_FAILED"
+
+
+def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve = Serve(caplog)
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    caplog.set_level("INFO", "jobs")
+    with pytest.raises(rollout.DeployError) as failed:
+        rollout.deploy(CONFIG, serve.address)
+    (former,) = [path for path in (tmp_path / "deployments").iterdir() if "b" * 64 in path.read_text()]
+    way = f"ddiff deploy --config {former}"
+    assert way in serve.said_before
+    assert way in line_of(failed.value)
