@@ -9,6 +9,7 @@ from jobs.nodes import Node, amount, free_disk, has_labels, left_on, node_text, 
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import ShapesSpec, pair
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 
 PROCESS_BYTES = 1_220_000_000
@@ -42,7 +43,7 @@ class StagePlan(NamedTuple):
     @property
     def gpu_bytes(self) -> int:
         """Of its GPU."""
-        return self.need.total if self.gpu else 0
+        return self.need.total_on_gpu if self.gpu else 0
 
     @property
     def reserved_bytes(self) -> int:
@@ -65,7 +66,7 @@ class StagePlan(NamedTuple):
             "weights, optimizer and averages": need.state,
             "gradients": need.gradients,
             "parents": need.frozen,
-            f"activations of {images} images": need.activations,
+            f"activations of {images} images": need.activations_on_gpu if self.gpu else need.activations,
         }
         return " + ".join(f"{amount(value)} {name}" for name, value in parts.items() if value)
 
@@ -101,14 +102,15 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
 
     Args:
         spec: The run.
-        nodes: Where it would run.
+        nodes: Where it would run; none if that is not known yet.
         run: Its directory, or its address in a store.
 
     Raises:
         ValueError: A parent is missing or does not fit.
     """
-    here = Path(run)
-    needed = needs(in_order(spec.stages), context_length=spec.pairs.context_length, run=here)
+    home = Home.of(run)
+    gpus = sum(node.gpus for node in nodes) if nodes else None
+    needed = needs(in_order(spec.stages), context_length=spec.pairs.context_length, run=home, gpus=gpus)
     stages = tuple(
         stage_plan(stage, needed[stage.name], nodes, at_once=spec.at_once) for stage in in_order(spec.stages)
     )
@@ -118,7 +120,7 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
         "checkpoints": sum(plan.checkpoints * plan.need.state for plan in stages),
         "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
     }
-    free = None if "://" in run else free_disk(here.absolute()) + taken(here)
+    free = None if home.stored else free_disk(home.here) + taken(home.here, written(spec))
     return Plan(run, stages, tuple(nodes), spec.at_once, disk, free)
 
 
@@ -130,8 +132,7 @@ def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
 
 def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node], *, at_once: int) -> StagePlan:
     """One stage on these nodes; what the spec leaves open is decided as workflows.training does."""
-    has_gpus = sum(node.gpus for node in nodes) >= spec.num_workers
-    gpu = has_gpus if spec.use_gpu is None else spec.use_gpu
+    gpu = spec.on_gpu(sum(node.gpus for node in nodes))
     share = cpu_share(sum(node.cpus for node in nodes), spec.num_workers, at_once)
     return StagePlan(spec, need, gpu, spec.resources.cpus or share)
 
@@ -156,9 +157,19 @@ def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
     return 4 * pairs * sum(told.values())
 
 
-def taken(directory: Path) -> int:
-    """Bytes that the run has written before: they are among those it needs."""
-    files = directory.rglob("*") if directory.is_dir() else []
+def written(spec: RunSpec) -> list[str]:
+    """Where in its directory a run writes what the plan counts."""
+    names = [f"{stage.name}/{part}" for stage in spec.stages for part in ("checkpoints", "bundle")]
+    names += [f"cascade/{stage.name}" for stage in spec.stages]
+    if spec.shapes:
+        clips = {stage.parents.get(by.role) for stage in spec.stages if (by := stage.stage.embedded_by)}
+        names += ["data", ".embeddings", *(f"{clip}/embeddings" for clip in clips)]
+    return names
+
+
+def taken(directory: Path, names: Sequence[str]) -> int:
+    """Bytes that the run has written there before: they are among those it needs."""
+    files = [path for name in names for path in (directory / name).rglob("*")]
     return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
 
@@ -171,7 +182,8 @@ def refusals(plan: Plan) -> list[str]:
         parts = " + ".join(f"{amount(size)} {name}" for name, size in plan.disk.items() if size)
         found.append(
             f"disk: {plan.run} will hold {amount(total)} = {parts}, and {amount(plan.free)} are free; "
-            "free some, keep fewer checkpoints (checkpoints_kept) or set DDIFF_STORAGE"
+            "free some, keep fewer checkpoints (checkpoints_kept), set DDIFF_STORAGE or, where it lies on a "
+            "claim of Kubernetes, raise claim_gib"
         )
     return found
 
@@ -202,6 +214,12 @@ def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
         yield (
             f"{name}: {plan.spec.num_workers} workers of {each} each{reason}; there is room for {room} on "
             f"{there}; lower num_workers, set micro_batch_size, or bring larger nodes"
+        )
+    elif not fit_together([plan], nodes):
+        yield (
+            f"{name}: {plan.spec.num_workers} workers of {plan.cpus:g} CPU each leave no {READER_CPUS:g} CPU "
+            f"for who reads on {'; '.join(map(node_text, nodes[:4]))}; lower resources.cpus or num_workers, "
+            "or bring larger nodes"
         )
 
 

@@ -6,21 +6,25 @@ keep is added up.  Where a value would decide (a random crop, a mask), the case 
 taken.  A check that costs a second, not a model of memory that must be kept true by hand.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dd_core import bundle
+from dd_core.nets import attention
 from dd_core.precision import autocast
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.clip import ClipSpec
 from dd_core.training import TrainState
+from workflows.parents import outline, parent_home
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec
 
 OPS = torch.ops.aten
@@ -40,12 +44,20 @@ class Need(NamedTuple):
     frozen: int
     """Parents inside the stage, and their bundles beside it."""
     activations: int
-    """What forward keeps for backward, for a micro-batch."""
+    """What forward keeps for backward, for a micro-batch, in the numbers of this machine's CPU."""
+    activations_on_gpu: int
+    """The same where bfloat16 is multiplied, as GPUs do.  Of a stage that is sure to train on one kind of
+    device both are what it needs there."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it, on a CPU."""
         return self.state + self.gradients + self.frozen + self.activations
+
+    @property
+    def total_on_gpu(self) -> int:
+        """All of it, on a GPU."""
+        return self.total - self.activations + self.activations_on_gpu
 
 
 class Content(TorchDispatchMode):
@@ -77,13 +89,16 @@ def all_rows(place: Tensor | None) -> Tensor | None:
     return torch.zeros(len(place), dtype=torch.long, device=place.device)
 
 
-def needs(stages: list[TrainSpec], *, context_length: int, run: Path) -> dict[str, Need]:
+def needs(
+    stages: list[TrainSpec], *, context_length: int, run: Home | Path, gpus: float | None = None
+) -> dict[str, Need]:
     """What each stage needs; parents come before their children.
 
     Args:
         stages: In the order of training.
         context_length: Tokens of a caption.
-        run: Where parents that are paths are looked for first.
+        run: Where parents that are none of these stages are looked for first.
+        gpus: How many there are; None: that is not known, and a stage may come to train on either device.
 
     Raises:
         ValueError: A parent is missing, or does not fit its child.
@@ -97,47 +112,52 @@ def needs(stages: list[TrainSpec], *, context_length: int, run: Path) -> dict[st
             fresh = not (isinstance(spec.stage, ClipSpec) and spec.stage.pretrained)
             state = TrainState(build_stage(spec.stage, parents), spec.optimizer)
             trained[spec.name] = Trained(spec.stage, state.average)
-            found[spec.name] = need(spec, state, parents, context_length if fresh else 0)
+            on = {spec.on_gpu(there) for there in ([0, math.inf] if gpus is None else [gpus])}
+            found[spec.name] = need(spec, state, parents, context_length if fresh else 0, on)
     return found
 
 
-def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Path) -> Trained:
-    """A parent of the same run, imagined; else the bundle that is there."""
-    named = spec.parents[role]
-    if named in trained:
+def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Home | Path) -> Trained:
+    """A parent of the same run, imagined; else the bundle that is there, imagined in its shapes."""
+    if (named := spec.parents[role]) in trained:
         return trained[named]
-    for path in (run / named / "bundle", Path(named)):
-        if (path / "spec.json").exists():
-            with unset_fake_temporarily():
-                there = bundle.load(path).trained
-            return there._replace(
-                weights={name: torch.empty_like(value) for name, value in there.weights.items()}
-            )
-    raise ValueError(f"{spec.name}: its {role} {named!r} is neither a stage of the run nor a bundle")
+    there = outline(parent_home(spec, role, run))
+    shapes = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in there.weights.items()}
+    return there._replace(weights=shapes)
 
 
-def need(spec: TrainSpec, state: TrainState, parents: Mapping[str, Trained], context_length: int) -> Need:
-    """The parts, added up; without a context length the stage is taken as it is and not trained."""
+def need(
+    spec: TrainSpec, state: TrainState, parents: Mapping[str, Trained], context_length: int, on: Set[bool]
+) -> Need:
+    """The parts, added up, on a CPU, on a GPU or on both.
+
+    Without a context length the stage is taken as it is and not trained.
+    """
     stage = state.stage
     assert isinstance(stage, Stage)
     weights = sum(size(tensor) for tensor in state.average.values())
     count = sum(parameter.numel() for parameter in stage.model.parameters())
     if not context_length:
-        return Need(count, weights, weights, 0, 0, 0)
+        return Need(count, weights, weights, 0, 0, 0, 0)
     gradients = sum(size(parameter) for parameter in stage.parameters() if parameter.requires_grad)
     inside = sum(size(tensor) for module in stage.frozen for tensor in module.state_dict().values())
     beside = sum(size(tensor) for known in parents.values() for tensor in known.weights.values())
+    phases = stage.phases
+    activations = {
+        gpu: max(kept(spec, stage, phase, context_length, gpu=gpu) for phase in phases) for gpu in on
+    }
     return Need(
         parameters=count,
         bundle=weights,
         state=sum(size(tensor) for tensor in state.tensors().values()),
         gradients=gradients * (1 if spec.num_workers == 1 else 2),
         frozen=inside + beside,
-        activations=max(kept(spec, stage, phase, context_length) for phase in stage.phases),
+        activations=activations[min(on)],
+        activations_on_gpu=activations[max(on)],
     )
 
 
-def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int) -> int:
+def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu: bool) -> int:
     """Bytes that one forward keeps for backward beside the parameters."""
     rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
     by = spec.stage.embedded_by
@@ -156,10 +176,23 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int) -> int:
         return tensor
 
     stage.train()
-    half = autocast(torch.device("cpu"), spec.optimizer.precision)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), numbers(spec, gpu=gpu):
         stage(batch, phase)
     return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)
+
+
+@contextmanager
+def numbers(spec: TrainSpec, *, gpu: bool) -> Iterator[None]:
+    """What forward computes in on such a device; on a GPU no attention is written out."""
+    precision = spec.optimizer.precision
+    if gpu and precision == "auto":
+        precision = "bf16"
+    few, attention.FEW = attention.FEW, 0 if gpu else attention.FEW
+    try:
+        with autocast(torch.device("cpu"), precision):
+            yield
+    finally:
+        attention.FEW = few
 
 
 def size(tensor: Tensor) -> int:

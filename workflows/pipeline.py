@@ -22,6 +22,7 @@ from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, entries
+from workflows.parents import parent_home
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepBars, StepProgress, clock
 from workflows.run_spec import RunSpec, in_order
@@ -133,7 +134,7 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
     """
     stage, run = spec.stage(name), opened(run)
     for role in stage.parents:
-        training.parent_home(stage, role, run)
+        parent_home(stage, role, run)
     with timed(run, TOTAL):
         with timed(run, "data"):
             prepared = prepared_data(spec, run)
@@ -147,7 +148,7 @@ def check_parents(spec: RunSpec, run: Home | Path) -> None:
     for stage in spec.stages:
         for role, named in stage.parents.items():
             if named not in names:
-                training.parent_home(stage, role, run)
+                parent_home(stage, role, run)
 
 
 def prepared_data(spec: RunSpec, run: Home) -> Prepared:
@@ -233,7 +234,7 @@ def cascade_of(spec: RunSpec, run: Home, bundles: Mapping[str, Path]) -> str:
     stages = dict(bundles)
     for stage in spec.stages:
         for role in (role for role in stage.parents if role != "start"):
-            path = training.parent_home(stage, role, run).fetched()
+            path = parent_home(stage, role, run).fetched()
             if path not in stages.values():
                 stages[f"{stage.name}.{role}"] = path
     digests = {name: sealed.verify(path).digest for name, path in stages.items()}

@@ -113,6 +113,15 @@ class Home(NamedTuple):
             except FileNotFoundError:
                 return ""
 
+    def part(self, name: str, start: int, end: int) -> bytes:
+        """Some bytes of a file, without fetching the rest."""
+        if not self.stored:
+            with (self.here / name).open("rb") as file:
+                file.seek(start)
+                return file.read(end - start)
+        with said(self.address):
+            return bytes(store(self.root).cat_file(self.at(name).address, start=start, end=end))
+
     def facts(self, name: str) -> dict[str, Any]:
         """A small JSON object; empty if it is not there or was cut."""
         try:

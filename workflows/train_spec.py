@@ -125,6 +125,10 @@ class TrainSpec(Spec):
             refuse(self.stage, self.samples.how, ())
         return self
 
+    def on_gpu(self, gpus: float) -> bool:
+        """Whether each of its workers has a GPU, where there are so many."""
+        return gpus >= self.num_workers if self.use_gpu is None else self.use_gpu
+
     def fingerprint(self, data: str, parents: Mapping[str, str]) -> str:
         """What the result depends on: equal fingerprints, equal weights.
 

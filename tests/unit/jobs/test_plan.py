@@ -6,13 +6,28 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dd_core import bundle, precision
+from dd_core.stages import build_stage
 from dd_core.stages.base import BaseSpec
 from jobs.cli import main
 from jobs.config import RECIPES, recipe_spec, resolve
 from jobs.nodes import Node, amount, grown, has_labels, places
-from jobs.plan import Plan, PlanError, groups, on, plan_of, refusals, refuse, told
+from jobs.plan import (
+    PROCESS_BYTES,
+    Plan,
+    PlanError,
+    groups,
+    on,
+    plan_of,
+    refusals,
+    refuse,
+    taken,
+    told,
+    written,
+)
 from jobs.recipes import smoke
 from workflows.run_spec import RunSpec
+from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec
 
 ROOMY = Node("roomy", cpus=8, gpus=0, memory_bytes=64 * 2**30)
@@ -103,20 +118,84 @@ def test_stages_side_by_side_leave_a_cpu_for_who_reads_and_take_turns_on_a_gpu(p
     assert not refusals(on(two, [GPU._replace(gpus=1)]))
 
 
+def test_a_stage_that_leaves_no_cpu_for_who_reads_is_refused(plan: Plan) -> None:
+    """Its read tasks would never start, and it would wait for them for ever."""
+    two = ROOMY._replace(cpus=2)
+    greedy = with_base(resources=ResourcesSpec(cpus=2))
+    (line,) = refusals(plan_of(greedy, [two], run="runs/x"))
+    assert line.startswith("base: 1 workers of 2 CPU each leave no 0.25 CPU for who reads on roomy: 2 CPU, ")
+    assert line.endswith("; lower resources.cpus or num_workers, or bring larger nodes")
+    assert not refusals(plan_of(greedy, [two, two], run="runs/x"))
+    assert not refusals(plan_of(with_base(resources=ResourcesSpec(cpus=1.75)), [two], run="runs/x"))
+
+
+def test_memory_of_a_gpu_is_planned_in_bfloat16(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    unknown = plan_of(with_base(), [], run="runs/x")
+    (_, base), (_, moved) = unknown.stages, on(unknown, [GPU]).stages
+    assert (base.gpu, moved.gpu) == (False, True)
+    assert moved.gpu_bytes == plan_of(with_base(), [GPU], run="runs/x").stages[1].gpu_bytes
+    assert moved.gpu_bytes < base.memory_bytes - PROCESS_BYTES
+    assert amount(moved.need.activations_on_gpu) in moved.arithmetic()
+
+
+def test_one_stage_of_a_run_in_a_store_is_planned_on_the_parents_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("DDIFF_STORAGE", "memory://bucket/runs")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = Home.of("memory://bucket/runs/smoke")
+    home = run.at("clip/bundle")
+    home.here.parent.mkdir(parents=True)
+    clip = smoke.clip().stage
+    bundle.save(home.here, clip, build_stage(clip, {}).model.state_dict(), parents={}, facts={})
+    run.send("clip")
+    done = CliRunner().invoke(main, ["train", "draft", "--recipe", "smoke", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert list(json.loads(done.stdout)["stages"]) == ["draft"]
+    alone = CliRunner().invoke(main, ["train", "upsampler", "--recipe", "smoke", "--dry-run"])
+    lost = CliRunner().invoke(
+        main,
+        [
+            "train",
+            "noised_clip",
+            "--recipe",
+            "smoke",
+            "--dry-run",
+            "--set",
+            "stages.noised_clip.parents.clip=clap",
+        ],
+    )
+    assert alone.exit_code == 0, alone.stderr
+    assert (lost.exit_code, "its clip 'clap' is neither" in lost.stderr) == (2, True)
+
+
 def test_a_disk_that_is_too_small_is_refused_with_the_sum(plan: Plan) -> None:
     (line,) = refusals(plan._replace(free=1000))
     assert line.startswith(f"disk: runs/smoke will hold {amount(sum(plan.disk.values()))} = ")
     assert "0.0 MiB are free" in line
 
 
-def test_what_a_run_has_written_already_counts_as_room(tmp_path: Path) -> None:
-    before = plan_of(with_base(), [ROOMY], run=str(tmp_path / "run")).free
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "big").write_bytes(bytes(2**24))
-    after = plan_of(with_base(), [ROOMY], run=str(tmp_path / "run")).free
-    assert before is not None
-    assert after is not None
-    assert abs(after - before) < 2**26  # the file took room, and is counted as room
+def test_what_a_run_has_written_already_counts_as_room_if_the_plan_needs_it(tmp_path: Path) -> None:
+    spec = with_base()
+    counted = (
+        "clip/checkpoints/step-1/a",
+        "base/bundle/a",
+        "cascade/clip/a",
+        "data/raw/a",
+        "clip/embeddings/a",
+    )
+    ours = (*counted, "evaluation/a", "cascade/prior/a", "prior/checkpoints/a", "mlflow.db")
+    for name in ours:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(1000))
+    assert taken(tmp_path, written(spec)) == 1000 * len(counted)
+    brought = RunSpec.model_construct(**(dict(spec) | {"shapes": None}))
+    assert taken(tmp_path, written(brought)) == 3000  # data that somebody has put there is not to be written
+    free = plan_of(spec, [ROOMY], run=str(tmp_path)).free
+    assert free is not None
+    assert free > 1000 * len(counted)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """What tensors without content say a training needs is what real ones take."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dd_core import bundle
+from dd_core import bundle, precision, sealed
+from dd_core.nets import attention
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.prior import CausalPriorSpec
 from dd_core.nets.text import CaptionedSpec
@@ -18,8 +20,10 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.training import TrainState
 from jobs.recipes import consistency, glide, smoke
+from workflows import storage
 from workflows.estimate import Need, needs, size
 from workflows.pipeline import in_order
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec
 
 SPECS = [spec.but(batch_size=4) for spec in in_order(smoke.run().stages)]
@@ -96,11 +100,57 @@ def test_a_parent_that_has_been_trained_counts_as_one_of_the_run_does(
     for parents, run in (({"clip": "clip"}, tmp_path), ({"clip": str(path)}, Path("nowhere"))):
         alone = prior.but(parents=parents)
         assert needs([alone], context_length=smoke.CONTEXT, run=run)["prior"] == needed["prior"]
+    with (path / "weights.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(sealed.SealError, match=r"weights\.safetensors"):
+        needs([alone], context_length=smoke.CONTEXT, run=Path("nowhere"))
+
+
+def test_a_parent_in_a_store_is_planned_without_its_weights(
+    needed: dict[str, Need], real: dict[str, TrainState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    prior, clip = next(spec for spec in SPECS if spec.name == "prior"), trained("clip", real)
+    run = Home.of("memory://bucket/runs/smoke")
+    home = run.at("clip/bundle")
+    home.here.parent.mkdir(parents=True)
+    bundle.save(home.here, clip.spec, clip.weights, parents={}, facts={})
+    run.send("clip")
+    shutil.rmtree(home.here)
+    for named, where in (("clip", run), (home.address, Path("nowhere"))):
+        alone = prior.but(parents={"clip": named})
+        assert needs([alone], context_length=smoke.CONTEXT, run=where)["prior"] == needed["prior"]
+    assert not list(tmp_path.rglob("*.safetensors"))
+    storage.store(run.root).pipe_file(f"{home.address}/weights.safetensors", b"x" * 9)
+    with pytest.raises(sealed.SealError, match=r"memory://\S+/weights\.safetensors is damaged"):
+        needs([alone], context_length=smoke.CONTEXT, run=run)
+
+
+def test_a_stage_on_a_gpu_is_planned_in_bfloat16_whatever_this_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    (clip, *_) = SPECS
+
+    def told(spec: TrainSpec, gpus: float | None) -> Need:
+        return needs([spec], context_length=smoke.CONTEXT, run=Path("nowhere"), gpus=gpus)["clip"]
+
+    cpu, gpu, both = (told(clip, gpus) for gpus in (0, 1, None))
+    assert cpu.activations == cpu.activations_on_gpu == both.activations
+    assert gpu.activations == gpu.activations_on_gpu == both.activations_on_gpu
+    assert 0.5 * cpu.activations <= gpu.activations < 0.8 * cpu.activations
+    assert both.total - both.total_on_gpu == cpu.activations - gpu.activations
+    exact = clip.but(optimizer=clip.optimizer.but(precision="fp32"))
+    assert told(exact, 1).activations == cpu.activations
+    assert told(clip.but(use_gpu=True), 0).activations == gpu.activations
+    assert attention.FEW > 0
 
 
 def test_a_parent_that_is_nowhere_is_named() -> None:
     base = next(spec for spec in SPECS if spec.name == "base")
-    with pytest.raises(ValueError, match="base: its clip 'clip' is neither a stage of the run nor a bundle"):
+    with pytest.raises(
+        ValueError, match=r"base: its clip 'clip' is neither a trained stage .* train 'clip' first"
+    ):
         needs([base], context_length=smoke.CONTEXT, run=Path("nowhere"))
 
 

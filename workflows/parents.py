@@ -1,0 +1,71 @@
+"""The parents of a stage: where their bundles lie, and what they are like but for their weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dd_core import bundle, sealed
+from dd_core.stage import Trained
+from dd_core.vocabulary import ENCODER, MERGES
+from workflows.storage import Home
+from workflows.train_spec import TrainSpec
+
+WEIGHTS = "weights.safetensors"
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Of torch, by their names in safetensors."""
+
+
+def parent_home(spec: TrainSpec, role: str, run: Home | Path) -> Home:
+    """Where a parent's bundle lies: a stage of this run, or elsewhere.
+
+    Raises:
+        ValueError: It is in neither place.
+    """
+    named, home = spec.parents[role], Home.of(run)
+    for place in (home.at(f"{named}/bundle"), Home.of(named)):
+        if place.has(sealed.MANIFEST):
+            return place
+    raise ValueError(
+        f"{spec.name}: its {role} {named!r} is neither a trained stage of {home.address} nor the path of a "
+        f"bundle; train {named!r} first"
+    )
+
+
+def outline(home: Home) -> Trained:
+    """A bundle with weights of no content (meta): of those in a store a few kB are read, and none are kept.
+
+    Raises:
+        sealed.SealError: It is damaged; of weights in a store only the names and shapes are looked at.
+    """
+    if not home.stored:
+        sealed.verify(home.here)
+    home.fetch("spec.json", ENCODER, MERGES)
+    spec = bundle.checked(bundle.SPEC, home.here / "spec.json")
+    return Trained(spec, outlines(home), bundle.vocabulary_in(home.here))
+
+
+def outlines(home: Home) -> dict[str, Tensor]:
+    """Name, shape and type of each tensor, from the head of safetensors: its length, then JSON."""
+    length = int.from_bytes(home.part(WEIGHTS, 0, 8), "little")
+    head = home.part(WEIGHTS, 8, 8 + length)
+    try:
+        return {
+            name: torch.empty(about["shape"], dtype=TYPES[about["dtype"]], device="meta")
+            for name, about in json.loads(head).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise sealed.SealError(f"{home.at(WEIGHTS).address} is damaged: {error!r:.200}") from None
