@@ -14,8 +14,10 @@ from typing import NamedTuple
 from dd_core import sealed
 from jobs.environment import joins_cluster, ray_cluster
 from jobs.failures import PortTakenError
+from workflows.storage import Home
 
 log = logging.getLogger(__name__)
+NOTE = "endpoint.json"
 START_S, STOP_S = 300.0, 180.0
 """The latter is above the default of ServeSpec.timeout_s: a server that stops finishes what it has begun."""
 
@@ -105,34 +107,48 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
             start_new_session=True,
         )
     endpoint = Endpoint(process.pid, started_at(process.pid), address.url, digest)
-    (run / "endpoint.json").write_text(json.dumps(endpoint._asdict(), indent=2))
-    until = time.monotonic() + START_S
-    while why := app.missing(address.url, digest):
-        if process.poll() is not None or time.monotonic() > until:
-            stop_endpoint(run)
-            lines = (run / "endpoint.log").read_text().strip().splitlines() or [why]
-            raise EndpointError(f"the endpoint did not start: {lines[-1]}; see {run / 'endpoint.log'}")
-        time.sleep(0.5)
+    try:
+        Home.of(run).write(NOTE, json.dumps(endpoint._asdict(), indent=2))
+        until = time.monotonic() + START_S
+        while why := app.missing(address.url, digest):
+            if process.poll() is not None or time.monotonic() > until:
+                lines = (run / "endpoint.log").read_text().strip().splitlines() or [why]
+                raise EndpointError(f"the endpoint did not start: {lines[-1]}; see {run / 'endpoint.log'}")
+            time.sleep(0.5)
+    except BaseException:  # Ctrl-C among them: the server has a session of its own and does not hear it
+        end(endpoint)
+        process.wait()
+        (run / NOTE).unlink(missing_ok=True)
+        raise
     return address.url
 
 
 def stop_endpoint(run: Path) -> str:
-    """Stop the endpoint that a run left running, and return its address; nothing if there is none."""
-    note = run / "endpoint.json"
-    if not note.exists():
-        return ""
-    endpoint = Endpoint(**json.loads(note.read_text()))
-    was = endpoint.url if alive(endpoint) else ""
-    if was:
-        os.kill(endpoint.pid, signal.SIGTERM)
+    """Stop the endpoint that a run left running, and return its address; nothing if there is none.
+
+    A note that cannot be read was cut while it was written, and its endpoint stopped: it is as none.
+    """
+    facts = Home.of(run).facts(NOTE)
+    endpoint = Endpoint(**facts) if facts.keys() == set(Endpoint._fields) else None
+    was = endpoint.url if endpoint and alive(endpoint) else ""
+    if endpoint:
+        end(endpoint)
+    (run / NOTE).unlink(missing_ok=True)
+    return was
+
+
+def end(endpoint: Endpoint) -> None:
+    """Tell a server to stop, and kill it if it does not, or if nobody waits for it any longer."""
+    try:
+        if alive(endpoint):
+            os.kill(endpoint.pid, signal.SIGTERM)
         until = time.monotonic() + STOP_S
         while alive(endpoint) and time.monotonic() < until:
             time.sleep(0.2)
-    if alive(endpoint):
-        log.warning("endpoint %d does not stop by itself; killing it", endpoint.pid)
-        os.kill(endpoint.pid, signal.SIGKILL)
-    note.unlink()
-    return was
+    finally:
+        if alive(endpoint):
+            log.warning("endpoint %d does not stop by itself; killing it", endpoint.pid)
+            os.kill(endpoint.pid, signal.SIGKILL)
 
 
 def alive(endpoint: Endpoint) -> bool:

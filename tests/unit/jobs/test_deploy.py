@@ -1,5 +1,6 @@
 """The endpoint in the background: it is known by more than its number, and a taken port is refused."""
 
+import errno
 import json
 import os
 import socket
@@ -9,8 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from jobs.deploy import Address, Endpoint, alive, free_address, refuse_taken, started_at, stop_endpoint
-from jobs.failures import PortTakenError
+from dd_core import sealed
+from jobs.deploy import (
+    Address,
+    Endpoint,
+    alive,
+    free_address,
+    refuse_taken,
+    start_endpoint,
+    started_at,
+    stop_endpoint,
+)
+from jobs.failures import PortTakenError, StoppedError
+from serve import app
+from workflows.storage import Home
 
 
 def note(run: Path, endpoint: Endpoint) -> Path:
@@ -35,6 +48,59 @@ def test_the_endpoint_that_was_noted_is_stopped_and_forgotten(tmp_path: Path) ->
     assert not path.exists()
     assert process.wait(timeout=10) != 0
     assert stop_endpoint(tmp_path) == ""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Endpoint]:
+    """The servers that are started: they sleep, and no cascade ever answers."""
+    (tmp_path / "cascade").mkdir()
+    sealed.seal(tmp_path / "cascade", {}, {})
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    started: list[Endpoint] = []
+
+    def told(url: str, digest: str) -> str:
+        started.append(Endpoint(**json.loads((tmp_path / "endpoint.json").read_text())))
+        raise StoppedError("stopped by SIGTERM")
+
+    monkeypatch.setattr(app, "missing", told)
+    return started
+
+
+def test_a_server_that_comes_up_while_we_are_told_to_stop_is_not_left_behind(
+    tmp_path: Path, server: list[Endpoint]
+) -> None:
+    with pytest.raises(StoppedError):
+        start_endpoint(tmp_path, tmp_path / "cascade", free_address())
+    (endpoint,) = server
+    assert endpoint.started
+    assert not alive(endpoint)
+    assert not (tmp_path / "endpoint.json").exists()
+
+
+def test_a_server_that_cannot_be_noted_is_stopped(
+    tmp_path: Path, server: list[Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[int] = []
+
+    def full(home: Home, name: str, text: str) -> None:
+        pids.append(json.loads(text)["pid"])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Home, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        start_endpoint(tmp_path, tmp_path / "cascade", free_address())
+    assert started_at(pids[0]) == ""
+    assert server == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
+def test_a_note_that_was_cut_is_as_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "endpoint.json").write_text(text)
+    assert stop_endpoint(tmp_path) == ""
+    assert not (tmp_path / "endpoint.json").exists()
 
 
 def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
