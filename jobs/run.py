@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
+from jobs.driver import Driver
 from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
@@ -22,12 +23,12 @@ from jobs.plan import told as plan_text
 from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.journal import JOURNAL
-from workflows.pipeline import RunResult, RunSpec, opened, run_pipeline, run_stage, seconds_of, timed
+from workflows.parents import parent_home
+from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW
 from workflows.report import write_report
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
-from workflows.training import parent_home
 
 log = logging.getLogger(__name__)
 
@@ -52,22 +53,34 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
     Raises:
         PlanError: It cannot fit; nothing has been started.
         PortTakenError: Something else listens at the address; nothing has been started.
+        AlreadyRunningError: Another process makes this run; nothing has been started.
+        ValueError: An endpoint is to be left running, and the run is made on a cluster.
         The errors of run_pipeline, start_endpoint and write_report.
     """
-    home = home_of(spec)
-    stop_endpoint(home.here)
+    if address and joins_cluster():
+        raise ValueError(
+            "--serve would take over what the cluster at RAY_ADDRESS has on the air; leave it out, and put "
+            f"the cascade there afterwards with `ddiff submit deploy {spec.cascade.name}@current`"
+        )
+    with Driver(home_of(spec)) as driver:
+        return made_and_judged(spec, driver, address=address, verbose=verbose)
+
+
+def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, verbose: bool) -> Summary:
+    """The same, by the only driver of the run."""
+    stop_endpoint(driver.home.here)
     if address:
         refuse_taken(address)
     if not joins_cluster():
         announce(spec, this_machine())
-    home = opened(home)
+    home = driver.opened()
     with tracked(home, uri=tracking_uri() or "") as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
                 announce(spec, joined())
             made = run_pipeline(spec, run=home, tracked=tracking)
         before, url = judged_before(home, made, spec.evaluation), ""
-        if elsewhere(home):
+        if joins_cluster():  # its Serve is one for all: what is on the air there stays
             scores = before or {}
         elif address or not before:
             with endpoint(home.here, made.cascade.fetched(), address) as url:
@@ -87,28 +100,24 @@ def home_of(spec: RunSpec) -> Home:
     return Home.of(f"{runs()}/{spec.name}")
 
 
-def elsewhere(home: Home) -> bool:
-    """Whether replicas may start on machines that do not see the cascade: then it is deployed afterwards."""
-    return home.stored and joins_cluster()
-
-
 def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
     """One stage of a run, on the run's data and on the parents that are there.
 
     Raises:
         ValueError: No such stage, or a parent is missing.
+        AlreadyRunningError: Another process makes this run; nothing has been started.
     """
-    home = home_of(spec)
-    for role in spec.stage(stage).parents:
-        parent_home(spec.stage(stage), role, home)  # before anything is started
-    one = only(spec, stage)
-    if not joins_cluster():
-        announce(one, this_machine())
-    home = opened(home)
-    with tracked(home, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
-        if joins_cluster():
-            announce(one, joined())
-        run_stage(spec, stage, run=home, tracked=tracking)
+    with Driver(home_of(spec)) as driver:
+        for role in spec.stage(stage).parents:
+            parent_home(spec.stage(stage), role, driver.home)  # before anything is started
+        one = only(spec, stage)
+        if not joins_cluster():
+            announce(one, this_machine())
+        home = driver.opened()
+        with tracked(home, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
+            if joins_cluster():
+                announce(one, joined())
+            run_stage(spec, stage, run=home, tracked=tracking)
     bundle = home.at(f"{stage}/bundle").address
     return {"bundle": bundle, "seconds": seconds_of(home).get(stage, 0.0)}
 
@@ -142,9 +151,8 @@ def only(spec: RunSpec, stage: str) -> RunSpec:
 @contextmanager
 def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]:
     """A server for the cascade while inside, and afterwards too if it has an address of its own."""
-    url = start_endpoint(run, cascade, address or free_address())
     try:
-        yield url
+        yield start_endpoint(run, cascade, address or free_address())
     except BaseException:
         stop_endpoint(run)
         raise
