@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from jobs.environment import ray_cluster
 from workflows.files import located
-from workflows.pairs import PairsSpec, TooManyRejectsError, usable_pairs
+from workflows.pairs import DAMAGE, PairsSpec, check_census, usable_pairs
 from workflows.prepare import prepare_pairs, prepared
 from workflows.shape_shards import ShapesSpec, write_shards
 
@@ -43,25 +43,33 @@ def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
     return {"out": done.home.address, "digest": done.digest} | {name: done.facts[name] for name in names}
 
 
-def check_shards(shards: Sequence[str], *, max_rejected: float) -> dict[str, Any]:
-    """Read and decode every sample without writing anything.
+def check_shards(
+    shards: Sequence[str], *, max_rejected: float, caption: str = "txt", min_side: int = 32
+) -> dict[str, Any]:
+    """Read and decode every sample without writing anything, and judge them as a preparation would.
 
     Raises:
+        ValueError: `caption` is neither txt nor json:key.
         MissingShardError: A name leads nowhere.
-        TooManyRejectsError: More are rejected than allowed.
+        TooManyRejectsError: More are rejected, or more shards give nothing, than allowed.
     """
-    spec = PairsSpec(shards=tuple(shards), destination="nowhere", max_reject_fraction=max_rejected)
-    rejects: Counter[str] = Counter()
-    found = located(shards)
-    kept = sum(1 for shard in found for _ in usable_pairs(shard.url, spec, rejects))
-    total = kept + rejects.total()
-    if rejects.total() > max_rejected * total:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejects.most_common())
-        raise TooManyRejectsError(
-            f"{rejects.total():,} of {total:,} samples would be rejected ({reasons}), {max_rejected:.0%} are "
-            "allowed; mend the shards or raise --max-rejected"
-        )
-    return {"shards": len(found), "kept": kept, "rejected": rejects.total(), "rejects": dict(rejects)}
+    spec = PairsSpec(
+        shards=tuple(shards),
+        destination="nowhere",
+        max_reject_fraction=max_rejected,
+        caption=caption,
+        min_side=min_side,
+    )
+    found, counts, unreadable = located(shards), Counter[str](), 0
+    for shard in found:
+        rejects = Counter[str]()
+        kept = sum(1 for _ in usable_pairs(shard.url, spec, rejects))
+        unreadable += DAMAGE in rejects and not kept
+        counts += rejects + Counter({"": kept})
+    way_out = "mend the shards or raise --max-rejected"
+    check_census(spec, counts, unreadable=unreadable, shards=len(found), way_out=way_out)
+    kept = counts.pop("", 0)
+    return {"shards": len(found), "kept": kept, "rejected": counts.total(), "rejects": dict(counts)}
 
 
 def stats_of(directory: Path) -> dict[str, Any]:

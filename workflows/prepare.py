@@ -147,7 +147,8 @@ def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
     """Raises TooManyRejectsError if the census is worse than the spec allows."""
     unreadable = sum(bool(part["damage"]) and not part["kept"] for part in facts["parts"])
     counts = Counter({"": facts["kept"]} | facts["rejects"])
-    check_census(spec, counts, unreadable=unreadable, shards=len(facts["parts"]))
+    way_out = f"see {spec.destination}/{REFUSED}, then mend the shards or raise max_reject_fraction"
+    check_census(spec, counts, unreadable=unreadable, shards=len(facts["parts"]), way_out=way_out)
 
 
 def written(

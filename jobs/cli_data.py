@@ -1,0 +1,101 @@
+"""The commands of ddiff that make, prepare and look at training data; jobs/cli.py adds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from jobs.shell import DIRECTORY, FILE, Group, answer, verbose
+
+SHARDS = click.option("--shards", multiple=True, help="Tars: paths, globs, {000..099}, s3://, http://.")
+MAX_REJECTED = click.option("--max-rejected", default=0.05, show_default=True, type=click.FloatRange(0, 1))
+CAPTION = click.option("--caption", default="txt", show_default=True, help="txt, or json:KEY.")
+MIN_SIDE = click.option(
+    "--min-side", default=32, show_default=True, type=click.IntRange(1), help="Smaller is rejected."
+)
+
+
+@click.group(cls=Group)
+def data() -> None:
+    """Make, prepare and look at training data."""
+
+
+@data.command()
+@click.option("--out", required=True, type=DIRECTORY, help="Where the tars go.")
+@click.option("--pairs", default=10_000, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--format", "image_format", default="png", type=click.Choice(["png", "jpg"]), show_default=True)
+def shapes(out: Path, pairs: int, seed: int, image_format: Literal["png", "jpg"]) -> None:
+    """Write tars of the embedded world: captioned scenes of coloured shapes."""
+    from jobs.prepare import write_shapes
+
+    answer(write_shapes(out, pairs=pairs, seed=seed, image_format=image_format))
+
+
+@data.command()
+@SHARDS
+@click.option("--out", help="Where the prepared data goes: a directory, or s3://.")
+@click.option("--config", "file", type=FILE, help="YAML of kind pairs, instead of all the others.")
+@MAX_REJECTED
+@click.option("--sizes", default="64,256", show_default=True, help="Sides of the images, in pixels.")
+@CAPTION
+@click.option("--context-length", default=32, show_default=True, type=click.IntRange(2), help="Tokens.")
+@MIN_SIDE
+def prepare(
+    shards: tuple[str, ...],
+    out: str | None,
+    file: Path | None,
+    max_rejected: float,
+    sizes: str,
+    caption: str,
+    context_length: int,
+    min_side: int,
+) -> None:
+    """Verify, crop, resize and tokenise image-text tars; every sample is kept or has its reason."""
+    from jobs.config import pairs_spec
+    from jobs.prepare import prepare_shards, sides
+    from workflows.pairs import PairsSpec
+
+    if file is not None:
+        answer(prepare_shards(pairs_spec(file), verbose=verbose()))
+        return
+    if not shards or not out:
+        raise click.UsageError("name --shards and --out, or a --config")
+    spec = PairsSpec(
+        shards=shards,
+        destination=out,
+        sizes=sides(sizes),
+        caption=caption,
+        context_length=context_length,
+        min_side=min_side,
+        max_reject_fraction=max_rejected,
+    )
+    answer(prepare_shards(spec, verbose=verbose()))
+
+
+@data.command()
+@SHARDS
+@MAX_REJECTED
+@CAPTION
+@MIN_SIDE
+def check(shards: tuple[str, ...], max_rejected: float, caption: str, min_side: int) -> None:
+    """Read tars without writing anything: what is usable, what is not, why.
+
+    What passes here, `ddiff data prepare` with the same options prepares.
+    """
+    from jobs.prepare import check_shards
+
+    if not shards:
+        raise click.UsageError("name --shards")
+    answer(check_shards(shards, max_rejected=max_rejected, caption=caption, min_side=min_side))
+
+
+@data.command()
+@click.argument("directory", type=DIRECTORY)
+def stats(directory: Path) -> None:
+    """Counts of prepared data: rows, bytes, captions, rejects."""
+    from jobs.prepare import stats_of
+
+    answer(stats_of(directory))
