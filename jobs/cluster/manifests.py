@@ -1,5 +1,6 @@
 """`ddiff manifest`: the objects of KubeRay for a run, a service or a standing cluster, from their specs."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ KIND = "ddiff.io/stage-kind"
 SERVE_PORT = 8000
 SERVICE = "ddiff-serve"
 """The name of the RayService, one to a namespace."""
+NAME_LENGTH = 40
+"""Of the objects of a run; of 63 characters KubeRay takes some for the names of its own."""
 Manifest = dict[str, Any]
 
 
@@ -129,7 +132,7 @@ def on_groups(spec: RunSpec, cluster: ClusterSpec) -> tuple[RunSpec, list[Group]
     nodes = [node for group in found for node in group.nodes().nodes()]
     told = zip(plan.stages, bound.stages, strict=True)
     stages = tuple(stage_plan(stage, before.need, nodes, at_once=spec.at_once) for before, stage in told)
-    refuse(plan._replace(stages=stages, nodes=tuple(nodes)))
+    refuse(plan._replace(stages=stages, nodes=tuple(nodes), free=cluster.storage_bytes))
     return bound, found
 
 
@@ -180,8 +183,8 @@ def hop_groups(spec: ServeSpec, cluster: ClusterSpec) -> list[Group]:
 
     Twice as many as replicas at most, since new ones start before the old ones stop.
     """
-    hops = list(spec.hops.values()) or [spec.hop]
-    unnamed = 0 if spec.hops else 2  # a cascade has three hops or so, and each is like spec.hop
+    unnamed = max(1, 3 - len(spec.hops))  # a cascade has three hops or so
+    hops = [*spec.hops.values(), *[spec.hop] * unnamed]
     found = []
     for gpu in (True, False):
         alike = [hop for hop in hops if bool(hop.num_gpus) is gpu]
@@ -192,8 +195,7 @@ def hop_groups(spec: ServeSpec, cluster: ClusterSpec) -> list[Group]:
             memory_gib=cluster.hop.memory_gib,
             gpus=max([1, cluster.hop.gpus]) if gpu else 0,
         )
-        least = nodes_for(alike, pod, "min_replicas") + (unnamed if alike and not spec.hops else 0)
-        most = nodes_for(alike, pod, "max_replicas") + (unnamed if alike and not spec.hops else 0)
+        least, most = (nodes_for(alike, pod, which) for which in ("min_replicas", "max_replicas"))
         name = "hops-gpu" if gpu else "hops-cpu"
         found.append(Group(name, pod, max(1, least), max(2, 2 * most), {KIND: name}))
     return found
@@ -236,5 +238,13 @@ def group_name(kind: str) -> str:
 
 
 def object_name(name: str) -> str:
-    """The name of a run as Kubernetes accepts it, with room for what KubeRay adds."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].rstrip("-")
+    """The name of a run as Kubernetes accepts it (DNS-1035), with room for what KubeRay adds.
+
+    A name that is not left as it is ends in what tells it from others that would look the same.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    plain = plain if plain[:1].isalpha() else f"run-{plain}".rstrip("-")
+    if plain == name and len(plain) <= NAME_LENGTH:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{plain[: NAME_LENGTH - 7].rstrip('-')}-{digest}"

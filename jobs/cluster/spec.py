@@ -2,9 +2,10 @@
 
 import importlib.metadata
 import math
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dd_core.spec import Spec
 
@@ -51,7 +52,7 @@ class ClusterSpec(Spec):
     claim: DnsName | None = None
     """A PersistentVolumeClaim to mount at /data, for a storage that is a path."""
     claim_gib: int = Field(500, ge=1)
-    """Its size."""
+    """Its size; a run that writes more is refused."""
     claim_class: str | None = None
     """Its storage class, one that many nodes may write to; None: the default one."""
     mlflow: str = "http://mlflow.mlflow.svc:5000"
@@ -81,9 +82,21 @@ class ClusterSpec(Spec):
     @field_validator("storage")
     @classmethod
     def _storage_can_be_seen_by_all(cls, storage: str) -> str:
-        if "://" not in storage and not storage.startswith("/data"):
+        parts = PurePosixPath(storage).parts
+        if "://" not in storage and (parts[:2] != ("/", "data") or ".." in parts):
             raise ValueError(f"storage {storage!r} is neither an address (s3://bucket/runs) nor under /data")
         return storage.rstrip("/")
+
+    @model_validator(mode="after")
+    def _a_path_lies_on_a_claim(self) -> "ClusterSpec":
+        if self.storage_bytes is not None and not self.claim:
+            raise ValueError(f"storage {self.storage} is a path: name the claim that is mounted at /data")
+        return self
+
+    @property
+    def storage_bytes(self) -> int | None:
+        """Room for runs, on the claim; None: a store, which does not say."""
+        return None if "://" in self.storage else self.claim_gib * 2**30
 
     @property
     def image_name(self) -> str:

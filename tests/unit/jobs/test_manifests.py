@@ -1,6 +1,7 @@
 """Manifests say what the recipe says, and nothing that KubeRay, Serve or Ray would not understand."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import main
-from jobs.cluster.manifests import said
+from jobs.cluster.manifests import hop_groups, job, object_name, said
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
 from jobs.nodes import Node
-from jobs.plan import plan_of, refusals
+from jobs.plan import PlanError, plan_of, refusals
+from jobs.recipes import smoke
 from jobs.rollout import Config, serve_fields
 from serve.app import ServeSpec
 from tests.unit.jobs.kuberay import SCHEMAS
@@ -188,7 +190,39 @@ def test_a_service_embeds_a_config_that_serve_reads_and_that_our_application_bui
     gpu, cpu = service["rayClusterConfig"]["workerGroupSpecs"]
     assert (gpu["minReplicas"], gpu["maxReplicas"]) == (1, 6)  # three replicas, twice while they are replaced
     assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert cpu["minReplicas"] == 1
+    assert cpu["minReplicas"] == 2  # of the prior, and of what the config does not name
+
+
+@pytest.mark.parametrize("named", [{}, {"base": {}}, {"prior": {}, "base": {}, "upsampler": {}}])
+def test_hops_that_are_not_named_have_the_nodes_that_they_ask_for(named: dict[str, Any]) -> None:
+    spec = ServeSpec.model_validate({"cascade": "s3://a", "hop": {"num_gpus": 1}, "hops": named})
+    gpu, cpu = hop_groups(spec, ClusterSpec())
+    assert (gpu.name, gpu.pod.gpus, gpu.least) == ("hops-gpu", 1, max(1, 3 - len(named)))
+    assert (cpu.name, cpu.pod.gpus) == ("hops-cpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("demo", r"demo"),
+        ("2026-demo", r"run-2026-demo-[0-9a-f]{6}"),
+        ("demo_a", r"demo-a-[0-9a-f]{6}"),
+        ("demo.a", r"demo-a-[0-9a-f]{6}"),
+        ("Demo-a", r"demo-a-[0-9a-f]{6}"),
+        ("demo-a", r"demo-a"),
+        ("a" * 60, r"a{33}-[0-9a-f]{6}"),
+        ("a" * 61, r"a{33}-[0-9a-f]{6}"),
+        ("__", r"run-[0-9a-f]{6}"),
+    ],
+)
+def test_an_object_is_named_after_its_run_as_kubernetes_wants_it(name: str, made: str) -> None:
+    assert re.fullmatch(made, object_name(name))
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", object_name(name))
+
+
+def test_two_runs_never_share_an_object() -> None:
+    names = ["demo-a", "demo_a", "demo.a", "Demo-a", "demo-A", "a" * 60, "a" * 61, "1", "run-1"]
+    assert len({object_name(name) for name in names}) == len(names)
 
 
 def test_settings_come_back_as_they_were_printed_and_wrong_ones_are_refused(tmp_path: Path) -> None:
@@ -196,6 +230,9 @@ def test_settings_come_back_as_they_were_printed_and_wrong_ones_are_refused(tmp_
     assert ClusterSpec.model_validate(yaml.safe_load(printed)) == ClusterSpec()
     for line, said_of_it in {
         "storage: runs": "neither an address",
+        "{storage: /database, claim: a}": "neither an address",
+        "{storage: /data/../etc, claim: a}": "neither an address",
+        "storage: /data/runs": "storage /data/runs is a path: name the claim that is mounted at /data",
         "imgae: x": "did you mean 'image'",
         "token_secret: ../x": "token_secret",
     }.items():
@@ -213,6 +250,16 @@ def test_a_claim_is_made_for_a_storage_that_is_a_path(made: dict[str, list[dict[
         assert {"name": "data", "mountPath": "/data"} in mounts
     assert group(cluster, "base")["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
     assert not [each for each in made["job"] if each["kind"] == "PersistentVolumeClaim"]
+
+
+def test_a_run_is_held_against_the_claim_that_it_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.plan.free_disk", lambda directory: 0)  # of who prints the manifest
+    shapes = smoke.run().but(shapes={"pairs": 100_000})  # some 4 GiB
+    assert job(shapes, SETTINGS)
+    with pytest.raises(
+        PlanError, match=r"/data/runs/smoke will hold .* 1\.0 GiB are free; .* raise claim_gib"
+    ):
+        job(shapes, SETTINGS.but(claim_gib=1))
 
 
 def test_a_pod_has_room_for_its_worker() -> None:
