@@ -57,6 +57,7 @@ def import_weights(
     *,
     averaged: bool,
     tokenizer: tuple[Path, Path] | None = None,
+    scale: float | None = None,
 ) -> Facts:
     """Write the bundle of a published network, or one for each network in its file.
 
@@ -66,6 +67,8 @@ def import_weights(
         out: Where the bundle goes; UNet and autoencoder of one file go to `unet` and `autoencoder` in it.
         averaged: Take averaged weights where a file holds both.
         tokenizer: Of glide, which becomes a cascade: its encoder.json and vocab.bpe.
+        scale: Of an autoencoder that was published by itself: what its latents are multiplied by, so that
+            their deviation is one, where its file does not say it; with a codebook 1 unless it is given.
 
     Raises:
         ValueError: The source is unknown, or a file is not laid out like it; the key is named.
@@ -75,6 +78,8 @@ def import_weights(
         return import_glide(paths, out, tokenizer)
     if tokenizer is not None:
         raise ValueError("--tokenizer is for source glide, which becomes a cascade that paints; leave it out")
+    if scale is not None and source not in AUTOENCODERS:
+        raise ValueError("--scale is for autoencoders that come by themselves (ldm-kl-f8); leave it out")
     name, _, model = source.partition(":")
     if source == "diffusers":
         return {"bundles": import_folder(the_only(paths, source), out)}
@@ -85,8 +90,15 @@ def import_weights(
         return {"bundles": [written(out, ClipSpec(net=net), weights, source)]}
     if source in AUTOENCODERS:
         net_spec = AUTOENCODERS[source]
-        weights = importing.autoencoder(net_spec, weights_in(the_only(paths, source)), scale=1.0)
-        return {"bundles": [written(out, stage_of(net_spec), weights, source)]}
+        weights = weights_in(the_only(paths, source))
+        assumed = 1.0 if net_spec.codes else None
+        found = importing.autoencoder(net_spec, weights, scale=scale or assumed)
+        return {"bundles": [written(out, stage_of(net_spec), found, source)]}
+    return import_network(source, paths, out, averaged=averaged)
+
+
+def import_network(source: str, paths: Sequence[Path], out: Path, *, averaged: bool) -> Facts:
+    """Write the bundle of a published network, and that of the autoencoder in its file."""
     if source not in (known := published()):
         close = difflib.get_close_matches(source, sources(), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sources())}"

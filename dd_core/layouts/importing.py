@@ -88,11 +88,29 @@ def from_ldm(source: Published, net: nn.Module, state: Mapping[str, Tensor], *, 
     return Imported(weights, first, left, averaged)
 
 
-def autoencoder(spec: AutoencoderNetSpec, state: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
-    """The autoencoder of a whole file or of one of its own, with the moments that its scale stands for."""
+def autoencoder(
+    spec: AutoencoderNetSpec, state: Mapping[str, Tensor], *, scale: float | None
+) -> dict[str, Tensor]:
+    """The autoencoder of a whole file or of one of its own, with the moments that its scale stands for.
+
+    Args:
+        spec: Its network.
+        state: The file.
+        scale: What its latents are multiplied by, unless the file says what was measured; None: it must.
+
+    Raises:
+        LayoutError: The file is not laid out so, or nothing says the scale.
+    """
     with torch.device("meta"):
         net = Autoencoder(spec)
     weights = fitted(net, inward(ldm.autoencoder_part(state), ldm.autoencoder_moves(net)))
+    measured = ldm.measured_scale(state)
+    scale = scale if measured is None else measured
+    if scale is None:
+        raise LayoutError(
+            f"nothing says the scale of these latents, and there is no weight {ldm.SCALE!r}: give --scale, "
+            "one over their standard deviation on your pictures (Stable Diffusion's f8: 0.18215)"
+        )
     return weights | scaled(scale)
 
 

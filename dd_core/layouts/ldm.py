@@ -15,7 +15,9 @@ from dd_core.nets.unet import UNet
 UNET, AUTOENCODER, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema."
 READERS = ("cond_stage_model.", "embedder.", "noise_augmentor.", "low_scale_model.")
 """What reads captions and images for the UNet."""
-SCHEDULE = ("betas", "alphas", "sqrt_", "log_one_minus_", "posterior_", "lvlb_", "logvar", "scale_factor")
+SCALE = "scale_factor"
+"""Of the latents: one over the deviation of the first batch of the training, where that was measured."""
+SCHEDULE = ("betas", "alphas", "sqrt_", "log_one_minus_", "posterior_", "lvlb_", "logvar", SCALE)
 """Tables that follow from the schedule, the weight of each step in the loss, the scale of the latents."""
 
 
@@ -63,6 +65,11 @@ def autoencoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     part = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     dropped = ("loss.", "model_ema.")
     return {name: t for name, t in part.items() if not name.startswith(dropped)}
+
+
+def measured_scale(state: Mapping[str, Tensor]) -> float | None:
+    """What latents are multiplied by, as it was measured in training; None: the file does not say."""
+    return float(state[SCALE]) if SCALE in state else None
 
 
 def has_averaged(state: Mapping[str, Tensor]) -> bool:

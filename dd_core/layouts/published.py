@@ -53,8 +53,8 @@ class Published(NamedTuple):
     process: Process
     autoencoder: AutoencoderNetSpec | None = None
     """In the same file, if it paints latents."""
-    latent_scale: float = 1.0
-    """What its latents are multiplied by."""
+    latent_scale: float | None = 1.0
+    """What its latents are multiplied by; None: what was measured in its training, which its file says."""
 
 
 LADDERS: dict[int, tuple[float, ...]] = {
@@ -228,7 +228,11 @@ def of_ldm() -> dict[str, Published]:
         "ldm-faces256": Published(faces, "ldm", LDM, VQ_F4),
         "ldm-bedrooms256": Published(faces, "ldm", LDM, VQ_F4),
         "ldm-churches256": Published(
-            PlainSpec(unet=church, **latent), "ldm", LDM.but(beta_range=(0.0015, 0.0155), image_size=32), F8
+            PlainSpec(unet=church, **latent),
+            "ldm",
+            LDM.but(beta_range=(0.0015, 0.0155), image_size=32),
+            F8,
+            None,
         ),
         "ldm-cin256": Published(classes, "ldm", LDM, VQ_F4),
         "ldm-text256": Published(
@@ -251,7 +255,7 @@ def of_ldm() -> dict[str, Published]:
     found["sd-x4-upscaler"] = Published(
         PlainSpec(unet=enlarging, **latent),
         "ldm-linear",
-        Process(predicts="v", image_size=128),
+        SD.but(predicts="v", beta_range=(1e-4, 0.02), image_size=128),
         F4.but(latent_channels=4),
         0.08333,
     )

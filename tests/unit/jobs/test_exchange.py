@@ -98,6 +98,50 @@ def test_a_file_becomes_bundles_and_these_folders_and_these_bundles_again(
     assert spec.process == TINY.process
 
 
+def first_of(directory: Path) -> Autoencoder:
+    """The autoencoder of a bundle."""
+    net = Autoencoder(FIRST)
+    net.load_state_dict(bundle.load(directory).trained.weights)
+    return net
+
+
+def test_latents_are_scaled_as_was_measured_in_their_training(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scale_by_std` of latent diffusion: the checkpoint holds what its first batch came to."""
+    monkeypatch.setattr(exchange, "published", lambda: {"tiny": TINY._replace(latent_scale=None)})
+    with pytest.raises(LayoutError, match="nothing says the scale of these latents"):
+        exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
+    file = torch.load(checkpoint)
+    file["state_dict"]["scale_factor"] = torch.tensor(0.25)
+    torch.save(file, checkpoint)
+    exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
+    assert first_of(tmp_path / "tiny" / "autoencoder").scale().item() == pytest.approx(0.25)
+    assert published.published()["ldm-churches256"].latent_scale is None
+
+
+def test_an_autoencoder_by_itself_is_told_its_scale(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "AUTOENCODERS", {"tiny-kl": FIRST})
+    alone = ["import", "tiny-kl", str(checkpoint), "--out", str(tmp_path / "kl")]
+    refused = CliRunner().invoke(main, alone)
+    assert refused.exit_code == 2
+    assert "give --scale" in refused.output
+    assert CliRunner().invoke(main, [*alone, "--scale", "0.5"]).exit_code == 0
+    assert first_of(tmp_path / "kl").scale().item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="--scale is for autoencoders"):
+        exchange.import_weights("sd1", [checkpoint], tmp_path / "sd", averaged=True, scale=0.5)
+
+
+def test_the_x4_upscaler_walks_the_betas_of_its_configuration() -> None:
+    """x4-upscaling.yaml of Stable Diffusion: linear_start 0.0001, linear_end 0.02, evenly in their roots."""
+    process = published.published()["sd-x4-upscaler"].process
+    config = diffusers_scheduler.config_of(process)
+    found = [config[name] for name in ("beta_schedule", "beta_start", "beta_end", "prediction_type")]
+    assert found == ["scaled_linear", 0.0001, 0.02, "v_prediction"]
+
+
 def test_an_upscaler_comes_with_its_autoencoder_and_leaves_its_noise_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

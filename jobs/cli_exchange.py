@@ -1,0 +1,59 @@
+"""The commands of ddiff that bring weights in and write them for others; jobs/cli.py adds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from jobs.shell import DIRECTORY, Group, answer
+
+exchanged = Group("exchanged")
+
+
+@exchanged.command("import")
+@click.argument("source")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=DIRECTORY, help="Where the bundle goes.")
+@click.option("--averaged/--raw", default=True, show_default=True, help="Which, where a file holds both.")
+@click.option(
+    "--tokenizer",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    help="Of glide: its encoder.json and vocab.bpe, plain or .gz.",
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of an autoencoder by itself: one over the deviation of its latents, where no file says it.",
+)
+def bring_in(
+    source: str,
+    paths: tuple[Path, ...],
+    out: Path,
+    averaged: bool,
+    tokenizer: tuple[Path, Path] | None,
+    scale: float | None,
+) -> None:
+    """Make a bundle of published weights.
+
+    SOURCE says what they are, such as adm-imagenet256, glide-base, sd1, sd-x4-upscaler, ldm-kl-f8,
+    karlo-prior, openai-clip:ViT-L-14 or diffusers; a wrong one is refused, with the names of the others.
+    PATHS are its files, or the folder of one component of diffusers.
+
+    Source glide takes base and upsampler and its --tokenizer, and makes a cascade that paints.
+    """
+    from jobs.exchange import import_weights
+
+    answer(import_weights(source, paths, out, averaged=averaged, tokenizer=tokenizer, scale=scale))
+
+
+@exchanged.command()
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--format", "kind", required=True, type=click.Choice(["diffusers"]))
+@click.option("--out", required=True, type=DIRECTORY, help="Where the folders go.")
+def export(bundle: Path, kind: str, out: Path) -> None:
+    """Write a BUNDLE in the format of somebody else."""
+    from jobs.exchange import export_diffusers
+
+    answer({"format": kind} | export_diffusers(bundle, out))
