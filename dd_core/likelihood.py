@@ -191,7 +191,7 @@ class TimestepSampler(nn.Module):
     @torch.no_grad()
     def observe(self, t: Int[Tensor, " b"], loss: Float[Tensor, " b"]) -> None:
         """Remember unweighted losses; of a timestep that occurs more than once, one after the other."""
-        for one, value in zip(t, loss.double(), strict=True):
+        for one, value in zip(t.tolist(), loss.double(), strict=True):  # waits for the device once
             self.losses[one] = torch.cat([self.losses[one, 1:], value[None]])
             self.seen[one] += 1
 

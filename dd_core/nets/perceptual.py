@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -82,11 +83,16 @@ def load_lpips(path: Path) -> Lpips:
         path: Names as in that package: `net.slice{1-5}.{layer}.weight`, `.bias`, `lin{0-4}.model.1.weight`.
 
     Raises:
-        ValueError: There is no such file, or a weight is missing or of another size.
+        ValueError: There is no such file, it is damaged, or a weight is missing or of another size.
     """
     if not path.is_file():
         raise ValueError(f"lpips_weights: there is no file {path}; name one or set perceptual: clip")
-    given, lpips = load_file(path), Lpips()
+    try:
+        given, lpips = load_file(path), Lpips()
+    except SafetensorError as error:
+        raise ValueError(
+            f"lpips_weights: {path} is damaged or no safetensors file: {error}; fetch it again"
+        ) from None
     found: dict[str, Tensor] = {}
     layer = 0
     for index, stage in enumerate(lpips.stages):

@@ -138,6 +138,17 @@ def test_timesteps_are_uniform_until_all_were_seen_ten_times() -> None:
     assert sampler.probabilities()[0] == sampler.probabilities()[3]
 
 
+def test_losses_are_remembered_with_one_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("__index__", "item", "tolist"):
+        ask = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, ask=ask: asked.append(self) or ask(self))
+    sampler = likelihood.TimestepSampler(16)
+    sampler.observe(torch.arange(16), torch.rand(16))
+    assert len(asked) == 1
+    assert sampler.seen.eq(1).all()
+
+
 def test_weights_keep_the_mean_of_the_loss() -> None:
     torch.manual_seed(0)
     loss = torch.tensor([0.1, 1.0, 5.0, 10.0])

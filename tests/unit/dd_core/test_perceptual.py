@@ -86,6 +86,9 @@ def test_lpips_weights_are_refused_with_the_file_and_the_tensor(tmp_path: Path) 
     path = tmp_path / "weights.safetensors"
     with pytest.raises(ValueError, match=r"no file .*weights.safetensors"):
         load_lpips(path)
+    path.write_bytes(b"half of a file")
+    with pytest.raises(ValueError, match=r"lpips_weights: .*weights.safetensors is damaged.*fetch it again"):
+        load_lpips(path)
     save_file({"net.slice1.0.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"weights.safetensors has no tensor 'net.slice1.0.bias'"):
         load_lpips(path)
