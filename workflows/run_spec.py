@@ -68,6 +68,7 @@ class RunSpec(Spec):
             kind, wanted = self.stage(name).stage.kind, kinds.get(role, role)
             if kind != wanted:
                 raise ValueError(f"hop {hop.stage}: guide {role!r} is a {kind}, a {wanted} is needed")
+        self.check_tower(hop)
         spec = self.stage(hop.stage).stage
         if isinstance(spec, LearnsEmbeddings):
             self.check_draft(hop)
@@ -110,6 +111,20 @@ class RunSpec(Spec):
             raise ValueError(
                 f"hop {prior.stage}: its guide {draft!r} stands on clip {theirs!r}, the prior on {own!r}; "
                 "train both on one"
+            )
+
+    def check_tower(self, hop: HopSpec) -> None:
+        """A noised CLIP is told captions by the CLIP that it was trained with.
+
+        Raises:
+            ValueError: The guides name another one.
+        """
+        noised, named = hop.guides.get("noised_clip"), hop.guides.get("clip")
+        if noised is None or named is None:
+            return
+        if (own := self.stage(noised).parents.get("clip")) != named:
+            raise ValueError(
+                f"hop {hop.stage}: guides.clip is {named!r}, but {noised!r} stands on clip {own!r}; name that"
             )
 
     def stage(self, name: str) -> TrainSpec:

@@ -153,8 +153,15 @@ UNLED = Leaders()
 
 
 def leaders_of(parents: Mapping[str, Trained], device: torch.device) -> Leaders:
-    """The guides among the parents, on the device."""
+    """The guides among the parents, on the device.
+
+    Args:
+        parents: Role -> trained; "leading_clip" is the CLIP that the noised one was trained with, where that
+            is not the hop's own "clip".
+        device: Where they go.
+    """
     noised = noised_clip_of(parents["noised_clip"]).to(device) if "noised_clip" in parents else None
-    clip = clip_of(parents["clip"]).to(device) if noised is not None and "clip" in parents else None
+    tower = parents.get("leading_clip", parents.get("clip"))
+    clip = clip_of(tower).to(device) if noised is not None and tower is not None else None
     classifier = classifier_of(parents["classifier"]).to(device) if "classifier" in parents else None
     return Leaders(classifier, noised, clip)

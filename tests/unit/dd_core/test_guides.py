@@ -18,11 +18,12 @@ from dd_core.samplers import SamplingSpec, ddim, sample
 from dd_core.schedules import ScheduleSpec, walk
 from dd_core.stage import Trained
 from dd_core.stages import load_hop
+from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.classifier import ClassifierSpec
 from dd_core.stages.guides import CLEAN, REFERENCE
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.steering import SCORES, GradientSpec, Guides, Pull, score_of
-from tests.unit.dd_core.test_chain import CLIP, GLIDE, LATENT, UNET, hop, made, told, trained
+from tests.unit.dd_core.test_chain import CLIP, GLIDE, LATENT, UNCLIP, UNET, hop, made, told, trained
 from tests.unit.dd_core.test_chain import PARENTS as CHAIN_PARENTS
 from tests.unit.dd_core.test_stages import BASE
 from tests.unit.dd_core.test_stages import CLIP as BASE_CLIP
@@ -263,6 +264,36 @@ def test_a_latent_chain_is_led_from_noise_to_picture_and_by_smaller_guides() -> 
         assert found[1] > found[0]
     with pytest.raises(ValueError, match="read pictures of two sizes"):
         load_hop(trained(LATENT), smaller, device="cpu").start(asked(1), how_of(classes=1.0))
+
+
+def test_a_noised_clip_is_told_captions_by_the_clip_that_it_was_trained_with(tmp_path: Path) -> None:
+    """The decoder of unCLIP hears embeddings of a CLIP of its own."""
+    other = Trained(CLIP, {name: 1.01 * weight for name, weight in PARENTS["clip"].weights.items()})
+    stages = {
+        "own": other,
+        "clip": PARENTS["clip"],
+        "noised": PARENTS["noised_clip"],
+        "base": trained(UNCLIP),
+    }
+    digests: dict[str, str] = {}
+    for name, one in stages.items():
+        roles = {"noised": {"clip": "clip"}, "base": {"clip": "own"}}.get(name, {})
+        named = {role: digests[parent] for role, parent in roles.items()}
+        digests[name] = bundle.save(tmp_path / name, one.spec, one.weights, parents=named, facts={})
+    directories = {name: tmp_path / name for name in stages}
+    hops = [
+        HopSpec(stage="base", how=how_of(caption=5.0), guides={"noised_clip": "noised", "clip": clip})
+        for clip in ("own", "clip")
+    ]
+    wrong, right = (CascadeSpec(name="led", hops=(one,), context_length=12, image_size=16) for one in hops)
+    with pytest.raises(ValueError, match=r"guides\.clip is 'own', but 'noised' was trained with 'clip'"):
+        bundle.save_cascade(tmp_path / "wrong", wrong, directories, card="")
+    bundle.save_cascade(tmp_path / "cascade", right, directories, card="")
+    (opened,) = bundle.load_cascade(tmp_path / "cascade").hops
+    assert isinstance(opened, ChainHop)
+    for clip, mine in ((opened.clip, other), (opened.leaders.clip, PARENTS["clip"])):
+        assert clip is not None
+        assert all(torch.equal(clip.state_dict()[name], weight) for name, weight in mine.weights.items())
 
 
 def test_a_cascade_on_disk_opens_a_hop_with_the_guides_that_it_names(tmp_path: Path) -> None:
