@@ -13,7 +13,7 @@ et al. 2022 (arXiv:2201.06503); the published code of Karlo (whitening, bound).
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,14 @@ from dd_core.noise import SeededNoise, from_vp, spread
 from dd_core.ranks import gathered
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
+from dd_core.spec import Spec
 from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
-from dd_core.stages.chain import widened
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws
 from dd_core.stages.refusals import refuse_gradient
+from dd_core.stages.start import asked, asked_of, refuse_other, widened
 
 BOUND = 10.0
 """No whitened number of an estimate is larger (Karlo)."""
@@ -106,9 +107,13 @@ class PriorDenoiser(NetworkDenoiser[CausalPrior]):
         x0_mse: Float[Tensor, " b"],
         told: Bool[Tensor, " b"],
     ) -> None:
-        """Take in the errors at these timesteps where a caption was told, and forget old ones."""
-        share = x0_mse * (1 + sigma**2) / sigma**2
-        t, share, counted = gathered(torch.stack([t.double(), share.double(), told.double()], 1)).unbind(1)
+        """Take in the errors at these timesteps where a caption was told, and forget old ones.
+
+        What is not finite is not counted: the gradient of its batch will be refused as well.
+        """
+        share = (x0_mse * (1 + sigma**2) / sigma**2).double()
+        told, share = told & share.isfinite(), torch.where(share.isfinite(), share, 0.0)
+        t, share, counted = gathered(torch.stack([t.double(), share, told.double()], 1)).unbind(1)
         self.seen += len(t)
         span = max(len(t), min(HORIZON, int(self.seen) // 4))
         place = F.one_hot((t * len(self.errors)).long() // self.length, len(self.errors)).double()
@@ -134,7 +139,7 @@ class CausalPriorStage(Stage):
             are measured anew.
 
     Raises:
-        ValueError: The parent CLIP or the start is of other widths.
+        ValueError: The parent CLIP is of other widths, or the start is another network or of another chain.
     """
 
     model: PriorDenoiser
@@ -154,6 +159,7 @@ class CausalPriorStage(Stage):
         self.register_buffer("moments", torch.zeros(2, width, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(0))
         if start is not None:
+            refuse_other(spec.kind, asking(spec), asking(start.spec))
             now = self.model.state_dict()
             given, first = (
                 {k: v for k, v in one.items() if k not in MEASURED} for one in (start.weights, now)
@@ -252,6 +258,13 @@ class CausalPriorHop:
 
     def finish(self, state: CascadeState, x0: Float[Tensor, " kb d"]) -> CascadeState:
         return self.chooser.kept(state, self.model.network.coloured(x0.float()))
+
+
+def asking(spec: Spec) -> dict[str, Any]:
+    """Network and chain of such a prior, or of a published one, to be compared."""
+    if isinstance(spec, CausalPriorStageSpec):
+        return asked(spec.net, spec.schedule, "x0")
+    return asked_of(spec)
 
 
 def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> PriorDenoiser:

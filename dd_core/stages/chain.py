@@ -21,7 +21,6 @@ from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
-from dd_core.nets.network import PlainSpec
 from dd_core.nets.text import UnclipSpec
 from dd_core.ranks import gathered
 from dd_core.schedules import LogNormalSpec
@@ -31,8 +30,8 @@ from dd_core.stages.base import null_like
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import encoded, heard_of, holes, kept, seen, smaller, told, unsaid
 from dd_core.stages.clip import clip_of
-from dd_core.stages.network import NetworkSpec
 from dd_core.stages.refusals import needed
+from dd_core.stages.start import begun
 from dd_core.stages.upsampler import crops
 
 
@@ -59,9 +58,7 @@ class ChainStage(Stage):
         clip, autoencoder = parents_of(spec, parents)
         self.model = denoiser_of(spec)
         if "start" in parents:
-            refuse_start(spec, parents["start"])
-            of_x = spec.channels / (spec.channels + spec.told_channels)
-            self.model.load_state_dict(widened(parents["start"], self.model.state_dict(), of_x))
+            self.model.load_state_dict(begun(spec, parents["start"], self.model.state_dict()))
         timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
         self.register_buffer("table", timed, persistent=False)
         self.timesteps: likelihood.TimestepSampler | None = None
@@ -90,7 +87,7 @@ class ChainStage(Stage):
         heard = kept(spec, heard_whole)
         hole = holes(picture) if spec.inpaints else None
         shown = seen(spec, autoencoder, small=smaller(spec, picture), known=picture, hole=hole)
-        nothing = unsaid(heard, null_like(heard.tokens))
+        nothing = unsaid(spec, heard, null_like(heard.tokens))
 
         def said(network: nn.Module) -> Conditioning:
             return told(spec, network, clip, heard, shown)
@@ -162,58 +159,3 @@ def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) ->
         if isinstance(spec.net, DiTSpec):
             found.append(("net.image_size", spec.net.image_size, spec.image_size // autoencoder.spec.factor))
     return found
-
-
-def refuse_start(spec: ChainSpec, start: Trained) -> None:
-    """Weights whose input fits in number, and not in what it means.
-
-    Raises:
-        ValueError: They hear of a hole elsewhere, or otherwise, than this network does.
-    """
-    match start.spec:
-        case ChainSpec() as other if spec.inpaints and other.inpaints and other.factor < spec.factor:
-            raise ValueError("chain: the parent 'start' fills holes and enlarges nothing; take one that does")
-        case NetworkSpec(net=PlainSpec() as net) if spec.inpaints and spec.latent_channels:
-            if net.unet.image_channels:
-                raise ValueError(
-                    f"chain: {start.spec.source} hears the mask before the picture, 1 in the hole, and this "
-                    "network the other way round; start from the same model without holes"
-                )
-        case _:
-            pass
-
-
-def widened(start: Trained, now: Mapping[str, Tensor], of_x: float = 1.0) -> dict[str, Tensor]:
-    """First weights from another model; input channels that it lacked are zero: it answers as before.
-
-    Args:
-        start: The other model.
-        now: The state that is begun.
-        of_x: Share of the input channels, the first ones, that are those of x.  What the other model lacks
-            comes right after them, as what is told of a hole does; what that is told of stays at the end.
-
-    Raises:
-        ValueError: A weight is missing, or differs in more than input channels.
-    """
-    published = isinstance(start.spec, NetworkSpec)
-    weights = {f"network.{name}" if published else name: value for name, value in start.weights.items()}
-    if odd := sorted(weights.keys() ^ now.keys()):
-        raise ValueError(f"chain: the parent 'start' has another network: {odd[0]} is in one of them only")
-    return {name: wider(name, weights[name], value, of_x) for name, value in now.items()}
-
-
-def wider(name: str, weight: Tensor, like: Tensor, of_x: float) -> Tensor:
-    """A weight with zeros for the input channels that it lacked."""
-    missing = like.shape[1] - weight.shape[1] if like.ndim == 4 == weight.ndim else 0
-    if weight.shape != like.shape and (
-        missing < 0 or weight.shape[0] != like.shape[0] or weight.shape[2:] != like.shape[2:]
-    ):
-        raise ValueError(
-            f"chain: {name} of the parent 'start' is {tuple(weight.shape)}, here {tuple(like.shape)}; "
-            "only input channels may be added"
-        )
-    if not missing:
-        return weight
-    own = round(like.shape[1] * of_x)
-    new = weight.new_zeros(weight.shape[0], missing, *weight.shape[2:])
-    return torch.cat([weight[:, :own], new, weight[:, own:]], dim=1)

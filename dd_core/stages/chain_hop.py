@@ -43,7 +43,8 @@ class ChainHop:
 
     Args:
         trained: The chain.
-        parents: What it stands on, and its guides: "classifier", "noised_clip" and that one's "clip".
+        parents: What it stands on, and its guides: "classifier", "noised_clip" and that one's CLIP
+            (`leaders_of`).
         device: Where it paints.
 
     Raises:
@@ -126,7 +127,7 @@ class ChainHop:
             embedding = torch.zeros(count, spec.embedding_width)
         heard = Heard(caption, label, embedding, self.counts(caption))
         cond = self.told(heard, picture)
-        nothing = unsaid(heard, null)._replace(counts=self.counts(null))
+        nothing = unsaid(spec, heard, null)._replace(counts=self.counts(null))
         without = cond if how.guidance_scale == 1 else self.told(nothing, picture)
         rows = rows_of(how, cond, without, count)
         if spec.latent_channels and how.clip is None:
@@ -275,7 +276,8 @@ def refuse_told(
     """
     label, gradient, length = state.label, how.gradient, spec.context_length
     by_class = bool(gradient and gradient.classes)
-    unknown = label is not None and bool(((label < UNLABELLED) | (label >= spec.classes)).any())
+    lowest = UNLABELLED if spec.has_class_of_nothing else 0
+    unknown = label is not None and bool(((label < lowest) | (label >= spec.classes)).any())
     remedies = (
         (
             own_vocabulary and len(state.captions) != len(state.tokens),
@@ -287,7 +289,7 @@ def refuse_told(
             f"captions of {state.tokens.shape[1]} tokens, but the model reads {length}; prepare with that",
         ),
         (
-            label is None and (by_class or 0 < spec.labels == spec.classes),
+            label is None and (by_class or (spec.labels > 0 and not spec.has_class_of_nothing)),
             "it paints by class, and the request names none; give a label",
         ),
         (

@@ -98,6 +98,11 @@ class ChainSpec(LearnedSpec):
         return self.labels - bool(self.labels and self.told_dropout)
 
     @property
+    def has_class_of_nothing(self) -> bool:
+        """Whether the last of its network's labels says that no class is told."""
+        return self.labels > self.classes
+
+    @property
     def embedding_width(self) -> int:
         """Of the image embedding that it is told; 0: none."""
         return self.net.embedding_width if isinstance(self.net, DiTSpec) else self.net.unet.embedding_width

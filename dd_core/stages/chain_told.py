@@ -91,7 +91,7 @@ def heard_of(spec: ChainSpec, batch: PairBatch, picture: Tensor, clip: Clip | No
     if spec.labels and batch.label is None:
         raise ValueError("chain: its network is told classes; set `label` (path and classes) of the run")
     label = torch.full_like(batch.tokens[:, 0], UNLABELLED) if batch.label is None else batch.label
-    if spec.labels and spec.labels == spec.classes and bool((label == UNLABELLED).any()):
+    if spec.labels and not spec.has_class_of_nothing and bool((label == UNLABELLED).any()):
         raise ValueError(
             "chain: a picture has no class, and with told_dropout 0 the network has none for nothing; "
             "set told_dropout, and one label more"
@@ -114,9 +114,10 @@ def kept(spec: ChainSpec, heard: Heard) -> Heard:
     )
 
 
-def unsaid(heard: Heard, tokens: Int[Tensor, " b l"]) -> Heard:
-    """Nothing said, but for these captions: empty, or what a request does not want."""
-    return Heard(tokens, torch.full_like(heard.label, UNLABELLED), torch.zeros_like(heard.embedding))
+def unsaid(spec: ChainSpec, heard: Heard, tokens: Int[Tensor, " b l"]) -> Heard:
+    """Nothing said but these captions, empty or not wanted, and the class where there is none for nothing."""
+    label = torch.full_like(heard.label, UNLABELLED) if spec.has_class_of_nothing else heard.label
+    return Heard(tokens, label, torch.zeros_like(heard.embedding))
 
 
 def encoded(

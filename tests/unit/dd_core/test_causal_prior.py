@@ -140,6 +140,16 @@ def test_errors_are_averaged_where_they_were_made_and_old_ones_are_forgotten(cli
         assert x0_variance(t) > 0.9 * exact
 
 
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_an_error_that_is_no_number_is_not_taken_in(clip: Trained, error: float) -> None:
+    model, t = stage(clip).model, torch.tensor([10, 500, 990])
+    sigma, told = schedules.sigmas(SPEC.schedule)[t], torch.ones(3, dtype=torch.bool)
+    model.measure(t, sigma, torch.tensor([1.0, error, 1.0]), told)
+    model.measure(t[[0, 2]], sigma[[0, 2]], torch.ones(2), told[:2])
+    assert model.errors.isfinite().all()
+    assert int((model.counts > 0).sum()) == 2
+
+
 @pytest.mark.slow
 def test_how_wrong_it_is_was_measured_in_training_and_is_the_variance_it_is_sampled_with(
     clip: Trained,
@@ -217,6 +227,16 @@ def test_published_weights_start_it_with_their_own_mean_and_deviation(clip: Trai
     assert not again.model.counts.any()  # other weights will err otherwise
     assert torch.equal(made.model.network.mean, net.mean)
     assert torch.equal(made.model.network.out.weight, net.out.weight)
+
+
+def test_a_prior_of_other_heads_or_another_chain_is_no_start(clip: Trained) -> None:
+    weights = stage(clip).model.state_dict()
+    for other, said in (
+        (SPEC.but(net=SPEC.net.but(heads=4)), r"net\.heads is 4 there and 2 here"),
+        (SPEC.but(schedule=schedules.ScheduleSpec()), r"schedule\.betas is 'linear' there and 'cosine' here"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            stage(clip, start=Trained(other, weights))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from dd_core import schedules
 from dd_core.cascade import CascadeState, Hop, run
 from dd_core.denoiser import Conditioning, Denoised, output_from
+from dd_core.layouts.published import Process
 from dd_core.losses import output_weight
 from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.nets.clip import ClipNetSpec
@@ -577,10 +578,58 @@ def test_another_network_is_no_start() -> None:
     with pytest.raises(ValueError, match="the parent 'start' has another network"):
         build_stage(GLIDE, PARENTS | {"start": trained(DDPM)})
     narrow = GLIDE.but(net=GLIDE.net.but(unet=GLIDE.net.unet.but(width=8)))  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="only input channels may be added"):
+    with pytest.raises(ValueError, match=r"another network: net\.unet\.width is 8 there and 16 here"):
         build_stage(GLIDE, PARENTS | {"start": trained(narrow)})
     with pytest.raises(ValueError, match="only input channels may be added"):
         build_stage(GLIDE, PARENTS | {"start": trained(INPAINTING)})
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "said"),
+    [
+        (DDPM, DDPM.but(net=plain(head_width=16)), r"net\.unet\.head_width is 16 there and 8 here"),
+        (DDPM, DDPM.but(net=plain(groups=2)), r"net\.unet\.groups is 2 there and 4 here"),
+        (DDPM, DDPM.but(predicts="v"), "was trained otherwise: predicts is 'v' there and 'eps' here"),
+        (DDPM, DDPM.but(schedule=SMALL), r"schedule\.betas is 'cosine' there and 'linear' here"),
+        (DDPM, EDM.but(net=plain(), predicts="eps"), "told is '250 log sigma' there and 'timesteps' here"),
+        (IMPROVED, IMPROVED.but(rescaled_time=False), "rescaled_time is False there and True here"),
+    ],
+)
+def test_weights_that_fit_of_a_network_that_was_asked_otherwise_are_no_start(
+    now: ChainSpec, before: ChainSpec, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_stage(now, PARENTS | {"start": trained(before)})
+
+
+def test_what_no_weight_depends_on_may_differ_from_the_start() -> None:
+    for now, before in (
+        (DDPM.but(told_dropout=0.3), DDPM.but(net=plain(dropout=0.2))),
+        (DDPM.but(net=plain(heads=2)), DDPM.but(net=plain(heads=2, head_width=16))),
+        (GLIDE, GLIDE.but(told_dropout=0.0, schedule=GLIDE.schedule.but(beta_end=0.5))),
+        (BOUND, IMPROVED),
+        (TRANSFORMER.but(schedule=SMALL), TRANSFORMER),  # told log sigma, whatever the timesteps
+    ):
+        build_stage(now, PARENTS | {"start": trained(before)})
+
+
+def test_a_published_network_is_a_start_if_it_was_asked_alike() -> None:
+    weights = {name.removeprefix("network."): value for name, value in trained(LATENT).weights.items()}
+
+    def begun(**process: object) -> Stage:
+        published = Process.model_validate(
+            {"schedule": "sqrt_linear", "beta_range": (0.00085, 0.012)} | process
+        )
+        start = Trained(NetworkSpec(source="sd1", net=LATENT.net, process=published), weights)
+        return build_stage(LATENT, PARENTS | {"start": start})
+
+    begun()
+    with pytest.raises(ValueError, match=r"schedule\.beta_end is 0\.02 there and 0\.012 here"):
+        begun(beta_range=(0.00085, 0.02))
+    with pytest.raises(ValueError, match="predicts is 'v' there and 'eps' here"):
+        begun(predicts="v")
+    with pytest.raises(ValueError, match="must be a chain or a published network"):
+        build_stage(LATENT, PARENTS | {"start": PARENTS["autoencoder"]})
 
 
 def test_latents_have_the_deviation_of_their_scale_and_come_back() -> None:

@@ -69,6 +69,7 @@ def silent(made: Hop) -> Hop:
         (ENLARGING, {}, {"image": torch.zeros(1, 3, 8, 8)}, r"enlarges 4 px and got \(3, 8, 8\)"),
         (EDM, {"spacing": "linspace"}, {}, "trained on all noise levels; use karras"),
         (EDM, {}, {"label": None}, "give a label"),
+        (EDM, {}, {"label": torch.tensor([-1])}, r"label \[-1\]: classes are 0 to 2"),  # no class of nothing
         (LATENT, {"dynamic_threshold": 0.9}, {}, "for pixels, and this model paints latents"),
     ],
 )
