@@ -6,7 +6,7 @@ import torch
 from dd_core.cascade import HopSpec
 from dd_core.noise import karras_sigmas
 from dd_core.samplers import ChurnSpec, SamplingSpec, sigmas_of
-from dd_core.schedules import ScheduleSpec, walk
+from dd_core.schedules import ScheduleSpec, sigma_range, walk
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,23 @@ def test_what_goes_together_is_taken() -> None:
 def test_the_default_is_the_karras_grid() -> None:
     found = sigmas_of(SamplingSpec(num_steps=7), sigma_min=0.02, sigma_max=80.0)
     assert torch.equal(found, karras_sigmas(7, sigma_min=0.02, sigma_max=80.0))
+
+
+@pytest.mark.parametrize(
+    ("chain", "top"),
+    [
+        (ScheduleSpec(betas="cosine"), 80.0),
+        (ScheduleSpec(betas="cosine", num_timesteps=4000), 80.0),
+        (ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012), 14.6146),
+    ],
+)
+def test_karras_levels_of_a_chain_begin_where_a_picture_is_to_be_seen(
+    chain: ScheduleSpec, top: float
+) -> None:
+    low, high = sigma_range(chain)
+    levels = sigmas_of(SamplingSpec(), sigma_min=low, sigma_max=high, chain=chain)
+    assert float(levels[0]) == pytest.approx(top, rel=1e-4)
+    assert int((levels > 10).sum()) < 8  # of 20; from the highest of cosine betas it would be 15
 
 
 def test_timesteps_need_a_chain() -> None:
