@@ -7,9 +7,11 @@ from pydantic import Field, model_validator
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
+from dd_core.stages import StageSpec
 from dd_core.stages.chain_hop import refuse, refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.refusals import HEARS, refuse_unheard
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
@@ -82,17 +84,12 @@ class RunSpec(Spec):
                 f"cascade: hop {hop.stage!r} is a {spec.kind} and is sampled by {hop.how.sampler}; "
                 "sampler consistency and stages of kind consistency need each other"
             )
-        chain = spec.base if isinstance(spec, ConsistencySpec) else spec
-        if not isinstance(chain, ChainSpec):
-            return
         try:
-            if chain is spec:
-                refuse(chain, hop.how, hop.guides)
-            else:
-                refuse_guidance(chain, hop.how.guidance_scale)
+            refuse_sampling(spec, hop)
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
-        if chain.context_length not in (0, self.pairs.context_length):
+        chain = spec.base if isinstance(spec, ConsistencySpec) else spec
+        if isinstance(chain, ChainSpec) and chain.context_length not in (0, self.pairs.context_length):
             raise ValueError(
                 f"stage {hop.stage!r} reads {chain.context_length} tokens, pairs.context_length is "
                 f"{self.pairs.context_length}; make them equal"
@@ -139,6 +136,16 @@ class RunSpec(Spec):
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
         )
+
+
+def refuse_sampling(spec: StageSpec, hop: HopSpec) -> None:
+    """Raises ValueError for what a hop of this stage cannot do or does not hear."""
+    if isinstance(spec, ChainSpec):
+        refuse(spec, hop.how, hop.guides)
+    elif spec.kind in HEARS:
+        refuse_unheard(hop.how, spec.kind)
+    if isinstance(spec, ConsistencySpec) and isinstance(spec.base, ChainSpec):
+        refuse_guidance(spec.base, hop.how.guidance_scale)
 
 
 def in_order(stages: tuple[TrainSpec, ...]) -> list[TrainSpec]:

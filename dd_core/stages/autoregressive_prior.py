@@ -31,7 +31,7 @@ from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws
 from dd_core.stages.prior import chosen_code
-from dd_core.stages.refusals import refuse_gradient
+from dd_core.stages.refusals import refuse_unheard
 
 
 class AutoregressivePriorSpec(LearnsEmbeddings):
@@ -127,12 +127,7 @@ class AutoregressivePriorHop:
         self.chooser = Chooser(self.clip, draft and draft_of(draft).to(self.device))
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
-        refuse_gradient(how, "prior")
-        if how.guidance_interval or how.guidance_rescale:
-            raise ValueError(
-                "an autoregressive prior has no noise levels; "
-                "leave out guidance_interval and guidance_rescale"
-            )
+        refuse_unheard(how, "autoregressive_prior")
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)

@@ -38,7 +38,7 @@ from dd_core.stages.base import null_like
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws
-from dd_core.stages.refusals import refuse_gradient
+from dd_core.stages.refusals import refuse_unheard
 from dd_core.stages.start import asked, asked_of, refuse_other, widened
 
 BOUND = 10.0
@@ -218,16 +218,11 @@ class CausalPriorHop:
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         self.levels(how)
-        refuse_gradient(how, "prior")
+        refuse_unheard(how, "causal_prior")
         if how.variance == "analytic" and not self.model.measured:
             raise ValueError(
                 "the errors of this prior have not been measured at all noise levels, so the best variance "
                 "is not known; train it for longer, or set variance: fixed_small"
-            )
-        if how.sampler == "consistency" or (how.sampler == "ddpm" and how.variance == "learned"):
-            raise ValueError(
-                f"this prior learns no variance and does not jump, so {how.sampler} needs a change: "
-                "set variance: analytic or fixed_small, or sampler: ddim"
             )
 
     def levels(self, how: SamplingSpec) -> Float[Tensor, " n"]:

@@ -27,7 +27,7 @@ from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told, unsaid
 from dd_core.stages.guides import Leaders, leaders_of
-from dd_core.stages.refusals import given_noise, refuse_draws, refuse_edit
+from dd_core.stages.refusals import HEARS, given_noise, refuse_edit, refuse_kept, refuse_unheard
 
 
 class Edit(NamedTuple):
@@ -67,7 +67,8 @@ class ChainHop:
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse(self.spec, how, self.leaders.roles())
-        refuse_draws(how, "chain")
+        if self.spec.factor == 1:
+            refuse_kept(state, "chain")
         refuse_edit(how, state, has_channels=self.spec.inpaints)
         refuse_told(self.spec, how, state, own_vocabulary=self.vocabulary is not None)
         if how.gradient is not None:
@@ -223,20 +224,11 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
     """
     levels_of(spec, how)
     wanted = how.gradient.guides() if how.gradient else set()
-    lacking = sorted(wanted - set(guides))
-    unlearned = how.sampler == "ddpm" and how.variance == "learned" and not spec.learns_variance
+    lacking, usual = sorted(wanted - set(guides)), HEARS[spec.kind]
+    learned = usual._replace(variances=("learned", *usual.variances))
+    refuse_unheard(how, spec.kind, hears=learned if spec.learns_variance else usual)
     refuse_guidance(spec, how.guidance_scale)
     remedies = (
-        (
-            unlearned,
-            "this network does not learn its variance (loss simple); set variance: fixed_small, or "
-            "fixed_large for 250 steps and more",
-        ),
-        (
-            how.variance == "analytic",
-            "a chain's errors are not measured; set variance: learned (loss hybrid or vlb) or fixed_small",
-        ),
-        (how.sampler == "consistency", "a chain is no consistency model; use ddim or dpmpp_2m, or distil it"),
         (
             bool(lacking),
             f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",

@@ -37,7 +37,7 @@ from dd_core.stages.chain import ChainStage
 from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
-from dd_core.stages.refusals import needed, refuse_draws, refuse_edit, refuse_gradient
+from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard
 
 
 class TeacherSpec(Spec):
@@ -215,15 +215,16 @@ class ConsistencyHop:
             self.base = ChainHop(like, own, device=device)
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
-        if how.sampler != "consistency":
-            raise ValueError(f"a consistency model jumps; set its sampler to consistency, not {how.sampler}")
-        refuse_gradient(how, "consistency model")
-        refuse_draws(how, "consistency model")
+        refuse_unheard(how, "consistency")
         refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
         if state.known is not None and state.hole is None:
             raise ValueError(
                 "a consistency model varies no picture, it fills holes; give a mask, or take the base "
                 "that it was distilled from"
+            )
+        if how.strength < 1:
+            raise ValueError(
+                f"a consistency model begins at the noise, not at strength {how.strength:g}; leave it out"
             )
         if isinstance(spec := self.base.spec, ChainSpec):
             refuse_guidance(spec, how.guidance_scale)

@@ -1,11 +1,12 @@
 """What a stage lacks and what no hop can do, said before a network is asked; each error names the way out."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from dd_core.cascade import CascadeState
-from dd_core.samplers import SamplingSpec
+from dd_core.samplers import SampledVariance, SamplingSpec
 from dd_core.stage import Trained
 
 
@@ -34,24 +35,127 @@ def refuse_vocabularies(parents: Mapping[str, Trained]) -> None:
             )
 
 
-def refuse_gradient(how: SamplingSpec, kind: str) -> None:
-    """For the hops that no guide can read.
+class Hears(NamedTuple):
+    """What of a sampling a kind of hop makes use of; the rest is refused where it is asked for.
+
+    Steps, spacing, and strength and inpainting, which a request says to the whole cascade, are no part of it.
+    """
+
+    variances: tuple[SampledVariance, ...] = ("fixed_small", "fixed_large")
+    """Of an ancestral step, the best first."""
+    draws: bool = False
+    """Several, of which it keeps one."""
+    guided: bool = True
+    """By guidance_scale, guidance_rescale and guidance_interval."""
+    led: bool = True
+    """By the gradient of a guide."""
+    clipped: bool = True
+    """As clip and dynamic_threshold say."""
+    levels: bool = True
+    """Whether it walks noise levels, by one sampler or another."""
+
+
+HEARS = {
+    "base": Hears(),
+    "chain": Hears(),
+    "consistency": Hears(led=False),
+    "upsampler": Hears(guided=False, led=False),
+    "prior": Hears(draws=True, led=False, clipped=False),
+    "causal_prior": Hears(("analytic", "fixed_small", "fixed_large"), draws=True, led=False, clipped=False),
+    "autoregressive_prior": Hears(draws=True, led=False, clipped=False, levels=False),
+}
+"""Kind of a stage -> what its hop hears; a chain that learns its variance hears that too."""
+
+
+def refuse_unheard(how: SamplingSpec, kind: str, *, hears: Hears | None = None) -> None:
+    """What of a sampling this kind of hop would pass over, or could not do.
+
+    Args:
+        how: What is asked for.
+        kind: Of the stage, one of HEARS.
+        hears: What it hears, if more than every hop of its kind.
 
     Raises:
-        ValueError: A gradient is asked for.
+        ValueError: With what to do about it.
     """
-    if how.gradient is not None:
-        raise ValueError(f"no guide reads what the {kind} paints; leave its gradient out, give the base one")
+    hears, usual = hears or HEARS[kind], SamplingSpec()
+    scaled = how.guidance_scale not in (1, usual.guidance_scale)
+    contrast = how.guidance_rescale > 0 or how.guidance_interval is not None
+    walked = how.sampler != usual.sampler or how.spacing != usual.spacing
+    remedies = (
+        (
+            not hears.draws and how.draws != 1,
+            f"{a(kind)} keeps no best of {how.draws} draws; leave draws out, give the prior it",
+        ),
+        (
+            not hears.led and how.gradient is not None,
+            f"no guide reads what the {kind} paints; leave its gradient out, give the base one",
+        ),
+        (
+            not hears.guided and (scaled or contrast),
+            f"the {kind} is told no caption, so none guides it; set guidance_scale: 1, and leave "
+            "guidance_rescale and guidance_interval out",
+        ),
+        (
+            not hears.clipped and (how.clip is not None or how.dynamic_threshold is not None),
+            f"clip and dynamic_threshold are for pixels, and {a(kind)} draws embeddings; leave them out",
+        ),
+        (
+            not hears.levels and (walked or contrast),
+            f"{a(kind)} has no noise levels; leave out sampler, spacing, guidance_interval and "
+            "guidance_rescale",
+        ),
+        *sampled(how, kind, hears),
+    )
+    for wrong, remedy in remedies:
+        if wrong:
+            raise ValueError(remedy)
 
 
-def refuse_draws(how: SamplingSpec, kind: str) -> None:
-    """For the hops that choose nothing.
+def sampled(how: SamplingSpec, kind: str, hears: Hears) -> list[tuple[bool, str]]:
+    """What no sampler can do with its answers, and what to do about it."""
+    jumps, ancestral = how.sampler == "consistency", how.sampler == "ddpm"
+    known = " or ".join(name for name in hears.variances if name != "fixed_large")
+    unlearned, unmeasured = (
+        ancestral and how.variance == name and name not in hears.variances for name in ("learned", "analytic")
+    )
+    return [
+        (
+            jumps and kind != "consistency",
+            f"{a(kind)} is no consistency model; use ddim or dpmpp_2m, or distil it",
+        ),
+        (
+            not jumps and kind == "consistency",
+            f"a consistency model jumps; set its sampler to consistency, not {how.sampler}",
+        ),
+        (
+            unlearned,
+            f"this {kind} does not learn its variance (chains do, by loss hybrid or vlb); set variance: "
+            f"{known}, fixed_large for 250 steps and more, or sampler: ddim",
+        ),
+        (
+            unmeasured,
+            f"{a(kind)}'s errors are not measured; set variance: {known}",
+        ),
+    ]
+
+
+def a(kind: str) -> str:
+    """The kind of a stage with its article."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def refuse_kept(state: CascadeState, kind: str) -> None:
+    """For the hops that paint from noise and keep no brightness and no blocks of a picture.
 
     Raises:
-        ValueError: Several draws are asked for.
+        ValueError: They are asked to.
     """
-    if how.draws != 1:
-        raise ValueError(f"a {kind} keeps no best of {how.draws} draws; leave draws out, give the prior it")
+    if state.gray is not None or state.coarse is not None:
+        given = "gray" if state.gray is not None else "coarse"
+        raise ValueError(
+            f"{a(kind)} keeps nothing of {given}; take a consistency model, or give a picture and its hole"
+        )
 
 
 def given_noise(state: CascadeState, like: Tensor) -> Tensor | None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from dd_core import edits, images, losses
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
-from dd_core.guidance import Rows, classifier_free, clip_x0
+from dd_core.guidance import Rows, bounded, classifier_free, rows_of
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
-from dd_core.stages.refusals import refuse_draws, refuse_edit, refuse_gradient
+from dd_core.stages.refusals import refuse_edit, refuse_unheard
 
 
 class UpsamplerSpec(LearnedSpec):
@@ -95,9 +95,8 @@ class UpsamplerHop:
         self.model.eval().requires_grad_(False).to(self.device)
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
-        refuse_draws(how, "upsampler")
+        refuse_unheard(how, "upsampler")
         refuse_edit(how, state, has_channels=False)
-        refuse_gradient(how, "upsampler")
         sigmas_of(how, sigma_min=self.spec.sigma_min, sigma_max=self.spec.sigma_max)
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
@@ -114,10 +113,10 @@ class UpsamplerHop:
         else:
             sampling = begin(how, x, sigmas, noise)
         cond = Conditioning(image=large)
-        return Draw(sampling, Rows(cond, cond, scale=torch.ones(len(x))))
+        return Draw(sampling, rows_of(how, cond, cond, len(x))._replace(scale=torch.ones(len(x))))
 
     def denoiser(self, rows: Rows) -> Denoiser:
-        return clip_x0(classifier_free(self.model, rows))
+        return bounded(classifier_free(self.model, rows), rows)
 
     def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
         return state._replace(image=images.quantised(x0.float().cpu()))

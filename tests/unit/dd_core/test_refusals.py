@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from dd_core.cascade import Hop
-from dd_core.samplers import SamplingSpec
+from dd_core.samplers import SamplingSpec, sigmas_of
+from dd_core.stages import StageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from tests.unit.dd_core.test_chain import (
     CLASSES,
@@ -21,7 +22,7 @@ from tests.unit.dd_core.test_chain import (
     plain,
     told,
 )
-from tests.unit.dd_core.test_stages import BASE, UPSAMPLER
+from tests.unit.dd_core.test_stages import BASE, PRIOR, UPSAMPLER
 from tests.unit.dd_core.test_stages import asked as asked_of_base
 from tests.unit.dd_core.test_stages import hop as other_hop
 
@@ -51,6 +52,7 @@ def silent(made: Hop) -> Hop:
         (DDPM, {"spacing": "ddim_leading", "num_steps": 300}, {}, "no whole stride takes 300 .*use linspace"),
         (DDPM, {"spacing": "ldm_plus_one", "num_steps": 30}, {}, "that divides it, got 30"),
         (DDPM, {"spacing": "linspace", "num_steps": 1}, {}, "one step of linspace .* use trailing"),
+        (DDPM, {}, {"gray": KNOWN[:, :1]}, "a chain keeps nothing of gray; take a consistency model"),
         (DDPM, {"strength": 0.5}, {}, "strength 0.5 needs the picture that it is of"),
         (DDPM, {"strength": 0.01, "num_steps": 20}, {"known": KNOWN}, "of 20 steps is no step; raise either"),
         (DDPM, {}, {"hole": HOLE}, "a hole needs the picture that it is of"),
@@ -87,6 +89,58 @@ def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spe
     known, hole = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64, dtype=torch.bool)
     with pytest.raises(ValueError, match="set inpainting: projection"):
         made.start(asked_of_base([1], "a", known=known, hole=hole), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("spec", "how", "more", "remedy"),
+    [
+        (BASE, {"sampler": "consistency"}, {}, "a base is no consistency model; use ddim or dpmpp_2m"),
+        (BASE, {"sampler": "ddpm"}, {}, "this base does not learn its variance .* sampler: ddim"),
+        (BASE, {"sampler": "ddpm", "variance": "analytic"}, {}, "errors are not measured; set variance"),
+        (BASE, {}, {"gray": KNOWN[:, :1]}, "a base keeps nothing of gray; take a consistency model"),
+        (BASE, {}, {"coarse": KNOWN}, "a base keeps nothing of coarse; take a consistency model"),
+        (UPSAMPLER, {"sampler": "consistency"}, {}, "an upsampler is no consistency model; use ddim"),
+        (UPSAMPLER, {"sampler": "ddpm"}, {}, "this upsampler does not learn its variance"),
+        (
+            UPSAMPLER,
+            {"guidance_scale": 2.0},
+            {},
+            "is told no caption, so none guides it; set guidance_scale: 1",
+        ),
+        (UPSAMPLER, {"guidance_rescale": 0.5}, {}, "leave guidance_rescale and guidance_interval out"),
+        (PRIOR, {"sampler": "consistency"}, {}, "a prior is no consistency model; use ddim"),
+        (PRIOR, {"clip": "none"}, {}, "are for pixels, and a prior draws embeddings; leave them out"),
+        (PRIOR, {"dynamic_threshold": 0.9}, {}, "are for pixels, and a prior draws embeddings"),
+    ],
+)
+def test_what_a_hop_does_not_hear_is_refused_and_what_is_usual_is_not(
+    spec: StageSpec, how: dict[str, object], more: dict[str, Tensor], remedy: str
+) -> None:
+    made = silent(other_hop(spec))
+    state = asked_of_base([1], "a", image=torch.zeros(1, 3, 16, 16))
+    made.refuse(state, SamplingSpec())
+    with pytest.raises(ValueError, match=remedy):
+        made.start(state._replace(**more), PLAIN.but(**how))
+
+
+def test_an_upsampler_clips_as_it_is_asked() -> None:
+    made = other_hop(UPSAMPLER)
+    state = asked_of_base([1], "a", image=torch.ones(1, 3, 16, 16))
+    x, sigma = 30 * torch.randn(1, 3, 64, 64), torch.tensor([20.0])
+    usual, free = (made.start(state, how) for how in (PLAIN, PLAIN.but(clip="none")))
+    loud = made.denoiser(free.rows)(x, sigma).x0
+    torch.testing.assert_close(made.denoiser(usual.rows)(x, sigma).x0, loud.clamp(-1, 1))
+    assert loud.abs().max() > 1
+
+
+def test_a_hole_in_a_base_is_filled_from_as_far_as_asked() -> None:
+    made, how = other_hop(BASE), PLAIN.but(inpainting="projection", num_steps=10, strength=0.5)
+    known, hole = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    draw = made.start(asked_of_base([1], "a", known=known, hole=hole), how)
+    first = next(draw.sampling)
+    levels = sigmas_of(how, sigma_min=BASE.sigma_min, sigma_max=BASE.sigma_max)
+    assert first.sigma == pytest.approx(float(levels[5]))
+    assert float(first.x.std()) == pytest.approx(float(levels[5]), rel=0.1)
 
 
 @pytest.mark.parametrize(

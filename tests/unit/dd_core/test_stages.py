@@ -110,7 +110,7 @@ def asked(seeds: list[int], *captions: str, **more: Tensor) -> CascadeState:
 
 
 def drawn(spec: StageSpec, state: CascadeState, how: SamplingSpec = FAST) -> Tensor:
-    end = run(hop(spec), state, how)
+    end = run(hop(spec), state, how.but(guidance_scale=1.0) if spec is UPSAMPLER else how)
     result = end.image_embedding if isinstance(spec, PriorSpec) else end.image
     assert result is not None
     return result
