@@ -2,8 +2,8 @@
 
 It takes the place of `prior`, which is smaller and knows all noise levels.  The network's answer is the
 un-noised embedding; embeddings are whitened, value by value, by the mean and the deviation of the first
-images that the training sees, and go back as CLIP's.  Karlo's weights are one of these: as the parent
-`start` they bring their mean and deviation along.
+images that the training sees, and go back as CLIP's.  Karlo's weights are of this network and no start of it:
+its features of CLIP are no unit vectors (`start.refuse_features`).
 
 While it is trained it notes how wrong its estimates are at each noise level.  That ships with the weights,
 and from it the ancestral sampler knows the best variance of any step (`noise.analytic_std`).
@@ -39,7 +39,7 @@ from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws
 from dd_core.stages.refusals import refuse_unheard
-from dd_core.stages.start import asked, asked_of, refuse_other, widened
+from dd_core.stages.start import asked, refuse_features, refuse_other, widened
 
 BOUND = 10.0
 """No whitened number of an estimate is larger (Karlo)."""
@@ -135,11 +135,11 @@ class CausalPriorStage(Stage):
     Args:
         spec: What to train.
         clip: The parent whose embeddings these are.
-        start: First weights: such a prior, or the published one; its mean and deviation stay, its errors
-            are measured anew.
+        start: First weights: such a prior; its mean and deviation stay, its errors are measured anew.
 
     Raises:
-        ValueError: The parent CLIP is of other widths, or the start is another network or of another chain.
+        ValueError: The parent CLIP is of other widths; or the start is another network, of another chain, or
+            the published one, whose embeddings are no unit vectors.
     """
 
     model: PriorDenoiser
@@ -159,6 +159,7 @@ class CausalPriorStage(Stage):
         self.register_buffer("moments", torch.zeros(2, width, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(0))
         if start is not None:
+            refuse_features(spec.kind, start)
             refuse_other(spec.kind, asking(spec), asking(start.spec))
             now = self.model.state_dict()
             given, first = (
@@ -256,10 +257,8 @@ class CausalPriorHop:
 
 
 def asking(spec: Spec) -> dict[str, Any]:
-    """Network and chain of such a prior, or of a published one, to be compared."""
-    if isinstance(spec, CausalPriorStageSpec):
-        return asked(spec.net, spec.schedule, "x0")
-    return asked_of(spec)
+    """Network and chain of such a prior, to be compared; nothing of any other stage."""
+    return asked(spec.net, spec.schedule, "x0") if isinstance(spec, CausalPriorStageSpec) else {}
 
 
 def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> PriorDenoiser:

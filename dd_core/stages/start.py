@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dd_core.layouts.published import Process
 from dd_core.nets.network import PlainSpec
+from dd_core.nets.prior import CausalPriorSpec
+from dd_core.nets.text import UnclipSpec
 from dd_core.schedules import LogNormalSpec, ScheduleSpec
 from dd_core.spec import Spec
 from dd_core.stage import Trained
@@ -33,11 +35,32 @@ def begun(spec: ChainSpec, start: Trained, now: Mapping[str, Tensor]) -> dict[st
         now: The state that is begun.
 
     Raises:
-        ValueError: It is another network, was told or asked otherwise, or hears of holes elsewhere.
+        ValueError: It is another network, was told or asked otherwise, was told features of CLIP that are no
+            unit vectors, or hears of holes elsewhere.
     """
+    refuse_features(spec.kind, start)
     refuse_holes(spec, start)
     refuse_other(spec.kind, asked_of(spec), asked_of(start.spec))
     return widened(start, now, spec.channels / (spec.channels + spec.told_channels))
+
+
+def refuse_features(kind: str, start: Trained) -> None:
+    """Published networks of unCLIP are Karlo's, which hear CLIP's features as its towers project them.
+
+    Here embeddings are unit vectors, stored ones too: a decoder would be told image and caption at another
+    length, and a prior, less the mean of the others and over their deviation, nearly the same for all images.
+
+    Raises:
+        ValueError: The start is one of them.
+    """
+    match start.spec:
+        case NetworkSpec(source=source, net=CausalPriorSpec() | UnclipSpec()):
+            raise ValueError(
+                f"{kind}: the parent 'start' is {source}, which was trained on CLIP's features at their own "
+                "length and would be told unit vectors; leave start out and train it anew"
+            )
+        case _:
+            pass
 
 
 def refuse_holes(spec: ChainSpec, start: Trained) -> None:
@@ -71,7 +94,9 @@ def refuse_other(kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) 
         ValueError: They differ; the field is named, with both values.
     """
     if not theirs:
-        raise ValueError(f"{kind}: the parent 'start' must be a {kind} or a published network; name one")
+        raise ValueError(
+            f"{kind}: the parent 'start' is neither a {kind} nor a published network of one; name another"
+        )
     known = [name for name in mine if name.startswith("net.") or "predicts" in theirs]
     for name in known:
         if (other := theirs.get(name)) != mine[name]:

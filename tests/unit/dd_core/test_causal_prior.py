@@ -13,7 +13,7 @@ from dd_core.cascade import CascadeState, run
 from dd_core.guidance import stack
 from dd_core.layouts.published import Process
 from dd_core.nets.network import build
-from dd_core.nets.prior import CausalPrior, CausalPriorSpec
+from dd_core.nets.prior import CausalPriorSpec
 from dd_core.samplers import SamplingSpec, sample
 from dd_core.stage import Budget, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
@@ -211,22 +211,24 @@ def test_of_two_draws_the_nearer_is_kept_and_rows_do_not_mix(clip: Trained) -> N
     torch.testing.assert_close(together[2:], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_published_weights_start_it_with_their_own_mean_and_deviation(clip: Trained) -> None:
-    torch.manual_seed(5)
-    net = build(SPEC.net)
-    assert isinstance(net, CausalPrior)
-    net.mean.fill_(0.25)
-    net.std.fill_(3.0)
-    spec = NetworkSpec(source="karlo-prior", net=SPEC.net, process=Process(schedule="cosine", predicts="x0"))
-    made = stage(clip, start=Trained(spec, net.state_dict()))
+def test_weights_start_it_with_their_own_mean_and_deviation(clip: Trained) -> None:
+    before = stage(clip).model
+    before.network.mean.fill_(0.25)
+    before.network.std.fill_(3.0)
+    before.counts.fill_(1.0)
+    made = stage(clip, start=Trained(SPEC, before.state_dict()))
     assert float(made(next(pictures())).total.detach()) > 0  # nothing is measured first
-    hopped = hop(clip, made.model.state_dict())
+    hopped = hop(clip, stage(clip, start=Trained(SPEC, before.state_dict())).model.state_dict())
     with pytest.raises(ValueError, match="errors of this prior have not been measured at all noise levels"):
-        hopped.start(asked([1], "a"), HOW.but(variance="analytic"))
-    again = stage(clip, start=Trained(SPEC, made.model.state_dict()))
-    assert not again.model.counts.any()  # other weights will err otherwise
-    assert torch.equal(made.model.network.mean, net.mean)
-    assert torch.equal(made.model.network.out.weight, net.out.weight)
+        hopped.start(asked([1], "a"), HOW.but(variance="analytic"))  # other weights will err otherwise
+    assert torch.equal(made.model.network.mean, before.network.mean)
+    assert torch.equal(made.model.network.out.weight, before.network.out.weight)
+
+
+def test_karlos_prior_whose_embeddings_are_no_unit_vectors_is_no_start(clip: Trained) -> None:
+    spec = NetworkSpec(source="karlo-prior", net=SPEC.net, process=Process(schedule="cosine", predicts="x0"))
+    with pytest.raises(ValueError, match=r"karlo-prior, which .* unit vectors; leave start out"):
+        stage(clip, start=Trained(spec, build(SPEC.net).state_dict()))
 
 
 def test_a_prior_of_other_heads_or_another_chain_is_no_start(clip: Trained) -> None:

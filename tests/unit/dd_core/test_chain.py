@@ -628,8 +628,19 @@ def test_a_published_network_is_a_start_if_it_was_asked_alike() -> None:
         begun(beta_range=(0.00085, 0.02))
     with pytest.raises(ValueError, match="predicts is 'v' there and 'eps' here"):
         begun(predicts="v")
-    with pytest.raises(ValueError, match="must be a chain or a published network"):
+    with pytest.raises(ValueError, match="is neither a chain nor a published network"):
         build_stage(LATENT, PARENTS | {"start": PARENTS["autoencoder"]})
+
+
+def test_a_published_decoder_of_embeddings_that_are_no_unit_vectors_is_no_start() -> None:
+    """Karlo's is told CLIP's features as its towers project them."""
+    weights = {name.removeprefix("network."): value for name, value in trained(UNCLIP).weights.items()}
+    start = Trained(NetworkSpec(source="karlo-decoder", net=UNCLIP.net), weights)
+    with pytest.raises(
+        ValueError, match=r"karlo-decoder, which .* would be told unit vectors; leave start out"
+    ):
+        build_stage(UNCLIP, PARENTS | {"start": start})
+    build_stage(UNCLIP, PARENTS | {"start": trained(UNCLIP)})
 
 
 def test_latents_have_the_deviation_of_their_scale_and_come_back() -> None:
