@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dd_core import schedules
+from dd_core import likelihood, schedules
 from dd_core.cascade import CascadeState, Hop, run
 from dd_core.denoiser import Conditioning, Denoised, output_from
 from dd_core.layouts.published import Process
@@ -456,6 +456,24 @@ def test_the_weights_of_the_loss_are_those_of_what_is_predicted() -> None:
         )
         expected = apart.square().mean(1)
         torch.testing.assert_close(output_weight(predicts, sigma.double()) * d**2, expected)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "v", "x0"])
+def test_the_bound_counts_as_the_error_of_what_is_predicted_does(
+    predicts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = build_stage(IMPROVED.but(predicts=predicts), {}).eval()
+    assert isinstance(stage, ChainStage)
+    assert stage.table is not None
+    lowest = torch.zeros(4, dtype=torch.long)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: lowest)
+    x0, cond = torch.rand(4, 3, 16, 16), Conditioning()
+    torch.manual_seed(0)
+    found = stage.loss(x0, cond).parts["bits"]
+    torch.manual_seed(0)
+    _, published = likelihood.hybrid(stage.model, x0, lowest, stage.table, cond, rescaled=True)
+    share = float(stage.table[0]) ** 2 if predicts == "x0" else 1.0
+    assert found.item() == pytest.approx(share * published.mean().item(), rel=1e-5)
 
 
 def test_edm_counts_every_level_alike_before_it_has_learned() -> None:
