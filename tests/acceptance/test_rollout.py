@@ -161,7 +161,12 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     served = yaml.safe_load(fsspec.filesystem("s3").cat_file(back["config"]))
     served["applications"][0]["args"]["digest"] = "f" * 64
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(served))
-    refused(ddiff("deploy", "--config", str(tmp_path / "bad.yaml")), 70, "ffffffffffff is not served")
+    failed = ddiff("deploy", "--config", str(tmp_path / "bad.yaml"))
+    assert failed.exit_code == 70
+    before, error = failed.stderr.strip().splitlines()  # the way back is told before it is needed
+    for line in (before, error):
+        assert f"ddiff deploy --config {back['config']}" in line
+    assert "ffffffffffff is not served" in error
     assert painted_by(back["endpoint"]) == first  # what was on the air still is
 
 
