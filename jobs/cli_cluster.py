@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from jobs.shell import FILE, Group, answer
+from jobs.shell import FILE, PORT, Group, answer
 
 cluster = Group("cluster")
 
@@ -54,7 +54,7 @@ def promote(cascade: str, alias: str, url: str, force: bool) -> None:
 @click.option("--config", "file", type=FILE, help="The same for a file.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where an endpoint would listen.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--port", default=8000, show_default=True, type=PORT)
 def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host: str, port: int) -> None:
     """Try what a run needs: versions, cluster, resources, storage, MLflow, disk, GPU, clocks, port.
 

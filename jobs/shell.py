@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+PORT = click.IntRange(1, 65535)
 
 
 class Manner(NamedTuple):

@@ -76,15 +76,15 @@ def modulated_norm(
     """SiLU(GroupNorm(x) * gain + offset), in the dtype of x, its statistics in float32.
 
     PyTorch's own GroupNorm on the CPU takes 28 times as long backwards with channels innermost as
-    with pixels innermost, while convolutions want the opposite, and three times as long as need be
-    forwards on large maps; so the CPU, when it is not compiling, gets a pair of passes of its own.
-    Elsewhere the three library calls are the best.
+    with pixels innermost, while convolutions want the opposite; so the CPU, when it is not
+    compiling, gets a pair of passes of its own.  Elsewhere the three library calls are the best, and
+    so they are on the CPU for small maps in float32 that need no gradient.
 
     Source: Wu & He 2018 (arXiv:1803.08494); gain and offset per sample as in Dhariwal & Nichol 2021
     (arXiv:2105.05233), section 3, "AdaGN".
     """
-    learning_or_large = torch.is_grad_enabled() or x[0, 0].numel() >= LARGE
-    if x.device.type == "cpu" and learning_or_large and not torch.compiler.is_compiling():
+    plainly = not torch.is_grad_enabled() and x.dtype == torch.float32 and x[0, 0].numel() < LARGE
+    if x.device.type == "cpu" and not plainly and not torch.compiler.is_compiling():
         return _ModulatedNorm.apply(x, gain.float(), offset.float(), groups, silu)
     return plain_modulated_norm(x, gain, offset, groups=groups, silu=silu)
 

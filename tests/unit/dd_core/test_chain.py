@@ -628,7 +628,9 @@ def test_what_no_weight_depends_on_may_differ_from_the_start() -> None:
         (BOUND, IMPROVED),
         (TRANSFORMER.but(schedule=SMALL), TRANSFORMER),  # told log sigma, whatever the timesteps
     ):
-        build_stage(now, PARENTS | {"start": trained(before)})
+        start = trained(before)
+        begun = build_stage(now, PARENTS | {"start": start}).model.state_dict()
+        assert all(torch.equal(value, start.weights[name]) for name, value in begun.items())
 
 
 def test_a_published_network_is_a_start_if_it_was_asked_alike() -> None:
