@@ -274,7 +274,7 @@ def known_of(state: CascadeState, side: int, device: torch.device) -> Known | No
     if state.known is not None and state.hole is not None:
         image = F.interpolate(state.known.to(device), (side, side), mode="area")
         hole = F.interpolate(state.hole.float().to(device), (side, side), mode="area") > 0
-        return Known(image, edits.inpaint(image, hole))
+        return Known(edits.bared(image, hole), edits.inpaint(image, hole))
     if state.gray is not None:
         gray = F.interpolate(state.gray.to(device), (side, side), mode="area")
         return Known(gray.expand(-1, 3, -1, -1), edits.colorize(gray))

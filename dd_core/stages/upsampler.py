@@ -109,7 +109,8 @@ class UpsamplerHop:
         x = spec.sigma_max * noise(large)
         if state.known is not None and state.hole is not None:
             known, hole = state.known.to(self.device), state.hole.to(self.device)
-            sampling = edited(begin(how, x + known, sigmas, noise), edits.inpaint(known, hole))
+            begun = begin(how, x + edits.bared(known, hole), sigmas, noise)
+            sampling = edited(begun, edits.inpaint(known, hole))
         else:
             sampling = begin(how, x, sigmas, noise)
         cond = Conditioning(image=large)

@@ -547,6 +547,8 @@ def test_each_edit_keeps_what_is_known_for_any_batch(
     assert painted is not None
     assert torch.equal(painted[..., :8], image[..., :8])
     assert not torch.equal(painted[..., 8:], image[..., 8:])
+    other = asked._replace(known=image.masked_fill(hole, 1), hole=hole)
+    assert torch.equal(run(hop(parents), other, JUMPS.but(num_steps=jumps)).image, painted)
     coloured = unquantised(parents, asked._replace(gray=gray), jumps)
     torch.testing.assert_close((luma * coloured).sum(1, keepdim=True), gray, atol=1e-5, rtol=0)
     enlarged = unquantised(parents, asked._replace(coarse=coarse), jumps)

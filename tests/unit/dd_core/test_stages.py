@@ -298,6 +298,19 @@ def test_what_is_known_comes_through_an_edit_untouched() -> None:
     assert not torch.equal(image[..., 32:], known[..., 32:])
 
 
+@pytest.mark.parametrize(("spec", "side"), [(BASE, 16), (UPSAMPLER, 64)], ids=["base", "upsampler"])
+def test_what_a_hole_hides_has_no_part_in_the_picture(spec: BaseSpec | UpsamplerSpec, side: int) -> None:
+    known = torch.zeros(1, 3, side, side)
+    hole = torch.zeros(1, 1, side, side, dtype=torch.bool)
+    hole[..., side // 2 :] = True
+    how = FAST.but(inpainting="projection")
+    hidden = [
+        drawn(spec, asked([1], "a star", known=known.masked_fill(hole, value), hole=hole), how)
+        for value in (-1, 1)
+    ]
+    assert torch.equal(*hidden)
+
+
 def test_crops_lie_on_the_grid_of_the_small_image() -> None:
     image = torch.arange(64).view(1, 1, 1, 64).expand(50, 3, 64, 64)
     left = crops(image, 16, 4)[:, 0, 0, 0]
