@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 
@@ -30,8 +30,33 @@ class Manner(NamedTuple):
     as_json: bool
 
 
+class MisusedError(click.ClickException):
+    """A command line that click cannot read, told as any other error.
+
+    Args:
+        error: What click says of it.
+        as_json: Whether the words of the command ask for JSON.
+    """
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError, *, as_json: bool) -> None:
+        super().__init__(error.format_message())
+        self.as_json, self.ctx = as_json, error.ctx
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        more = f" (`{self.ctx.command_path} --help` says more)" if self.ctx else ""
+        tell(" ".join(self.message.split()) + more, self.exit_code, as_json=self.as_json)
+
+
 class Command(click.Command):
     """A command with --json, -v and -q, whose every error is one line and an exit code."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with reading(args):
+            return super().make_context(info_name, args, parent, **extra)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [
@@ -48,6 +73,8 @@ class Command(click.Command):
         signal.signal(signal.SIGTERM, stopped)
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise MisusedError(error, as_json=manner.as_json) from error
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the one place where errors end
@@ -59,6 +86,34 @@ class Group(click.Group):
 
     command_class = Command
     group_class = type
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with reading(args):
+            return super().make_context(info_name, args, parent, **extra)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        with reading(args):
+            return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def reading(words: list[str]) -> Iterator[None]:
+    """While click reads the words of a command.
+
+    Raises:
+        MisusedError: It cannot.
+    """
+    as_json = "--json" in words  # click takes words from the list as it reads
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise MisusedError(error, as_json=as_json) from error
 
 
 @contextlib.contextmanager
@@ -96,12 +151,14 @@ def fail(error: BaseException, manner: Manner) -> NoReturn:
     if manner.verbose:
         click.echo(trace_of(error), err=True)
     error = cause_of(error)
-    code, line = code_of(error), line_of(error)
-    if manner.as_json:
-        click.echo(json.dumps({"error": line, "code": int(code)}), err=True)
-    else:
-        click.echo(f"ddiff: {line}", err=True)
-    sys.exit(int(code))
+    code = int(code_of(error))
+    tell(line_of(error), code, as_json=manner.as_json)
+    sys.exit(code)
+
+
+def tell(line: str, code: int, *, as_json: bool) -> None:
+    """What is wrong, on stderr."""
+    click.echo(json.dumps({"error": line, "code": code}) if as_json else f"ddiff: {line}", err=True)
 
 
 def answer(facts: Mapping[str, Any], text: str = "") -> None:

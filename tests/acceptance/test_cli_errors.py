@@ -99,9 +99,24 @@ def test_a_wrong_configuration_ends_before_anything_is_started(
     assert not [path for path in tmp_path.rglob("*") if path.name != "runs" and path.is_file()]
 
 
-def test_a_word_that_click_does_not_know_is_a_usage_error() -> None:
-    assert ddiff("paint").exit_code == 2
-    assert ddiff("sample").exit_code == 2
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["paint"], ["No such command 'paint'", "`main --help`"]),
+        (["data", "chek"], ["Did you mean 'check'?", "`main data --help`"]),
+        (["sample"], ["Missing argument 'PROMPT'", "`main sample --help`"]),
+        (["run", "--recip", "demo"], ["--recipe", "`main run --help`"]),
+        (["serve", "--cascade", "x", "--port", "0"], ["--port", "1<=x<=65535"]),
+        (["data", "check"], ["name --shards", "`main data check --help`"]),
+    ],
+)
+def test_words_that_click_cannot_read_are_told_as_every_other_error(
+    words: list[str], said: list[str]
+) -> None:
+    refused(ddiff(*words), 2, *said)
+    answer = json.loads(ddiff(*words, "--json").stderr)
+    assert answer["code"] == 2
+    assert all(one in answer["error"] for one in said)
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
