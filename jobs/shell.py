@@ -69,6 +69,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run, and turn an error into a line and an exit code."""
         manner = ctx.obj = Manner(**{name: ctx.params.pop(name) for name in Manner._fields})
+        from jobs.environment import prepare_environment
+
+        prepare_environment()
         listen(manner)
         signal.signal(signal.SIGTERM, stopped)
         try:
