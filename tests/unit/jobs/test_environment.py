@@ -52,25 +52,25 @@ def test_a_variable_that_the_user_has_set_is_left_alone(monkeypatch: pytest.Monk
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
 
 
-def test_threads_sleep_while_they_wait_here_and_in_a_job_unless_the_user_says_otherwise(
+def test_threads_soon_sleep_while_they_wait_here_and_in_a_job_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     environment.prepare_environment()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    assert environment.for_the_cluster()["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert environment.for_the_cluster()["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     environment.prepare_environment()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
-    assert environment.for_the_cluster()["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    assert environment.for_the_cluster()["GOMP_SPINCOUNT"] == "7"
 
 
 def test_a_command_sets_its_environment_before_torch_is_loaded() -> None:
-    environ = {**os.environ, "OMP_DISPLAY_ENV": "true"}
-    del environ["OMP_WAIT_POLICY"]
+    environ = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+    del environ["GOMP_SPINCOUNT"]
     words = [sys.executable, "-c", "from jobs.cli import main; main()", "config", "show", "--recipe", "smoke"]
     done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
 
 
 def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch) -> None:
