@@ -2,12 +2,13 @@
 
     ddiff run --recipe consistency.classes
     python -m tests.benchmarks.solvers runs/improved_ddpm [--pictures 32] [--plot FILE] [--json FILE]
+        [--only DDPM,Heun] [--add FILE ...]
 
 Picture i is asked for in class i of eight, a colour, with seed i, whoever paints it.  It is right if the
 oracle reads a scene in it, one to three things, all of a shape and a colour that have a name, and one of them
 has the colour asked for; `colour` counts the last alone.  All solvers of the base visit the same timesteps
 (trailing); Heun asks twice a step but for the last.  A call is one answer of the network for one picture;
-guidance, where there is any, asks twice within it.
+guidance, where there is any, asks twice within it.  With --only and --add a curve can be measured in parts.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from jobs.recipes import demo
 from tests.benchmarks.systems import NAMES, named
 from workflows.oracle import read
 
+STUDENT = "consistency (distilled)"
 CALLS = (2, 4, 8, 16, 32, 64, 250)
 JUMPS = (1, 2, 4, 8)
 BATCH = 16
@@ -112,6 +114,11 @@ def measured(
     return found
 
 
+def opened(run_directory: Path, stage: str) -> Hop:
+    """A stage of the run, ready to paint."""
+    return load_hop(bundle.load(run_directory / stage / "bundle").trained, {}, device="cpu")
+
+
 def main() -> None:
     """Paint with every solver in every number of calls, print, and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,22 +128,31 @@ def main() -> None:
         "--scale", type=float, default=1.5, help="of guidance; the student has learned its own"
     )
     parser.add_argument("--most", type=int, default=max(CALLS), help="calls")
+    parser.add_argument("--only", help="these curves, joined by commas")
+    parser.add_argument("--add", type=Path, nargs="*", default=(), help="--json files of curves to draw too")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    base, student = (bundle.load(options.run / name / "bundle").trained for name in ("base", "consistency"))
-    jumps = SamplingSpec(sampler="consistency", guidance_scale=1.0)
-    hop = load_hop(student, {}, device="cpu")
-    ways = [(calls, jumps.but(num_steps=calls)) for calls in JUMPS]
-    curves = {"consistency, distilled": measured("consistency", hop, ways, options)}
-    hop = load_hop(base, {}, device="cpu")
+    known = [STUDENT, *solvers(options.scale)]
+    only = options.only.split(",") if options.only else known
+    if odd := set(only) - set(known):
+        parser.error(f"--only: there is no {', '.join(sorted(odd))}; there are {', '.join(known)}")
+    curves = {}
+    for path in options.add:
+        told = json.loads(path.read_text())
+        curves |= {name: [Score(**point) for point in points] for name, points in told.items()}
+    if STUDENT in only:
+        jumps = SamplingSpec(sampler="consistency", guidance_scale=1.0)
+        ways = [(calls, jumps.but(num_steps=calls)) for calls in JUMPS]
+        curves[STUDENT] = measured(STUDENT, opened(options.run, "consistency"), ways, options)
     for name, how in solvers(options.scale).items():
-        ways = [
-            (2 * how(calls).num_steps - 1 if name == "Heun" else calls, how(calls))
-            for calls in CALLS
-            if calls <= options.most
-        ]
-        curves[name] = measured(name, hop, ways, options)
+        if name in only:
+            ways = [
+                (2 * how(calls).num_steps - 1 if name == "Heun" else calls, how(calls))
+                for calls in CALLS
+                if calls <= options.most
+            ]
+            curves[name] = measured(name, opened(options.run, "base"), ways, options)
     if options.plot:
         chart(curves, options.pictures).savefig(options.plot, dpi=110, metadata={"Software": None})
     if options.json:
