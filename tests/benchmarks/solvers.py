@@ -6,9 +6,11 @@
 
 Picture i is asked for in class i of eight, a colour, with seed i, whoever paints it.  It is right if the
 oracle reads a scene in it, one to three things, all of a shape and a colour that have a name, and one of them
-has the colour asked for; `colour` counts the last alone.  All solvers of the base visit the same timesteps
-(trailing); Heun asks twice a step but for the last.  A call is one answer of the network for one picture;
-guidance, where there is any, asks twice within it.  With --only and --add a curve can be measured in parts.
+has the colour asked for; `colour` counts the last alone.  DDPM and DDIM visit trailing timesteps,
+DPM-Solver++ and Heun the levels of Karras et al.: from the chain's own highest level to the next, hundreds of
+times lower, a Heun step is all error.  Heun asks twice a step but for the last.  A call is one answer of the
+network for one picture; guidance, where there is any, asks twice within it.  With --only and --add curves are
+measured in parts.
 """
 
 import argparse
@@ -48,11 +50,12 @@ class Score(NamedTuple):
 def solvers(scale: float) -> dict[str, Callable[[int], SamplingSpec]]:
     """How a number of calls is spent."""
     common = SamplingSpec(spacing="trailing", guidance_scale=scale)
+    karras = common.but(spacing="karras")
     return {
         "DDPM": lambda calls: common.but(sampler="ddpm", variance="fixed_small", num_steps=calls),
         "DDIM": lambda calls: common.but(sampler="ddim", num_steps=calls),
-        "DPM-Solver++(2M)": lambda calls: common.but(sampler="dpmpp_2m", num_steps=calls),
-        "Heun": lambda calls: common.but(sampler="heun", num_steps=(calls + 1) // 2),
+        "DPM-Solver++(2M)": lambda calls: karras.but(sampler="dpmpp_2m", num_steps=calls),
+        "Heun": lambda calls: karras.but(sampler="heun", num_steps=(calls + 1) // 2),
     }
 
 

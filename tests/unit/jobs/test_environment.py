@@ -73,6 +73,35 @@ def test_a_command_sets_its_environment_before_torch_is_loaded() -> None:
     assert "GOMP_SPINCOUNT = '1000'" in done.stderr
 
 
+HEARD = """
+import os, signal
+from jobs.environment import ray_cluster
+
+def heard(number, frame):
+    raise InterruptedError
+
+signal.signal(signal.SIGTERM, heard)
+with ray_cluster():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except InterruptedError:
+        print("beside Ray")
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except InterruptedError:
+    print("after Ray")
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_is_heard_beside_ray_and_after_it() -> None:
+    environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    words = [sys.executable, "-c", HEARD]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["beside Ray", "after Ray"]
+
+
 def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DDIFF_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.setenv(name, "")
