@@ -52,7 +52,7 @@ WEIGHTS: Mapping[str, tuple[float, ...]] = {
     "classes": (0, 3, 10, 30),
     "caption": (0, 3, 10, 30),
     "image": (0, 3, 10, 30),
-    "style": (0, 1e3, 1e4, 1e5),
+    "style": (0, 1e5, 1e6, 1e7),
     "structure": (0, 1e2, 1e3, 1e4),
 }
 """Of each guidance; `free` is classifier-free, its scale: 0 hears nothing, 1 is the base told the class."""

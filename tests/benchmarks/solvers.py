@@ -91,7 +91,7 @@ def chart(curves: dict[str, list[Score]], count: int) -> Figure:
             [one.calls for one in points], [100 * one.right for one in points], "o-", label=name, markersize=4
         )
     axes.set_xscale("log", base=2)
-    ticks = sorted({one.calls for points in curves.values() for one in points})
+    ticks = (1, *CALLS)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(0, 100)
