@@ -49,14 +49,18 @@ class MisusedError(click.ClickException):
         tell(" ".join(self.message.split()) + more, self.exit_code, as_json=self.as_json)
 
 
-class Command(click.Command):
-    """A command with --json, -v and -q, whose every error is one line and an exit code."""
+class Read(click.Command):
+    """Of commands and groups: what click cannot read of its words is told as any other error."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         with reading(args):
             return super().make_context(info_name, args, parent, **extra)
+
+
+class Command(Read):
+    """A command with --json, -v and -q, whose every error is one line and an exit code."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [
@@ -84,17 +88,11 @@ class Command(click.Command):
             fail(error, manner)
 
 
-class Group(click.Group):
+class Group(Read, click.Group):
     """A group whose commands are of the kind above."""
 
     command_class = Command
     group_class = type
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        with reading(args):
-            return super().make_context(info_name, args, parent, **extra)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

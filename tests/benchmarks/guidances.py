@@ -12,7 +12,7 @@ paired differences, told with its 95 % interval.  Its own score, the higher the 
     style           minus the distance to the reference of Gram matrices, by the noised CLIP at its lowest
     structure       level, and of feature maps, each over what it is without guidance
 
-`ground` is 1 if the oracle finds the reference's background.  References are scenes that no training saw.
+`ground` is 1 if the oracle finds the reference's background.  References are scenes of a seed of their own.
 """
 
 import argparse

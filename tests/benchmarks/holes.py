@@ -49,7 +49,7 @@ class Riddle(NamedTuple):
 
 
 def riddles(count: int, side: int, seed: int = 777) -> list[Riddle]:
-    """Scenes that no training saw, the left or the right thing hidden in turn."""
+    """Scenes of a seed of their own, the first or the second thing hidden in turn."""
     rng, found = np.random.default_rng(seed), []
     for number in range(count):
         scene = draw_scene(rng, count=2)
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cascade", type=Path)
     parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--steps", type=int, help="of every hop, at trailing timesteps")
+    parser.add_argument("--steps", type=int, help="of every hop, all of them chains, at trailing timesteps")
     parser.add_argument("--by-colour", action="store_true", help="ask by class: the hidden thing's colour")
     parser.add_argument("--sheet", type=Path, help="file for the first, each below what was known of it")
     parser.add_argument("--json", type=Path)
