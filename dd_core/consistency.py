@@ -2,10 +2,12 @@
 
 A pair of neighbouring levels, an image noised to the higher, and where its path meets the lower: by a step
 of a teacher (distillation) or by the image itself (training alone).  The network at the higher level is
-trained towards its own average at the lower, by whatever distance between images.
+trained towards its own average at the lower, by whatever distance between images.  The path may be cut into
+segments: then the network jumps to the end of the one it is in, so as many jumps as there are segments make a
+picture, and each is far easier to learn.
 
 Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; Song & Dhariwal 2023 (arXiv:2310.14189,
-pseudo-Huber distance).
+pseudo-Huber distance); Heek et al. 2024 (arXiv:2403.06807, segments).
 """
 
 import math
@@ -102,10 +104,12 @@ class GrowingLevels(Spec):
 
 
 class Pair(NamedTuple):
-    """Neighbouring levels for each sample."""
+    """Neighbouring levels for each sample, and the end of the segment that they lie in."""
 
     high: Float[Tensor, " b"]
     low: Float[Tensor, " b"]
+    end: Float[Tensor, " b"]
+    """0 in the last segment."""
 
 
 def draw_pair(
@@ -115,6 +119,7 @@ def draw_pair(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     to_zero: bool = False,
+    segments: int = 1,
 ) -> Pair:
     """Uniform neighbours on a Karras grid of num_levels from sigma_max.
 
@@ -124,10 +129,13 @@ def draw_pair(
         sigma_min: Lowest level that is not 0.
         sigma_max: Highest level.
         to_zero: Whether 0 is the last of the levels, as samplers walk, or sigma_min, as published.
+        segments: Equal parts of the num_levels - 1 intervals; it divides them.
     """
     grid = karras_sigmas(num_levels - to_zero, sigma_min=sigma_min, sigma_max=sigma_max)[:num_levels].to(like)
     place = torch.randint(num_levels - 1, (len(like),), device=like.device)
-    return Pair(grid[place], grid[place + 1])
+    each = (num_levels - 1) // segments
+    ends = torch.cat([grid[each:-1:each], grid.new_zeros(1)])
+    return Pair(grid[place], grid[place + 1], ends[place // each])
 
 
 def ended(denoise: Denoiser) -> Denoiser:
@@ -211,8 +219,26 @@ def gap(
     """
     devices = [noisy[0].device] if noisy[0].is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # the student draws the same masks below
-        wanted = target(noisy[1], pair.low).x0
+        wanted = landing_alike(target(noisy[1], pair.low).x0, noisy, pair)
     return distance(student(noisy[0], pair.high).x0, wanted)
+
+
+def landing_alike(
+    found: Float[Tensor, " b *s"], noisy: tuple[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], pair: Pair
+) -> Float[Tensor, " b *s"]:
+    """The estimate at the higher level with which DDIM ends the segment where it does with `found`.
+
+    Args:
+        found: The estimate at the lower level; in the last segment the answer itself.
+        noisy: The image at both levels.
+        pair: The levels.
+
+    Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1 (invDDIM).
+    """
+    high, low, end = (spread(level, found) for level in pair)
+    landed = torch.where(low == end, noisy[1], torch.lerp(found, noisy[1], end / low))
+    landed = torch.where(low == 0, found, landed)
+    return (landed - noisy[0] * (end / high)) / (1 - end / high)
 
 
 def l1(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:

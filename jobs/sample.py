@@ -19,7 +19,7 @@ from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, requested, 
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
-from dd_core.stages.consistency import ConsistencyHop
+from dd_core.stages.consistency_hop import ConsistencyHop
 from jobs import remake
 
 

@@ -11,6 +11,7 @@ from dd_core.stages import StageSpec
 from dd_core.stages.chain_hop import refuse, refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_hop import refuse_jumps
 from dd_core.stages.refusals import HEARS, refuse_unheard
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
@@ -144,8 +145,10 @@ def refuse_sampling(spec: StageSpec, hop: HopSpec) -> None:
         refuse(spec, hop.how, hop.guides)
     elif spec.kind in HEARS:
         refuse_unheard(hop.how, spec.kind)
-    if isinstance(spec, ConsistencySpec) and isinstance(spec.base, ChainSpec):
-        refuse_guidance(spec.base, hop.how.guidance_scale)
+    if isinstance(spec, ConsistencySpec):
+        refuse_jumps(spec, hop.how)
+        if isinstance(spec.base, ChainSpec):
+            refuse_guidance(spec.base, hop.how.guidance_scale)
 
 
 def in_order(stages: tuple[TrainSpec, ...]) -> list[TrainSpec]:

@@ -6,38 +6,34 @@ parent predicts (eps, v, x0, edm); alone, it learns from the images.  Its levels
 ending in 0, where it is the identity: so one jump is a finished picture, where the published models end at
 0.002.
 
-Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 1 to 4; on the guidance that is learned with the
-steps: Luo et al. 2023 (arXiv:2310.04378), section 4.2.
+Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; on the guidance that is learned with the
+steps: Luo et al. 2023 (arXiv:2310.04378), section 4.2; on segments: Heek et al. 2024 (arXiv:2403.06807).
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dd_core import consistency, edits
-from dd_core.cascade import CascadeState, Draw
+from dd_core import consistency
 from dd_core.consistency import Distance, FixedLevels, GrowingLevels, draw_pair, ended
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.clip import Clip
 from dd_core.nets.perceptual import ClipFeatures, load_lpips
-from dd_core.noise import SeededNoise
-from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.spec import Spec
 from dd_core.stage import EmbeddedBy, Example, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages import base, chain_spec
-from dd_core.stages.base import BaseHop, BaseSpec, BaseStage
+from dd_core.stages.base import BaseSpec, BaseStage
 from dd_core.stages.chain import ChainStage
-from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
+from dd_core.stages.chain_hop import refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
-from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard
+from dd_core.stages.refusals import needed
 
 
 class TeacherSpec(Spec):
@@ -65,6 +61,9 @@ class ConsistencySpec(LearnedSpec):
     parent CLIP in its place."""
     lpips_weights: str = ""
     """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
+    segments: int = Field(1, ge=1)
+    """Equal parts of its fixed levels; a jump then goes to the end of the part that it begins in, so a
+    picture takes as many jumps or a multiple of that, which is easier to learn than one for all."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ConsistencySpec":
@@ -76,6 +75,7 @@ class ConsistencySpec(LearnedSpec):
                 f"sigma_max {self.sigma_max:g} must be above the base's lowest level, {low:g}, and at most "
                 f"its highest, {high:g}; leave it out to begin there"
             )
+        refuse_cut(self.levels, self.segments)
         if not isinstance(self.base, ChainSpec):
             return self
         if self.base.factor > 1:
@@ -165,7 +165,9 @@ class ConsistencyStage(Stage):
         spec, (low, high) = self.spec, self.spec.sigma_range
         example = self.example(batch)
         num_levels = spec.levels.at(self.steps).num_levels
-        pair = draw_pair(example.x0, num_levels, sigma_min=low, sigma_max=high, to_zero=True)
+        pair = draw_pair(
+            example.x0, num_levels, sigma_min=low, sigma_max=high, to_zero=True, segments=spec.segments
+        )
         student = bound(self.model, example.told(self.model.network))
         with torch.no_grad():
             target = ended(bound(self.target, example.told(self.target.network)))
@@ -189,105 +191,18 @@ class ConsistencyStage(Stage):
         return guided if latent else clip_x0(guided)
 
 
-class ConsistencyHop:
-    """What its base is told -> an image in how.num_steps jumps; or an edit of an image.
-
-    Without taus the jumps start at the first num_steps of num_steps + 1 Karras levels.  A guidance scale
-    other than 1 comes on top of the one that was learned.
-
-    Args:
-        trained: The consistency model.
-        parents: Those of its base.
-        device: Where it paints.
-    """
-
-    def __init__(
-        self, trained: Trained, parents: Mapping[str, Trained], *, device: torch.device | str
-    ) -> None:
-        assert isinstance(trained.spec, ConsistencySpec)
-        self.sigma_range = trained.spec.sigma_range
-        like = Trained(trained.spec.base, trained.weights)
-        own = {role: needed(parents, role, trained.spec.kind) for role in trained.spec.base.needs}
-        self.base: BaseHop | ChainHop
-        if isinstance(like.spec, BaseSpec):
-            self.base = BaseHop(like, own["clip"], own.get("draft"), device=device)
-        else:
-            self.base = ChainHop(like, own, device=device)
-
-    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
-        refuse_unheard(how, "consistency")
-        refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
-        if state.known is not None and state.hole is None:
-            raise ValueError(
-                "a consistency model varies no picture, it fills holes; give a mask, or take the base "
-                "that it was distilled from"
-            )
-        if how.strength < 1:
-            raise ValueError(
-                f"a consistency model begins at the noise, not at strength {how.strength:g}; leave it out"
-            )
-        if isinstance(spec := self.base.spec, ChainSpec):
-            refuse_guidance(spec, how.guidance_scale)
-            refuse_told(spec, how, state)
-            given = (state.known, state.gray, state.coarse)
-            if spec.latent_channels and any(part is not None for part in given):
-                raise ValueError(
-                    "a consistency model of latents edits no picture; take the chain that it is like"
-                )
-
-    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
-        self.refuse(state, how)
-        (low, high), noise = self.sigma_range, SeededNoise(state.seeds)
-        jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
-        sigmas = sigmas_of(jumps, sigma_min=low, sigma_max=high)
-        x = high * noise(torch.empty(self.base.shape(len(state.seeds)), device=self.base.device))
-        known = known_of(state, self.base.spec.image_size, self.base.device)
-        if known is None:
-            sampling = begin(jumps, x, sigmas, noise)
-        else:
-            sampling = edited(begin(jumps, x + known.image, sigmas, noise), known.edit)
-        return Draw(sampling, self.base.rows(state, how))
-
-    def denoiser(self, rows: Rows) -> Denoiser:
-        return self.base.denoiser(rows)
-
-    def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
-        return self.base.finish(state, x0)
-
-
-class Known(NamedTuple):
-    """What an edit starts from, and how it keeps what it must."""
-
-    image: Float[Tensor, " b 3 h w"]
-    edit: edits.Edit
-
-
-def known_of(state: CascadeState, side: int, device: torch.device) -> Known | None:
-    """What a request knows of its image, at the side of a hop; None if it is no edit.
-
-    Raises:
-        ValueError: It asks for two edits at once, or for blocks that do not fill the side.
-    """
-    asked = [name for name in ("hole", "gray", "coarse") if getattr(state, name) is not None]
-    if len(asked) > 1:
-        raise ValueError(f"one edit at a time: {' and '.join(asked)} were given; leave all but one out")
-    if state.known is not None and state.hole is not None:
-        image = F.interpolate(state.known.to(device), (side, side), mode="area")
-        hole = F.interpolate(state.hole.float().to(device), (side, side), mode="area") > 0
-        return Known(edits.bared(image, hole), edits.inpaint(image, hole))
-    if state.gray is not None:
-        gray = F.interpolate(state.gray.to(device), (side, side), mode="area")
-        return Known(gray.expand(-1, 3, -1, -1), edits.colorize(gray))
-    if state.coarse is not None:
-        height, width = state.coarse.shape[2:]
-        if height != width or side % height:
-            raise ValueError(
-                f"an image of {width} x {height} does not enlarge to {side} x {side} in whole blocks; "
-                f"its side must divide {side}"
-            )
-        coarse, factor = state.coarse.to(device), side // height
-        return Known(F.interpolate(coarse, scale_factor=factor), edits.upscale(coarse, factor))
-    return None
+def refuse_cut(levels: FixedLevels | GrowingLevels, segments: int) -> None:
+    """Raises ValueError unless levels can be cut into so many equal parts."""
+    if segments == 1:
+        return
+    if not isinstance(levels, FixedLevels):
+        raise ValueError(f"{segments} segments cut fixed levels; set levels.kind: fixed, or segments: 1")
+    if (levels.num_levels - 1) % segments:
+        least = segments * max(2, levels.num_levels // segments) + 1
+        raise ValueError(
+            f"{levels.num_levels} levels are no {segments} segments of one length; "
+            f"set levels.num_levels: {least}"
+        )
 
 
 def refuse_other(spec: ConsistencySpec, teacher: Trained) -> None:

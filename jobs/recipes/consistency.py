@@ -38,7 +38,7 @@ def classes() -> RunSpec:
     Two CPUs, no GPU, up to 8 GB.  How few steps do is in README: `tests/benchmarks/solvers.py`.
     """
     before = improved_ddpm.run()
-    hop = HopSpec(stage="consistency", how=JUMPS, follows_request=True)
+    hop = HopSpec(stage="consistency", how=JUMPS.but(clip="none"), follows_request=True)
     return before.but(
         stages=(*before.stages, student_of_classes(before.stage("base"))),
         cascade=before.cascade.but(hops=(hop,)),
@@ -51,7 +51,8 @@ def student_of_classes(teacher: TrainSpec) -> TrainSpec:
     stage = ConsistencySpec(
         base=teacher.stage,
         teacher=TeacherSpec(guidance_scale=improved_ddpm.SAMPLED.guidance_scale),
-        levels=FixedLevels(num_levels=18, mu=0.9),
+        levels=FixedLevels(num_levels=17, mu=0.0),
+        segments=4,
         sigma_max=80.0,
     )
     return teacher.but(

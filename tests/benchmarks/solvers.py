@@ -29,6 +29,7 @@ from dd_core.cascade import CascadeState, Hop, run
 from dd_core.images import to_bytes
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import load_hop
+from dd_core.stages.consistency_hop import ConsistencyHop, possible_jumps
 from jobs.recipes import demo
 from tests.benchmarks.systems import NAMES, named
 from workflows.oracle import read
@@ -145,9 +146,12 @@ def main() -> None:
         told = json.loads(path.read_text())
         curves |= {name: [Score(**point) for point in points] for name, points in told.items()}
     if STUDENT in only:
-        jumps = SamplingSpec(sampler="consistency", guidance_scale=1.0)
-        ways = [(calls, jumps.but(num_steps=calls)) for calls in JUMPS]
-        curves[STUDENT] = measured(STUDENT, opened(options.run, "consistency"), ways, options)
+        hop = opened(options.run, "consistency")
+        assert isinstance(hop, ConsistencyHop)
+        few, jumps = possible_jumps(hop.spec), SamplingSpec(sampler="consistency", guidance_scale=1.0)
+        ways = [(calls, jumps.but(num_steps=calls, clip="none" if few else None)) for calls in few or JUMPS]
+        name = STUDENT + (f", in {hop.spec.segments} segments" if few else "")
+        curves[name] = measured(name, hop, ways, options)
     for name, how in solvers(options.scale).items():
         if name in only:
             ways = [

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dd_core import consistency, losses
 from dd_core.denoiser import Denoised
-from dd_core.noise import karras_sigmas, spread
+from dd_core.noise import SeededNoise, karras_sigmas, spread
+from dd_core.samplers import ddim, sample
 
 STD = 0.5
 
@@ -79,6 +80,49 @@ def test_a_perfect_model_loses_nothing_but_the_error_of_the_teachers_step() -> N
 
     assert loss(400) < 1e-3
     assert loss(100) > 4 * loss(400)
+
+
+def test_the_ends_of_segments_cut_the_path_in_equal_parts() -> None:
+    torch.manual_seed(0)
+    like = torch.zeros(500, 1, dtype=torch.float64)
+    pair = consistency.draw_pair(like, 9, sigma_min=0.1, sigma_max=10.0, to_zero=True, segments=4)
+    grid = karras_sigmas(8, sigma_min=0.1, sigma_max=10.0).tolist()
+    found = set(zip(pair.high.tolist(), pair.low.tolist(), pair.end.tolist(), strict=True))
+    assert found == {(grid[i], grid[i + 1], grid[2 * (i // 2) + 2]) for i in range(8)}
+
+
+@pytest.mark.parametrize("to_zero", [False, True])
+def test_a_perfect_model_of_segments_loses_nothing_but_the_error_of_the_teachers_step(to_zero: bool) -> None:
+    """Which ends, from anywhere in a segment, where the exact path passes the segment's end."""
+    torch.manual_seed(0)
+    x0 = STD * torch.randn(256, 4, dtype=torch.float64)
+
+    def loss(num_levels: int) -> float:
+        pair = consistency.draw_pair(x0, num_levels, to_zero=to_zero, segments=3)
+
+        def perfect(x: Tensor, sigma: Tensor) -> Denoised:
+            end, sigma = spread(pair.end, x), spread(sigma, x)
+            passing = x * ((STD**2 + end**2) / (STD**2 + sigma**2)).sqrt()
+            return Denoised(torch.where(sigma == end, x, (passing - x * end / sigma) / (1 - end / sigma)))
+
+        gap = consistency.distillation(perfect, perfect, posterior, x0, pair, consistency.l1)
+        return gap.max().item()
+
+    assert loss(1201) < 1e-3
+    assert loss(301) > 4 * loss(1201)
+
+
+def test_jumps_from_end_to_end_of_segments_follow_the_exact_path() -> None:
+    ends = karras_sigmas(4, sigma_min=0.1, sigma_max=10.0)
+
+    def perfect(x: Tensor, sigma: Tensor) -> Denoised:
+        end = ends[1 + int((ends == sigma[0]).nonzero())]
+        passing = x * ((STD**2 + end**2) / (STD**2 + spread(sigma, x) ** 2)).sqrt()
+        return Denoised((passing - x * end / spread(sigma, x)) / (1 - end / spread(sigma, x)))
+
+    x = 10 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = sample(ddim(x, ends, SeededNoise([0] * 5)), perfect)
+    torch.testing.assert_close(found, flow_end(x, ends[:1].expand(5)).x0)
 
 
 def test_without_a_teacher_the_noise_is_the_same_at_both_levels() -> None:

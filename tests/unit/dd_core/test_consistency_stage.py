@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dd_core import checkpoint, consistency, edits
-from dd_core.cascade import CascadeState, run
+from dd_core.cascade import CascadeState, Draw, run
 from dd_core.consistency import ended, teacher_step
 from dd_core.denoiser import (
     Conditioning,
@@ -37,7 +37,6 @@ from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import (
-    ConsistencyHop,
     ConsistencySpec,
     ConsistencyStage,
     FixedLevels,
@@ -45,6 +44,7 @@ from dd_core.stages.consistency import (
     TeacherSpec,
     bound,
 )
+from dd_core.stages.consistency_hop import ConsistencyHop
 from dd_core.text import null_tokens, tokens
 from dd_core.training import TrainState, train
 from tests.unit.dd_core import test_chain as chains
@@ -186,26 +186,35 @@ TEACHERS: dict[str, tuple[Parameterization, Tell]] = {
 }
 
 
-@pytest.mark.parametrize("name", TEACHERS)
-def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_function(name: str) -> None:
-    """Which is x STD / sqrt(STD**2 + sigma**2): where the path through x ends at level 0."""
+@pytest.mark.parametrize(("name", "segments"), [*((name, 1) for name in TEACHERS), ("edm", 3)])
+def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_function(
+    name: str, segments: int
+) -> None:
+    """Where the path through x ends: at level 0 x STD / sqrt(STD**2 + sigma**2), or at its segment's end."""
     torch.manual_seed(0)
     predicts, tell = TEACHERS[name]
     teacher = bound(NetworkDenoiser(Exact(predicts, tell), predicts, tell=tell), Conditioning())
-    count, low, high = 24, 0.05, 10.0
+    count, low, high = 25, 0.05, 10.0
     grid = karras_sigmas(count - 1, sigma_min=low, sigma_max=high)[:-1]
     student, target = Gains(grid), Gains(grid)
     optimizer = torch.optim.SGD(student.parameters(), lr=8.0)
     for _ in range(250):
         x0 = STD * torch.randn(256, 4, dtype=torch.float64)
-        pair = consistency.draw_pair(x0, count, sigma_min=low, sigma_max=high, to_zero=True)
+        pair = consistency.draw_pair(
+            x0, count, sigma_min=low, sigma_max=high, to_zero=True, segments=segments
+        )
         loss = consistency.distillation(student, ended(target), teacher, x0, pair, consistency.l2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             target.gain.lerp_(student.gain, 0.5)
-    torch.testing.assert_close(student.gain.detach(), torch.full_like(grid, STD), rtol=0.02, atol=0)
+    ends = torch.cat([grid, torch.zeros(1)])[:: (count - 1) // segments][1:].repeat_interleave(
+        len(grid) // segments
+    )
+    unit, left = (STD**2 + grid**2).sqrt(), ends / grid
+    exact = unit * ((STD**2 + ends**2).sqrt() / unit - left) / (1 - left)
+    torch.testing.assert_close(student.gain.detach(), exact, rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v", "edm"])
@@ -489,6 +498,58 @@ def test_n_jumps_ask_the_network_n_times_beginning_at_the_noise(
     sample(draw.sampling, looking)
     grid = karras_sigmas(jumps + 1, sigma_min=0.1, sigma_max=80.0)[:jumps]
     assert seen == pytest.approx(levels or grid.tolist())
+
+
+def test_a_path_in_segments_is_jumped_from_end_to_end(parents: dict[str, Trained]) -> None:
+    """Drawing nothing anew; in as many jumps as there are levels its first weights are its teacher's DDIM."""
+    spec = SPEC.but(levels=FixedLevels(num_levels=9), segments=4)
+    student = load_hop(Trained(spec, parents["base"].weights), parents, device="cpu")
+    teacher = load_hop(parents["base"], parents, device="cpu")
+    asked = CascadeState(seeds=[1], tokens=told("a star"))
+    grid = karras_sigmas(8, sigma_min=0.1, sigma_max=80.0)
+    for jumps, levels in ((4, grid[::2]), (8, grid)):
+        draw, seen = student.start(asked, JUMPS.but(num_steps=jumps)), []
+
+        def looking(x: Tensor, sigma: Tensor, draw: Draw = draw, seen: list[float] = seen) -> Denoised:
+            seen.append(sigma.item())
+            return student.denoiser(draw.rows)(x, sigma)
+
+        image = sample(draw.sampling, looking)
+        assert seen == pytest.approx(levels[:-1].tolist())
+    walked = run(teacher, asked, SamplingSpec(sampler="ddim", num_steps=8, guidance_scale=1.0)).image
+    assert walked is not None
+    torch.testing.assert_close(student.finish(asked, image).image, walked)
+
+
+def test_what_does_not_end_with_the_segments_is_refused(parents: dict[str, Trained]) -> None:
+    spec = SPEC.but(levels=FixedLevels(num_levels=9), segments=4)
+    student = load_hop(Trained(spec, parents["base"].weights), parents, device="cpu")
+    asked = CascadeState(seeds=[1], tokens=told("a star"))
+    for how in (JUMPS, JUMPS.but(num_steps=12), JUMPS.but(taus=(0, 3, 8))):
+        with pytest.raises(ValueError, match=r"in 4 segments: it takes 4 or 8 steps, and no taus"):
+            student.start(asked, how)
+    with pytest.raises(
+        ValueError, match=r"8 levels are no 4 segments of one length; set levels.num_levels: 9"
+    ):
+        spec.but(levels=FixedLevels(num_levels=8))
+    with pytest.raises(ValueError, match="4 segments cut fixed levels"):
+        spec.but(teacher=None, levels=GrowingLevels(steps=10, s1=20))
+
+
+def test_a_stage_trains_towards_the_ends_of_its_segments(
+    edm: dict[str, Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, ends = JUMPING.but(levels=FixedLevels(num_levels=9), segments=2), set()
+
+    def draw(like: Tensor, num_levels: int, **how: Any) -> consistency.Pair:
+        pair = consistency.draw_pair(like, num_levels, **how)
+        ends.update(pair.end.tolist())
+        return pair
+
+    monkeypatch.setattr("dd_core.stages.consistency.draw_pair", draw)
+    made(spec, edm)(next(squares(32)))
+    middle = karras_sigmas(8, sigma_min=spec.sigma_range[0], sigma_max=spec.sigma_range[1])[4]
+    assert sorted(ends) == pytest.approx([0, float(middle)])
 
 
 def test_paths_may_begin_below_the_highest_level_of_the_base(

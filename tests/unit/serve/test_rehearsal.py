@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dd_core.cascade import run
+from dd_core.consistency import FixedLevels
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import Trained
 from dd_core.stages import load_hop
@@ -37,10 +38,14 @@ def test_every_chain_can_rehearse(spec: ChainSpec, how: SamplingSpec) -> None:
     assert image.isfinite().all()
 
 
-def test_a_consistency_model_rehearses_in_jumps_wherever_its_own_lead() -> None:
-    how = SamplingSpec(sampler="consistency", num_steps=3, taus=(0, 9, 22, 39), guidance_scale=1.0)
-    assert shortest(how) == how.but(num_steps=2, taus=())
-    spec = ConsistencySpec(base=EDM, teacher=TeacherSpec(guidance_scale=1.0))
+@pytest.mark.parametrize(("taus", "segments"), [((0, 9, 22, 39), 1), ((), 3)], ids=["levels", "segments"])
+def test_a_consistency_model_rehearses_in_its_own_jumps(taus: tuple[int, ...], segments: int) -> None:
+    how = SamplingSpec(sampler="consistency", num_steps=3, taus=taus, guidance_scale=1.0)
+    assert shortest(how) == how
+    levels = FixedLevels(num_levels=10)
+    spec = ConsistencySpec(
+        base=EDM, teacher=TeacherSpec(guidance_scale=1.0), levels=levels, segments=segments
+    )
     hop = load_hop(Trained(spec, trained(EDM).weights), {}, device="cpu")
     image = run(hop, rehearsal(spec, 12, how), shortest(how)).image
     assert image is not None

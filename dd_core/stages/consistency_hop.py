@@ -1,0 +1,157 @@
+"""A trained consistency model as a link of the cascade: painting in a few jumps, and editing.
+
+Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 1 and 4; of a path in segments: Heek et al. 2024
+(arXiv:2403.06807), algorithm 2.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dd_core import edits
+from dd_core.cascade import CascadeState, Draw
+from dd_core.consistency import FixedLevels
+from dd_core.denoiser import Denoiser
+from dd_core.guidance import Rows
+from dd_core.noise import SeededNoise, karras_sigmas
+from dd_core.samplers import SamplingSpec, begin, ddim, edited, sigmas_of
+from dd_core.stage import Trained
+from dd_core.stages.base import BaseHop, BaseSpec
+from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard
+
+
+class ConsistencyHop:
+    """What its base is told -> an image in how.num_steps jumps; or an edit of an image.
+
+    Without taus the jumps start at the first num_steps of num_steps + 1 Karras levels, and noise is drawn
+    anew after each; where the path is in segments they go from end to end of these, and nothing is drawn.  A
+    guidance scale other than 1 comes on top of the one that was learned.
+
+    Args:
+        trained: The consistency model.
+        parents: Those of its base.
+        device: Where it paints.
+    """
+
+    def __init__(
+        self, trained: Trained, parents: Mapping[str, Trained], *, device: torch.device | str
+    ) -> None:
+        assert isinstance(trained.spec, ConsistencySpec)
+        self.spec = trained.spec
+        like = Trained(trained.spec.base, trained.weights)
+        own = {role: needed(parents, role, trained.spec.kind) for role in trained.spec.base.needs}
+        self.base: BaseHop | ChainHop
+        if isinstance(like.spec, BaseSpec):
+            self.base = BaseHop(like, own["clip"], own.get("draft"), device=device)
+        else:
+            self.base = ChainHop(like, own, device=device)
+
+    def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
+        refuse_unheard(how, "consistency")
+        refuse_jumps(self.spec, how)
+        refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
+        if state.known is not None and state.hole is None:
+            raise ValueError(
+                "a consistency model varies no picture, it fills holes; give a mask, or take the base "
+                "that it was distilled from"
+            )
+        if how.strength < 1:
+            raise ValueError(
+                f"a consistency model begins at the noise, not at strength {how.strength:g}; leave it out"
+            )
+        if isinstance(spec := self.base.spec, ChainSpec):
+            refuse_guidance(spec, how.guidance_scale)
+            refuse_told(spec, how, state)
+            given = (state.known, state.gray, state.coarse)
+            if spec.latent_channels and any(part is not None for part in given):
+                raise ValueError(
+                    "a consistency model of latents edits no picture; take the chain that it is like"
+                )
+
+    def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
+        self.refuse(state, how)
+        sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
+        x = float(sigmas[0]) * noise(torch.empty(self.base.shape(len(state.seeds)), device=self.base.device))
+        known = known_of(state, self.base.spec.image_size, self.base.device)
+        if known is not None:
+            x = x + known.image
+        sampling = begin(how, x, sigmas, noise) if self.spec.segments == 1 else ddim(x, sigmas, noise)
+        return Draw(edited(sampling, known.edit) if known else sampling, self.base.rows(state, how))
+
+    def denoiser(self, rows: Rows) -> Denoiser:
+        return self.base.denoiser(rows)
+
+    def finish(self, state: CascadeState, x0: Tensor) -> CascadeState:
+        return self.base.finish(state, x0)
+
+
+def refuse_jumps(spec: ConsistencySpec, how: SamplingSpec) -> None:
+    """Raises ValueError for jumps that do not end where the segments of its path do."""
+    possible = possible_jumps(spec)
+    if possible and (how.taus or how.num_steps not in possible):
+        raise ValueError(
+            f"its path is in {spec.segments} segments: it takes {' or '.join(map(str, possible))} steps, and "
+            f"no taus; set num_steps: {possible[0]}"
+        )
+
+
+def possible_jumps(spec: ConsistencySpec) -> tuple[int, ...]:
+    """In how many jumps its pictures can be drawn; empty: in any number."""
+    if spec.segments == 1:
+        return ()
+    assert isinstance(spec.levels, FixedLevels)
+    intervals = spec.levels.num_levels - 1
+    return tuple(n for n in range(spec.segments, intervals + 1, spec.segments) if intervals % n == 0)
+
+
+def levels_of(spec: ConsistencySpec, how: SamplingSpec) -> Float[Tensor, " n"]:
+    """Where jumps begin, from the noise on, and the end, 0."""
+    low, high = spec.sigma_range
+    if spec.segments == 1:
+        jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
+        return sigmas_of(jumps, sigma_min=low, sigma_max=high)
+    assert isinstance(spec.levels, FixedLevels)
+    intervals = spec.levels.num_levels - 1
+    return karras_sigmas(intervals, sigma_min=low, sigma_max=high)[:: intervals // how.num_steps]
+
+
+class Known(NamedTuple):
+    """What an edit starts from, and how it keeps what it must."""
+
+    image: Float[Tensor, " b 3 h w"]
+    edit: edits.Edit
+
+
+def known_of(state: CascadeState, side: int, device: torch.device) -> Known | None:
+    """What a request knows of its image, at the side of a hop; None if it is no edit.
+
+    Raises:
+        ValueError: It asks for two edits at once, or for blocks that do not fill the side.
+    """
+    asked = [name for name in ("hole", "gray", "coarse") if getattr(state, name) is not None]
+    if len(asked) > 1:
+        raise ValueError(f"one edit at a time: {' and '.join(asked)} were given; leave all but one out")
+    if state.known is not None and state.hole is not None:
+        image = F.interpolate(state.known.to(device), (side, side), mode="area")
+        hole = F.interpolate(state.hole.float().to(device), (side, side), mode="area") > 0
+        return Known(edits.bared(image, hole), edits.inpaint(image, hole))
+    if state.gray is not None:
+        gray = F.interpolate(state.gray.to(device), (side, side), mode="area")
+        return Known(gray.expand(-1, 3, -1, -1), edits.colorize(gray))
+    if state.coarse is not None:
+        height, width = state.coarse.shape[2:]
+        if height != width or side % height:
+            raise ValueError(
+                f"an image of {width} x {height} does not enlarge to {side} x {side} in whole blocks; "
+                f"its side must divide {side}"
+            )
+        coarse, factor = state.coarse.to(device), side // height
+        return Known(F.interpolate(coarse, scale_factor=factor), edits.upscale(coarse, factor))
+    return None
