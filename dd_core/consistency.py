@@ -12,6 +12,7 @@ pseudo-Huber distance); Heek et al. 2024 (arXiv:2403.06807, segments).
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -103,6 +104,28 @@ class GrowingLevels(Spec):
         return pace(reached, self.steps, s0=self.s0, s1=self.s1, mu0=self.mu0, form=self.form)
 
 
+class Cut(NamedTuple):
+    """How the path from noise to image is cut: into levels, and these into segments."""
+
+    num_levels: int
+    """At least 2, the first at sigma_max."""
+    sigma_min: float = 0.002
+    """Lowest level that is not 0."""
+    sigma_max: float = 80.0
+    to_zero: bool = False
+    """Whether 0 is the last of the levels, as samplers walk, or sigma_min, as published."""
+    segments: int = 1
+    """Equal parts of the num_levels - 1 intervals; it divides them."""
+    steps: int = 1
+    """Of the teacher in each interval."""
+
+    def grid(self) -> Float[Tensor, " n"]:
+        """Where the teacher stops, on a Karras grid; every steps-th is a level."""
+        fine = (self.num_levels - 1) * self.steps
+        levels = karras_sigmas(fine + (not self.to_zero), sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        return levels[: fine + 1]
+
+
 class Pair(NamedTuple):
     """Neighbouring levels for each sample, and the end of the segment that they lie in."""
 
@@ -110,32 +133,18 @@ class Pair(NamedTuple):
     low: Float[Tensor, " b"]
     end: Float[Tensor, " b"]
     """0 in the last segment."""
+    path: Float[Tensor, " b n"]
+    """Where the teacher stops on its way from high to low, both included."""
 
 
-def draw_pair(
-    like: Float[Tensor, " b *s"],
-    num_levels: int,
-    *,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    to_zero: bool = False,
-    segments: int = 1,
-) -> Pair:
-    """Uniform neighbours on a Karras grid of num_levels from sigma_max.
-
-    Args:
-        like: One sample for each pair that is wanted, on their device.
-        num_levels: At least 2.
-        sigma_min: Lowest level that is not 0.
-        sigma_max: Highest level.
-        to_zero: Whether 0 is the last of the levels, as samplers walk, or sigma_min, as published.
-        segments: Equal parts of the num_levels - 1 intervals; it divides them.
-    """
-    grid = karras_sigmas(num_levels - to_zero, sigma_min=sigma_min, sigma_max=sigma_max)[:num_levels].to(like)
-    place = torch.randint(num_levels - 1, (len(like),), device=like.device)
-    each = (num_levels - 1) // segments
+def draw_pair(like: Float[Tensor, " b *s"], cut: Cut) -> Pair:
+    """Uniform neighbours among the levels: one pair for each sample of `like`, on its device."""
+    grid, steps = cut.grid().to(like), cut.steps
+    place = torch.randint(cut.num_levels - 1, (len(like),), device=like.device)
+    path = grid[steps * place[:, None] + torch.arange(steps + 1, device=like.device)]
+    each = (len(grid) - 1) // cut.segments
     ends = torch.cat([grid[each:-1:each], grid.new_zeros(1)])
-    return Pair(grid[place], grid[place + 1], ends[place // each])
+    return Pair(path[:, 0], path[:, -1], ends[steps * place // each], path)
 
 
 def ended(denoise: Denoiser) -> Denoiser:
@@ -153,8 +162,32 @@ def ended(denoise: Denoiser) -> Denoiser:
     return answered
 
 
-def teacher_step(x: Float[Tensor, " b *s"], high: Tensor, low: Tensor) -> Sampling:
-    """From high to low along the teacher's path, as `samplers.heun` walks: Heun's step, Euler's to level 0.
+Solver = Literal["heun", "ddim"]
+"""By which the teacher is followed: Heun's steps, as published, or those of DDIM, which ask it once."""
+
+Follow = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b n"]], Float[Tensor, " b *s"]]
+"""Images at the first of the levels -> where their path is at the last."""
+
+
+def following(teacher: Denoiser, solver: Solver = "heun") -> Follow:
+    """A diffusion model, told the captions and guided as it should be, as one who shows the path."""
+
+    def walked(x: Float[Tensor, " b *s"], path: Float[Tensor, " b n"]) -> Float[Tensor, " b *s"]:
+        step = heun_down if solver == "heun" else ddim_down
+        for high, low in pairwise(path.unbind(1)):
+            x = sample(step(x, spread(high, x), spread(low, x)), teacher)
+        return x
+
+    return walked
+
+
+def ddim_down(x: Float[Tensor, " b *s"], high: Tensor, low: Tensor) -> Sampling:
+    """From high to low straight towards the estimate, as `samplers.ddim` walks."""
+    return torch.lerp((yield Query(x, high)).x0, x, low / high)
+
+
+def heun_down(x: Float[Tensor, " b *s"], high: Tensor, low: Tensor) -> Sampling:
+    """From high to low as `samplers.heun` walks: Heun's step, Euler's to level 0.
 
     Args:
         x: Images at the levels `high`.
@@ -172,26 +205,25 @@ def teacher_step(x: Float[Tensor, " b *s"], high: Tensor, low: Tensor) -> Sampli
 def distillation(
     student: Denoiser,
     target: Denoiser,
-    teacher: Denoiser,
+    teacher: Follow,
     x0: Float[Tensor, " b *s"],
     pair: Pair,
     distance: Distance,
 ) -> Float[Tensor, " b"]:
-    """Consistency distillation: the path is followed by one step of a sampler with the teacher.
+    """Consistency distillation: the path is followed by the steps of a sampler with the teacher.
 
     Args:
         student: What is trained, told the captions.
         target: The average of its weights, told the same.
-        teacher: A diffusion model, told the captions and guided as it should be.
+        teacher: Whose path it is.
         x0: Clean images.
         pair: Levels to train at.
         distance: Between the answers of student and target.
 
     Source: Song et al. 2023, algorithm 2.
     """
-    high, low = spread(pair.high, x0), spread(pair.low, x0)
-    x = x0 + high * torch.randn_like(x0)
-    return gap(student, target, (x, sample(teacher_step(x, high, low), teacher)), pair, distance)
+    x = x0 + spread(pair.high, x0) * torch.randn_like(x0)
+    return gap(student, target, (x, teacher(x, pair.path)), pair, distance)
 
 
 def training(
@@ -235,7 +267,7 @@ def landing_alike(
 
     Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1 (invDDIM).
     """
-    high, low, end = (spread(level, found) for level in pair)
+    high, low, end = (spread(level, found) for level in pair[:3])
     landed = torch.where(low == end, noisy[1], torch.lerp(found, noisy[1], end / low))
     landed = torch.where(low == 0, found, landed)
     return (landed - noisy[0] * (end / high)) / (1 - end / high)

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core import consistency
-from dd_core.consistency import Distance, FixedLevels, GrowingLevels, draw_pair, ended
+from dd_core.consistency import Cut, Distance, FixedLevels, GrowingLevels, Solver, draw_pair, ended, following
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.clip import Clip
@@ -41,6 +41,11 @@ class TeacherSpec(Spec):
 
     guidance_scale: float = Field(3.0, ge=0, le=50)
     """It is learned with the path, so that sampling at scale 1 is guided by it."""
+    solver: Solver = "heun"
+    """heun asks the parent twice a step, as published; ddim once."""
+    steps: int = Field(1, ge=1)
+    """From one level to the next.  With several, fewer levels will do: what the parent has walked no average
+    of the model needs to have learned before."""
 
 
 class ConsistencySpec(LearnedSpec):
@@ -56,6 +61,8 @@ class ConsistencySpec(LearnedSpec):
     sigma_max: float | None = Field(None, gt=0)
     """Where its paths begin; published: 80.  None: at the base's highest level, which for a chain with cosine
     betas is above 50,000, and then half of the levels lie where no picture is to be seen."""
+    sigma_min: float | None = Field(None, gt=0)
+    """The last level before their end at 0; None: the base's lowest, which it may not fall below."""
     distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
     """Between two answers.  lpips, as published, with the weights of `lpips_weights`; clip: features of the
     parent CLIP in its place."""
@@ -74,6 +81,11 @@ class ConsistencySpec(LearnedSpec):
             raise ValueError(
                 f"sigma_max {self.sigma_max:g} must be above the base's lowest level, {low:g}, and at most "
                 f"its highest, {high:g}; leave it out to begin there"
+            )
+        if self.sigma_min is not None and not low <= self.sigma_min < (self.sigma_max or high):
+            raise ValueError(
+                f"sigma_min {self.sigma_min:g} must be at least the base's lowest level, {low:g}, and below "
+                f"where paths begin, {self.sigma_max or high:g}; leave it out for the lowest"
             )
         refuse_cut(self.levels, self.segments)
         if not isinstance(self.base, ChainSpec):
@@ -97,7 +109,12 @@ class ConsistencySpec(LearnedSpec):
     def sigma_range(self) -> tuple[float, float]:
         """Lowest and highest noise level of its paths, before their end at 0."""
         low, high = self.base.sigma_range
-        return low, self.sigma_max or high
+        return self.sigma_min or low, self.sigma_max or high
+
+    def cut(self, num_levels: int) -> Cut:
+        """How its paths are cut."""
+        (low, high), steps = self.sigma_range, self.teacher.steps if self.teacher else 1
+        return Cut(num_levels, low, high, to_zero=True, segments=self.segments, steps=steps)
 
     @property
     def classes(self) -> int:
@@ -162,22 +179,22 @@ class ConsistencyStage(Stage):
         self.steps += 1
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
-        spec, (low, high) = self.spec, self.spec.sigma_range
-        example = self.example(batch)
-        num_levels = spec.levels.at(self.steps).num_levels
-        pair = draw_pair(
-            example.x0, num_levels, sigma_min=low, sigma_max=high, to_zero=True, segments=spec.segments
-        )
+        spec, example = self.spec, self.example(batch)
+        cut = spec.cut(spec.levels.at(self.steps).num_levels)
+        pair = draw_pair(example.x0, cut)
         student = bound(self.model, example.told(self.model.network))
-        with torch.no_grad():
-            target = ended(bound(self.target, example.told(self.target.network)))
+        if cut.segments == cut.num_levels - 1:
+            target = there  # every interval ends its segment, so nothing of what it would say is heard
+        else:
+            with torch.no_grad():
+                target = ended(bound(self.target, example.told(self.target.network)))
         if spec.teacher is not None:
-            teacher = self.walker(spec.teacher, example)
+            teacher = following(self.walker(spec.teacher, example), spec.teacher.solver)
             gap = consistency.distillation(student, target, teacher, example.x0, pair, self.distance)
         else:
             gap = consistency.training(student, target, example.x0, pair, self.distance)
-        total, parts = gap.mean(), {"gap": gap.detach().mean(), "levels": gap.new_tensor(float(num_levels))}
-        return Losses(total, parts)
+        levels = gap.new_tensor(float(cut.num_levels))
+        return Losses(gap.mean(), {"gap": gap.detach().mean(), "levels": levels})
 
     @torch.no_grad()
     def walker(self, how: TeacherSpec, example: Example) -> Denoiser:
@@ -249,6 +266,11 @@ def bound(model: NetworkDenoiser[Any], cond: Conditioning) -> Denoiser:
         return model(x, sigma, cond)
 
     return denoise
+
+
+def there(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Denoised:
+    """Where a path has ended already."""
+    return Denoised(x)
 
 
 def distance_of(spec: ConsistencySpec, seeing: nn.Module | None) -> Distance:

@@ -16,8 +16,8 @@ from dd_core import edits
 from dd_core.cascade import CascadeState, Draw
 from dd_core.consistency import FixedLevels
 from dd_core.denoiser import Denoiser
-from dd_core.guidance import Rows
-from dd_core.noise import SeededNoise, karras_sigmas
+from dd_core.guidance import UNLIMITED, Rows
+from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec, begin, ddim, edited, sigmas_of
 from dd_core.stage import Trained
 from dd_core.stages.base import BaseHop, BaseSpec
@@ -83,7 +83,10 @@ class ConsistencyHop:
         if known is not None:
             x = x + known.image
         sampling = begin(how, x, sigmas, noise) if self.spec.segments == 1 else ddim(x, sigmas, noise)
-        return Draw(edited(sampling, known.edit) if known else sampling, self.base.rows(state, how))
+        rows = self.base.rows(state, how)
+        if self.spec.segments > 1 and how.clip is None:  # what leads to a segment's end is no picture
+            rows = rows._replace(limits=torch.tensor([UNLIMITED] * len(state.seeds)))
+        return Draw(edited(sampling, known.edit) if known else sampling, rows)
 
     def denoiser(self, rows: Rows) -> Denoiser:
         return self.base.denoiser(rows)
@@ -118,8 +121,8 @@ def levels_of(spec: ConsistencySpec, how: SamplingSpec) -> Float[Tensor, " n"]:
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
         return sigmas_of(jumps, sigma_min=low, sigma_max=high)
     assert isinstance(spec.levels, FixedLevels)
-    intervals = spec.levels.num_levels - 1
-    return karras_sigmas(intervals, sigma_min=low, sigma_max=high)[:: intervals // how.num_steps]
+    grid = spec.cut(spec.levels.num_levels).grid()
+    return grid[:: (len(grid) - 1) // how.num_steps]
 
 
 class Known(NamedTuple):

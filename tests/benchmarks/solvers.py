@@ -149,7 +149,7 @@ def main() -> None:
         hop = opened(options.run, "consistency")
         assert isinstance(hop, ConsistencyHop)
         few, jumps = possible_jumps(hop.spec), SamplingSpec(sampler="consistency", guidance_scale=1.0)
-        ways = [(calls, jumps.but(num_steps=calls, clip="none" if few else None)) for calls in few or JUMPS]
+        ways = [(calls, jumps.but(num_steps=calls)) for calls in few or JUMPS]
         name = STUDENT + (f", in {hop.spec.segments} segments" if few else "")
         curves[name] = measured(name, hop, ways, options)
     for name, how in solvers(options.scale).items():

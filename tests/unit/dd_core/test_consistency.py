@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dd_core import consistency, losses
+from dd_core.consistency import Cut, following
 from dd_core.denoiser import Denoised
 from dd_core.noise import SeededNoise, karras_sigmas, spread
 from dd_core.samplers import ddim, sample
@@ -63,7 +64,7 @@ def test_the_pace_ends_at_its_last_number_of_levels() -> None:
 
 def test_pairs_are_neighbours_on_the_grid() -> None:
     torch.manual_seed(0)
-    pair = consistency.draw_pair(torch.zeros(500, 1, dtype=torch.float64), 5)
+    pair = consistency.draw_pair(torch.zeros(500, 1, dtype=torch.float64), Cut(5))
     grid = karras_sigmas(5, sigma_min=0.002, sigma_max=80.0)[:-1].tolist()
     found = set(zip(pair.high.tolist(), pair.low.tolist(), strict=True))
     assert found == set(pairwise(grid))
@@ -74,8 +75,8 @@ def test_a_perfect_model_loses_nothing_but_the_error_of_the_teachers_step() -> N
     x0 = STD * torch.randn(256, 4, dtype=torch.float64)
 
     def loss(num_levels: int) -> float:
-        pair = consistency.draw_pair(x0, num_levels)
-        gap = consistency.distillation(flow_end, flow_end, posterior, x0, pair, consistency.l1)
+        pair = consistency.draw_pair(x0, Cut(num_levels))
+        gap = consistency.distillation(flow_end, flow_end, following(posterior), x0, pair, consistency.l1)
         return gap.max().item()
 
     assert loss(400) < 1e-3
@@ -85,10 +86,17 @@ def test_a_perfect_model_loses_nothing_but_the_error_of_the_teachers_step() -> N
 def test_the_ends_of_segments_cut_the_path_in_equal_parts() -> None:
     torch.manual_seed(0)
     like = torch.zeros(500, 1, dtype=torch.float64)
-    pair = consistency.draw_pair(like, 9, sigma_min=0.1, sigma_max=10.0, to_zero=True, segments=4)
+    pair = consistency.draw_pair(like, Cut(9, sigma_min=0.1, sigma_max=10.0, to_zero=True, segments=4))
     grid = karras_sigmas(8, sigma_min=0.1, sigma_max=10.0).tolist()
     found = set(zip(pair.high.tolist(), pair.low.tolist(), pair.end.tolist(), strict=True))
     assert found == {(grid[i], grid[i + 1], grid[2 * (i // 2) + 2]) for i in range(8)}
+    coarse = Cut(5, sigma_min=0.1, sigma_max=10.0, to_zero=True, segments=2, steps=2)
+    pair = consistency.draw_pair(like, coarse)
+    found = set(zip(*(level.tolist() for level in pair[:3]), map(tuple, pair.path.tolist()), strict=True))
+    assert found == {
+        (grid[2 * i], grid[2 * i + 2], grid[4 * (i // 2) + 4], tuple(grid[2 * i : 2 * i + 3]))
+        for i in range(4)
+    }
 
 
 @pytest.mark.parametrize("to_zero", [False, True])
@@ -98,14 +106,14 @@ def test_a_perfect_model_of_segments_loses_nothing_but_the_error_of_the_teachers
     x0 = STD * torch.randn(256, 4, dtype=torch.float64)
 
     def loss(num_levels: int) -> float:
-        pair = consistency.draw_pair(x0, num_levels, to_zero=to_zero, segments=3)
+        pair = consistency.draw_pair(x0, Cut(num_levels, to_zero=to_zero, segments=3))
 
         def perfect(x: Tensor, sigma: Tensor) -> Denoised:
             end, sigma = spread(pair.end, x), spread(sigma, x)
             passing = x * ((STD**2 + end**2) / (STD**2 + sigma**2)).sqrt()
             return Denoised(torch.where(sigma == end, x, (passing - x * end / sigma) / (1 - end / sigma)))
 
-        gap = consistency.distillation(perfect, perfect, posterior, x0, pair, consistency.l1)
+        gap = consistency.distillation(perfect, perfect, following(posterior), x0, pair, consistency.l1)
         return gap.max().item()
 
     assert loss(1201) < 1e-3
@@ -128,7 +136,7 @@ def test_jumps_from_end_to_end_of_segments_follow_the_exact_path() -> None:
 def test_without_a_teacher_the_noise_is_the_same_at_both_levels() -> None:
     """So a model that knows the image is consistent, whatever the levels."""
     x0 = torch.randn(16, 4, dtype=torch.float64)
-    pair = consistency.draw_pair(x0, 18)
+    pair = consistency.draw_pair(x0, Cut(18))
     seen = []
 
     def looking(x: Tensor, sigma: Tensor) -> Denoised:
@@ -141,9 +149,9 @@ def test_without_a_teacher_the_noise_is_the_same_at_both_levels() -> None:
 
 def test_only_the_student_is_trained() -> None:
     x0 = torch.randn(8, 4, dtype=torch.float64)
-    pair = consistency.draw_pair(x0, 18)
+    pair = consistency.draw_pair(x0, Cut(18))
     student, target, teacher = Scaled(0.9), Scaled(1.1), Scaled(1.0)
-    gap = consistency.distillation(student, target, teacher, x0, pair, consistency.pseudo_huber)
+    gap = consistency.distillation(student, target, following(teacher), x0, pair, consistency.pseudo_huber)
     gap.mean().backward()
     assert student.weight.grad is not None
     assert target.weight.grad is None
@@ -159,9 +167,8 @@ def test_student_and_target_drop_out_alike() -> None:
         return Denoised(masks[-1])
 
     x0 = torch.randn(8, 50)
-    assert (
-        consistency.training(dropping, dropping, x0, consistency.draw_pair(x0, 9), consistency.l2).max() == 0
-    )
+    pair = consistency.draw_pair(x0, Cut(9))
+    assert consistency.training(dropping, dropping, x0, pair, consistency.l2).max() == 0
     assert masks[0].unique().tolist() == [0.0, 2.0]
 
 

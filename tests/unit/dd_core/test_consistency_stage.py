@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from dd_core import checkpoint, consistency, edits
 from dd_core.cascade import CascadeState, Draw, run
-from dd_core.consistency import ended, teacher_step
+from dd_core.consistency import Cut, ended, following, heun_down
 from dd_core.denoiser import (
     Conditioning,
     Denoised,
@@ -28,8 +27,8 @@ from dd_core.nets.dit import DiTSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.perceptual import ClipFeatures, Lpips, load_lpips
 from dd_core.nets.unet import UNetSpec
-from dd_core.noise import karras_sigmas, spread
-from dd_core.samplers import SamplingSpec, heun, sample
+from dd_core.noise import SeededNoise, karras_sigmas, spread
+from dd_core.samplers import SamplingSpec, ddim, heun, sample
 from dd_core.schedules import Clock, LogNormalSpec, ScheduleSpec
 from dd_core.stage import Budget, Example, Losses, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
@@ -198,20 +197,18 @@ def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_
     grid = karras_sigmas(count - 1, sigma_min=low, sigma_max=high)[:-1]
     student, target = Gains(grid), Gains(grid)
     optimizer = torch.optim.SGD(student.parameters(), lr=8.0)
+    cut, path = Cut(count, low, high, to_zero=True, segments=segments), following(teacher)
     for _ in range(250):
         x0 = STD * torch.randn(256, 4, dtype=torch.float64)
-        pair = consistency.draw_pair(
-            x0, count, sigma_min=low, sigma_max=high, to_zero=True, segments=segments
-        )
-        loss = consistency.distillation(student, ended(target), teacher, x0, pair, consistency.l2).mean()
+        pair = consistency.draw_pair(x0, cut)
+        gap = consistency.distillation(student, ended(target), path, x0, pair, consistency.l2)
         optimizer.zero_grad()
-        loss.backward()
+        gap.mean().backward()
         optimizer.step()
         with torch.no_grad():
             target.gain.lerp_(student.gain, 0.5)
-    ends = torch.cat([grid, torch.zeros(1)])[:: (count - 1) // segments][1:].repeat_interleave(
-        len(grid) // segments
-    )
+    each = len(grid) // segments
+    ends = torch.cat([grid, torch.zeros(1)])[::each][1:].repeat_interleave(each)
     unit, left = (STD**2 + grid**2).sqrt(), ends / grid
     exact = unit * ((STD**2 + ends**2).sqrt() / unit - left) / (1 - left)
     torch.testing.assert_close(student.gain.detach(), exact, rtol=0.03, atol=0)
@@ -240,13 +237,22 @@ def test_the_teachers_steps_are_those_of_the_heun_sampler_down_to_zero() -> None
     grid = karras_sigmas(6, sigma_min=0.1, sigma_max=10.0)
     x = walked = 10 * torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for high, low in itertools.pairwise(grid):
-        walked = sample(teacher_step(walked, high.expand(2, 1), low.expand(2, 1)), posterior)
+        walked = sample(heun_down(walked, high.expand(2, 1), low.expand(2, 1)), posterior)
     torch.testing.assert_close(walked, sample(heun(x, grid), posterior))
+
+
+@pytest.mark.parametrize("solver", ["heun", "ddim"])
+def test_a_teacher_of_several_steps_walks_them_as_its_sampler(solver: consistency.Solver) -> None:
+    grid = karras_sigmas(6, sigma_min=0.1, sigma_max=10.0)
+    x = 10 * torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampler = heun(x, grid) if solver == "heun" else ddim(x, grid, SeededNoise([0, 1]))
+    walked = following(posterior, solver)(x, grid.expand(2, -1))
+    torch.testing.assert_close(walked, sample(sampler, posterior))
 
 
 def test_levels_to_zero_are_as_many_and_their_last_is_zero() -> None:
     x = torch.zeros(500, 1, dtype=torch.float64)
-    pair = consistency.draw_pair(x, 5, sigma_min=0.1, sigma_max=10.0, to_zero=True)
+    pair = consistency.draw_pair(x, Cut(5, sigma_min=0.1, sigma_max=10.0, to_zero=True))
     grid = karras_sigmas(4, sigma_min=0.1, sigma_max=10.0).tolist()
     assert set(zip(pair.high.tolist(), pair.low.tolist(), strict=True)) == set(itertools.pairwise(grid))
 
@@ -307,8 +313,8 @@ def test_a_teacher_may_predict_what_it_likes(predicts: Parameterization, parents
     def student(x: Tensor, sigma: Tensor) -> Denoised:
         return clip_x0(bound(stage.model, example.told(stage.model.network)))(x, sigma)
 
-    pair = consistency.draw_pair(x0, 2, sigma_min=0.1, sigma_max=10.0, to_zero=True)
-    gap = consistency.distillation(student, ended(student), walker, x0, pair, consistency.l2)
+    pair = consistency.draw_pair(x0, Cut(2, sigma_min=0.1, sigma_max=10.0, to_zero=True))
+    gap = consistency.distillation(student, ended(student), following(walker), x0, pair, consistency.l2)
     assert gap.max() < 1e-10
     loss = stage(batch).total
     loss.backward()
@@ -390,8 +396,9 @@ def test_a_chain_has_no_gap_to_itself_where_its_path_ends(spec: ChainSpec) -> No
     def student(x: Tensor, sigma: Tensor) -> Denoised:
         return clip_x0(bound(stage.model, example.told(stage.model.network)))(x, sigma)
 
-    pair = consistency.draw_pair(example.x0, 2, sigma_min=low, sigma_max=high, to_zero=True)
-    gap = consistency.distillation(student, ended(student), walker, example.x0, pair, consistency.l2)
+    pair = consistency.draw_pair(example.x0, Cut(2, sigma_min=low, sigma_max=high, to_zero=True))
+    path = following(walker)
+    gap = consistency.distillation(student, ended(student), path, example.x0, pair, consistency.l2)
     assert gap.max() < 1e-10
     stage(next(squares())).total.backward()
     still = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -516,7 +523,8 @@ def test_a_path_in_segments_is_jumped_from_end_to_end(parents: dict[str, Trained
 
         image = sample(draw.sampling, looking)
         assert seen == pytest.approx(levels[:-1].tolist())
-    walked = run(teacher, asked, SamplingSpec(sampler="ddim", num_steps=8, guidance_scale=1.0)).image
+    as_taught = SamplingSpec(sampler="ddim", num_steps=8, guidance_scale=1.0, clip="none")
+    walked = run(teacher, asked, as_taught).image
     assert walked is not None
     torch.testing.assert_close(student.finish(asked, image).image, walked)
 
@@ -541,8 +549,8 @@ def test_a_stage_trains_towards_the_ends_of_its_segments(
 ) -> None:
     spec, ends = JUMPING.but(levels=FixedLevels(num_levels=9), segments=2), set()
 
-    def draw(like: Tensor, num_levels: int, **how: Any) -> consistency.Pair:
-        pair = consistency.draw_pair(like, num_levels, **how)
+    def draw(like: Tensor, cut: Cut) -> consistency.Pair:
+        pair = consistency.draw_pair(like, cut)
         ends.update(pair.end.tolist())
         return pair
 
@@ -552,13 +560,23 @@ def test_a_stage_trains_towards_the_ends_of_its_segments(
     assert sorted(ends) == pytest.approx([0, float(middle)])
 
 
+def test_where_every_interval_ends_a_segment_the_average_is_not_heard(edm: dict[str, Trained]) -> None:
+    spec = JUMPING.but(levels=FixedLevels(num_levels=5), segments=4)
+    stage = made(spec, edm)
+    for weight in stage.target.parameters():
+        weight.fill_(torch.nan)
+    assert stage(next(squares())).total.isfinite()
+    stage.spec = spec.but(segments=2)
+    assert not stage(next(squares())).total.isfinite()
+
+
 def test_paths_may_begin_below_the_highest_level_of_the_base(
     edm: dict[str, Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, trained_at = JUMPING.but(sigma_max=20.0), []
 
-    def draw(like: Tensor, num_levels: int, **how: Any) -> consistency.Pair:
-        pair = consistency.draw_pair(like, num_levels, **how)
+    def draw(like: Tensor, cut: Cut) -> consistency.Pair:
+        pair = consistency.draw_pair(like, cut)
         trained_at.append(pair)
         return pair
 
@@ -572,6 +590,9 @@ def test_paths_may_begin_below_the_highest_level_of_the_base(
     assert next(student.start(asked, JUMPS).sampling).levels().tolist() == pytest.approx([20])
     with pytest.raises(ValueError, match=r"sigma_max 100 must be above .* and at most its highest, 80"):
         JUMPING.but(sigma_max=100.0)
+    with pytest.raises(ValueError, match=r"sigma_min 30 must be .* below where paths begin, 20"):
+        spec.but(sigma_min=30.0)
+    assert spec.but(sigma_min=1.0).sigma_range == (1.0, 20.0)
 
 
 def test_a_seed_gives_the_same_picture_alone_and_in_company(parents: dict[str, Trained]) -> None:
