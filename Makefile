@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 HOST ?= 127.0.0.1
 PORT ?= 8000
+JOBS ?= 2
 BIN := .venv/bin
 LOCK := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 RUNTIME := .venv/ddiff-runtime-$(LOCK)
@@ -28,7 +29,8 @@ stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
 	$(BIN)/ddiff stop --run runs/demo
 
 test: lint browser servers  ## the whole suite, as CI runs it
-	$(BIN)/pytest
+	code=0; $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not alone" tests/unit tests/parity || code=1; \
+	$(BIN)/pytest -m alone || code=1; exit $$code
 
 lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
 	$(BIN)/ruff check .

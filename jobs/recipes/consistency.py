@@ -50,19 +50,19 @@ def student_of_classes(teacher: TrainSpec) -> TrainSpec:
     assert isinstance(teacher.stage, ChainSpec)
     stage = ConsistencySpec(
         base=teacher.stage,
-        teacher=TeacherSpec(guidance_scale=improved_ddpm.SAMPLED.guidance_scale, solver="ddim", steps=4),
+        teacher=TeacherSpec(guidance_scale=4.0, solver="ddim", steps=4),
         levels=FixedLevels(num_levels=5),
         segments=4,
         sigma_max=80.0,
-        sigma_min=0.1,
+        sigma_min=0.03,
         distance="l2",
     )
     return teacher.but(
         name="consistency",
         stage=stage,
         parents={"base": "base"},
-        optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=1e-3, ema_images=1_500),
-        budget=Budget(steps=300, checkpoint_every=150, report_every=15, sample_every=150),
+        optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=2e-3, warmup_steps=20, ema_images=1_500),
+        budget=Budget(steps=600, checkpoint_every=100, report_every=20, sample_every=150),
         samples=SamplesSpec(prompts=("",) * 8, how=JUMPS),
     )
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages.clip import ClipStage
 from dd_core.stages.noised_clip import NoisedClipSpec, NoisedClipStage
 from dd_core.text import tokens
+from tests.ranks import run_ranks
 from tests.unit.dd_core.test_stages import CLIP
 
 PLAIN = CLIP.but(captioner_layers=0)  # the captioner's words compete on their own rank
@@ -63,7 +63,7 @@ def rank_main(rank: int, root: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(rank_main, (tmp_path,), nprocs=2)
+    run_ranks(rank_main, (tmp_path,), 2)
     for kind in ("clip", "noised_clip"):
         alone = stage_of(kind)
         expected = learned(alone, alone, batch())
