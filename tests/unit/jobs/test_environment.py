@@ -2,8 +2,10 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,19 @@ def test_sigterm_is_heard_beside_ray_and_after_it() -> None:
     words = [sys.executable, "-c", HEARD]
     done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["beside Ray", "after Ray"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_of_our_own_is_started_beside_one_that_somebody_has_left_here() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # sockets need short paths
+        left = Path(short) / "ray" / "ray_current_cluster"  # as `ray start` writes it
+        left.parent.mkdir()
+        left.write_text("127.0.0.1:1")
+        environ = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": short, "RAY_ADDRESS": ""}
+        words = [sys.executable, "-c", "from jobs.environment import ray_cluster as ours\nwith ours(): ..."]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch) -> None:
