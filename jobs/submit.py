@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from dd_core.sealed import digest_of
 from dd_core.spec import Spec
 from jobs.config import ConfigError, resolve, run_spec, shown
-from jobs.environment import for_the_cluster, same_everywhere, secrets_here
+from jobs.environment import for_the_cluster, same_everywhere
 from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
-from workflows.addresses import has_password
+from jobs.secrecy import refuse_secrets, texts
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
@@ -233,7 +233,7 @@ def handed_over(
 def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path, Pack]]:
     """A directory with what travels, and nothing else, while inside."""
     text = shown(order.spec, order.source) if order.spec else ""
-    refuse_secrets(order, environment)
+    refuse_secrets(travelling(order, environment))
     with tempfile.TemporaryDirectory(prefix="ddiff-submit-") as name:
         directory = Path(name)
         for package in PACKAGES:
@@ -249,39 +249,12 @@ def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path,
         yield directory, Pack(len(files), size, (*PACKAGES, *((CONFIG,) if text else ())))
 
 
-def refuse_secrets(order: Order, environment: Mapping[str, str]) -> None:
-    """What travels can be read by everybody who may look at the cluster's dashboard.
-
-    Raises:
-        ConfigError: The value of a secret of this environment is in it, or a password in an address.
-    """
-    secrets = secrets_here()
-    for place, text in travelling(order, environment):
-        for name, value in secrets.items():
-            if value in text:
-                raise ConfigError(f"the value of {name} is in {place}; take it out: the nodes have it")
-        if has_password(text):
-            raise ConfigError(
-                f"{place} holds a password; give the nodes user and password as variables of their own"
-            )
-
-
 def travelling(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Every text that goes to the cluster, after the place where it stands."""
     yield from (("the command", word) for word in (*order.words, order.source))
     yield from environment.items()
     if order.spec:
         yield from texts(order.spec.model_dump(mode="json"))
-
-
-def texts(value: Any, *path: str) -> Iterator[tuple[str, str]]:
-    """Every name and value of a spec, after its place."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, inner in inside:
-        yield ".".join(path) or "the configuration", str(name)
-        yield from texts(inner, *path, str(name))
-    if not isinstance(value, dict | list):
-        yield ".".join(path), str(value)
 
 
 def as_facts(done: Submitted) -> dict[str, Any]:

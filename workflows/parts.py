@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from dd_core import sealed
 from dd_core.spec import Spec
+from workflows.addresses import shown
 from workflows.files import ShardFile
 from workflows.pairs import DAMAGE, PairsSpec, census, pairs_schema, prepared_tables
 from workflows.storage import Home
@@ -38,7 +39,7 @@ class Part(Spec):
     shard: int
     """Its number among the raw shards."""
     url: str
-    """Of the raw shard."""
+    """Of the raw shard, as others may see it."""
     file: str
     rows: int
     kept: int
@@ -79,7 +80,7 @@ def write_part(
         damage = damage or shortage(url, counts.total())
         part = Part(
             shard=shard,
-            url=url,
+            url=shown(url),
             file=name,
             rows=counts.total(),
             kept=counts.pop("", 0),

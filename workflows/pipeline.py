@@ -20,6 +20,7 @@ from typing import NamedTuple
 from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
+from workflows.addresses import shown
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
@@ -263,6 +264,7 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
             f"| {name} | {facts['step']:,} | {facts['images']:,} | {facts['seconds']:.0f} | `{digest[:12]}` |"
         )
     hops = " -> ".join(hop.stage for hop in spec.cascade.hops)
+    source = "the embedded world of shapes" if spec.shapes else shown(", ".join(spec.pairs.shards))
     return "\n".join(
         [
             "---",
@@ -271,7 +273,7 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
             f"# {spec.cascade.name}",
             "",
             f"A text-to-image cascade trained by ddiff, {spec.cascade.image_size} px: {hops}.",
-            f"Trained on {'the embedded world of shapes' if spec.shapes else ', '.join(spec.pairs.shards)}.",
+            f"Trained on {source}.",
             "",
             "| stage | steps | images seen | seconds | bundle |",
             "|---|---|---|---|---|",

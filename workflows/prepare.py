@@ -20,6 +20,7 @@ import ray.data
 from pydantic import ValidationError
 
 from dd_core import sealed
+from workflows import addresses
 from workflows.files import Found, fingerprint, located, one_line
 from workflows.pairs import PairsSpec, TooManyRejectsError, check_census, pairs_schema
 from workflows.parts import UNFINISHED, DestinationError, Part, resumed, write_json, write_part
@@ -120,7 +121,7 @@ def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
     schema = pairs_schema(spec.sizes)
     return {
         "source": hashlib.sha256(shaping.encode()).hexdigest(),
-        "shards": [found.url for found in source],
+        "shards": [addresses.shown(found.url) for found in source],
         "spec": how,
         "sizes": list(spec.sizes),
         "context_length": spec.context_length,

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
+from jobs.secrecy import refuse_secrets, texts
 from serve.app import ReplicaSpec, ServeSpec
 from workflows.run_spec import RunSpec
 
@@ -52,7 +53,12 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
 
     A retry is a new cluster and a new driver; the run resumes because its name and its storage, and so all
     that it has finished, are the same.
+
+    Raises:
+        ConfigError: A secret of this environment, or a password, would stand in it.
+        PlanError: A stage cannot fit even there.
     """
+    refuse_secrets(said_of(cluster, spec.model_dump(mode="json")))
     name = object_name(spec.name)
     bound, groups = on_groups(spec, cluster)
     config = {
@@ -80,7 +86,12 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
 
 
 def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
-    """A RayCluster that stays, with the groups that the stages of a run need, for `ddiff submit`."""
+    """A RayCluster that stays, with the groups that the stages of a run need, for `ddiff submit`.
+
+    Raises:
+        ConfigError: As above.
+    """
+    refuse_secrets(said_of(cluster, spec.model_dump(mode="json")))
     name = object_name(spec.name)
     _, groups = on_groups(spec, cluster)
     body = {
@@ -97,7 +108,11 @@ def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
 
     Its name is always the same: another cascade in the config is taken up in place, replica by replica; a
     change of the pods starts a new cluster beside the old one, which answers until the new one is ready.
+
+    Raises:
+        ConfigError: As above.
     """
+    refuse_secrets(said_of(cluster, config.fields))
     spec = config.spec.but(host="0.0.0.0", port=SERVE_PORT)  # noqa: S104 behind a NetworkPolicy
     name = SERVICE
     fields = serve_fields(spec) | {"proxy_location": "EveryNode"}
@@ -114,6 +129,12 @@ def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
         },
     }
     return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+
+
+def said_of(cluster: ClusterSpec, fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text of which manifests are made, after its place."""
+    yield from texts(cluster.model_dump(mode="json"), "cluster")
+    yield from texts(fields)
 
 
 def on_groups(spec: RunSpec, cluster: ClusterSpec) -> tuple[RunSpec, list[Group]]:

@@ -143,6 +143,16 @@ def test_a_secret_that_is_too_long_for_a_path_or_is_none_stays_a_secret(
     assert not environment.names_a_file("a\0b")
 
 
+def test_secrets_are_known_by_many_names_and_plain_values_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DB_PASS", "DB_PWD", "SENTRY_DSN", "AZURE_STORAGE_CONNECTION_STRING", "MY_TOKEN"):
+        monkeypatch.setenv(name, "hunt2r")
+        assert environment.secrets_here()[name] == "hunt2r"
+    for value in ("", "1", "4096", "true", "abc"):
+        monkeypatch.setenv("MY_TOKEN", value)
+        assert "MY_TOKEN" not in environment.secrets_here()
+    assert "PWD" not in environment.secrets_here()
+
+
 def test_the_address_of_a_cluster_ends_with_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")

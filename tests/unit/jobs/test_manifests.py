@@ -164,6 +164,39 @@ def test_no_pod_is_root_or_holds_a_secret_and_the_cluster_asks_for_a_token(
             assert container["image"].startswith("ddiff:")
 
 
+@pytest.mark.parametrize(
+    ("kind", "line", "where"),
+    [
+        (
+            "job",
+            f"mlflow: http://{SECRET}.svc:5000",
+            "the value of MLFLOW_TRACKING_PASSWORD is in cluster.mlflow",
+        ),
+        ("cluster", "mlflow: http://me:hunter3@mlflow:5000", "cluster.mlflow holds a password"),
+        ("service", "s3_endpoint: https://s3/?sig=hunter3", "cluster.s3_endpoint holds a password"),
+    ],
+)
+def test_a_secret_in_the_settings_becomes_no_manifest(
+    kind: str, line: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    (tmp_path / "c.yaml").write_text(line)
+    (tmp_path / "serve.yaml").write_text(Config(serve_fields(SERVED), "tiny").text())
+    what = ["--config", str(tmp_path / "serve.yaml")] if kind == "service" else ["--recipe", "smoke"]
+    done = ddiff("manifest", kind, *what, "--cluster", str(tmp_path / "c.yaml"))
+    assert (done.exit_code, where in done.stderr, done.stdout) == (2, True, ""), done.stderr
+    assert SECRET not in done.stderr
+    assert "hunter3" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["job", "cluster"])
+def test_a_secret_in_the_run_becomes_no_manifest(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    done = ddiff("manifest", kind, "--recipe", "smoke", "--set", f"pairs.caption=json:{SECRET}")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "the value of MLFLOW_TRACKING_PASSWORD is in pairs.caption" in done.stderr
+
+
 def test_only_its_own_pods_the_operator_and_clients_reach_a_cluster(
     made: dict[str, list[dict[str, Any]]],
 ) -> None:

@@ -104,6 +104,14 @@ def test_a_secret_in_the_configuration_stays_here(monkeypatch: pytest.MonkeyPatc
     assert refused(named).startswith("the value of SOME_API_KEY is in the command; ")
 
 
+def test_a_short_secret_is_known_as_a_word_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASS", "smok")
+    with packed(order_of(("smoke",), None, None, ()), {}):
+        pass
+    named = order_of(("smoke",), None, None, ("pairs.shards=['https://x/smok.tar']",))
+    assert refused(named).startswith("the value of DB_PASS is in pairs.shards.0; ")
+
+
 @pytest.mark.parametrize("secret", ['with"quotes"and\\slashes', "it's a pass phrase", "k" * 5000])
 def test_a_secret_that_yaml_writes_otherwise_or_that_is_long_is_known(
     secret: str, monkeypatch: pytest.MonkeyPatch
@@ -119,15 +127,17 @@ def test_a_secret_that_yaml_writes_otherwise_or_that_is_long_is_known(
 def test_a_password_in_an_address_stays_here() -> None:
     whole = order_of(("smoke",), None, None, ())
     said = refused(whole, {"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow"})
-    assert said.startswith("MLFLOW_TRACKING_URI holds a password; ")
+    assert said.startswith("MLFLOW_TRACKING_URI holds a password, ")
     judged = order_of(("evaluate", "http://me:hunter2@head:8000"), None, None, ())
-    assert refused(judged).startswith("the command holds a password; ")
+    assert refused(judged).startswith("the command holds a password, ")
     served = order_of(("deploy", "demo@production"), None, None, ("cascade=s3://me:hunter2@host/x",))
-    assert refused(served).startswith("the command holds a password; ")
+    assert refused(served).startswith("the command holds a password, ")
     shards = order_of(
         ("smoke",), None, None, ("pairs.shards=['x.tar', 'https://me:hunter2@host/{0..9}.tar']",)
     )
-    assert refused(shards).startswith("pairs.shards.1 holds a password; ")
+    assert refused(shards).startswith("pairs.shards.1 holds a password, ")
+    signed = order_of(("smoke",), None, None, ("pairs.shards=['https://h/a.tar?X-Amz-Signature=hunter2']",))
+    assert refused(signed).startswith("pairs.shards.0 holds a password, or an address that gives its reader ")
 
 
 def refused(order: Order, environment: dict[str, str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Addresses are shown without the users and passwords in them, and nothing else is taken out."""
+"""Addresses are shown without the users, passwords and signatures in them, and nothing else is taken out."""
 
 import pytest
 
@@ -16,6 +16,17 @@ from workflows.addresses import has_password, shown
         ("http://head:8265 and demo@current", "http://head:8265 and demo@current", False),
         ('["http://head:80","me@host"]', '["http://head:80","me@host"]', False),
         ("demo@production", "demo@production", False),
+        ("https://h/a.tar?X-Amz-Date=1&X-Amz-Signature=f0", "https://h/a.tar", True),
+        ('["https://h/a?X-Goog-Signature=f0","https://h/b"]', '["https://h/a","https://h/b"]', True),
+        ("https://a.blob.core/x/a.tar?sv=2&sig=f%2F0 : 403", "https://a.blob.core/x/a.tar : 403", True),
+        ("url='https://h/a?AWSAccessKeyId=A&Expires=1'", "url='https://h/a'", True),
+        ("postgresql://db/mlflow?user=me&password=f0", "postgresql://db/mlflow", True),
+        ("see (https://h/a?sig=f0), https://h/b?sig=f0: 403", "see (https://h/a), https://h/b: 403", True),
+        ("https://h/a?api_key=f0", "https://h/a", True),
+        ("https://h/a?token=f0#x", "https://h/a", True),
+        ("http://h/a?page=1&design=2", "http://h/a", False),
+        ("s3://bucket/0000?.tar", "s3://bucket/0000?.tar", False),
+        ("is http://h/a up? sig=1", "is http://h/a up? sig=1", False),
         ("/data/a:b@c", "/data/a:b@c", False),
     ],
 )

@@ -17,7 +17,7 @@ from dd_core.nets.unet import UNetSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from workflows.pairs import PairsSpec
-from workflows.pipeline import RunSpec, cascade_of, check_parents, clock, in_order, seconds_of, timed
+from workflows.pipeline import RunSpec, card, cascade_of, check_parents, clock, in_order, seconds_of, timed
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 from workflows.worker import threads
@@ -95,6 +95,12 @@ def test_a_bundle_from_elsewhere_that_gave_the_first_weights_is_not_in_the_casca
     digest = cascade_of(spec, Home.of(run), bundles)
     assert sealed.verify(run / "cascade").digest == digest == cascade_of(spec, Home.of(run), bundles)
     assert [path.name for path in (run / "cascade").iterdir() if path.is_dir()] == ["a"]
+
+
+def test_the_card_of_a_cascade_names_its_data_without_a_signature() -> None:
+    pairs = PairsSpec(shards=("https://h/a.tar?sig=hunter2", "b.tar"), destination="d", sizes=(64,))
+    spec = run_spec(stage("a"))
+    assert "Trained on https://h/a.tar, b.tar." in card(spec.model_copy(update={"pairs": pairs}), {})
 
 
 def test_the_fingerprint_follows_what_the_result_depends_on_and_nothing_else() -> None:

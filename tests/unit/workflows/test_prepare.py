@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,10 @@ from rich.console import Console
 
 from dd_core import sealed
 from tests.conftest import jpg, needs_ray, write_shard
-from workflows.files import MissingShardError, ShardFile
+from workflows.files import Found, MissingShardError, ShardFile
 from workflows.pairs import PairsSpec, TooManyRejectsError
 from workflows.parts import UNFINISHED, DestinationError, Part, resumed, write_part
-from workflows.prepare import prepare_pairs, prepared, reported
+from workflows.prepare import facts_of, prepare_pairs, prepared, reported
 from workflows.progress import SampleProgress
 from workflows.storage import Home, StorageError
 
@@ -58,6 +59,23 @@ def test_a_part_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None
     (part,) = parts_of(out, 0, spec)
     assert (part.rows, part.kept, part.rejects, part.damage) == (6, 6, {}, "")
     assert part.sha256 == sealed.sha256(out / "part-00000.parquet")
+
+
+def test_the_signature_of_a_shard_is_neither_in_its_part_nor_in_the_manifest(tmp_path: Path) -> None:
+    spec = spec_of(tars(tmp_path, 1), 1)
+    data = (tmp_path / "00000.tar").read_bytes()
+    url = "memory://signed/00000.tar?sig=hunter2"
+    with fsspec.open(url, "wb") as file:
+        file.write(data[: len(data) // 2])  # and damaged, so that its damage is told as well
+    resumed(tmp_path / "out", "s")
+    *_, (_, _, part) = write_part(tmp_path / "out", 0, url, spec)
+    assert part is not None
+    assert (part.url, bool(part.damage)) == ("memory://signed/00000.tar", True)
+    one, other = (facts_of(spec, [Found(f"{url}{more}", 1, "v")]) for more in ("", "3"))
+    assert one["shards"] == other["shards"] == ["memory://signed/00000.tar"]
+    assert one["source"] != other["source"]
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b"hunter2" not in written + str(part).encode()
 
 
 def test_what_an_earlier_run_finished_stays_and_what_it_spoilt_goes(tmp_path: Path) -> None:
