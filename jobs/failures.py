@@ -117,5 +117,5 @@ def words_of(error: BaseException) -> str:
 
 
 def trace_of(error: BaseException) -> str:
-    """The whole traceback."""
-    return "".join(traceback.format_exception(error))
+    """The whole traceback, which names no password of an address either."""
+    return shown("".join(traceback.format_exception(error)))

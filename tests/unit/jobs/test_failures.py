@@ -1,6 +1,7 @@
 """Failures: every kind has its code, and is said in one line."""
 
 import errno
+import logging
 
 import pytest
 
@@ -16,7 +17,9 @@ from jobs.failures import (
     code_elsewhere,
     code_of,
     line_of,
+    trace_of,
 )
+from jobs.shell import Manner, listen
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.feed import DataError
 from workflows.files import DamagedError, MissingShardError
@@ -80,6 +83,21 @@ def test_no_line_names_the_password_of_an_address() -> None:
     cut = line_of(RuntimeError("x" * 285 + " http://me:hunter2@mlflow"))
     assert "hunter2" not in cut
     assert "http://mlf" in cut
+
+
+def test_neither_does_a_traceback_or_a_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    signed = "https://me:hunter2@host/a.tar?X-Amz-Signature=hunter3"
+    try:
+        raise ValueError(signed)
+    except ValueError as error:
+        inner = RuntimeError("outer")
+        inner.__cause__ = error
+        trace = trace_of(inner)
+    listen(Manner(verbose=True, quiet=False, as_json=False))
+    logging.getLogger("jobs.shell").warning("%s is away", signed)
+    said = trace + capsys.readouterr().err
+    assert said.count("https://host/a.tar") == 2, said
+    assert "hunter" not in said
 
 
 ENDED = [(2, 2), (3, 3), (5, 5), (6, 6), (0, 70), (1, 70), (137, 70), (None, 70)]
