@@ -17,16 +17,19 @@ log = logging.getLogger("jobs.attempts")
 
 def attempted(most: int, words: Sequence[str]) -> int:
     """Run the command until it ends by itself, `most` times at most; its exit code."""
-    told = False
+    told, process = False, None
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal told
         told = True
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(number)
 
+    signal.signal(signal.SIGTERM, stop)
     for attempt in range(1, most + 1):
         process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *words])  # noqa: S603 our own command
-        signal.signal(signal.SIGTERM, stop)
+        if told:  # before there was this one
+            process.send_signal(signal.SIGTERM)
         code = process.wait()
         if code >= 0 or told or attempt == most:
             break

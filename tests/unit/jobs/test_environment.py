@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs import environment
+from jobs.failures import Code, StoppedError, code_of
 
 ROOT = Path(environment.__file__).parents[1]
 
@@ -73,6 +74,20 @@ def test_a_command_sets_its_environment_before_torch_is_loaded() -> None:
     words = [sys.executable, "-c", "from jobs.cli import main; main()", "config", "show", "--recipe", "smoke"]
     done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
     assert "GOMP_SPINCOUNT = '1000'" in done.stderr
+
+
+def test_sigterm_that_rays_own_handler_hears_is_told_as_any_other() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def begun() -> None:
+        with environment.sigterm_kept():
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init does
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError) as stopped:
+        begun()
+    assert code_of(stopped.value) is Code.PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 HEARD = """

@@ -1,6 +1,9 @@
 """What travels to a cluster is our code and the configuration, and nothing that is secret."""
 
+import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -8,6 +11,7 @@ from typing import cast
 import pytest
 import yaml
 
+from jobs import attempts
 from jobs.attempts import attempted
 from jobs.config import ConfigError
 from jobs.environment import for_the_cluster
@@ -158,6 +162,21 @@ def test_words_reach_the_shell_as_they_are() -> None:
 def test_a_command_that_fails_by_itself_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
     assert attempted(3, ["run", "--recipe", "no-such"]) == 2
     assert capfd.readouterr().err.count("no recipe 'no-such'") == 1
+
+
+def test_a_stop_that_comes_between_two_drivers_stops_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "driver"
+    driver.write_text(f"#!/bin/sh\nmkdir {tmp_path}/second && kill -9 $$\nexec sleep 5\n")
+    driver.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(driver))
+    monkeypatch.setattr(attempts.log, "warning", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert attempted(3, []) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Busy:
