@@ -76,10 +76,18 @@ def logs(job: str, follow: bool, address: str | None) -> None:
 
 def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = False) -> None:
     """Print a log, and of a job that failed the first error of our code; its end is our end."""
+    from jobs.failures import StoppedError
     from jobs.following import end_as, first_error, merged
 
-    for line in merged(cluster.follow(job) if to_the_end else iter(cluster.log(job).splitlines())):
-        click.echo(json.dumps({"line": line}) if click.get_current_context().obj.as_json else line, err=err)
+    as_json = click.get_current_context().obj.as_json
+    try:
+        for line in merged(cluster.follow(job) if to_the_end else iter(cluster.log(job).splitlines())):
+            click.echo(json.dumps({"line": line}) if as_json else line, err=err)
+    except (KeyboardInterrupt, StoppedError):
+        raise StoppedError(
+            f"{job.id} goes on, only its log is left; ddiff logs -f {job.id} follows it again, ddiff stop "
+            f"{job.id} stops it"
+        ) from None
     job = cluster.job(job.id)
     if job.status == "FAILED":
         click.echo("\n".join(["", "the first error:", *first_error(cluster.log(job))]), err=True)

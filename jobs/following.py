@@ -13,6 +13,8 @@ from jobs.environment import cluster_address, prepare_environment, ray_token
 from jobs.failures import Code, JobFailedError, code_elsewhere
 
 T = TypeVar("T")
+CUTS, PAUSE_S = 20, 3.0
+"""How many connections in a row may bring nothing new of a log, and the pause before the next."""
 MOST_LINES = 15
 """Of an error that is shown."""
 PREFIX = re.compile(r"^(?:\x1b\[\d+m)?\(([\w.]+)[^)]*pid=\d+(?:, ip=([\d.]+))?\)(?:\x1b\[0m)? ?")
@@ -78,7 +80,8 @@ class Cluster:
 
     def ask(self, what: Callable[[Any], T]) -> T:
         """A call of Ray's client, its errors in one line."""
-        from ray.exceptions import AuthenticationError  # noqa: PLC0415 half a second
+        from aiohttp import ClientError  # noqa: PLC0415 half a second
+        from ray.exceptions import AuthenticationError  # noqa: PLC0415
         from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
 
         try:
@@ -93,7 +96,7 @@ class Cluster:
                 f"{self.address} answers {code}: the token is {'wrong' if code == 403 else 'missing'}; "
                 "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token of this cluster"
             ) from None
-        except (ConnectionError, OSError) as error:
+        except (OSError, ClientError) as error:
             text = " ".join(str(error).split())
             raise ClusterError(
                 f"{self.address} does not answer ({text:.120}); is it the dashboard?"
@@ -176,17 +179,46 @@ class Cluster:
         return self.ask(lambda client: str(client.get_job_logs(job.id)))
 
     def follow(self, job: JobFacts) -> Iterator[str]:
-        """Whole lines of a job, as they are written, until it is over or the connection is closed."""
-        rest = ""
+        """Whole lines of a job, as they are written, until it is over.
+
+        A connection that is cut is made again; each begins with the whole log, of which what was told is
+        passed over.  It ends before the job where CUTS connections have brought nothing new.
+
+        Raises:
+            ClusterError: The last of them could not even be made.
+        """
+        told = cuts = 0
+        while True:
+            rest, passed = "", 0
+            try:
+                for piece in self.pieces(job):
+                    *lines, rest = (rest + piece).split("\n")
+                    new = lines[max(0, told - passed) :]
+                    passed += len(lines)
+                    if new:
+                        told, cuts = passed, 0
+                        yield from new
+                over = self.job(job.id).over
+            except ClusterError:
+                cuts += 1
+                if cuts == CUTS:
+                    raise
+            else:
+                cuts += 1
+                if over or cuts == CUTS:
+                    break
+            time.sleep(PAUSE_S)
+        if rest:
+            yield rest
+
+    def pieces(self, job: JobFacts) -> Iterator[str]:
+        """The log of a job from its begin, until one end or the other closes the connection."""
         pieces = self.ask(lambda client: client.tail_job_logs(job.id))
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             while (
                 piece := self.ask(lambda client: loop.run_until_complete(anext(pieces, None)))
             ) is not None:
-                *lines, rest = (rest + piece).split("\n")
-                yield from lines
-        if rest:
-            yield rest
+                yield piece
 
 
 def facts_of(job: Any) -> JobFacts:

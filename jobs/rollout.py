@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dd_core import sealed
 from jobs import environment
 from jobs.config import ConfigError, apply, loaded
-from jobs.dashboard import Dashboard
+from jobs.dashboard import Dashboard, DashboardError
 from jobs.run import score_tags
 from serve import app
 from serve.fetching import in_a_store, on_this_machine
@@ -30,6 +30,8 @@ from workflows.registry import Registry, Version, split
 log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
+POLL_S, MISSES = 0.5, 5
+"""How often a cluster is asked how far it is, and how many times in a row it may not answer."""
 
 
 class DeployError(RuntimeError):
@@ -245,20 +247,30 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
         back: The former config, for who has to go back to it.
 
     Raises:
-        DeployError: It does not come up.
+        DeployError: It does not come up, or the cluster is no longer heard of.
     """
     way = f" (back to the former: ddiff deploy --config {back})" if back else ""
     url = endpoint_of(dashboard.address, spec)
-    until, why = time.monotonic() + spec.startup_s, ""
+    until, why, missed = time.monotonic() + spec.startup_s, "", 0
     while time.monotonic() < until:
-        ours = dashboard.get(SERVE).get("applications", {}).get(app.APPLICATION, {})
+        try:
+            ours = dashboard.get(SERVE).get("applications", {}).get(app.APPLICATION, {})
+        except DashboardError as error:  # a head that is busy starting replicas
+            missed += 1
+            if missed == MISSES:
+                raise DeployError(
+                    f"nobody knows whether {spec.digest[:12]} is served{way}: {error}"
+                ) from None
+            time.sleep(POLL_S)
+            continue
+        missed = 0
         status = ours.get("status", "UNKNOWN")
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             why = app.cause(ours.get("message", ""))
             raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
         if not (why := state_of(ours, spec) or (app.missing(url, spec.digest) if url else "")):
             return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
-        time.sleep(0.5)
+        time.sleep(POLL_S)
     raise DeployError(
         f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; `serve status` says more"
     )

@@ -7,6 +7,7 @@ import pytest
 import ray.serve.schema
 
 from jobs import rollout
+from jobs.dashboard import DashboardError
 from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
 from serve.app import ServeSpec
@@ -40,7 +41,7 @@ class Serve:
     def __init__(self, log: pytest.LogCaptureFixture) -> None:
         before = CONFIG.fields["applications"][0]
         self.former = before | {"args": before["args"] | {"digest": "b" * 64}}
-        self.status, self.log, self.said_before = "RUNNING", log, ""
+        self.status, self.log, self.said_before, self.away = "RUNNING", log, "", 0
 
     def __enter__(self) -> "Serve":
         return self
@@ -49,6 +50,9 @@ class Serve:
         pass
 
     def get(self, _: str) -> dict[str, Any]:
+        if self.said_before and self.away:
+            self.away -= 1
+            raise DashboardError("no answer in 20 s")
         ours = {"status": self.status, "message": "Error: no memory", "deployed_app_config": self.former}
         return {
             "http_options": {"host": "127.0.0.1", "port": 8000},
@@ -72,3 +76,19 @@ def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_a
     way = f"ddiff deploy --config {former}"
     assert way in serve.said_before
     assert way in line_of(failed.value)
+
+
+@pytest.mark.parametrize(("away", "why"), [(2, "no memory"), (99, "no answer in 20 s")])
+def test_a_dashboard_that_is_silent_for_a_while_is_asked_again_and_not_for_ever(
+    away: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve = Serve(caplog)
+    serve.away = away
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    caplog.set_level("INFO", "jobs")
+    with pytest.raises(rollout.DeployError) as failed:
+        rollout.deploy(CONFIG, serve.address)
+    assert why in str(failed.value)
+    assert "back to the former: ddiff deploy --config" in str(failed.value)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from jobs import following
 from jobs.cli import main
-from jobs.following import Cluster, facts_of
+from jobs.following import Cluster, ClusterError, facts_of
 
 LONG = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\n"
 
@@ -26,6 +27,7 @@ class Jobs:
 
     def __init__(self, *jobs: Any, appears: Any = None) -> None:
         self.there, self.appears, self.stopped = list(jobs), appears, list[str]()
+        self.connections = list[tuple[str, Any]]()
 
     def list_jobs(self) -> list[Any]:
         return self.there
@@ -34,6 +36,14 @@ class Jobs:
         return f"log of {name}\nddiff: no pairs\n"
 
     async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        if self.connections:  # the log as far as it is now, and how it ends
+            log, end = self.connections.pop(0)
+            yield log[: len(log) // 2]
+            yield log[len(log) // 2 :]
+            if isinstance(end, BaseException):
+                raise end
+            self.there = [end]
+            return
         yield f"log of {name}\n"
         if self.appears:
             self.there.append(self.appears)
@@ -49,13 +59,15 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
     def ask(self: Cluster, what: Any) -> Any:
         return what(client)
 
-    def use(*jobs: Any, appears: Any = None) -> None:
+    def use(*jobs: Any, appears: Any = None) -> Jobs:
         nonlocal client
         client = Jobs(*jobs, appears=appears)
+        return client
 
     client = Jobs()
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     monkeypatch.setattr(Cluster, "ask", ask)
+    monkeypatch.setattr(following, "PAUSE_S", 0.0)
     return use
 
 
@@ -82,6 +94,31 @@ def test_who_follows_a_job_ends_as_it_ends(
     done = ddiff("logs", "-f", "smoke")
     assert (done.exit_code, done.stdout) == (code, "log of smoke.1\n")
     assert said in done.stderr
+
+
+def test_a_log_is_followed_over_cut_connections_and_no_line_is_doubled_or_lost(on: Any) -> None:
+    running = job("smoke.1", "RUNNING")
+    on(running).connections = [
+        ("a\nb\nc", ClusterError("reset by peer")),
+        ("", ClusterError("no answer")),
+        ("a\nb\ncc\n", running),
+        ("a\nb\ncc\nd", job("smoke.1", "FAILED", 3)),
+    ]
+    done = ddiff("logs", "-f", "smoke")
+    assert (done.exit_code, done.stdout) == (3, "a\nb\ncc\nd\n")
+    on(running).connections = [("a\n", ClusterError("reset by peer"))] * 99
+    done = ddiff("logs", "-f", "smoke")
+    assert (done.exit_code, done.stdout) == (2, "a\n")
+    assert "reset by peer" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["logs", "-f", "smoke"], ["logs", "-f", "smoke", "--json"]])
+def test_who_stops_following_is_told_that_the_job_goes_on(on: Any, words: list[str]) -> None:
+    on(job("smoke.1", "RUNNING")).connections = [("a\n", KeyboardInterrupt())]
+    done = ddiff(*words)
+    assert done.exit_code == 6
+    assert "smoke.1 goes on" in done.stderr
+    assert "ddiff stop smoke.1 stops it" in done.stderr
 
 
 def test_the_log_of_a_job_at_work_is_shown_as_far_as_it_goes(on: Any) -> None:
