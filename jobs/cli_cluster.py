@@ -17,24 +17,35 @@ cluster = Group("cluster")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Such as hops.base.num_gpus=1.")
 @click.option("--address", help="Of the cluster's dashboard, http://HEAD:8265; RAY_ADDRESS unless given.")
 @click.option("--dry-run", is_flag=True, help="Print the Serve config, change nothing on the cluster.")
+@click.option("--insecure", is_flag=True, help="Even on a cluster that asks for no token.")
 def deploy(
-    cascade: str | None, file: str | None, changes: tuple[str, ...], address: str | None, dry_run: bool
+    cascade: str | None,
+    file: str | None,
+    changes: tuple[str, ...],
+    address: str | None,
+    dry_run: bool,
+    insecure: bool,
 ) -> None:
     """Serve a registered cascade on a cluster, such as demo@production.
 
-    MLflow is asked once what the alias means; what is deployed is an address and a digest.  The config is
-    kept: to go back, deploy the former one with --config.
+    MLflow is asked once what the alias means; what is deployed is an address and a digest.  The cascade is
+    put at that address, by --dry-run too, so that what it prints can be served.  The config is kept: to go
+    back, deploy the former one with --config.
     """
+    from jobs.dashboard import refuse_open
     from jobs.environment import cluster_address
     from jobs.rollout import deploy as put_on_air
     from jobs.rollout import resolved, written_before
 
     if (cascade is None) == (file is None) or (file and changes):
         raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
-    config = written_before(file) if file else resolved(str(cascade), changes)
+    where = "" if dry_run else address or cluster_address()
+    if where and not insecure:
+        refuse_open(where)
+    config = written_before(file) if file else resolved(str(cascade), changes, where)
     if dry_run:
         return answer(config.fields, config.text().rstrip())
-    return answer(put_on_air(config, address or cluster_address()))
+    return answer(put_on_air(config, where))
 
 
 @cluster.command()

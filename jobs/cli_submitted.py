@@ -23,6 +23,7 @@ submitted = Group("submitted")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
 @click.option("--address", help="Of the cluster's dashboard, http://head:8265; else RAY_ADDRESS.")
 @click.option("--follow", is_flag=True, help="Stay, show what it says, and end as it ends.")
+@click.option("--insecure", is_flag=True, help="Even to a cluster that asks for no token.")
 def submit(
     words: tuple[str, ...],
     recipe: str | None,
@@ -30,6 +31,7 @@ def submit(
     changes: tuple[str, ...],
     address: str | None,
     follow: bool,
+    insecure: bool,
 ) -> None:
     """Run a command on a cluster; the same submission again resumes it.
 
@@ -37,11 +39,14 @@ def submit(
     only the nodes may do, since they hold the keys, is done there.  Prints the id of the job.
     """
     with importing():
+        from jobs.dashboard import refuse_open
         from jobs.following import Cluster
         from jobs.submit import as_facts, order_of, told
         from jobs.submit import submit as hand_over
 
         cluster = Cluster(address)
+        if not insecure:
+            refuse_open(cluster.address)
         done = hand_over(order_of(words, recipe, file, changes), cluster)
     if not click.get_current_context().obj.quiet:
         click.echo(told(done), err=True)

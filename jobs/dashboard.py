@@ -1,5 +1,6 @@
 """A cluster asked over HTTP: the API of Ray's dashboard, with the token of this user."""
 
+import socket
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -92,6 +93,30 @@ class Dashboard:
 def is_dashboard(address: str) -> bool:
     """Whether an address is one of HTTP."""
     return address.startswith(("http://", "https://"))
+
+
+def is_here(address: str) -> bool:
+    """Whether an address is of this machine: a socket could listen at its host."""
+    try:
+        family, *_, place = socket.getaddrinfo(urlsplit(address).hostname, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
+def refuse_open(address: str) -> None:
+    """Hand nothing to a cluster that runs code for anybody; on this machine that may be.
+
+    Raises:
+        DashboardError: It asks nobody for a token, or does not answer.
+    """
+    if not is_here(address) and without_token(f"{address.rstrip('/')}/api/version").status == httpx.codes.OK:
+        raise DashboardError(
+            f"{address} runs code for anybody who reaches it: start it with RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token), or say --insecure"
+        )
 
 
 def without_token(url: str) -> Answer:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dd_core import sealed
 from jobs import environment
 from jobs.config import ConfigError, apply, loaded
-from jobs.dashboard import Dashboard, DashboardError
+from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.run import score_tags
 from serve import app
 from serve.fetching import in_a_store, on_this_machine
@@ -57,20 +57,27 @@ class Config(NamedTuple):
         return head + yaml.safe_dump(self.fields, sort_keys=False, allow_unicode=True)
 
 
-def resolved(wanted: str, changes: Sequence[str] = ()) -> Config:
+def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Config:
     """The config for NAME@ALIAS as the registry knows it now: from here on an address and a digest.
 
     Args:
         wanted: NAME@ALIAS, or NAME for its current version.
         changes: Of the fields of serve.app.ServeSpec, such as `hops.base.num_gpus=1`.
+        where: The dashboard of the cluster that is to serve it; empty: nobody knows yet.
 
     Raises:
         RegistryError: There is none.
-        ConfigError: A change is refused.
+        ConfigError: A change is refused, or the cluster could not see where cascades are kept.
         SealError: What lies at the address is no longer what was registered.
     """
+    storage = environment.runs()
+    if where and not environment.same_everywhere(storage) and not is_here(where):
+        raise ConfigError(
+            f"the nodes of {where} do not see {storage!r}, a folder beside this one: set DDIFF_STORAGE to "
+            "s3://bucket/runs or to a directory that every node sees"
+        )
     version = registry(split(wanted)[0]).version(wanted)
-    address = published(version, environment.runs())
+    address = published(version, storage)
     fields: dict[str, Any] = {"cascade": address, "digest": version.digest}
     for change in changes:
         apply(fields, change)
@@ -135,7 +142,10 @@ def registry(name: str) -> Registry:
         return Registry(uri)
     store = Path(environment.runs()) / name / "mlflow.db"
     if not store.exists():
-        raise ConfigError(f"set MLFLOW_TRACKING_URI: {name} is looked up in MLflow, and there is no {store}")
+        raise ConfigError(
+            f"set MLFLOW_TRACKING_URI: {name} is looked up in MLflow, and there is no {store}; of a run of "
+            "another name it is sqlite:///RUN/mlflow.db"
+        )
     return Registry(f"sqlite:///{store.absolute()}")
 
 

@@ -7,6 +7,7 @@ import pytest
 import ray.serve.schema
 
 from jobs import rollout
+from jobs.config import ConfigError
 from jobs.dashboard import DashboardError
 from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
@@ -92,3 +93,19 @@ def test_a_dashboard_that_is_silent_for_a_while_is_asked_again_and_not_for_ever(
         rollout.deploy(CONFIG, serve.address)
     assert why in str(failed.value)
     assert "back to the former: ddiff deploy --config" in str(failed.value)
+
+
+def test_a_cluster_elsewhere_is_not_told_of_a_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for place in ("", "runs"):
+        monkeypatch.setenv("DDIFF_STORAGE", place)
+        with pytest.raises(ConfigError, match="do not see 'runs', a folder beside this one: set"):
+            rollout.resolved("demo@current", (), "http://203.0.113.1:8265")
+        with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):  # the next question
+            rollout.resolved("demo@current", (), "http://127.0.0.1:8265")
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
+        rollout.resolved("demo@current", (), "http://203.0.113.1:8265")

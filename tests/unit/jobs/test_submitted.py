@@ -1,13 +1,15 @@
 """A command that follows a job ends as that job did, whatever else has the name of its run."""
 
+import threading
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import following
+from jobs import dashboard, following
 from jobs.cli import main
 from jobs.following import Cluster, ClusterError, facts_of
 
@@ -158,3 +160,40 @@ def test_a_job_that_does_not_stop_is_no_success(on: Any, monkeypatch: pytest.Mon
     )
     on(job("smoke.1", "STOPPED"))
     assert ddiff("stop", "smoke").stdout == "smoke.1: STOPPED\n"
+
+
+class Door(BaseHTTPRequestHandler):
+    """A dashboard that says so of itself."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_nothing_is_handed_to_a_cluster_elsewhere_that_asks_for_no_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        dashboard.refuse_open(address)  # of this machine
+        monkeypatch.setattr(dashboard, "is_here", lambda _: False)
+        for words in (["submit", "smoke"], ["deploy", "demo@current"]):
+            done = ddiff(*words, "--address", address)
+            assert (done.exit_code, "runs code for anybody" in done.stderr) == (2, True), done.stderr
+            assert "--insecure" in done.stderr
+            assert "runs code for anybody" not in ddiff(*words, "--address", address, "--insecure").stderr
+        monkeypatch.setattr(Door, "status", 401)
+        dashboard.refuse_open(address)
+        server.shutdown()
+
+
+def test_this_machine_is_known_by_its_names_and_others_are_not_taken_for_it() -> None:
+    assert all(dashboard.is_here(f"http://{name}:8265") for name in ("127.0.0.1", "localhost", "[::1]"))
+    assert not any(dashboard.is_here(f"http://{name}:8265") for name in ("203.0.113.1", "head.invalid"))
