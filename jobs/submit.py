@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dd_core.sealed import digest_of
+from dd_core.sealed import digest_of, sha256
 from dd_core.spec import Spec
 from jobs.config import ConfigError, resolve, run_spec, shown
 from jobs.environment import for_the_cluster, same_everywhere
@@ -51,10 +51,10 @@ class Order(NamedTuple):
     source: str
     """Where the spec came from."""
 
-    def digest(self, environment: Mapping[str, str]) -> str:
-        """Equal for two submissions that ask for the same, to the last value."""
+    def digest(self, environment: Mapping[str, str], code: str) -> str:
+        """Equal for two submissions that ask for the same, to the last value, by the same code."""
         fields = self.spec.model_dump(mode="json") if self.spec else None
-        asked = {"words": self.words, "spec": fields, "environment": dict(environment)}
+        asked = {"words": self.words, "spec": fields, "environment": dict(environment), "code": code}
         return digest_of(asked)[:16]
 
 
@@ -64,6 +64,8 @@ class Pack(NamedTuple):
     files: int
     bytes: int
     content: tuple[str, ...]
+    code: str
+    """Digest of our packages."""
 
 
 class Submitted(NamedTuple):
@@ -180,34 +182,36 @@ def submit(order: Order, cluster: Cluster) -> Submitted:
     """
     began, environment = time.monotonic(), for_the_cluster()
     with packed(order, environment) as (directory, pack):
+        digest = order.digest(environment, pack.code)
         for taken in range(NAMES):  # by somebody who submits at this moment, or by a job that is not listed
             before = [job for job in cluster.jobs() if job.run == order.run]
             if job := next((job for job in before if not job.over), None):
-                refuse_another(order, job, environment)
+                refuse_another(order, job, digest)
                 return Submitted(job.id, order.run, False, job.attempt, pack, time.monotonic() - began)
             attempt = 1 + max((job.attempt for job in before), default=0) + taken
             with suppress(NameTakenError):
-                made = handed_over(order, attempt, cluster, directory, environment)
+                made = handed_over(order, attempt, cluster, directory, environment, digest)
                 return Submitted(made, order.run, True, attempt, pack, time.monotonic() - began)
     raise ClusterError(f"{order.run}: the names of {NAMES} jobs are taken by jobs that are not listed")
 
 
-def refuse_another(order: Order, job: JobFacts, environment: Mapping[str, str]) -> None:
-    """A job that is at work does what it was told, whatever is asked for now.
+def refuse_another(order: Order, job: JobFacts, digest: str) -> None:
+    """A job that is at work does what it was told, by the code that it was given, whatever is asked for now.
 
     Raises:
-        following.ClusterError: It was told something else, or nobody knows what.
+        following.ClusterError: That is not what the digest is of, or nobody knows what it is.
     """
-    if job.order != order.digest(environment):
+    if job.order != digest:
         own = ", or name this run otherwise: --set name=..." if isinstance(order.spec, RunSpec) else ""
         raise ClusterError(
-            f"{job.id} works on {order.run} and was told something else ({job.command or '?'}, {job.status});"
-            f" wait for its end: ddiff logs -f {job.id}, or stop it: ddiff stop {job.id}{own}"
+            f"{job.id} works on {order.run} and was told something else, or with other code "
+            f"({job.command or '?'}, {job.status}); wait for its end: ddiff logs -f {job.id}, or stop it: "
+            f"ddiff stop {job.id}{own}"
         )
 
 
 def handed_over(
-    order: Order, attempt: int, cluster: Cluster, directory: Path, environment: Mapping[str, str]
+    order: Order, attempt: int, cluster: Cluster, directory: Path, environment: Mapping[str, str], digest: str
 ) -> str:
     """Start the job; its id.
 
@@ -224,7 +228,7 @@ def handed_over(
             "ddiff.run": order.run,
             "ddiff.attempt": str(attempt),
             "ddiff.command": order.words[0],
-            "ddiff.order": order.digest(environment),
+            "ddiff.order": digest,
         },
     )
 
@@ -242,11 +246,17 @@ def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path,
                     target = directory / path.relative_to(ROOT)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
+        ours = {str(path.relative_to(directory)): sha256(path) for path in files_in(directory)}
         if text:
             (directory / CONFIG).write_text(text)
-        files = [path for path in directory.rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files)
-        yield directory, Pack(len(files), size, (*PACKAGES, *((CONFIG,) if text else ())))
+        size = sum(path.stat().st_size for path in files_in(directory))
+        content = (*PACKAGES, *((CONFIG,) if text else ()))
+        yield directory, Pack(len(ours) + bool(text), size, content, digest_of(ours)[:16])
+
+
+def files_in(directory: Path) -> list[Path]:
+    """Every file there, at any depth."""
+    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def travelling(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -216,7 +216,9 @@ def order(*changes: str) -> Order:
 def at_work(done: Order, **told: str) -> JobFacts:
     """The job of an order that was submitted with these variables."""
     told = told or for_the_cluster()
-    return JobFacts(f"{done.run}.1", done.run, 1, "PENDING", "", "run", 0.0, 0.0, done.digest(told))
+    with packed(done, told) as (_, pack):
+        digest = done.digest(told, pack.code)
+    return JobFacts(f"{done.run}.1", done.run, 1, "PENDING", "", "run", 0.0, 0.0, digest)
 
 
 def test_of_two_who_submit_the_same_at_once_the_second_joins_the_first() -> None:
@@ -242,12 +244,28 @@ def test_another_order_for_a_run_that_is_being_worked_on_is_refused(other: Calla
     with pytest.raises(ClusterError) as found:
         sent(cluster)
     assert str(found.value) == (
-        "smoke.1 works on smoke and was told something else (run, PENDING); wait for its end: ddiff logs -f "
-        "smoke.1, or stop it: ddiff stop smoke.1, or name this run otherwise: --set name=..."
+        "smoke.1 works on smoke and was told something else, or with other code (run, PENDING); wait for its "
+        "end: ddiff logs -f smoke.1, or stop it: ddiff stop smoke.1, or name "
+        "this run otherwise: --set name=..."
     )
     assert cluster.asked == []
     done = sent(Busy(set(), [[other()._replace(status="STOPPED")]]))
     assert (done.id, done.started) == ("smoke.2", True)
+
+
+def test_a_job_that_runs_other_code_is_not_taken_for_the_one_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.submit.ROOT", tmp_path)
+    code = tmp_path / "jobs" / "run.py"
+    code.parent.mkdir()
+    code.write_text("wrong")
+    before = at_work(order())
+    again = submit(order()._replace(source="elsewhere.yaml"), cast("Cluster", Busy(set(), [[before]])))
+    assert (again.id, again.started) == ("smoke.1", False)
+    code.write_text("right")
+    with pytest.raises(ClusterError, match="or with other code"):
+        sent(Busy(set(), [[before]]))
 
 
 def test_only_one_config_is_deployed_at_a_time_and_another_is_not_taken_for_it() -> None:
