@@ -156,7 +156,7 @@ def paper() -> RunSpec:
         name="glide_paper",
         pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=128),
         stages=(start, tuned, found[1]),
-        cascade=cascade(128, ANCESTRAL),
+        cascade=cascade(128, ANCESTRAL).but(name="glide_paper"),
     )
 
 

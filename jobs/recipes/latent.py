@@ -121,7 +121,7 @@ def paper() -> RunSpec:
         name="latent_paper",
         pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(256, 224)),
         stages=(paper_clip(), paper_autoencoder(), paper_base(stage)),
-        cascade=cascade(DDIM50.but(guidance_scale=7.5), 77),
+        cascade=cascade(DDIM50.but(guidance_scale=7.5), 77).but(name="latent_paper"),
     )
 
 
