@@ -119,17 +119,35 @@ def test_sigterm_is_heard_beside_ray_and_after_it() -> None:
     assert done.stdout.splitlines() == ["beside Ray", "after Ray"]
 
 
+REACHED = """
+import socket
+from jobs.environment import ray_cluster
+
+with ray_cluster():
+    import ray
+
+    port = int(ray.get_runtime_context().gcs_address.rpartition(":")[2])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("203.0.113.1", 9))  # nothing is sent
+        outside = probe.getsockname()[0]
+    for host in ("127.0.0.1", outside):
+        with socket.socket() as probe:
+            print(probe.connect_ex((host, port)) == 0)
+"""
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_of_our_own_is_started_beside_one_that_somebody_has_left_here() -> None:
+def test_a_ray_of_our_own_starts_beside_one_that_is_left_here_and_listens_on_this_machine_alone() -> None:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # sockets need short paths
         left = Path(short) / "ray" / "ray_current_cluster"  # as `ray start` writes it
         left.parent.mkdir()
         left.write_text("127.0.0.1:1")
         environ = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": short, "RAY_ADDRESS": ""}
-        words = [sys.executable, "-c", "from jobs.environment import ray_cluster as ours\nwith ours(): ..."]
+        environ.pop(environment.LOOPBACK, None)
+        words = [sys.executable, "-c", REACHED]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch) -> None:
