@@ -1,6 +1,7 @@
 """What went wrong, for the person and for the script: one line and one exit code for every error."""
 
 import errno
+import logging
 import traceback
 from enum import IntEnum
 
@@ -114,6 +115,14 @@ def words_of(error: BaseException) -> str:
         return str(error)
     found = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
     return "; ".join(f"{place}: {why}" if place else why for place, why in found).replace("Value error, ", "")
+
+
+class Line(logging.Formatter):
+    """Of a log: it names no password of an address."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """What is said, as others may see it."""
+        return shown(super().format(record))
 
 
 def trace_of(error: BaseException) -> str:

@@ -129,15 +129,11 @@ def importing() -> Iterator[None]:
 
 def listen(manner: Manner) -> None:
     """One line per event, on stderr; none names a password of an address."""
-    from workflows.addresses import shown
-
-    class Shown(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return shown(super().format(record))
+    from jobs.failures import Line
 
     level = logging.DEBUG if manner.verbose else logging.WARNING if manner.quiet else logging.INFO
     said = logging.StreamHandler()
-    said.setFormatter(Shown("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    said.setFormatter(Line("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[said], force=True)
     for package in ("dd_core", "workflows", "serve", "jobs"):
         logging.getLogger(package).setLevel(level)
