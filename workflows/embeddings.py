@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
@@ -314,8 +312,7 @@ def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], N
     column = f"image{image_size}"
 
     def look() -> int:
-        with fsspec.open(url, "rb") as file:
-            parquet = pq.ParquetFile(file)
+        with feed.parquet_of(url) as parquet:
             feed.check_columns(url, parquet, (column, "reject"))
             return int(parquet.num_row_groups)
 

@@ -12,6 +12,7 @@ Runs without Ray and without torch, so that the processes that read start at onc
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +32,10 @@ from workflows.storage import Home, StorageError
 
 T = TypeVar("T")
 GROUPS_PER_MIX = 8
-TASK_BYTES = 32 * 2**20
-"""Decoded images, or embeddings, of one read task."""
-TASK_ROWS = 16_384
-"""Of one read task at most: it names each of them, and Ray 2.60 fails on a task of a megabyte."""
+TABLE_BYTES = 32 * 2**20
+"""Decoded images, or embeddings, of one table that a read task hands out."""
+TABLE_ROWS = 16_384
+"""Of one table at most: a task names each row, and Ray 2.60 fails on a task of a megabyte."""
 
 
 EMBEDDINGS = 1
@@ -124,8 +125,7 @@ def survey(files: Sequence[str], wanted: Wanted) -> Pieces:
     """
     found: list[tuple[int, int, int]] = []
     for number, url in enumerate(files):
-        with fsspec.open(url, "rb") as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        with parquet_of(url) as parquet:
             check_columns(url, parquet, (*wanted.columns, "reject"))
             if wanted.embeddings:
                 check_sidecar(wanted.sidecar(url), parquet, wanted.width)
@@ -167,8 +167,7 @@ def check_sidecar(url: str, beside: pq.ParquetFile, width: int) -> None:
 
 def shape_of(url: str) -> tuple[pa.DataType, list[int]]:
     """Of a sidecar: the kind of its embeddings, and the rows of each row group."""
-    with fsspec.open(url, "rb") as file:
-        parquet = pq.ParquetFile(file)
+    with parquet_of(url) as parquet:
         return parquet.schema_arrow.field(EMBEDDING).type, groups_of(parquet)
 
 
@@ -217,32 +216,52 @@ class Order:
 
 
 def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
-    """The reads of one rank, each of whole steps and about TASK_BYTES of what is wanted."""
-    own = share.batch_size // share.ranks
-    rows = steps_per_task(own, wanted) * own
-    positions = share.positions()
-    return [order.picks(positions[start : start + rows]) for start in range(0, len(positions), rows)]
+    """The reads of one rank: each of whole mixes, as many as make a table, or of one that makes several.
+
+    So a mix, all of whose row groups are read for whatever is wanted of it, is read once.
+    """
+    found: list[list[Pick]] = []
+    room = 0
+    for pick in order.picks(share.positions()):
+        if len(pick.rows) > room:
+            found.append([])
+            room = table_rows(wanted)
+        found[-1].append(pick)
+        room -= len(pick.rows)
+    return found
 
 
-def steps_per_task(own: int, wanted: Wanted) -> int:
-    """Whole steps of one read, for a rank that trains on `own` rows in each."""
-    return max(1, min(TASK_ROWS, TASK_BYTES // wanted.row_bytes) // own)
+def table_rows(wanted: Wanted) -> int:
+    """Of one table at most."""
+    return max(1, min(TABLE_ROWS, TABLE_BYTES // wanted.row_bytes))
+
+
+def steps_per_table(own: int, wanted: Wanted) -> int:
+    """Whole steps that one table serves, of a rank that trains on `own` rows in each."""
+    return max(1, table_rows(wanted) // own)
 
 
 def read(picks: Sequence[Pick], wanted: Wanted) -> Iterator[pa.Table]:
-    """The rows of one task as one table: tokens, position and what is wanted.
+    """The rows of one task, in order, as tables: tokens, position and what is wanted.
 
     That is image (bytes of uint8 [3, s, s]), embedding (float32 [d]), label.
     """
-    yield pa.concat_tables([picked(pick, wanted) for pick in picks])
+    rows = pa.concat_tables([picked(pick, wanted) for pick in picks])
+    for start in range(0, len(rows), table_rows(wanted)):
+        yield ready(rows.slice(start, table_rows(wanted)), wanted)
 
 
 def picked(pick: Pick, wanted: Wanted) -> pa.Table:
-    """Some rows of one mix, decoded."""
+    """Some rows of one mix, as they are stored, each with its position."""
     table = pa.concat_tables([usable(url, group, wanted) for url, group in pick.groups])
     permutation = np.random.default_rng(pick.seed).permutation(len(table))
-    table = table.take(pa.array(permutation[pick.rows]))
-    found = {"tokens": table["tokens"].combine_chunks(), "position": pa.array(pick.positions)}
+    rows = table.take(pa.array(permutation[pick.rows]))
+    return rows.append_column("position", pa.array(pick.positions))
+
+
+def ready(table: pa.Table, wanted: Wanted) -> pa.Table:
+    """Rows with their images decoded and their labels found."""
+    found = {name: table[name].combine_chunks() for name in ("tokens", "position")}
     if side := wanted.image_size:
         images = [decoded(data, side) for data in table[f"image{side}"].to_pylist()]
         found["image"] = pa.array(images, pa.binary(3 * side**2))
@@ -290,14 +309,24 @@ def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.T
     """
 
     def look() -> pa.Table:
-        with fsspec.open(url, "rb") as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        with parquet_of(url) as parquet:
             return parquet.read_row_group(group, columns=list(columns))
 
     try:
         return patiently(look, url)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{url}, row group {group}: {first_line(error)}; {remedy}") from None
+
+
+@contextmanager
+def parquet_of(url: str) -> Iterator[pq.ParquetFile]:
+    """A file of ours whose pages are checked, and of which only that is fetched which is asked for.
+
+    Left alone, fsspec reads ahead: 50 MiB from S3 for a row group of few.
+    """
+    fs, path = fsspec.url_to_fs(url)
+    with fs.open(path, "rb", cache_type="none") as file:
+        yield pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
 
 
 def patiently(look: Callable[[], T], url: str) -> T:

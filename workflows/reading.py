@@ -68,7 +68,7 @@ def legs(spec: TrainSpec, wanted: feed.Wanted, first_step: int, rank: int) -> It
     """The stretches of a run that are read at once: short at first, so that training begins soon."""
     own = spec.batch_size // spec.num_workers
     store = ray.cluster_resources().get("object_store_memory", 0) / spec.num_workers
-    steps = feed.steps_per_task(own, wanted)
+    steps = feed.steps_per_table(own, wanted)
     most = max(steps, int(min(LEG_BYTES, store / 8)) // (own * wanted.row_bytes))
     while first_step < spec.budget.steps:
         now = min(steps, spec.budget.steps - first_step)
@@ -106,7 +106,7 @@ def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> Mater
         Reads(tasks, wanted), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
     )  # or Ray cuts what few tasks deliver into 200 blocks
     dataset.context.execution_options.preserve_order = True
-    dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
+    dataset.context.target_max_block_size = None  # a table is a block: never cut, never joined
     dataset.context.enable_progress_bars = False
     return dataset.materialize()
 

@@ -3,11 +3,17 @@
 from pathlib import Path
 from random import Random
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from s3fs.core import S3File
 
 from tests.conftest import write_shard
 from tests.faults.flaky_store import flaky_store
+from tests.s3 import s3_server
+from workflows import feed
 from workflows.files import DamagedError, MissingShardError, ShardFile, expand, fingerprint, located
+from workflows.parts import plain_writer
 from workflows.shards import Limits, Sample, samples
 from workflows.storage import StorageError
 
@@ -112,3 +118,28 @@ def test_the_fingerprint_of_a_source_changes_when_a_shard_does(shard: Path) -> N
     assert before == fingerprint(located([str(shard)]))
     shard.write_bytes(shard.read_bytes() + bytes(512))
     assert before != fingerprint(located([str(shard)]))
+
+
+@pytest.mark.filterwarnings("ignore")  # botocore's and aiohttp's, of themselves
+def test_of_prepared_data_in_a_store_only_what_is_wanted_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, size, groups = np.random.default_rng(0), 300_000, 12
+    with plain_writer(tmp_path / "part.parquet", pa.schema({"a": pa.binary(), "b": pa.binary()})) as writer:
+        for _ in range(groups):
+            writer.write_table(pa.table({name: [rng.bytes(size // 4) for _ in range(4)] for name in "ab"}))
+    fetched: list[int] = []
+    real = S3File._fetch_range
+
+    def counted(file: S3File, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return bytes(real(file, start, end))
+
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        feed.fsspec.url_to_fs("s3://bucket")[0].put(str(tmp_path / "part.parquet"), "bucket/part.parquet")
+        monkeypatch.setattr(S3File, "_fetch_range", counted)
+        table = feed.row_group("s3://bucket/part.parquet", 5, ["b"], "")
+    assert table.nbytes >= size
+    assert sum(fetched) < size + 2**17  # the end of the file says where the group is

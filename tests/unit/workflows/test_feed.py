@@ -1,5 +1,6 @@
 """What a run reads is a function of data, seed and step: of nothing that happens to the run."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def test_every_global_step_trains_on_the_same_pairs_whatever_the_number_of_worke
     assert np.array_equal(np.concatenate(together, axis=1), alone)
 
 
+def test_a_rank_that_trains_on_a_whole_mix_reads_it_once_however_many_tables_it_makes(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Share(0, 9, BATCH, 0, 1)
+    order = order_of(data)
+    whole, (mix, rest) = captions(order, share), order.picks(share.positions())
+    monkeypatch.setattr(feed, "TABLE_BYTES", 30 * WANTED.row_bytes)
+    reads, real = Counter[tuple[str, int]](), feed.row_group
+
+    def counted(url: str, group: int, *how: Any) -> Any:
+        reads[url, group] += 1
+        return real(url, group, *how)
+
+    monkeypatch.setattr(feed, "row_group", counted)
+    assert captions(order, share) == whole
+    assert reads == Counter([*mix.groups, *rest.groups])
+    first, *_ = feed.tasks(order, share, WANTED)
+    sizes = [len(table) for table in feed.read(first, WANTED)]
+    assert sizes == [30, 30, 30, len(mix.rows) - 90]
+
+
 def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:
     order = order_of(data)
     table = next(feed.read(order.picks(np.arange(order.rows)), WANTED))
@@ -123,14 +145,14 @@ class AwayError(Exception):
 def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
     data: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], times: int
 ) -> None:
-    real, failures, pauses = feed.fsspec.open, iter([kind("the store is away")] * times), list[float]()
+    real, failures, pauses = feed.fsspec.url_to_fs, iter([kind("the store is away")] * times), list[float]()
 
     def flaky(*args: Any, **options: Any) -> Any:
         for failure in failures:
             raise failure
         return real(*args, **options)
 
-    monkeypatch.setattr("workflows.feed.fsspec.open", flaky)
+    monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
     monkeypatch.setattr("workflows.feed.time.sleep", pauses.append)
     url = str(data / "part-00000.parquet")
     if times < files.ATTEMPTS:
