@@ -49,9 +49,18 @@ def one_thread() -> None:
 def squares(data: bytes, sizes: tuple[int, ...], *, min_side: int, max_pixels: int) -> dict[int, Pixels]:
     """The centred square of an image at each size, uint8 [size, size, 3] RGB.
 
+    Raises:
+        RejectedError: With the reason, whatever is wrong with the file.
+    """
+    return at_sizes(square_of(data, max(sizes), min_side=min_side, max_pixels=max_pixels), sizes)
+
+
+def square_of(data: bytes, size: int, *, min_side: int, max_pixels: int) -> Pixels:
+    """The largest centred square of an image, uint8 [side, side, 3] RGB; under `size` only if the image is.
+
     Args:
         data: An image file.
-        sizes: Sides in pixels.
+        size: A side in pixels; what is larger may have been shrunk, but not below it.
         min_side: The shorter side must have so many pixels.
         max_pixels: Width x height must not exceed this; checked before decoding.
 
@@ -60,10 +69,14 @@ def squares(data: bytes, sizes: tuple[int, ...], *, min_side: int, max_pixels: i
     """
     if not data:
         raise RejectedError("image-broken: the file is empty")
-    pixels = quickly_decoded(data, max(sizes), min_side, max_pixels)
+    pixels = quickly_decoded(data, size, min_side, max_pixels)
     if pixels is None:
         pixels = carefully_decoded(data, min_side, max_pixels)
-    square = centred(pixels)
+    return centred(pixels)
+
+
+def at_sizes(square: Pixels, sizes: tuple[int, ...]) -> dict[int, Pixels]:
+    """A square at each size, each made from the next larger one."""
     found: dict[int, Pixels] = {}
     for size in sorted(set(sizes), reverse=True):
         square = found[size] = resized(square, size)
