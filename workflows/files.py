@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import braceexpand
@@ -100,15 +101,24 @@ def matched(name: str) -> list[Found]:
     fs, path = opened(name)
     try:
         if any(sign in path for sign in "*?["):
-            paths = sorted(fs.glob(path))
-            return [found_in(fs, path) for path in paths if not fs.isdir(path)]
+            return files_of(fs, path)
         if not is_web(fs) and fs.isdir(path):
-            return [found_in(fs, path) for path in sorted(fs.glob(f"{path.rstrip('/')}/*.tar"))]
+            return files_of(fs, f"{path.rstrip('/')}/*.tar")
         return [found_in(fs, path)]
     except FileNotFoundError:
         return []
     except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)
         raise MissingShardError(f"{shown(name)} cannot be looked up: {one_line(error)}") from error
+
+
+def files_of(fs: Any, pattern: str) -> list[Found]:
+    """The files that a glob matches, in order; what a store tells of each is one request, several at once.
+
+    A listing would tell of all, but not in the words of `found_in`, and then nothing would be as it was.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(partial(told_of, fs), sorted(fs.glob(pattern)))
+        return [file for file, kind in found if kind != "directory"]
 
 
 def opened(url: str) -> tuple[Any, str]:
@@ -127,12 +137,18 @@ def is_web(fs: Any) -> bool:
 
 def found_in(fs: Any, path: str) -> Found:
     """What the store says of a file now."""
+    return told_of(fs, path)[0]
+
+
+def told_of(fs: Any, path: str) -> tuple[Found, str]:
+    """What the store says of a path now, and of which kind it is: a file, a directory or something else."""
     info = fs.info(path)
     facts = {name: str(info[name]) for name in VERSION_FIELDS if info.get(name) is not None}
     facts["size"] = str(info.get("size"))
     version = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     local = "file" in fs.protocol or fs.protocol == "file"
-    return Found(path if local else fs.unstrip_protocol(path), info.get("size"), version)
+    found = Found(path if local else fs.unstrip_protocol(path), info.get("size"), version)
+    return found, str(info.get("type"))
 
 
 def fingerprint(files: Iterable[Found]) -> str:
