@@ -107,6 +107,9 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_by_name(cascade: Path, name:
 
 def test_a_cascade_that_is_made_again_replaces_the_old_one_whole(cascade: Path, tmp_path: Path) -> None:
     before = sealed.verify(cascade).digest
+    cut = tmp_path / ".cascade.old" / "clip"  # of an earlier replacement, killed while it removed this
+    cut.mkdir(parents=True)
+    (cut / "weights.safetensors").write_bytes(b"cut")
     names = ("base", "clip", "draft", "prior")
     found = {name: tmp_path / name for name in names}
     after = bundle.save_cascade(cascade, SPEC.but(name="tinier"), found, card="# tinier")
