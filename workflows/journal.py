@@ -136,7 +136,8 @@ class Courier:
         self.every_s, self.retry_s = every_s, retry_s
         self.closing, self.stop_at = threading.Event(), math.inf
         self.routes: dict[Path, Send] = {}
-        self.complained = False
+        self.failing: dict[Path, float] = {}
+        """Journals whose last piece could not be sent, and when that was."""
         self.joining = threading.Lock()
         self.thread = threading.Thread(target=self.deliver, name="tracking", daemon=True)
         self.thread.start()
@@ -151,28 +152,38 @@ class Courier:
         while time.monotonic() < self.stop_at:
             closing = self.closing.is_set()  # first: what was written before the end is then seen
             waiting = [(journal, send) for journal, send in self.routes.items() if backlog(journal)]
-            moved = 0
+            waiting.sort(key=lambda route: self.failing.get(route[0], 0.0))
+            moved = self.sent_of(waiting)
+            if closing and not moved:  # a server that is away when a run ends is not waited for
+                return
+            well = [journal for journal, _ in waiting if journal not in self.failing]
+            behind = moved and any(backlog(journal) >= BATCH_BYTES for journal in well)
+            stuck = self.failing and not moved
+            self.closing.wait(0 if behind else self.retry_s if stuck else self.every_s)
+
+    def sent_of(self, waiting: list[tuple[Path, Send]]) -> int:
+        """Send a piece of each journal; bytes that have arrived.
+
+        One that is refused holds up no other.  Those that failed before come last: if none before them has
+        moved either, it is the server that is away, and the others are not tried.
+        """
+        moved = 0
+        for journal, send in waiting:
+            known = journal in self.failing
             try:
-                for journal, send in waiting:
-                    moved += send_some(journal, send)
-                    self.complained = False
+                moved += send_some(journal, send)
+                self.failing.pop(journal, None)
             except Exception as error:  # noqa: BLE001 - tracking must never stop a run
                 self.complain(error)
-                if closing:  # a server that is away when a run ends is not waited for
-                    return
-                self.closing.wait(self.retry_s)
-                continue
-            if closing and not moved:
-                return
-            behind = moved and any(backlog(journal) >= BATCH_BYTES for journal, _ in waiting)
-            self.closing.wait(0 if behind else self.every_s)
+                self.failing[journal] = time.monotonic()
+                if known and not moved:
+                    break
+        return moved
 
     def complain(self, error: Exception) -> None:
         """One line for each time the server goes away."""
-        if not self.complained:
-            reason = shown((str(error).strip() or repr(error)).splitlines()[0])
-            logger.warning("tracking: %.200s; the run goes on, its metrics wait in the journal", reason)
-        self.complained = True
+        if not self.failing:
+            logger.warning("tracking: %.200s; the run goes on, its metrics wait in the journal", said(error))
 
     def close(self, timeout_s: float = 30.0) -> int:
         """Try to send the rest; return the bytes that stay in the journals for the next start."""
@@ -180,6 +191,11 @@ class Courier:
         self.closing.set()
         self.thread.join(timeout_s)
         return sum(backlog(journal) for journal in self.routes)
+
+
+def said(error: Exception) -> str:
+    """The first line of an error, without passwords."""
+    return shown((str(error).strip() or repr(error)).splitlines()[0])
 
 
 def send_some(journal: Path, send: Send) -> int:
