@@ -150,9 +150,7 @@ def data_bytes(spec: ShapesSpec) -> int:
 def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
     """Of the images by each CLIP, once for each size that is embedded, in float32."""
     told = {
-        (stage.parents.get(by.role), stage.stage.image_size): by.width
-        for stage in stages
-        if (by := stage.stage.embedded_by)
+        (stage.parents.get(by.role), by.size): by.width for stage in stages if (by := stage.stage.embedded_by)
     }
     return 4 * pairs * sum(told.values())
 

@@ -42,16 +42,13 @@ class RunSpec(Spec):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two stages are named {min(twice)!r}")
         for stage in self.stages:
-            if stage.stage.image_size not in self.pairs.sizes:
-                raise ValueError(
-                    f"stage {stage.name!r} trains on images of {stage.stage.image_size} px, "
-                    f"but pairs.sizes is {self.pairs.sizes}; add it there"
-                )
+            self.check_sizes(stage)
         for hop in self.cascade.hops:
             for name in (hop.stage, *hop.guides.values()):
                 if name not in names:
                     raise ValueError(f"cascade: no stage is named {name!r}; there are {', '.join(names)}")
             self.check_hop(hop)
+        self.check_embeddings()
         if self.cascade.context_length != self.pairs.context_length:
             raise ValueError(
                 f"cascade.context_length is {self.cascade.context_length}, "
@@ -59,6 +56,38 @@ class RunSpec(Spec):
             )
         in_order(self.stages)
         return self
+
+    def check_sizes(self, stage: TrainSpec) -> None:
+        """The data holds the images that a stage sees, and those whose embeddings it is told.
+
+        Raises:
+            ValueError: They are prepared at other sizes.
+        """
+        sizes, by = self.pairs.sizes, stage.stage.embedded_by
+        if (side := stage.stage.image_size) not in sizes:
+            raise ValueError(
+                f"stage {stage.name!r} trains on images of {side} px, but pairs.sizes is {sizes}; "
+                "add it there"
+            )
+        if by is not None and by.size not in sizes:
+            raise ValueError(
+                f"stage {stage.name!r} is told embeddings of images of {by.size} px (embedded_at), "
+                f"but pairs.sizes is {sizes}; add it there"
+            )
+
+    def check_embeddings(self) -> None:
+        """What a prior draws is what those after it have heard: CLIP says of a thumbnail something else.
+
+        Raises:
+            ValueError: They were told embeddings of images of another size.
+        """
+        prior: TrainSpec | None = None
+        for hop in self.cascade.hops:
+            stage = self.stage(hop.stage)
+            if isinstance(stage.stage, LearnsEmbeddings):
+                prior = stage
+            elif prior is not None and stage.stage.embedded_by is not None:
+                refuse_other_images(f"hop {stage.name}", stage, prior)
 
     def check_hop(self, hop: HopSpec) -> None:
         """What a hop asks, its stage and its guides can do; said before anything is trained.
@@ -97,10 +126,10 @@ class RunSpec(Spec):
             )
 
     def check_draft(self, prior: HopSpec) -> None:
-        """A draft paints the embeddings of its own CLIP alone.
+        """A draft paints the embeddings that it has heard: of its own CLIP, of images of one size.
 
         Raises:
-            ValueError: The draft that judges a prior's draws stands on another one.
+            ValueError: The draft that judges a prior's draws has heard others.
         """
         if (draft := prior.guides.get("draft")) is None:
             return
@@ -110,6 +139,9 @@ class RunSpec(Spec):
                 f"hop {prior.stage}: its guide {draft!r} stands on clip {theirs!r}, the prior on {own!r}; "
                 "train both on one"
             )
+        refuse_other_images(
+            f"hop {prior.stage}: its guide {draft!r}", self.stage(draft), self.stage(prior.stage)
+        )
 
     def check_tower(self, hop: HopSpec) -> None:
         """A noised CLIP is told captions by the CLIP that it was trained with.
@@ -136,6 +168,16 @@ class RunSpec(Spec):
                 return stage
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
+        )
+
+
+def refuse_other_images(what: str, told: TrainSpec, prior: TrainSpec) -> None:
+    """Raises ValueError unless a stage is told embeddings of images of the size that the prior learns."""
+    theirs, own = told.stage.embedded_by, prior.stage.embedded_by
+    if theirs is not None and own is not None and theirs.size != own.size:
+        raise ValueError(
+            f"{what} was told embeddings of images of {theirs.size} px, and {prior.name!r} draws those of "
+            f"{own.size} px; make embedded_at of {told.name!r} and image_size of {prior.name!r} equal"
         )
 
 

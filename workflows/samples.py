@@ -17,7 +17,7 @@ from dd_core.stages import load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.clip import ClipSpec, clip_of
+from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
@@ -36,7 +36,8 @@ def drawn(
         trained: The stage as it is now, with averaged weights.
         parents: Role -> what it stands on.
         what: Prompts, first seed, and how to sample.
-        known: Pairs of the data: those that an upsampler, an autoencoder or a base from drafts is shown.
+        known: Pairs of the data: those that an upsampler, an autoencoder or a base from drafts is shown, with
+            the embeddings that the base is trained on.
 
     Returns:
         base and consistency: one for each prompt; where they start from drafts, which a prompt alone does
@@ -44,8 +45,8 @@ def drawn(
     """
     truth = images.to_unit(known.image)
     match trained.spec:
-        case BaseSpec(from_draft=True) | ConsistencySpec(base=BaseSpec(from_draft=True)):
-            told = clip_of(parents["clip"]).embed_image(truth)
+        case (BaseSpec(from_draft=True) as base) | ConsistencySpec(base=BaseSpec(from_draft=True) as base):
+            told = embedding_of(clip_of(parents["clip"]), known, base.embedded_at)
             state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens, image_embedding=told)
             return in_turn(truth, run_alone(trained, parents, state, what))
         case (ChainSpec() as spec) | ConsistencySpec(base=ChainSpec() as spec):

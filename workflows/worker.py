@@ -289,7 +289,7 @@ class Recorder:
 
     def draw(self, step: int) -> None:
         """A grid of pictures, if the stage is of a kind that draws."""
-        wanted, shown = feed.Wanted(self.spec.stage.image_size), self.spec.samples.pictures
+        wanted, shown = self.job.wanted, self.spec.samples.pictures
         order = feed.Order(self.job.pieces, self.spec.seed)
         table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
         known = paired(table, wanted, torch.device("cpu"))

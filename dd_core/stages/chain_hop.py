@@ -26,6 +26,7 @@ from dd_core.stages.base import null_like
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told, unsaid
+from dd_core.stages.clip import embedded
 from dd_core.stages.guides import Leaders, leaders_of
 from dd_core.stages.refusals import HEARS, given_noise, refuse_edit, refuse_kept, refuse_unheard
 
@@ -100,9 +101,10 @@ class ChainHop:
         return self.clip if self.spec.embedding_width else None
 
     def embedded(self, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
+        by = self.spec.embedded_by
         assert self.clip is not None
-        side = self.spec.image_size
-        return self.clip.embed_image(F.interpolate(picture.to(self.device), (side, side), mode="area"))
+        assert by is not None
+        return embedded(self.clip, picture.to(self.device), by.size)
 
     def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)

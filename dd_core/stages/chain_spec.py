@@ -41,6 +41,8 @@ class ChainSpec(LearnedSpec):
     every other network log sigma."""
     image_size: int = Field(64, ge=8)
     """Side of the pictures, in pixels."""
+    embedded_at: int | None = Field(None, ge=8)
+    """Side of the prepared images whose embeddings it is told, as its prior learns them; None: image_size."""
     latent_channels: int = Field(0, ge=0)
     """Channels of the latents of the parent autoencoder that it paints; 0: it paints pixels."""
     factor: int = Field(1, ge=1)
@@ -110,7 +112,8 @@ class ChainSpec(LearnedSpec):
     @property
     def embedded_by(self) -> EmbeddedBy | None:
         """The parent CLIP, if its network is told embeddings."""
-        return EmbeddedBy("clip", self.embedding_width) if self.embedding_width else None
+        width = self.embedding_width
+        return EmbeddedBy("clip", width, self.embedded_at or self.image_size) if width else None
 
     @property
     def text_width(self) -> int:
@@ -158,6 +161,10 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
         (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
         (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),
+        (
+            bool(spec.embedded_at and not spec.embedding_width),
+            "embedded_at is of image embeddings, and its network is told none; leave it out",
+        ),
         *cropping(spec),
     ]
     if isinstance(net, DiTSpec):

@@ -99,7 +99,7 @@ def heard_of(spec: ChainSpec, batch: PairBatch, picture: Tensor, clip: Clip | No
     embedding = picture.new_zeros(len(picture), spec.embedding_width)
     if spec.embedding_width:
         assert clip is not None
-        embedding = embedding_of(clip, batch)
+        embedding = embedding_of(clip, batch, spec.embedded_at)
     return Heard(batch.tokens, label, embedding)
 
 

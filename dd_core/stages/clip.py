@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -88,12 +89,32 @@ def clip_of(trained: Trained) -> Clip:
     return clip.eval().requires_grad_(False)
 
 
-def embedding_of(clip: Clip, batch: PairBatch) -> Float[Tensor, " b d"]:
-    """The image embeddings that a batch brings along, or those of its images where it brings none."""
+def embedding_of(clip: Clip, batch: PairBatch, at: int | None = None) -> Float[Tensor, " b d"]:
+    """The image embeddings that a batch brings along, or those of its images where it brings none.
+
+    Args:
+        clip: The parent.
+        batch: Pairs.
+        at: Side that the embedded images must have; None: as they are.
+
+    Raises:
+        ValueError: The batch brings no embeddings, and images of another side.
+    """
     if batch.embedding is not None:
         return batch.embedding
+    if at is not None and batch.image.shape[-1] != at:
+        raise ValueError(
+            f"embedded_at is {at}, and the batch has images of {batch.image.shape[-1]} px and no embeddings; "
+            "embed the larger images before"
+        )
     with torch.no_grad():
         return clip.embed_image(images.to_unit(batch.image))
+
+
+def embedded(clip: Clip, picture: Float[Tensor, " b 3 h w"], side: int) -> Float[Tensor, " b d"]:
+    """Embeddings of pictures in [-1, 1], made as small as if prepared at this side; smaller ones stay so."""
+    side = min(side, *picture.shape[2:])
+    return clip.embed_image(F.interpolate(picture, (side, side), mode="area"))
 
 
 def published(spec: ClipSpec) -> Trained:

@@ -26,6 +26,8 @@ class DraftSpec(LearnedSpec):
     layers: int = Field(6, ge=1)
     """Flat layers of which an image is blended."""
     image_size: int = Field(64, ge=8, multiple_of=8)
+    embedded_at: int | None = Field(None, ge=8)
+    """Side of the prepared images whose embeddings it is told, as its prior learns them; None: image_size."""
     edge_weight: float = Field(4.0, ge=0)
     """Of the squared error of differences between neighbouring pixels, which is where shapes are told;
     Mathieu et al. 2016 (arXiv:1511.05440, equation 6)."""
@@ -37,7 +39,7 @@ class DraftSpec(LearnedSpec):
     @property
     def embedded_by(self) -> EmbeddedBy:
         """The parent CLIP."""
-        return EmbeddedBy("clip", self.embedding_width)
+        return EmbeddedBy("clip", self.embedding_width, self.embedded_at or self.image_size)
 
     @property
     def looks_at(self) -> int:
@@ -70,7 +72,7 @@ class DraftStage(Stage):
         clip = self.frozen[0]
         assert isinstance(clip, Clip)
         x0 = images.to_unit(batch.image)
-        embedding = embedding_of(clip, batch)
+        embedding = embedding_of(clip, batch, self.spec.embedded_at)
         if not self.model.whitening.ready:
             self.model.whitening.look(embedding)
             return Losses(nothing_of(self.model), {})

@@ -45,7 +45,8 @@ class NoisedClipSpec(LearnedSpec):
     @property
     def embedded_by(self) -> EmbeddedBy | None:
         """The parent CLIP, if its embeddings of the clean images are to be found."""
-        return EmbeddedBy("clip", self.net.embedding_width) if self.target == "clip" else None
+        wide, side = self.net.embedding_width, self.image_size
+        return EmbeddedBy("clip", wide, side) if self.target == "clip" else None
 
     @property
     def image_size(self) -> int:

@@ -29,6 +29,8 @@ PAPER_WORKERS = 8
 PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 COSINE = ScheduleSpec(betas="cosine")
+EMBEDDED_AT = 224
+"""What ViT-L/14 looks at: prior and decoder hear the embeddings of these pictures."""
 
 
 def run() -> RunSpec:
@@ -49,7 +51,7 @@ def run() -> RunSpec:
     return RunSpec(
         name="unclip",
         pairs=PairsSpec(
-            shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(64, 224, 256)
+            shards=("pairs/*.tar",), destination="prepared", context_length=77, sizes=(64, EMBEDDED_AT, 256)
         ),
         stages=(paper_clip(), prior_stage(), decoder_stage(), upsampler()),
         cascade=CascadeSpec(name="unclip", hops=hops, context_length=77, image_size=256),
@@ -112,7 +114,7 @@ def prior_stage() -> TrainSpec:
     net = PriorNetSpec(width=2048, layers=20, text_width=768, embedding_width=768, context_length=77)
     return TrainSpec(
         name="prior",
-        stage=PriorSpec(net=net, image_size=224),
+        stage=PriorSpec(net=net, image_size=EMBEDDED_AT),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(
             learning_rate=1.1e-4,
@@ -142,7 +144,9 @@ def published_prior() -> RunSpec:
     assert isinstance(net, CausalPriorSpec)
     causal = trained.but(
         name="causal_prior",
-        stage=CausalPriorStageSpec(net=net, image_size=224, caption_dropout=0.2, measured_images=40_960),
+        stage=CausalPriorStageSpec(
+            net=net, image_size=EMBEDDED_AT, caption_dropout=0.2, measured_images=40_960
+        ),
     )
     first = HopSpec(stage="causal_prior", how=how.but(variance="analytic"))
     stages = tuple(causal if stage.name == "prior" else stage for stage in before.stages)
@@ -154,7 +158,14 @@ def decoder_stage() -> TrainSpec:
     """64 px; half the captions, a tenth of the embeddings kept back; batch 2048, 1.2e-4, 800,000 steps."""
     net = published()["karlo-decoder"].net
     assert isinstance(net, UnclipSpec)
-    stage = ChainSpec(net=net, schedule=COSINE, loss="hybrid", told_dropout=0.5, embedding_dropout=0.1)
+    stage = ChainSpec(
+        net=net,
+        embedded_at=EMBEDDED_AT,
+        schedule=COSINE,
+        loss="hybrid",
+        told_dropout=0.5,
+        embedding_dropout=0.1,
+    )
     trained = paper_stage("decoder", stage, 800_000, 2048, {"clip": "clip"})
     return trained.but(optimizer=trained.optimizer.but(learning_rate=1.2e-4))
 

@@ -270,6 +270,22 @@ def test_a_base_from_drafts_refuses_to_be_without_or_with_one_of_another_size() 
     large = DRAFT.but(image_size=32)
     with pytest.raises(ValueError, match="make them equal"):
         build_stage(BASE, {"clip": clip, "draft": Trained(large, stage(large).model.state_dict())})
+    other = DRAFT.but(embedded_at=32)
+    with pytest.raises(ValueError, match="images of 16 px, its parent draft of images of 32 px; make emb"):
+        build_stage(BASE, {"clip": clip, "draft": Trained(other, stage(DRAFT).model.state_dict())})
+
+
+@pytest.mark.parametrize("spec", [DRAFT.but(embedded_at=32), BASE.but(embedded_at=32, from_draft=False)])
+def test_embeddings_of_larger_images_come_with_the_batch_and_those_of_its_own_are_not_taken(
+    spec: StageSpec,
+) -> None:
+    made, pairs = stage(spec), PairBatch(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), told(*["a star"] * 4))
+    assert made(pairs._replace(embedding=torch.eye(8)[:4])).total.isfinite()
+    with pytest.raises(ValueError, match="embedded_at is 32, and the batch has images of 16 px and no emb"):
+        made(pairs)
+    alone = BASE.but(net=BASE.net.but(embedding_width=0), from_draft=False)
+    with pytest.raises(ValueError, match="embedded_at is of image embeddings, but"):
+        alone.but(embedded_at=32)
 
 
 def test_a_variation_by_the_base_stays_the_nearer_the_fewer_steps_it_takes() -> None:

@@ -100,6 +100,18 @@ def test_a_picture_of_any_size_is_embedded_at_the_size_of_training() -> None:
     torch.testing.assert_close(code.embedding, clip.embed_image(PICTURE))
 
 
+def test_a_picture_is_embedded_as_large_as_it_was_in_training_and_never_enlarged_for_it() -> None:
+    base = BASE.but(from_draft=False)
+    hops = encoder(UNCLIP.but(embedded_at=32)), encoder(base.but(embedded_at=32), parents_of_base(base))
+    large = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for hop in hops:
+        clip = hop.embedder()
+        assert clip is not None
+        halved = torch.nn.functional.avg_pool2d(large, 2)
+        torch.testing.assert_close(hop.embedded(large), clip.embed_image(halved))
+        torch.testing.assert_close(hop.embedded(PICTURE), clip.embed_image(PICTURE))
+
+
 def test_a_caption_turns_the_embedding_towards_the_difference_and_keeps_the_noise() -> None:
     hop = encoder(UNCLIP)
     clip, code = hop.embedder(), encode(hop, asked(), HOW)

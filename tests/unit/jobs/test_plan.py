@@ -16,6 +16,7 @@ from jobs.plan import (
     PROCESS_BYTES,
     Plan,
     PlanError,
+    embedding_bytes,
     groups,
     on,
     plan_of,
@@ -62,6 +63,14 @@ def test_a_plan_says_parameters_memory_steps_images_checkpoints_and_disk(plan: P
     for word in ("3,418,881", "1.5 GiB", "192", "roomy: 8 CPU, 64.0 GiB", amount(plan.disk["checkpoints"])):
         assert word in text
     refuse(plan)
+
+
+def test_embeddings_of_one_clip_and_size_count_once_whatever_pictures_their_readers_see() -> None:
+    base, prior = smoke.base(), smoke.prior()
+    larger = base.but(stage=base.stage.but(embedded_at=256))
+    as_large = prior.but(stage=prior.stage.but(image_size=256))
+    assert embedding_bytes([base, prior], 10) == embedding_bytes([larger, as_large], 10) == 10 * 32 * 4
+    assert embedding_bytes([larger, prior], 10) == 2 * 10 * 32 * 4
 
 
 def test_less_memory_than_needed_is_refused_with_the_sum(plan: Plan) -> None:

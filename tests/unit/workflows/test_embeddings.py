@@ -18,17 +18,25 @@ from numpy.typing import NDArray
 
 from dd_core import bundle, images, sealed
 from dd_core.nets.clip import ClipNetSpec
+from dd_core.nets.dit import DiTSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.stage import Budget, OptimizerSpec, Trained
+from dd_core.stages import build_stage
+from dd_core.stages.base import BaseSpec
 from dd_core.stages.clip import ClipSpec, clip_of
 from dd_core.stages.draft import DraftSpec
+from dd_core.training import TrainState
 from tests.conftest import needs_ray
 from tests.prepared import png, write_prepared
 from tests.unit.workflows.tiny_run import saved
-from workflows import feed
+from workflows import feed, training
 from workflows.embeddings import Embeddings, at_once, embed, home_of, require, write_sidecar
 from workflows.feed import DataError, Order, Wanted
 from workflows.parts import UNFINISHED, DestinationError
 from workflows.reading import paired
 from workflows.storage import Home
+from workflows.train_spec import SamplesSpec, TrainSpec
+from workflows.worker import Job, Position, Recorder
 
 SIZE, WIDTH, FILES, ROWS, REJECTED = 16, 16, 3, 40, 3
 MANY = 100_000
@@ -179,7 +187,9 @@ def test_a_job_that_is_told_to_stop_ends_after_a_file_and_goes_on_with_the_rest(
 
 @needs_ray
 @pytest.mark.usefixtures("local_ray")
-def test_those_by_another_clip_or_of_other_data_are_not_taken(inputs: Made, tmp_path: Path) -> None:
+def test_those_by_another_clip_of_other_data_or_of_another_size_are_not_taken(
+    inputs: Made, tmp_path: Path
+) -> None:
     embed(inputs.what)
     before = digests(inputs.what.home)
     other = saved(tmp_path / "other", "clip", ClipSpec(net=NET.but(image_layers=2)), {})
@@ -192,6 +202,8 @@ def test_those_by_another_clip_or_of_other_data_are_not_taken(inputs: Made, tmp_
     assert not set(digests(by_other.home).values()) & set(before.values())
     with pytest.raises(DataError, match="no finished embeddings of this data by this CLIP"):
         require(by_other._replace(data="e" * 64))
+    with pytest.raises(DataError, match="no finished embeddings of this data by this CLIP"):
+        require(by_other._replace(image_size=2 * SIZE))
 
 
 @needs_ray
@@ -239,6 +251,65 @@ def test_a_batch_has_the_embeddings_of_its_rows_in_any_order(written: Made) -> N
     assert torch.equal(same.embedding, batch.embedding)
     assert torch.equal(same.tokens, batch.tokens)
     assert same.image.shape == (100, 3, 0, 0)
+
+
+def test_a_stage_reads_its_images_and_the_embeddings_of_those_that_it_is_told_of(
+    written: Made, tmp_path: Path
+) -> None:
+    home, run = written.what.home, tmp_path / "run"
+    home.write(f"{UNFINISHED}/source.json", json.dumps({"source": written.what.source}))
+    embed(written.what)  # all files are there: it seals them
+    draft = DraftSpec(
+        embedding_width=WIDTH, width=8, image_size=2 * SIZE, embedded_at=SIZE, measured_images=2
+    )
+    spec = TrainSpec(
+        name="draft",
+        stage=draft,
+        parents={"clip": "clip"},
+        optimizer=OptimizerSpec(learning_rate=1e-3),
+        budget=Budget(steps=2, checkpoint_every=1),
+        batch_size=2,
+    )
+    found = training.inputs(spec, run=run, data=written.data)
+    told = training.embeddings_of(spec, found, run=run)
+    assert told is not None
+    assert (told.source, told.home) == (written.what.source, home)
+    assert training.wanted_of(spec, found, run=run) == Wanted(2 * SIZE, None, home.address, WIDTH)
+    own = spec.but(stage=draft.but(embedded_at=None))
+    beside = training.embeddings_of(own, found, run=run)
+    assert beside is not None
+    assert (beside.image_size, beside.home) == (2 * SIZE, Home.of(run).at(f"clip/embeddings/{2 * SIZE}"))
+    with pytest.raises(DataError, match="holds no finished embeddings"):
+        training.wanted_of(own, found, run=run)
+
+
+def test_a_grid_is_painted_from_the_embeddings_that_the_training_reads(written: Made, tmp_path: Path) -> None:
+    clip, home = bundle.load(written.clip).trained, written.what.home
+    draft = DraftSpec(embedding_width=WIDTH, width=8, image_size=SIZE, measured_images=2)
+    parents = {"clip": clip, "draft": Trained(draft, build_stage(draft, {"clip": clip}).model.state_dict())}
+    net = DiTSpec(
+        image_size=SIZE, stem=2, conv_width=8, conv_blocks=1, width=16, layers=1, head_width=8, text_width=32
+    )
+    spec = TrainSpec(
+        name="base",
+        stage=BaseSpec(net=net.but(embedding_width=WIDTH), image_size=SIZE, from_draft=True),
+        parents={"clip": "clip", "draft": "draft"},
+        optimizer=OptimizerSpec(learning_rate=1e-3),
+        budget=Budget(steps=2, checkpoint_every=1),
+        batch_size=2,
+        samples=SamplesSpec(pictures=2, how=SamplingSpec(num_steps=1, guidance_scale=1.0)),
+    )
+    wanted = Wanted(SIZE, None, home.address, WIDTH)
+    pieces = feed.survey(written.what.files, wanted)
+    job = Job(spec, Home.of(tmp_path / "base"), pieces, wanted, parents={}, facts={}, drainable=False)
+    state = TrainState(build_stage(spec.stage, parents), spec.optimizer)
+    recorder = Recorder(job, Position(0, 1), state, parents, seconds_before=0.0)
+    recorder.draw(1)
+    for number in range(FILES):  # as if of larger pictures
+        write_sidecar(written.what, number, WIDTH, lambda pixels: -telling(written.clip)(pixels))
+    recorder.draw(2)
+    one, other = (job.home.here / f"samples/step-0000000{step}.png" for step in (1, 2))
+    assert one.read_bytes() != other.read_bytes()
 
 
 def read_all(files: tuple[str, ...], wanted: Wanted) -> None:

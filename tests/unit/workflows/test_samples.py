@@ -59,3 +59,8 @@ def test_a_base_from_drafts_paints_the_pictures_of_the_data_from_their_own_embed
     other = drawn(made_of["base"], made_of, what, KNOWN._replace(image=255 - KNOWN.image))
     assert other is not None
     assert not torch.equal(made[1::2], other[1::2])
+    brought = drawn(made_of["base"], made_of, what, KNOWN._replace(embedding=torch.eye(8)[:2]))
+    assert brought is not None
+    assert not torch.equal(
+        made[1::2], brought[1::2]
+    )  # what the training is told of a larger picture, it paints
