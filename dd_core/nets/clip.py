@@ -40,6 +40,12 @@ class ClipNetSpec(Spec):
     vocab_size: int = 49408
     quick_gelu: bool = False
     """The activation of OpenAI's own weights."""
+    states: Literal["last", "penultimate"] = "last"
+    """Of a caption: after which layer of the text tower, each with the final norm; penultimate: the second
+    Stable Diffusion.  The embedding is always that of the last."""
+    pads_with: Literal["zero", "end"] = "zero"
+    """What stands behind END, whose states a network that masks nothing hears too: the token 0 (CLIP), or END
+    again (the first Stable Diffusion)."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Of each channel in [0, 1], subtracted before the image tower."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -68,7 +74,7 @@ class ReadCaption(NamedTuple):
     """What the text tower makes of a caption."""
 
     states: Float[Tensor, " b l w"]
-    """One per token, after the final norm."""
+    """One per token, after the final norm; see `ClipNetSpec.states`."""
     embedding: Float[Tensor, " b d"]
 
 
@@ -145,11 +151,16 @@ class Clip(nn.Module):
 
     def read(self, tokens: Int[Tensor, " b l"]) -> ReadCaption:
         """Captions -> a state per token and a unit vector for the whole."""
-        towers = self.towers
-        x = towers.token_embedding(tokens) + towers.positional_embedding
+        towers, end = self.towers, tokens.argmax(-1)
+        if self.spec.pads_with == "end":
+            tokens = torch.where(upto_end(tokens), tokens, tokens.amax(1, keepdim=True))
+        x = before = towers.token_embedding(tokens) + towers.positional_embedding
         with quick_attention(tokens.device):
-            states = towers.ln_final(towers.transformer(x, attn_mask=towers.attn_mask))
-        ends = states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(-1)]
+            for block in towers.transformer.resblocks:
+                before, x = x, block(x, attn_mask=towers.attn_mask)
+        last = towers.ln_final(x)
+        states = last if self.spec.states == "last" else towers.ln_final(before)
+        ends = last[torch.arange(len(tokens), device=tokens.device), end]
         return ReadCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1))
 
     def read_packed(self, tokens: Int[Tensor, " b l"]) -> PackedCaption:
@@ -158,14 +169,16 @@ class Clip(nn.Module):
         longest = min(-(-len(there.any(0).nonzero()) // 8) * 8, tokens.shape[1])  # few sizes, as packed says
         tokens, found = tokens[:, :longest], packing(there[:, :longest])
         earlier = torch.ones(longest, longest, dtype=torch.bool, device=tokens.device).tril()
-        x = found.pack(towers.token_embedding(tokens) + towers.positional_embedding[:longest])
+        x = before = found.pack(towers.token_embedding(tokens) + towers.positional_embedding[:longest])
         for block in towers.transformer.resblocks:
+            before = x
             parts = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
             seen = found.attended(parts, block.attn.num_heads, earlier[None, None])
             x = x + block.ls_1(block.attn.out_proj(seen))
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        states = towers.ln_final(x)
-        ends = states[found.there.sum(1).cumsum(0) - 1]
+        last = towers.ln_final(x)
+        states = last if self.spec.states == "last" else towers.ln_final(before)
+        ends = last[found.there.sum(1).cumsum(0) - 1]
         return PackedCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1), found)
 
     def logit_scale(self) -> Float[Tensor, ""]:

@@ -58,7 +58,8 @@ class ChainStage(Stage):
         clip, autoencoder = parents_of(spec, parents)
         self.model = denoiser_of(spec)
         if "start" in parents:
-            self.model.load_state_dict(begun(spec, parents["start"], self.model.state_dict()))
+            reader = None if clip is None else clip.spec
+            self.model.load_state_dict(begun(spec, parents["start"], self.model.state_dict(), reader))
         timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
         self.register_buffer("table", timed, persistent=False)
         self.timesteps: likelihood.TimestepSampler | None = None
@@ -105,6 +106,7 @@ class ChainStage(Stage):
         much, or the few lowest levels, where it is thousands, would be all that is learned.
         """
         spec, table = self.spec, self.table
+        assert spec.predicts != "consistency"  # `build_stage` refuses it
         if table is None:
             assert isinstance(spec.schedule, LogNormalSpec)
             return self.simple(x0, spec.schedule.draw(x0), cond)
@@ -125,6 +127,7 @@ class ChainStage(Stage):
 
     def simple(self, x0: Float[Tensor, " b c h w"], sigma: Float[Tensor, " b"], cond: Conditioning) -> Losses:
         """Squared error of what the network predicts."""
+        assert self.spec.predicts != "consistency"
         x0_mse = losses.x0_mse(self.model, x0, sigma, cond)
         mse = losses.output_weight(self.spec.predicts, sigma) * x0_mse
         return Losses(mse.mean(), {"mse": mse.detach().mean()})

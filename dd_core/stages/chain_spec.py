@@ -6,7 +6,7 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
 
-from dd_core.denoiser import NetworkDenoiser, Tell, consistency_time
+from dd_core.denoiser import NetworkDenoiser, Parameterization, Tell, consistency_time
 from dd_core.nets.dit import DiT, DiTSpec
 from dd_core.nets.network import PlainSpec, build
 from dd_core.nets.text import CaptionedSpec, UnclipSpec
@@ -46,7 +46,9 @@ class ChainSpec(LearnedSpec):
     latent_channels: int = Field(0, ge=0)
     """Channels of the latents of the parent autoencoder that it paints; 0: it paints pixels."""
     factor: int = Field(1, ge=1)
-    """Above 1 it enlarges: told the picture, so many times smaller, bilinearly enlarged (ADM, GLIDE)."""
+    """Above 1 it enlarges: told the picture, so many times smaller."""
+    enlarged_by: Literal["bilinear", "bicubic"] = "bilinear"
+    """How that picture is brought to its own size: bilinear (ADM, GLIDE), or bicubic, antialiased (Karlo)."""
     degrades: Literal["none", "blur", "bsr"] = "none"
     """What makes the smaller picture rougher in training, for one that enlarges: `degradations` (unCLIP)."""
     crop: int = Field(0, ge=0)
@@ -57,7 +59,9 @@ class ChainSpec(LearnedSpec):
     schedule: Levels = ScheduleSpec()
     rescaled_time: bool = False
     """Told t * 1000 / T instead of t (Improved DDPM)."""
-    predicts: Literal["eps", "x0", "v", "edm"] = "eps"
+    predicts: Parameterization = "eps"
+    """consistency: of the base of a consistency model, the identity at its lowest level; not learned as a
+    chain."""
     loss: Literal["simple", "hybrid", "vlb"] = "simple"
     """Squared error of what is predicted; with the bound on top, for a network that learns its variance too;
     or the bound alone, at timesteps drawn by their losses (Improved DDPM)."""
@@ -193,6 +197,10 @@ def cropping(spec: ChainSpec) -> list[tuple[bool, str]]:
             spec.degrades != "none" and spec.factor == 1,
             f"degrades {spec.degrades} is for a model that enlarges; set factor, or leave it out",
         ),
+        (
+            spec.enlarged_by != "bilinear" and spec.factor == 1,
+            f"enlarged_by {spec.enlarged_by} is for a model that enlarges; set factor, or leave it out",
+        ),
         (crop > spec.image_size, f"crop {crop} is larger than image_size {spec.image_size}; make it smaller"),
         (
             bool(crop) and (spec.unet is None or bool(spec.latent_channels)),
@@ -217,4 +225,10 @@ def denoiser_of(spec: ChainSpec) -> NetworkDenoiser[nn.Module]:
         tell = consistency_time
         if isinstance(spec.schedule, ScheduleSpec):
             tell = Clock(spec.schedule, rescaled=spec.rescaled_time)
-    return NetworkDenoiser(network_of(spec), spec.predicts, tell=tell, learns_variance=spec.learns_variance)
+    return NetworkDenoiser(
+        network_of(spec),
+        spec.predicts,
+        tell=tell,
+        learns_variance=spec.learns_variance,
+        sigma_min=spec.sigma_range[0],
+    )

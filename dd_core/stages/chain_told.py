@@ -166,7 +166,10 @@ def seen(
         values = encoded(torch.where(hole, 0.0, known), autoencoder)
         parts += [values, 1 - covering(hole, values).to(values)]
     if small is not None:
-        parts.append(F.interpolate(small, scale_factor=spec.factor, mode="bilinear"))
+        as_antialiased = spec.enlarged_by == "bicubic"  # another bicubic curve than without, as Karlo has it
+        parts.append(
+            F.interpolate(small, scale_factor=spec.factor, mode=spec.enlarged_by, antialias=as_antialiased)
+        )
     return torch.cat(parts, dim=1) if parts else None
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dd_core.layouts.published import Process
+from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.prior import CausalPriorSpec
-from dd_core.nets.text import UnclipSpec
+from dd_core.nets.text import CaptionedSpec, UnclipSpec
 from dd_core.schedules import LogNormalSpec, ScheduleSpec
 from dd_core.spec import Spec
 from dd_core.stage import Trained
@@ -22,25 +23,45 @@ from dd_core.stages.network import NetworkSpec
 
 FREE = ("image_channels", "in_channels", "out_channels", "dropout")
 """Of a network: what the shapes of weights say, or no weight depends on."""
+FIRST_SD, SECOND_SD = (
+    {"states": "last", "pads_with": "end", "quick_gelu": True, "text_layers": 12},
+    {"states": "penultimate", "pads_with": "zero", "quick_gelu": False, "text_layers": 24},
+)
+"""Which CLIP read captions for Stable Diffusion, and how, in fields of its net: ViT-L/14, ViT-H/14."""
+READ_BY: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("sd1", "sd1-inpaint"), FIRST_SD),
+    **dict.fromkeys(("sd2-base", "sd2", "sd2-inpaint", "sd-x4-upscaler"), SECOND_SD),
+    **dict.fromkeys(("sd2-unclip-h", "sd2-unclip-l"), SECOND_SD),
+}
+"""Published networks that are told the states of a CLIP."""
+READ_OTHERWISE = ("ldm-text256", "ldm-cin256")
+"""Published networks that are told the states of something else."""
 BETAS = {"linear": "linear", "cosine": "cosine", "sqrt_linear": "scaled_linear"}
 """Names of the schedules of published networks -> ours."""
 
 
-def begun(spec: ChainSpec, start: Trained, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def begun(
+    spec: ChainSpec, start: Trained, now: Mapping[str, Tensor], clip: ClipNetSpec | None = None
+) -> dict[str, Tensor]:
     """First weights of a chain, told no less of the picture than the other model was.
 
     Args:
         spec: The chain.
         start: The other model: a chain, or a published network.
         now: The state that is begun.
+        clip: Who reads captions for the chain, if it reads none itself.
 
     Raises:
         ValueError: It is another network, was told or asked otherwise, was told features of CLIP that are no
-            unit vectors, or hears of holes elsewhere.
+            unit vectors or captions that were read otherwise, or hears of holes elsewhere.
     """
     refuse_features(spec.kind, start)
     refuse_holes(spec, start)
-    refuse_other(spec.kind, asked_of(spec), asked_of(start.spec))
+    mine, theirs = asked_of(spec), asked_of(start.spec)
+    if "enlarged_by" not in theirs:  # it enlarged nothing, and weights for what it was not told begin at zero
+        mine.pop("enlarged_by", None)
+    refuse_other(spec.kind, mine, theirs)
+    refuse_readers(spec.kind, start, clip)
     return widened(start, now, spec.channels / (spec.channels + spec.told_channels))
 
 
@@ -61,6 +82,26 @@ def refuse_features(kind: str, start: Trained) -> None:
             )
         case _:
             pass
+
+
+def refuse_readers(kind: str, start: Trained, clip: ClipNetSpec | None) -> None:
+    """Published weights that were told captions in states that this stage's CLIP does not say.
+
+    Raises:
+        ValueError: The start is one of them; the field of the CLIP is named, with both values.
+    """
+    source = start.spec.source if isinstance(start.spec, NetworkSpec) else ""
+    if source in READ_OTHERWISE:
+        raise ValueError(
+            f"{kind}: the parent 'start' is {source}, which was told what no CLIP says; leave start out"
+        )
+    for name, theirs in READ_BY.get(source, {}).items():
+        mine = getattr(clip, name, None)
+        if mine != theirs:
+            raise ValueError(
+                f"{kind}: the parent 'start' is {source}, for which captions were read otherwise: net.{name} "
+                f"of its CLIP is {theirs!r} and {mine!r} here; make them equal, or leave start out"
+            )
 
 
 def refuse_holes(spec: ChainSpec, start: Trained) -> None:
@@ -111,13 +152,22 @@ def asked_of(spec: Spec) -> dict[str, Any]:
     """`asked` of a chain or a published network, of which a source may not say more than the network is."""
     match spec:
         case ChainSpec():
-            return asked(spec.net, spec.schedule, spec.predicts, rescaled=spec.rescaled_time)
+            found = asked(spec.net, spec.schedule, spec.predicts, rescaled=spec.rescaled_time)
+            return found | ({"enlarged_by": spec.enlarged_by} if spec.factor > 1 else {})
         case NetworkSpec(process=Process() as process):
-            return asked(spec.net, levels_of(process), process.predicts, rescaled=process.rescaled_time)
+            found = asked(spec.net, levels_of(process), process.predicts, rescaled=process.rescaled_time)
+            return found | enlarged(spec)
         case NetworkSpec():
             return parts("net", spec.net)
         case _:
             return {}
+
+
+def enlarged(spec: NetworkSpec) -> dict[str, Any]:
+    """How the smaller picture is enlarged that a published UNet is told, after four channels of a hole."""
+    told = spec.net.unet.image_channels if isinstance(spec.net, PlainSpec | CaptionedSpec) else 0
+    by = "bicubic" if spec.source.startswith("karlo-sr") else "bilinear"
+    return {"enlarged_by": by} if told in {3, 7} else {}
 
 
 def asked(

@@ -126,7 +126,7 @@ def paper() -> RunSpec:
 
 
 def paper_clip() -> TrainSpec:
-    """OpenAI's ViT-L/14, not trained here."""
+    """OpenAI's ViT-L/14, not trained here; captions are padded by their END, as Stable Diffusion's are."""
     net = ClipNetSpec(
         embedding_width=768,
         patch_size=14,
@@ -135,6 +135,7 @@ def paper_clip() -> TrainSpec:
         context_length=77,
         text_width=768,
         quick_gelu=True,
+        pads_with="end",
     )
     return TrainSpec(
         name="clip",
