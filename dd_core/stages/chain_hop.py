@@ -81,7 +81,7 @@ class ChainHop:
         refuse_small(self.spec, state.image)
         sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
         edit, spec = self.edit(state), self.spec
-        eps = noise(torch.empty(self.shape(len(state.seeds)), device=self.device))
+        eps = how.temperature * noise(torch.empty(self.shape(len(state.seeds)), device=self.device))
         first = float(sigmas[0])
         x, fill = from_vp(eps, first) if isinstance(spec.schedule, ScheduleSpec) else first * eps, None
         if spec.factor == 1 and (given := given_noise(state, x)) is not None:

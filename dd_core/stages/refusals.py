@@ -105,6 +105,10 @@ def refuse_unheard(how: SamplingSpec, kind: str, *, hears: Hears | None = None) 
             f"{a(kind)} has no noise levels; leave out sampler, spacing, guidance_interval and "
             "guidance_rescale",
         ),
+        (
+            kind != "chain" and how.temperature != 1,
+            f"temperature is for the noise that a chain begins with, not {a(kind)}; leave it out",
+        ),
         *sampled(how, kind, hears),
     )
     for wrong, remedy in remedies:

@@ -24,7 +24,7 @@ PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
 SMALL = ANCESTRAL.but(variance=ddpm.ANCESTRAL.variance)
-FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0)
+FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0, temperature=0.997)
 COSINE, LINEAR = ScheduleSpec(betas="cosine"), ScheduleSpec()
 
 

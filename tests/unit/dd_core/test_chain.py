@@ -571,6 +571,13 @@ def test_an_enlarging_model_that_fills_starts_as_the_one_that_enlarges() -> None
     torch.testing.assert_close(new, old)
 
 
+def test_the_first_noise_is_multiplied_by_the_temperature() -> None:
+    made, state = hop(DDPM), asked([1], "a")
+    how = SamplingSpec(sampler="ddim", num_steps=4, guidance_scale=1.0)
+    first, cooler = (next(made.start(state, how.but(temperature=t)).sampling).x for t in (1.0, 0.5))
+    torch.testing.assert_close(cooler, first / 2)
+
+
 def test_weights_that_hear_of_holes_otherwise_are_no_start() -> None:
     filling = INPAINTING.but(net=plain(learned=True, image_channels=4))
     with pytest.raises(ValueError, match="fills holes and enlarges nothing"):
@@ -640,7 +647,7 @@ def test_a_published_network_is_a_start_if_it_was_asked_alike() -> None:
         published = Process.model_validate(
             {"schedule": "sqrt_linear", "beta_range": (0.00085, 0.012)} | process
         )
-        start = Trained(NetworkSpec(source="sd1", net=LATENT.net, process=published), weights)
+        start = Trained(NetworkSpec(source="diffusers", net=LATENT.net, process=published), weights)
         return build_stage(LATENT, PARENTS | {"start": start})
 
     begun()

@@ -97,6 +97,7 @@ def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spe
         (BASE, {"sampler": "consistency"}, {}, "a base is no consistency model; use ddim or dpmpp_2m"),
         (BASE, {"sampler": "ddpm"}, {}, "this base does not learn its variance .* sampler: ddim"),
         (BASE, {"sampler": "ddpm", "variance": "analytic"}, {}, "errors are not measured; set variance"),
+        (BASE, {"temperature": 0.9}, {}, "for the noise that a chain begins with, not a base; leave it out"),
         (BASE, {}, {"gray": KNOWN[:, :1]}, "a base keeps nothing of gray; take a consistency model"),
         (BASE, {}, {"coarse": KNOWN}, "a base keeps nothing of coarse; take a consistency model"),
         (UPSAMPLER, {"sampler": "consistency"}, {}, "an upsampler is no consistency model; use ddim"),
