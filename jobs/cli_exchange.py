@@ -27,6 +27,12 @@ exchanged = Group("exchanged")
     type=click.FloatRange(min=0, min_open=True),
     help="Of an autoencoder by itself: one over the deviation of its latents, where no file says it.",
 )
+@click.option(
+    "--classifier", type=click.Path(path_type=Path), help="Of a base of ADM: it leads it to a class."
+)
+@click.option(
+    "--upsampler", type=click.Path(path_type=Path), help="Of a base of ADM: it enlarges its pictures."
+)
 def bring_in(
     source: str,
     paths: tuple[Path, ...],
@@ -34,18 +40,23 @@ def bring_in(
     averaged: bool,
     tokenizer: tuple[Path, Path] | None,
     scale: float | None,
+    classifier: Path | None,
+    upsampler: Path | None,
 ) -> None:
-    """Make a bundle of published weights.
+    """Make a bundle of published weights, or a cascade that paints.
 
     SOURCE says what they are, such as adm-imagenet256, glide-base, sd1, sd-x4-upscaler, ldm-kl-f8,
     karlo-prior, openai-clip:ViT-L-14 or diffusers; a wrong one is refused, with the names of the others.
     PATHS are its files, or the folder of one component of diffusers.
 
-    Source glide takes base and upsampler and its --tokenizer, and makes a cascade that paints.
+    What paints from noise, told no more than a class (ADM, Improved DDPM, EDM, consistency models, latent
+    diffusion of faces, bedrooms and churches), becomes a cascade; source glide, base and upsampler, too, with
+    its --tokenizer.
     """
-    from jobs.exchange import import_weights
+    from jobs.exchange import More, import_weights
 
-    answer(import_weights(source, paths, out, averaged=averaged, tokenizer=tokenizer, scale=scale))
+    more = More(tokenizer, scale, classifier, upsampler)
+    answer(import_weights(source, paths, out, averaged=averaged, more=more))
 
 
 @exchanged.command()
@@ -54,6 +65,6 @@ def bring_in(
 @click.option("--out", required=True, type=DIRECTORY, help="Where the folders go.")
 def export(bundle: Path, kind: str, out: Path) -> None:
     """Write a BUNDLE in the format of somebody else."""
-    from jobs.exchange import export_diffusers
+    from jobs.export import export_diffusers
 
     answer({"format": kind} | export_diffusers(bundle, out))

@@ -1,17 +1,18 @@
-"""`ddiff import` and `ddiff export`: published weights to our bundles, and these to folders of diffusers."""
+"""`ddiff import`: published weights to our bundles, and to cascades of them where they paint alone."""
 
 import difflib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dd_core import bundle, sealed
+from dd_core import bundle
+from dd_core.cascade import CascadeSpec
 from dd_core.layouts import (
     clip,
     diffusers_autoencoder,
@@ -20,22 +21,23 @@ from dd_core.layouts import (
     diffusers_unet,
     importing,
 )
-from dd_core.layouts.files import weights_in, weights_in_folder
-from dd_core.layouts.moves import LayoutError, fitted, inward, outward
+from dd_core.layouts.files import WEIGHTS, weights_in, weights_in_folder
+from dd_core.layouts.moves import LayoutError, fitted, inward
 from dd_core.layouts.published import AUTOENCODERS, published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
-from dd_core.nets.network import PlainSpec
 from dd_core.nets.text import CaptionedSpec
 from dd_core.nets.unet import UNet
 from dd_core.spec import Spec
+from dd_core.stages import published as published_stages
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
-from dd_core.vocabulary import read_vocabulary
+from dd_core.vocabulary import ByteVocabulary, read_vocabulary
+from jobs.published_cascades import CLASSIFIERS, UPSAMPLERS, card_of, cascade_of
 from jobs.recipes import glide
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLIPS = ("openai-clip", "open-clip")
 GLIDE = ("glide-base", "glide-upsample")
 """What source glide is made of."""
@@ -50,36 +52,51 @@ then 27 of DDIM without.
 Facts = dict[str, Any]
 
 
+class More(NamedTuple):
+    """What some sources need or take besides their files."""
+
+    tokenizer: tuple[Path, Path] | None = None
+    """Of glide, which becomes a cascade: its encoder.json and vocab.bpe."""
+    scale: float | None = None
+    """Of an autoencoder that was published by itself: what its latents are multiplied by, so that their
+    deviation is one, where its file does not say it; with a codebook 1 unless it is given."""
+    classifier: Path | None = None
+    """Of a base of ADM: the file of the classifier that is to lead it."""
+    upsampler: Path | None = None
+    """Of a class-conditional base at 64 or 128 px: the file of what is to enlarge its pictures."""
+
+
+NOTHING_MORE = More()
+
+
 def import_weights(
     source: str,
     paths: Sequence[Path],
     out: Path,
     *,
     averaged: bool,
-    tokenizer: tuple[Path, Path] | None = None,
-    scale: float | None = None,
+    more: More = NOTHING_MORE,
 ) -> Facts:
-    """Write the bundle of a published network, or one for each network in its file.
+    """Write the bundle of a published network, or of each in its file; of one that paints alone, a cascade.
 
     Args:
         source: Which it is: a name of `sources()`; no file says so itself.
         paths: Its files; for diffusers the folder of one component.
         out: Where the bundle goes; UNet and autoencoder of one file go to `unet` and `autoencoder` in it.
         averaged: Take averaged weights where a file holds both.
-        tokenizer: Of glide, which becomes a cascade: its encoder.json and vocab.bpe.
-        scale: Of an autoencoder that was published by itself: what its latents are multiplied by, so that
-            their deviation is one, where its file does not say it; with a codebook 1 unless it is given.
+        more: What some sources need or take besides.
 
     Raises:
         ValueError: The source is unknown, or a file is not laid out like it; the key is named.
         FileNotFoundError: There is no such file.
     """
     if source == "glide":
-        return import_glide(paths, out, tokenizer)
-    if tokenizer is not None:
+        return import_glide(paths, out, more.tokenizer)
+    if more.tokenizer is not None:
         raise ValueError("--tokenizer is for source glide, which becomes a cascade that paints; leave it out")
-    if scale is not None and source not in AUTOENCODERS:
+    if more.scale is not None and source not in AUTOENCODERS:
         raise ValueError("--scale is for autoencoders that come by themselves (ldm-kl-f8); leave it out")
+    beside = beside_of(source, more)
     name, _, model = source.partition(":")
     if source == "diffusers":
         return {"bundles": import_folder(the_only(paths, source), out)}
@@ -92,28 +109,135 @@ def import_weights(
         net_spec = AUTOENCODERS[source]
         weights = weights_in(the_only(paths, source))
         assumed = 1.0 if net_spec.codes else None
-        found = importing.autoencoder(net_spec, weights, scale=scale or assumed)
+        found = importing.autoencoder(net_spec, weights, scale=more.scale or assumed)
         return {"bundles": [written(out, stage_of(net_spec), found, source)]}
-    return import_network(source, paths, out, averaged=averaged)
+    return import_network(source, paths, out, averaged=averaged, beside=beside)
 
 
-def import_network(source: str, paths: Sequence[Path], out: Path, *, averaged: bool) -> Facts:
-    """Write the bundle of a published network, and that of the autoencoder in its file."""
+def beside_of(source: str, more: More) -> dict[str, tuple[str, Path]]:
+    """What else goes into the cascade of a base: stage -> source and file.
+
+    Raises:
+        ValueError: Nothing of the kind was published for this one.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    leads = {base: name for base, (name, _) in CLASSIFIERS.items()}
+    for option, known, file in (
+        ("classifier", leads, more.classifier),
+        ("upsampler", UPSAMPLERS, more.upsampler),
+    ):
+        if file is not None and source not in known:
+            raise ValueError(f"--{option} is for {', '.join(known)}, not {source}; leave it out")
+        if file is not None:
+            found[option] = known[source], file
+    return found
+
+
+class Part(NamedTuple):
+    """A stage of a cascade that is imported."""
+
+    source: str
+    spec: Spec
+    weights: Mapping[str, Tensor]
+    parents: Mapping[str, str]
+    """Role -> a stage before it."""
+    vocabulary: ByteVocabulary | None = None
+    facts: Mapping[str, Any] = MappingProxyType({})
+
+
+def import_network(
+    source: str,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    averaged: bool,
+    beside: Mapping[str, tuple[str, Path]] = MappingProxyType({}),
+) -> Facts:
+    """Write a published network and the autoencoder in its file: a cascade of them if it paints by itself."""
     if source not in (known := published()):
         close = difflib.get_close_matches(source, sources(), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sources())}"
         raise ValueError(f"there is no source {source!r}; {hint}")
-    found = importing.imported(known[source], [weights_in(path) for path in paths], averaged=averaged)
-    spec = NetworkSpec(source=source, net=known[source].net, process=known[source].process)
-    if found.autoencoder is None or known[source].autoencoder is None:
-        bundles = [written(out, spec, found.weights, source, left=found.left)]
-    else:
-        first = stage_of(known[source].autoencoder)
-        bundles = [
-            written(out / "unet", spec, found.weights, source, left=found.left, averaged=found.averaged)
-        ]
-        bundles.append(written(out / "autoencoder", first, found.autoencoder, source))
-    return {"bundles": bundles, "not taken": found.left or {}}
+    network, stage = known[source], published_stages.stage_of(known[source])
+    found = importing.imported(network, [weights_in(path) for path in paths], averaged=averaged)
+    left = {"not taken": found.left or {}}
+    if isinstance(stage, ConsistencySpec) or (isinstance(stage, ChainSpec) and stage.factor == 1):
+        return import_painter(source, stage, found, out, beside=beside) | left
+    if stage is not None:
+        return {"bundles": [written(out, stage, inner(found.weights), source, left=found.left)]} | left
+    spec = NetworkSpec(source=source, net=network.net, process=network.process)
+    if found.autoencoder is None or network.autoencoder is None:
+        return {"bundles": [written(out, spec, found.weights, source, left=found.left)]} | left
+    facts = {"left": found.left, "averaged": found.averaged}
+    first = written(out / "unet", spec, found.weights, source, **facts)
+    second = written(out / "autoencoder", stage_of(network.autoencoder), found.autoencoder, source)
+    return {"bundles": [first, second]} | left
+
+
+def import_painter(
+    source: str,
+    stage: ChainSpec | ConsistencySpec,
+    found: importing.Imported,
+    out: Path,
+    *,
+    beside: Mapping[str, tuple[str, Path]],
+) -> Facts:
+    """Write the cascade of a network that paints from noise, told no more than a class."""
+    if out.exists():
+        raise ValueError(f"{out} exists; name another --out")
+    known, first = published(), known_autoencoder(source, found)
+    specs = {name: published_stages.stage_of(known[other]) for name, (other, _) in beside.items()}
+    enlarged = specs.get("upsampler")
+    assert enlarged is None or isinstance(enlarged, ChainSpec)
+    name, led = "base" if first is None else "unet", "classifier" in beside
+    cascade = cascade_of(source, stage, name=name, led=led, enlarged=enlarged)
+
+    def parts() -> Iterator[tuple[str, Part]]:
+        if first is not None:
+            yield "autoencoder", first
+        facts = {"left": found.left, "averaged": found.averaged}
+        parents = {} if first is None else {"autoencoder": "autoencoder"}
+        yield name, Part(source, stage, inner(found.weights), parents, facts=facts)
+        for role, (other, path) in beside.items():
+            weights = importing.imported(known[other], [weights_in(path)], averaged=False).weights
+            spec = specs[role]
+            assert spec is not None
+            yield role, Part(other, spec, inner(weights), {})
+
+    return assembled(out, cascade, parts(), card=card_of(source, stage, led=led))
+
+
+def known_autoencoder(source: str, found: importing.Imported) -> Part | None:
+    """The autoencoder that came in the file of a network, as a stage."""
+    if found.autoencoder is None:
+        return None
+    return Part(source, stage_of(published()[source].autoencoder), found.autoencoder, {})
+
+
+def inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a network as those of the model of a stage, which holds it."""
+    return {f"{published_stages.PREFIX}{name}": weight for name, weight in weights.items()}
+
+
+def assembled(out: Path, cascade: CascadeSpec, parts: Iterable[tuple[str, Part]], *, card: str) -> Facts:
+    """Write a cascade of imported stages, each after those that it stands on."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        stages: dict[str, Path] = {}
+        digests: dict[str, str] = {}
+        for name, part in parts:
+            stages[name] = Path(beside) / name
+            digests[name] = bundle.save(
+                stages[name],
+                part.spec,
+                part.weights,
+                parents={role: digests[parent] for role, parent in part.parents.items()},
+                facts={"imported": part.source, **part.facts},
+                vocabulary=part.vocabulary,
+            )
+        digest = bundle.save_cascade(out, cascade, stages, card=card)
+    hops = [hop.stage for hop in cascade.hops]
+    return {"cascade": str(out), "hops": hops, "stages": list(stages), "digest": digest}
 
 
 def sources() -> list[str]:
@@ -142,9 +266,8 @@ def import_glide(paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] 
         raise ValueError(f"{out} exists; name another --out")
     vocabulary, whole, known = read_vocabulary(*tokenizer), glide.paper(), published()
     specs = {hop.stage: whole.stage(hop.stage).stage for hop in whole.cascade.hops}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        stages: dict[str, Path] = {}
+
+    def parts() -> Iterator[tuple[str, Part]]:
         for (name, spec), source, path in zip(specs.items(), GLIDE, paths, strict=True):
             assert isinstance(spec, ChainSpec)
             assert isinstance(spec.net, CaptionedSpec)
@@ -154,11 +277,9 @@ def import_glide(paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] 
                     f"{spec.net.text.vocab_size}; it is the vocabulary of another model"
                 )
             found = importing.imported(known[source], [weights_in(path)], averaged=False)
-            weights = {f"network.{key}": weight for key, weight in found.weights.items()}
-            stages[name], facts = Path(beside) / name, {"imported": source}
-            bundle.save(stages[name], spec, weights, parents={}, facts=facts, vocabulary=vocabulary)
-        digest = bundle.save_cascade(out, whole.cascade, stages, card=GLIDE_CARD)
-    return {"cascade": str(out), "hops": list(specs), "digest": digest}
+            yield name, Part(source, spec, inner(found.weights), {}, vocabulary)
+
+    return assembled(out, whole.cascade, parts(), card=GLIDE_CARD)
 
 
 def the_only(paths: Sequence[Path], source: str) -> Path:
@@ -219,59 +340,3 @@ def json_in(path: Path) -> Facts:
     except ValueError as error:
         raise LayoutError(f"{path} is damaged: {error}") from None
     return content
-
-
-def export_diffusers(directory: Path, out: Path) -> Facts:
-    """Write a bundle as components of a pipeline of diffusers: `unet` and `scheduler`, or `vae`.
-
-    Raises:
-        sealed.SealError: The bundle is damaged.
-        ValueError: There is nothing in diffusers that computes the same.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists; name another --out")
-    found = bundle.load(directory)
-    match found.trained.spec:
-        case NetworkSpec(net=PlainSpec()) as spec:
-            return export_unet(spec, found.trained.weights, out)
-        case AutoencoderSpec() as spec:
-            net = Autoencoder(spec.net)
-            net.load_state_dict(found.trained.weights)
-            config = diffusers_autoencoder.config_of(spec.net, scale=net.scale().item())
-            weights = {
-                name: t for name, t in found.trained.weights.items() if name not in ("moments", "observed")
-            }
-            moves = diffusers_autoencoder.autoencoder_moves(net)
-            return component(out / "vae", config, outward(weights, moves))
-        case other:
-            raise ValueError(
-                f"{directory}: diffusers has nothing that computes what a {type(other).__name__} does; "
-                "UNets that were imported and autoencoders can be exported"
-            )
-
-
-def export_unet(spec: NetworkSpec, weights: Mapping[str, Tensor], out: Path) -> Facts:
-    """A UNet, and beside it how it is asked."""
-    assert isinstance(spec.net, PlainSpec)
-    size = spec.process.image_size if spec.process else 64
-    config = diffusers_config.config_of(spec.net, image_size=size)
-    with torch.device("meta"):
-        net = UNet(spec.net.unet, in_channels=spec.net.in_channels, out_channels=spec.net.out_channels)
-    facts = component(out / "unet", config, outward(weights, diffusers_unet.unet_moves(net, linear=True)))
-    if spec.process and spec.process.schedule != "karras":
-        (out / "scheduler").mkdir()
-        text = json.dumps(diffusers_scheduler.config_of(spec.process), indent=2)
-        (out / "scheduler" / "scheduler_config.json").write_text(text)
-    return facts
-
-
-def component(directory: Path, config: Facts, weights: Mapping[str, Tensor]) -> Facts:
-    """One folder: its config and its weights."""
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(dict(weights), directory / WEIGHTS, metadata={"format": "pt"})
-    return {
-        "path": str(directory),
-        "class": config["_class_name"],
-        "sha256": sealed.sha256(directory / WEIGHTS),
-    }

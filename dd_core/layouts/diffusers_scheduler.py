@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dd_core.denoiser import SIGMA_DATA
 from dd_core.layouts.moves import LayoutError
 from dd_core.layouts.published import Process
 
@@ -33,6 +34,18 @@ def config_of(process: Process) -> dict[str, Any]:
         "variance_type": "learned_range" if process.learned_variance else "fixed_small",
         "clip_sample": process.learned_variance,
         "timestep_spacing": "linspace",
+    }
+
+
+def jumps_of(sigma_min: float, sigma_max: float) -> dict[str, Any]:
+    """The scheduler_config.json of a consistency model that is the identity at its lowest level."""
+    return {
+        "_class_name": "CMStochasticIterativeScheduler",
+        "num_train_timesteps": 40,
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+        "sigma_data": SIGMA_DATA,
+        "clip_denoised": True,
     }
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from dd_core.layouts.moves import LayoutError
 
 READ_SECONDS = 1800
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""In the folder of a component of diffusers."""
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The noised classifier: noisy image -> class, to guide a sampling by its gradient (scores.of_class).
 
-Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4; here over the noise levels of the model that it
-guides, in place of uniform timesteps.
+Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4; unless it has a `schedule`, here over the noise
+levels of the model that it guides, in place of uniform timesteps.
 """
 
 from typing import Literal
@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dd_core import images
+from dd_core import images, schedules
+from dd_core.denoiser import Tell
 from dd_core.labels import UNLABELLED
 from dd_core.nets import classifier as nets
 from dd_core.noise import spread
+from dd_core.schedules import Clock, ScheduleSpec
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 
 
@@ -27,6 +29,18 @@ class ClassifierSpec(LearnedSpec):
     log_sigma_mean: float = 0.0
     log_sigma_std: float = Field(1.4, gt=0)
     """Noise levels of training: log sigma is normal, as for the base it guides."""
+    schedule: ScheduleSpec | None = None
+    """Of a chain, as published: it is told timesteps, and trained at all of them alike; None: log sigma."""
+
+    @model_validator(mode="after")
+    def _is_told(self) -> "ClassifierSpec":
+        scale = self.net.unet.level_scale
+        if self.schedule is not None and scale != 1:
+            raise ValueError(
+                f"net.unet.level_scale is {scale:g}, and timesteps are told as they are; set it to 1, or "
+                "leave schedule out"
+            )
+        return self
 
     @property
     def classes(self) -> int:
@@ -42,13 +56,14 @@ class ClassifierSpec(LearnedSpec):
 class NoisedClassifier(nn.Module):
     """The network, asked in the sigma frame."""
 
-    def __init__(self, spec: nets.ClassifierSpec) -> None:
+    def __init__(self, spec: ClassifierSpec) -> None:
         super().__init__()
-        self.network = nets.Classifier(spec)
+        self.network = nets.Classifier(spec.net)
+        self.tell: Tell = torch.log if spec.schedule is None else Clock(spec.schedule)
 
     def forward(self, x: Float[Tensor, " b c h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b k"]:
         """Logits of x = x0 + sigma eps."""
-        logits: Tensor = self.network(x * torch.rsqrt(1 + spread(sigma, x) ** 2), sigma.log())
+        logits: Tensor = self.network(x * torch.rsqrt(1 + spread(sigma, x) ** 2), self.tell(sigma))
         return logits.float()
 
 
@@ -56,19 +71,22 @@ class ClassifierStage(Stage):
     """Cross-entropy of the labels; an image without one teaches nothing and is counted in `labelled`."""
 
     model: NoisedClassifier
+    table: Float[Tensor, " t"] | None
+    """Noise levels of the timesteps, if it is told these."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.model = NoisedClassifier(spec.net)
+        timed = None if spec.schedule is None else schedules.sigmas(spec.schedule)
+        self.register_buffer("table", timed, persistent=False)
+        self.model = NoisedClassifier(spec)
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         """Raises ValueError if the batch has no labels, or one that is no class."""
         if batch.label is None:
             raise ValueError("noised_classifier learns labels; set `label` (path and classes) of the run")
         known, x0 = batch.label != UNLABELLED, images.to_unit(batch.image)
-        log_sigma = self.spec.log_sigma_mean + self.spec.log_sigma_std * torch.randn_like(x0[:, 0, 0, 0])
-        sigma = log_sigma.exp()
+        sigma = self.levels(x0)
         logits = self.model(x0 + spread(sigma, x0) * torch.randn_like(x0), sigma)
         each = F.cross_entropy(logits, batch.label, ignore_index=UNLABELLED, reduction="none")
         count = known.sum().clamp(min=1)
@@ -81,6 +99,14 @@ class ClassifierStage(Stage):
         }
         return Losses(each.sum() / count, parts)
 
+    def levels(self, like: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
+        """A noise level to learn at for each image."""
+        if self.table is not None:
+            return self.table.to(like)[torch.randint(len(self.table), (len(like),), device=like.device)]
+        spec = self.spec
+        log_sigma = spec.log_sigma_mean + spec.log_sigma_std * torch.randn_like(like[:, 0, 0, 0])
+        return log_sigma.exp()
+
 
 def classifier_of(trained: Trained) -> NoisedClassifier:
     """A trained classifier, ready to guide.
@@ -90,6 +116,6 @@ def classifier_of(trained: Trained) -> NoisedClassifier:
     """
     if not isinstance(trained.spec, ClassifierSpec):
         raise ValueError(f"the parent 'classifier' is a {type(trained.spec).__name__}")
-    model = NoisedClassifier(trained.spec.net)
+    model = NoisedClassifier(trained.spec)
     model.load_state_dict(trained.weights)
     return model.eval().requires_grad_(False)

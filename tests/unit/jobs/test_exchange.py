@@ -16,6 +16,7 @@ from dd_core import bundle, sealed
 from dd_core.cascade import CascadeSpec, HopSpec, requested, run
 from dd_core.layouts import diffusers_scheduler, importing, ldm, published
 from dd_core.layouts.adm import AdmLayout
+from dd_core.layouts.files import WEIGHTS
 from dd_core.layouts.moves import LayoutError, outward
 from dd_core.layouts.published import Process, Published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
@@ -28,7 +29,7 @@ from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.network import NetworkSpec
 from dd_core.vocabulary import ENCODER, read_vocabulary
-from jobs import exchange
+from jobs import exchange, export
 from jobs.cli import main
 from jobs.recipes import glide
 from tests.unit.dd_core import test_vocabulary
@@ -85,7 +86,7 @@ def test_a_file_becomes_bundles_and_these_folders_and_these_bundles_again(
     net.load_state_dict(first.trained.weights)
     assert net.scale().item() == pytest.approx(0.18215)
     for name, found in (("unet", unet), ("autoencoder", first)):
-        written = exchange.export_diffusers(tmp_path / "tiny" / name, tmp_path / f"{name}-folder")
+        written = export.export_diffusers(tmp_path / "tiny" / name, tmp_path / f"{name}-folder")
         exchange.import_weights(
             "diffusers", [Path(written["path"])], tmp_path / f"{name}-back", averaged=True
         )
@@ -131,7 +132,9 @@ def test_an_autoencoder_by_itself_is_told_its_scale(
     assert CliRunner().invoke(main, [*alone, "--scale", "0.5"]).exit_code == 0
     assert first_of(tmp_path / "kl").scale().item() == pytest.approx(0.5)
     with pytest.raises(ValueError, match="--scale is for autoencoders"):
-        exchange.import_weights("sd1", [checkpoint], tmp_path / "sd", averaged=True, scale=0.5)
+        exchange.import_weights(
+            "sd1", [checkpoint], tmp_path / "sd", averaged=True, more=exchange.More(scale=0.5)
+        )
 
 
 def test_the_x4_upscaler_walks_the_betas_of_its_configuration() -> None:
@@ -185,8 +188,8 @@ def test_the_commands_say_what_they_made_and_what_they_left(checkpoint: Path, tm
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
     """The UNet as a component of diffusers, its weights in three files and an index."""
     exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
-    written = exchange.export_diffusers(tmp_path / "tiny" / "unet", tmp_path / "folder")
-    whole = Path(written["path"]) / exchange.WEIGHTS
+    written = export.export_diffusers(tmp_path / "tiny" / "unet", tmp_path / "folder")
+    whole = Path(written["path"]) / WEIGHTS
     tensors = load_file(whole)
     names = [f"diffusion_pytorch_model-{part + 1:05}-of-00003.safetensors" for part in range(3)]
     places = {name: names[at % 3] for at, name in enumerate(sorted(tensors))}
@@ -194,7 +197,7 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
         save_file({name: tensors[name] for name, at in places.items() if at == part}, whole.parent / part)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (whole.parent / f"{exchange.WEIGHTS}.index.json").write_text(json.dumps(index))
+    (whole.parent / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     whole.unlink()
     return whole.parent
 
@@ -231,7 +234,7 @@ def test_a_component_in_several_files_is_that_of_one(folder: Path, tmp_path: Pat
 def test_an_index_that_does_not_tell_the_truth_is_refused(
     damage: Callable[[Any], Any], said: str, folder: Path, tmp_path: Path
 ) -> None:
-    path = folder / f"{exchange.WEIGHTS}.index.json"
+    path = folder / f"{WEIGHTS}.index.json"
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
     with pytest.raises(LayoutError, match=said):
         exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
@@ -414,10 +417,14 @@ def test_a_vocabulary_is_under_the_seal_and_must_be_that_of_the_weights(
     encoder, merges = test_vocabulary.written(tmp_path)
     paths = [glides["glide-base"], glides["glide-upsample"]]
     with pytest.raises(ValueError, match=r"encoder.json: \d+ symbols, but glide-base reads 50257"):
-        exchange.import_weights("glide", paths, tmp_path / "o", averaged=True, tokenizer=(encoder, merges))
+        exchange.import_weights(
+            "glide", paths, tmp_path / "o", averaged=True, more=exchange.More((encoder, merges))
+        )
     for bad in (paths[:1], paths):
         with pytest.raises(ValueError, match="two files of weights, base and upsampler"):
             exchange.import_weights("glide", bad, tmp_path / "o", averaged=True)
     with pytest.raises(ValueError, match="--tokenizer is for source glide"):
-        exchange.import_weights("sd1", paths, tmp_path / "o", averaged=True, tokenizer=(encoder, merges))
+        exchange.import_weights(
+            "sd1", paths, tmp_path / "o", averaged=True, more=exchange.More((encoder, merges))
+        )
     assert not (tmp_path / "o").exists()

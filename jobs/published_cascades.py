@@ -1,0 +1,87 @@
+"""How published models are sampled: the cascade of a source that paints by itself, as its authors sampled it.
+
+Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233, table 14 and appendix H), Nichol & Dhariwal 2021
+(arXiv:2102.09672, section 4), Karras et al. 2022 (arXiv:2206.00364), Song et al. 2023 (arXiv:2303.01469),
+Rombach et al. 2022 (arXiv:2112.10752, appendix); the READMEs beside their published code.
+"""
+
+from dd_core.cascade import CascadeSpec, HopSpec, Role
+from dd_core.samplers import SamplingSpec
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.consistency import ConsistencySpec
+from dd_core.steering import GradientSpec
+
+ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=250, spacing="linspace", guidance_scale=1.0)
+ROOMS = ANCESTRAL.but(spacing="sections", sections=(90, 60, 60, 20, 20))
+"""ADM on LSUN."""
+EULER_HEUN = SamplingSpec(sampler="heun", num_steps=40, guidance_scale=1.0)
+JUMP = SamplingSpec(sampler="consistency", num_steps=1, guidance_scale=1.0)
+LATENT = SamplingSpec(sampler="ddim", num_steps=200, eta=1.0, spacing="ldm_plus_one", guidance_scale=1.0)
+
+CLASSIFIERS = {
+    "adm-imagenet64": ("adm-classifier64", 1.0),
+    "adm-imagenet128": ("adm-classifier128", 0.5),
+    "adm-imagenet256": ("adm-classifier256", 1.0),
+    "adm-imagenet256-uncond": ("adm-classifier256", 10.0),
+    "adm-imagenet512": ("adm-classifier512", 4.0),
+}
+"""Base -> the classifier that leads it, and the weight of its gradient in 250 steps."""
+UPSAMPLERS = {
+    "adm-imagenet64": "adm-upsampler-64-256",
+    "adm-imagenet128": "adm-upsampler-128-512",
+    "improved-imagenet64-cond": "improved-upsampler-64-256",
+}
+"""Base -> what enlarges its pictures four times."""
+CONTEXT = 77
+"""Tokens of the captions that these hear nothing of."""
+
+
+def cascade_of(
+    source: str,
+    stage: ChainSpec | ConsistencySpec,
+    *,
+    name: str = "base",
+    led: bool = False,
+    enlarged: ChainSpec | None = None,
+) -> CascadeSpec:
+    """A base that paints from noise, sampled as published.
+
+    Args:
+        source: Under which name it was imported.
+        stage: The base.
+        name: Of the base in the cascade.
+        led: By the classifier of `CLASSIFIERS`, stage "classifier".
+        enlarged: The stage "upsampler" behind it; None: there is none.
+    """
+    how, guides = sampling_of(source, stage), dict[Role, str]()
+    if led:
+        how = how.but(gradient=GradientSpec(classes=CLASSIFIERS[source][1]))
+        guides["classifier"] = "classifier"
+    hops = [HopSpec(stage=name, how=how, guides=guides, follows_request=how.takes_any_steps())]
+    if enlarged is not None:
+        hops.append(HopSpec(stage="upsampler", how=ANCESTRAL))
+    side = stage.image_size if enlarged is None else enlarged.image_size
+    return CascadeSpec(name=source, hops=tuple(hops), context_length=CONTEXT, image_size=side)
+
+
+def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec:
+    """How its authors drew its pictures."""
+    if isinstance(stage, ConsistencySpec):
+        return JUMP
+    if stage.latent_channels:
+        return LATENT
+    if stage.predicts == "edm":
+        return EULER_HEUN
+    return ROOMS if source == "adm-lsun256" else ANCESTRAL
+
+
+def card_of(source: str, stage: ChainSpec | ConsistencySpec, *, led: bool) -> str:
+    """The README of such a cascade."""
+    told = "is told a class" if stage.classes else "is told nothing"
+    asked = "--label 0 " if stage.classes or led else ""
+    return (
+        f"# {source}\n\nPublished weights: imported, not trained here.  It {told}"
+        f"{', and led to one by a classifier' if led else ''}; no caption is heard:\n\n"
+        f'    ddiff sample "no caption" {asked}--cascade DIR\n\n'
+        "Sampled as published: see cascade.json.\n"
+    )
