@@ -12,6 +12,7 @@ Runs without Ray and without torch, so that the processes that read start at onc
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from dd_core import sealed
 from workflows.files import ATTEMPTS, GONE, PAUSE_S, one_line
 from workflows.labels import LabelSpec, label_of
 from workflows.storage import Home, StorageError
@@ -121,26 +123,47 @@ def survey(files: Sequence[str], wanted: Wanted) -> Pieces:
     """Find the usable rows of prepared files.
 
     Raises:
-        DataError: A file lacks a column or its sidecar, or there is no usable row at all.
+        DataError: A file is gone or damaged, lacks a column or its sidecar, or no row at all is usable.
+        StorageError: The store is away.
     """
-    found: list[tuple[int, int, int]] = []
-    for number, url in enumerate(files):
-        with parquet_of(url) as parquet:
-            check_columns(url, parquet, (*wanted.columns, "reject"))
-            if wanted.embeddings:
-                check_sidecar(wanted.sidecar(url), parquet, wanted.width)
-            for group in range(parquet.num_row_groups):
-                usable = (
-                    pc.sum(pc.equal(parquet.read_row_group(group, ["reject"])["reject"], "")).as_py() or 0
-                )
-                if usable:
-                    found.append((number, group, usable))
-    if not found:
+    noted = noted_rows(files)
+    with ThreadPoolExecutor(16) as pool:
+        every = list(pool.map(lambda url: usable_rows(url, wanted, noted.get(url, ())), files))
+    pieces = ((file, group, rows) for file, groups in enumerate(every) for group, rows in enumerate(groups))
+    if not (found := [piece for piece in pieces if piece[2]]):
         raise DataError(
             f"no usable pair in {len(files)} files of prepared data; look at their column 'reject'"
         )
     file_of, group_of, rows = np.array(found).T
     return Pieces(tuple(files), file_of.astype(np.int32), group_of.astype(np.int32), rows.astype(np.int64))
+
+
+def noted_rows(files: Sequence[str]) -> dict[str, Sequence[int]]:
+    """Usable rows of each row group, of the files whose manifest says it."""
+    home = Home.of(files[0].rpartition("/")[0])
+    parts = home.facts(sealed.MANIFEST).get("parts", [])
+    return {home.at(part["file"]).address: part.get("usable", ()) for part in parts}
+
+
+def usable_rows(url: str, wanted: Wanted, noted: Sequence[int]) -> Sequence[int]:
+    """Usable rows of each row group of a file that has what is wanted: as noted, or else counted."""
+
+    def look() -> tuple[Sequence[int], list[int]]:
+        with parquet_of(url) as parquet:
+            check_columns(url, parquet, (*wanted.columns, "reject"))
+            groups = groups_of(parquet)
+            if len(noted) == len(groups):
+                return noted, groups
+            rejects = [parquet.read_row_group(group, ["reject"])["reject"] for group in range(len(groups))]
+            return [pc.sum(pc.equal(column, "")).as_py() or 0 for column in rejects], groups
+
+    try:
+        found, groups = patiently(look, url)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{url}: {first_line(error)}; {PREPARE}") from None
+    if wanted.embeddings:
+        check_sidecar(wanted.sidecar(url), groups, wanted.width)
+    return found
 
 
 def check_columns(url: str, parquet: pq.ParquetFile, columns: Sequence[str]) -> None:
@@ -153,13 +176,13 @@ def check_columns(url: str, parquet: pq.ParquetFile, columns: Sequence[str]) -> 
             )
 
 
-def check_sidecar(url: str, beside: pq.ParquetFile, width: int) -> None:
-    """Refuse embeddings that are not there, or are not those of this file, row group by row group."""
+def check_sidecar(url: str, groups: Sequence[int], width: int) -> None:
+    """Refuse embeddings that are not there, or are not those of a file of these row groups."""
     try:
         kind, rows = patiently(lambda: shape_of(url), url)
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise DataError(f"{url}: {first_line(error)}; {REMAKE}") from None
-    if rows != groups_of(beside):
+    if rows != groups:
         raise DataError(f"{url} has other rows than the prepared file of its name; {REMAKE}")
     if kind != pa.list_(pa.float32(), width):
         raise DataError(f"{url} holds {kind}, the stage reads embeddings of {width} numbers; {REMAKE}")
@@ -234,11 +257,6 @@ def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
 def table_rows(wanted: Wanted) -> int:
     """Of one table at most."""
     return max(1, min(TABLE_ROWS, TABLE_BYTES // wanted.row_bytes))
-
-
-def steps_per_table(own: int, wanted: Wanted) -> int:
-    """Whole steps that one table serves, of a rank that trains on `own` rows in each."""
-    return max(1, table_rows(wanted) // own)
 
 
 def read(picks: Sequence[Pick], wanted: Wanted) -> Iterator[pa.Table]:
@@ -373,9 +391,9 @@ def prepared_files(data: Home | Path | str) -> list[str]:
         DataError: It is not there or not finished.
     """
     home = Home.of(data)
-    names = home.names()
-    files = [home.at(name).address for name in names if fnmatch(name, "part-*.parquet")]
-    if "manifest.json" not in names or not files:
+    names, listed = home.names(), home.facts(sealed.MANIFEST).get("files")
+    files = [home.at(name).address for name in sorted(listed or names) if fnmatch(name, "part-*.parquet")]
+    if sealed.MANIFEST not in names or not files:
         raise DataError(
             f"{home.address} is no finished prepared data; run `ddiff data prepare --out {home.address}`"
         )

@@ -68,7 +68,7 @@ def legs(spec: TrainSpec, wanted: feed.Wanted, first_step: int, rank: int) -> It
     """The stretches of a run that are read at once: short at first, so that training begins soon."""
     own = spec.batch_size // spec.num_workers
     store = ray.cluster_resources().get("object_store_memory", 0) / spec.num_workers
-    steps = feed.steps_per_table(own, wanted)
+    steps = max(1, feed.table_rows(wanted) // own)  # about a table
     most = max(steps, int(min(LEG_BYTES, store / 8)) // (own * wanted.row_bytes))
     while first_step < spec.budget.steps:
         now = min(steps, spec.budget.steps - first_step)

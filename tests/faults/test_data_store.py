@@ -1,11 +1,15 @@
 """A store that fails, cuts and swaps gives the same samples as one that does not, or says why not."""
 
+from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.core import S3File
 
 from tests.conftest import write_shard
@@ -118,6 +122,30 @@ def test_the_fingerprint_of_a_source_changes_when_a_shard_does(shard: Path) -> N
     assert before == fingerprint(located([str(shard)]))
     shard.write_bytes(shard.read_bytes() + bytes(512))
     assert before != fingerprint(located([str(shard)]))
+
+
+class Counting(MemoryFileSystem):
+    """Knows what it was asked for."""
+
+    protocol = "counting"
+    store: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def info(self, path: str, **options: Any) -> Any:
+        self.asked[path] += 1
+        return super().info(path, **options)
+
+
+def test_a_store_is_asked_once_for_each_shard_that_a_glob_matches() -> None:
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    fs = fsspec.filesystem("counting")
+    for number in range(40):
+        fs.pipe(f"/d/{number:02d}.tar", b"x" * number)
+    fs.pipe("/d/inner.tar/x", b"")
+    alone = located(["counting://d/{00..39}.tar"])
+    Counting.asked.clear()
+    assert located(["counting://d/*.tar"]) == alone
+    assert {Counting.asked[f"/d/{number:02d}.tar"] for number in range(40)} == {1}
 
 
 @pytest.mark.filterwarnings("ignore")  # botocore's and aiohttp's, of themselves

@@ -162,3 +162,19 @@ def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
             feed.row_group(url, 0, ["reject"], "")
     assert pauses == sorted(pauses)
     assert len(pauses) == times
+
+
+def test_a_stage_begins_though_the_store_stumbles(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = feed.survey(feed.prepared_files(data), WANTED)
+    real, failures = feed.fsspec.url_to_fs, iter([AwayError("the store is away")] * 5)
+
+    def flaky(*args: Any, **options: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return real(*args, **options)
+
+    monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
+    monkeypatch.setattr("workflows.feed.time.sleep", lambda _: None)
+    assert feed.survey(feed.prepared_files(data), WANTED).rows.tolist() == whole.rows.tolist()
+    with pytest.raises(DataError, match=r"part-00009.parquet: .*prepare the data again"):
+        feed.survey([str(data / "part-00009.parquet")], WANTED)
