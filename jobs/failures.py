@@ -96,7 +96,7 @@ def line_of(error: BaseException) -> str:
     match error:
         case KeyboardInterrupt():
             return "stopped; run the same command again to continue"
-        case OSError(errno=errno.ENOSPC):
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             where = error.filename or "the disk of the run"
             return f"no space left on {where}; free some and run the same command again to continue"
         case OSError() if error.filename:

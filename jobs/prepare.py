@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from jobs.environment import ray_cluster
 from workflows.files import located
-from workflows.pairs import DAMAGE, PairsSpec, check_census, usable_pairs
-from workflows.prepare import prepare_pairs, prepared
+from workflows.pairs import CAPTIONS_CUT, DAMAGE, ENLARGED, MISSING, PairsSpec, check_census, usable_pairs
+from workflows.parts import missing_from
+from workflows.prepare import Prepared, located_or_done, prepare_pairs, prepared
 from workflows.shape_shards import ShapesSpec, write_shards
 
 
@@ -36,11 +37,16 @@ def sides(text: str) -> tuple[int, ...]:
 
 def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
     """The Ray Data job, and what came out of it."""
-    located(spec.shards)  # a wrong address is said before Ray is started
+    located_or_done(spec)  # a wrong address is said before Ray is started
     with ray_cluster(verbose=verbose):
-        done = prepare_pairs(spec)
-    names = ("kept", "rejected", "rejects", "damaged_shards")
-    return {"out": done.home.address, "digest": done.digest} | {name: done.facts[name] for name in names}
+        return summary(prepare_pairs(spec))
+
+
+def summary(done: Prepared) -> dict[str, Any]:
+    """What came out of a preparation; what befell pairs that were kept is said if it befell any."""
+    said = {name: done.facts[name] for name in ("kept", "rejected", "rejects", "damaged_shards")}
+    said |= {name: done.facts[name] for name in (ENLARGED, CAPTIONS_CUT) if done.facts.get(name)}
+    return {"out": done.home.address, "digest": done.digest} | said
 
 
 def check_shards(
@@ -65,6 +71,7 @@ def check_shards(
         rejects = Counter[str]()
         kept = sum(1 for _ in usable_pairs(shard.url, spec, rejects))
         unreadable += DAMAGE in rejects and not kept
+        rejects[MISSING] = missing_from(shard.url, kept + rejects.total())
         counts += rejects + Counter({"": kept})
     way_out = "mend the shards or raise --max-rejected"
     check_census(spec, counts, unreadable=unreadable, shards=len(found), way_out=way_out)

@@ -26,7 +26,6 @@ import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from dd_core import bundle, images, sealed
 from dd_core.nets.clip import Clip
@@ -37,11 +36,12 @@ from workflows.files import one_line
 from workflows.parts import (
     SOURCE,
     UNFINISHED,
-    DestinationError,
     Part,
     finish,
     is_whole,
+    parts_of,
     plain_writer,
+    refusal,
     resumed,
     write_json,
 )
@@ -135,14 +135,6 @@ def is_finished(what: Embeddings) -> bool:
     return facts.get("source") == what.source and all(is_whole(what.home, part) for part in parts_of(facts))
 
 
-def parts_of(facts: dict[str, Any]) -> list[Part]:
-    """The files of a manifest."""
-    try:
-        return [Part(**part) for part in facts.get("parts", [])]
-    except (TypeError, ValidationError):
-        return []
-
-
 def made(what: Embeddings, told_to_stop: Callable[[], bool]) -> None:
     """Embed the files that are missing and seal them all."""
     spec = bundle.checked(bundle.SPEC, what.clip.fetched() / "spec.json")
@@ -212,7 +204,7 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
         if report["damage"]:
             raise DataError(report["damage"])
         if report["error"]:
-            raise DestinationError(f"{what.home.address} cannot be written to: {report['error']}")
+            raise refusal(what.home, report["errno"], report["error"])
         if report["away"]:
             raise StorageError(report["away"])
         yield Part.model_validate_json(report["part"])
@@ -237,17 +229,17 @@ def reported(
     torch.set_num_threads(1)
     clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
     for number in batch["file"].tolist():
-        part, damage, error, away = "", "", "", ""
+        part, damage, error, number_of, away = "", "", "", 0, ""
         try:
             found = write_sidecar(what, number, clip.spec.embedding_width, partial(told, clip, device))
             part = found.model_dump_json()
         except DataError as failure:
             damage = one_line(failure)
         except OSError as failure:
-            error = one_line(failure)
+            error, number_of = one_line(failure), failure.errno or 0
         except StorageError as failure:
             away = one_line(failure)
-        told_of = {"part": part, "damage": damage, "error": error, "away": away}
+        told_of = {"part": part, "damage": damage, "error": error, "errno": number_of, "away": away}
         yield {name: np.array([value]) for name, value in told_of.items()}
 
 

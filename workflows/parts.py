@@ -1,19 +1,26 @@
 """Prepared files, one a raw shard, each whole or not there, with a note of what is in it.
 
 <directory>/part-00000.parquet          written under another name, renamed (or sent) when whole
+<directory>/part-00000-1a2b3c4d.parquet the same, while another of that name stands in the manifest
 <directory>/.unfinished/source.json     what the parts are made from
 <directory>/.unfinished/part-00000.json the note: written after the rename
+<directory>/.unfinished/lock            held by the process that prepares
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import logging
+import os
+import socket
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -22,11 +29,24 @@ from dd_core import sealed
 from dd_core.spec import Spec
 from workflows.addresses import shown
 from workflows.files import ShardFile
-from workflows.pairs import DAMAGE, PairsSpec, census, pairs_schema, prepared_tables
+from workflows.pairs import (
+    CAPTIONS_CUT,
+    DAMAGE,
+    ENLARGED,
+    MISSING,
+    PairsSpec,
+    census,
+    pairs_schema,
+    prepared_tables,
+)
 from workflows.storage import Home
 
+log = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 SOURCE = f"{UNFINISHED}/source.json"
+LOCK = f"{UNFINISHED}/lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A write that failed for want of room: nothing is wrong with what was asked for."""
 
 
 class DestinationError(ValueError):
@@ -44,17 +64,25 @@ class Part(Spec):
     rows: int
     kept: int
     rejects: dict[str, int]
-    """Reason -> count."""
+    """Reason -> count; all but `missing` have a row."""
     damage: str = ""
     """Why the shard could not be read to its end."""
     bytes: int
     sha256: str
+    source: str = ""
+    """What it is made from: this shard as it was, and how; empty where only that of all parts is known."""
+    usable: tuple[int, ...] = ()
+    """Rows of each row group; empty where an older version wrote the part."""
+    enlarged: int = 0
+    """Kept images that have fewer pixels than the largest size."""
+    captions_cut: int = 0
+    """Kept captions that have more tokens than the context."""
 
 
 def write_part(
-    directory: Home | Path, shard: int, url: str, spec: PairsSpec
+    directory: Home | Path, shard: int, url: str, spec: PairsSpec, source: str = ""
 ) -> Iterator[tuple[int, int, Part | None]]:
-    """Read, verify, decode, tokenise and write one shard.
+    """Read, verify, decode, tokenise and write one shard; `source` is noted with it.
 
     Yields:
         Rows since the last time, bytes of the shard read so far, and at the end the part.
@@ -66,33 +94,47 @@ def write_part(
     here = home.here
     if home.stored:
         here.mkdir(parents=True, exist_ok=True)
-    source, counts, damage = ShardFile(url), Counter[str](), ""
-    draft, name = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft", f"part-{shard:05d}.parquet"
+    raw, counts, remarks, usable, damage = ShardFile(url), Counter[str](), Counter[str](), list[int](), ""
+    draft = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft"
     schema = pairs_schema(spec.sizes)
     try:
         with plain_writer(draft, schema) as writer:
-            for table in prepared_tables(source, shard, spec):
+            for table in prepared_tables(raw, shard, spec, remarks=remarks):
                 writer.write_table(table)  # a row group each
-                counts += census([table])
+                counts += (found := census([table]))
+                usable.append(found[""])
                 last = table["reject"][-1].as_py()
                 damage = last.partition(": ")[2] if last.startswith(f"{DAMAGE}: ") else ""
-                yield len(table), source.position, None
-        damage = damage or shortage(url, counts.total())
+                yield len(table), raw.position, None
+        rows, sha256 = counts.total(), sealed.sha256(draft)
+        if missing := missing_from(url, rows):
+            counts[MISSING] = missing
+            damage = damage or f"{rows:,} samples, {beside(url)} says {rows + missing:,}"
         part = Part(
             shard=shard,
             url=shown(url),
-            file=name,
-            rows=counts.total(),
+            file=free_name(home, shard, sha256),
+            rows=rows,
             kept=counts.pop("", 0),
             rejects=dict(counts),
             damage=damage,
             bytes=draft.stat().st_size,
-            sha256=sealed.sha256(draft),
+            sha256=sha256,
+            source=source,
+            usable=tuple(usable),
+            enlarged=remarks[ENLARGED],
+            captions_cut=remarks[CAPTIONS_CUT],
         )
         finish(home, draft, part)
-        yield 0, source.position, part
+        yield 0, raw.position, part
     finally:
         draft.unlink(missing_ok=True)
+
+
+def free_name(home: Home, shard: int, sha256: str) -> str:
+    """Of a new part: never that of a file that is still in use."""
+    name = f"part-{shard:05d}.parquet"
+    return f"part-{shard:05d}-{sha256[:8]}.parquet" if home.has(name) else name
 
 
 def finish(home: Home, draft: Path, part: Part) -> None:
@@ -116,51 +158,142 @@ def plain_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def shortage(url: str, found: int) -> str:
-    """What is wrong if the downloader's count beside the shard says that samples are missing.
+def missing_from(url: str, found: int) -> int:
+    """How many samples more than were found the downloader's count beside the shard promises.
 
     A shard whose last members were overwritten with zeros is a valid, shorter archive; img2dataset
     writes NAME_stats.json beside NAME.tar, and that tells.
     """
-    beside = url.removesuffix(".tar") + "_stats.json"
+    folder = url.rpartition("/")[0]
     try:
-        with fsspec.open(beside, "rb") as file:
-            promised = json.load(file)["successes"]
+        with contextlib.closing(ShardFile(f"{folder}/{beside(url)}", attempts=3)) as file:
+            promised = json.loads(file.read(2**20))["successes"]
     except Exception:  # noqa: BLE001 most shards have no count; one that cannot be read claims nothing
-        return ""
-    if isinstance(promised, int) and promised > found:
-        return f"{found:,} samples, {beside.rpartition('/')[2]} says {promised:,}"
-    return ""
+        return 0
+    return max(0, promised - found) if isinstance(promised, int) else 0
 
 
-def resumed(directory: Home | Path, source: str) -> dict[int, Part]:
-    """Make the directory ready; the good parts of an earlier run from the same source stay.
+def beside(url: str) -> str:
+    """The name of the downloader's count."""
+    return url.rpartition("/")[2].removesuffix(".tar") + "_stats.json"
+
+
+@contextlib.contextmanager
+def claimed(home: Home) -> Iterator[None]:
+    """This process as the only one of this machine that prepares into a directory, while inside.
+
+    A lock of POSIX, as that of a run's driver: it is gone with the process.
+
+    Raises:
+        DestinationError: Another prepares there, or it holds files that are not ours or cannot be written to.
+    """
+    with writable(home):
+        checked_names(home)
+        path = home.here / LOCK
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise DestinationError(
+                f"{home.address} is being prepared by {file.read() or 'another process'}; wait until that "
+                "has ended, or stop it, and run the same command again"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s); do not prepare there twice at once", path, error.strerror)
+        with writable(home):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def writable(home: Home) -> Iterator[None]:
+    """What cannot be written inside is said of the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(home, error.errno, f"{error}; choose another") from None
+
+
+def refusal(home: Home, number: int | None, why: str) -> Exception:
+    """Of a failed write: a full disk is no fault of what was asked for, all else is the destination's."""
+    if number in FULL:
+        return OSError(int(number), os.strerror(number), home.address)
+    return DestinationError(f"{home.address} cannot be written to: {why}")
+
+
+def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> dict[int, Part]:
+    """Make the directory ready; the good parts of an earlier run that are made from the same stay.
+
+    Args:
+        directory: Where the parts are.
+        source: What they are all made from.
+        keys: What each is made from.  With them a part stays that another source has too, and what is
+            sealed stays until something else is; without them both go.
 
     Raises:
         DestinationError: If it holds files that are not ours, or cannot be written to.
     """
     home = Home.of(directory)
-    try:
+    with writable(home):
         if not home.stored:
             home.here.mkdir(parents=True, exist_ok=True)
-        names = home.names()
-        if names and not is_ours(home, names):
-            raise DestinationError(f"{home.address} holds other files; choose an empty or a new directory")
-        known: dict[int, Part] = {}
-        if home.facts(SOURCE).get("source") == source:
-            known = {part.shard: part for part in noted(home) if is_whole(home, part)}
-        else:  # notes of another source never stand beside this one, and at every moment it is ours
-            for name in notes(home):
+        names, stands = checked_names(home), home.facts(sealed.MANIFEST) if keys else {}
+        same, was_same = (facts.get("source") == source for facts in (home.facts(SOURCE), stands))
+        good = [part for part in parts_of(stands) if fits(part, keys, same=was_same)]
+        stale = []
+        for name, part in noted(home):
+            if part is not None and fits(part, keys, same=same):
+                good.append(part)
+            else:
+                stale.append(name)
+        known = {part.shard: part for part in good if is_whole(home, part)}
+        if not same:  # notes of another source never stand beside this one, and at every moment it is ours
+            for name in stale:
                 home.drop(name)
             write_json(home, SOURCE, {"source": source})
-        home.drop(sealed.MANIFEST)  # from here on it is unfinished
-        keep = {part.file for part in known.values()}
-        for name in names:
-            if name not in keep and (fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")):
-                home.drop(name)
-    except OSError as error:
-        raise DestinationError(f"{home.address} cannot be written to ({error}); choose another") from None
-    return known
+        if not keys:
+            home.drop(sealed.MANIFEST)  # from here on it is unfinished
+        others = {part.file for part in parts_of(stands)} - {part.file for part in good}
+        swept(home, names, keep={part.file for part in known.values()} | others)
+    return {
+        number: part.but(source=keys[number]) if keys and not part.source else part
+        for number, part in known.items()
+    }
+
+
+def fits(part: Part, keys: Sequence[str], *, same: bool) -> bool:
+    """Whether a part is made from what its place is to be made from; `same`: all parts together are."""
+    return keys[part.shard : part.shard + 1] == [part.source] if part.source else same
+
+
+def swept(home: Home, names: Sequence[str], *, keep: Collection[str]) -> None:
+    """Remove what was to be a part, or was one."""
+    for name in names:
+        if name not in keep and (fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")):
+            home.drop(name)
+
+
+def tidied(home: Home, files: Collection[str]) -> None:
+    """After these have been sealed: nothing else stays."""
+    swept(home, home.names(), keep=files)
+    home.drop(UNFINISHED)
+
+
+def checked_names(home: Home) -> list[str]:
+    """What is in the directory, if it is ours or empty.
+
+    Raises:
+        DestinationError: It holds other files.
+    """
+    names = home.names()
+    if names and not is_ours(home, names):
+        raise DestinationError(f"{home.address} holds other files; choose an empty or a new directory")
+    return names
 
 
 def is_ours(home: Home, names: Sequence[str]) -> bool:
@@ -173,13 +306,27 @@ def notes(home: Home) -> list[str]:
     return [f"{UNFINISHED}/{name}" for name in home.at(UNFINISHED).names() if fnmatch(name, "part-*.json")]
 
 
-def noted(home: Home) -> Iterator[Part]:
-    """The parts that an earlier run finished."""
+def noted(home: Home) -> Iterator[tuple[str, Part | None]]:
+    """The notes that an earlier run left, each with its part; None if it was cut: that is made again."""
     for name in notes(home):
-        try:
-            yield Part(**home.facts(name))
-        except ValidationError:
-            continue  # a note that was cut: its part is made again
+        found = parts_of({"parts": [home.facts(name)]})
+        yield name, found[0] if found else None
+
+
+def data_digest(facts: dict[str, Any]) -> str:
+    """What prepared data with this manifest is to a stage: it changes when a row, an image or a column does.
+
+    Older manifests have only the digest of all that they say, the places of the raw shards among it.
+    """
+    return str(facts.get("content") or facts["digest"])
+
+
+def parts_of(facts: dict[str, Any]) -> list[Part]:
+    """The parts of a manifest."""
+    try:
+        return [Part(**part) for part in facts.get("parts", [])]
+    except (TypeError, ValidationError):
+        return []
 
 
 def is_whole(home: Home, part: Part) -> bool:

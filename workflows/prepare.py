@@ -9,8 +9,10 @@ facts.
 import contextlib
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +23,25 @@ from pydantic import ValidationError
 
 from dd_core import sealed
 from workflows import addresses
-from workflows.files import Found, fingerprint, located, one_line
-from workflows.pairs import PairsSpec, TooManyRejectsError, check_census, pairs_schema
-from workflows.parts import UNFINISHED, DestinationError, Part, resumed, write_json, write_part
+from workflows.files import Found, MissingShardError, braces, fingerprint, located, one_line
+from workflows.pairs import MISSING, PairsSpec, TooManyRejectsError, check_census, pairs_schema
+from workflows.parts import (
+    UNFINISHED,
+    DestinationError,
+    Part,
+    claimed,
+    data_digest,
+    parts_of,
+    refusal,
+    resumed,
+    tidied,
+    write_json,
+    write_part,
+)
 from workflows.progress import SampleProgress
 from workflows.storage import Home, StorageError
 
+log = logging.getLogger(__name__)
 LAYOUT = 1
 """Changes when the same source and spec would give other files."""
 TOKENIZER = "open_clip SimpleTokenizer"
@@ -52,23 +67,40 @@ class Prepared(NamedTuple):
 def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
     """Prepare every shard of the spec; what an earlier run finished is not done again.
 
-    Ray must have been started, or is started with its defaults.
+    Ray must have been started, or is started with its defaults.  What is sealed there stays until all that
+    is new is whole and good enough, and then goes.
 
     Raises:
         MissingShardError: If a named shard does not exist; nothing has been written.
-        DestinationError: If the destination holds other files or cannot be written to.
+        DestinationError: If the destination holds other files, cannot be written to, or is prepared already.
+        OSError: If there is no room left.
         StorageError: If a store is away; what is finished stays, and no shard is taken for damaged.
         TooManyRejectsError: After refused.json was written, with the facts and no manifest.
     """
-    source, home = located(spec.shards), Home.of(spec.destination)
+    source, home = located_or_done(spec), Home.of(spec.destination)
+    if isinstance(source, Prepared):
+        log.warning("the raw shards of %s are not to be found; what was made of them is used", home.address)
+        judge(spec, source.facts)
+        return source
     facts = facts_of(spec, source)
     if done := finished(home, facts["source"]):
-        home.drop(UNFINISHED)  # a run that was cut after its last line
+        if UNFINISHED in home.names():  # of a run that was cut after its last line, or of another source
+            with claimed(home):
+                tidied(home, done.facts["files"])
         judge(spec, done.facts)
         return done
-    parts = resumed(home, facts["source"])
+    with claimed(home):
+        return made(spec, home, source, facts, progress=progress)
+
+
+def made(
+    spec: PairsSpec, home: Home, source: Sequence[Found], facts: dict[str, Any], *, progress: bool
+) -> Prepared:
+    """Write the parts that are missing and seal them all."""
+    keys = keys_of(spec, source)
+    parts = resumed(home, facts["source"], keys)
     with shown(source, parts, progress=progress) as bar:
-        for part in written(spec, home, source, parts, bar):
+        for part in written(spec, home, source, parts, bar, keys):
             parts[part.shard] = part
     facts |= totals([parts[shard] for shard in range(len(source))])
     try:
@@ -78,10 +110,40 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
         raise
     home.drop(REFUSED)
     home.here.mkdir(parents=True, exist_ok=True)
-    sealed.seal(home.here, {part.file: part.sha256 for part in parts.values()}, facts)
+    files = {part.file: part.sha256 for part in parts.values()}
+    sealed.seal(home.here, files, facts | {"content": content_of(facts, home.facts(sealed.MANIFEST))})
     home.send(sealed.MANIFEST)
-    home.drop(UNFINISHED)
+    tidied(home, files)
     return prepared(home)
+
+
+def located_or_done(spec: PairsSpec) -> list[Found] | Prepared:
+    """The raw shards; where they are no longer there, what was made of them just as the spec says.
+
+    Raises:
+        MissingShardError: Neither is there.
+    """
+    try:
+        return located(spec.shards)
+    except MissingShardError:
+        try:
+            done = prepared(spec.destination)
+        except DestinationError:
+            done = None
+        names = [name for pattern in spec.shards for name in braces(pattern)]
+        if done is None or done.facts["spec"] != how(spec) or not are_of(done.facts["shards"], names):
+            raise
+        return done
+
+
+def are_of(shards: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether these are shards that the names could mean: files, globs and directories."""
+
+    def means(name: str, url: str) -> bool:
+        name = Home.of(name).address
+        return url == name or fnmatch(url, name) or fnmatch(url, f"{name}/*.tar")
+
+    return all(any(means(name, url) for name in names) for url in shards)
 
 
 def prepared(directory: Home | Path | str) -> Prepared:
@@ -98,8 +160,9 @@ def prepared(directory: Home | Path | str) -> Prepared:
         raise DestinationError(f"{home.address} holds no finished data; run `ddiff data prepare`") from None
     if sealed.digest_of(body) != digest:
         raise DestinationError(f"{home.address}/{sealed.MANIFEST} is damaged; prepare the data again")
+    sizes = home.sizes()
     for part in parts:
-        if home.size(part.file) != part.bytes:
+        if sizes.get(part.file) != part.bytes:
             where = home.at(part.file).address
             raise DestinationError(f"{where} is missing or has changed; prepare the data again")
     return Prepared(home, tuple(home.at(part.file).address for part in parts), body, digest)
@@ -116,18 +179,40 @@ def finished(home: Home, source: str) -> Prepared | None:
 
 def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
     """What is known before the work: `source` changes when anything that shapes the files does."""
-    how = spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
-    shaping = json.dumps([LAYOUT, how, fingerprint(source)], sort_keys=True)
     schema = pairs_schema(spec.sizes)
     return {
-        "source": hashlib.sha256(shaping.encode()).hexdigest(),
+        "source": digest_of([LAYOUT, how(spec), fingerprint(source)]),
         "shards": [addresses.shown(found.url) for found in source],
-        "spec": how,
+        "spec": how(spec),
         "sizes": list(spec.sizes),
         "context_length": spec.context_length,
         "tokenizer": TOKENIZER,
         "schema": {field.name: str(field.type) for field in schema},
     }
+
+
+def how(spec: PairsSpec) -> dict[str, Any]:
+    """What of a spec shapes the files, the raw shards aside."""
+    return spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
+
+
+def keys_of(spec: PairsSpec, source: Sequence[Found]) -> list[str]:
+    """What each part is made from: a shard as it is, its number, which stands in every row, and the spec."""
+    return [digest_of([LAYOUT, how(spec), shard, *found]) for shard, found in enumerate(source)]
+
+
+def content_of(facts: dict[str, Any], before: dict[str, Any]) -> str:
+    """What the data is to those who learn from it, wherever it lies and whatever it was made from.
+
+    The same bytes keep the name that they have in the manifest of before, which may be an older version's.
+    """
+    now, was = ([[part.sha256 for part in parts_of(it)], it.get("schema")] for it in (facts, before))
+    return data_digest(before) if now == was else digest_of(now)
+
+
+def digest_of(shaping: Sequence[Any]) -> str:
+    """sha256 of JSON values."""
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
 def totals(parts: Sequence[Part]) -> dict[str, Any]:
@@ -139,13 +224,24 @@ def totals(parts: Sequence[Part]) -> dict[str, Any]:
         "kept": sum(part.kept for part in parts),
         "rejected": rejects.total(),
         "rejects": dict(rejects.most_common()),
+        "enlarged": sum(part.enlarged for part in parts),
+        "captions_cut": sum(part.captions_cut for part in parts),
         "damaged_shards": [{"shard": part.url, "reason": part.damage} for part in parts if part.damage],
         "parts": [part.model_dump(mode="json") for part in parts],
     }
 
 
 def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
-    """Raises TooManyRejectsError if the census is worse than the spec allows."""
+    """Raises TooManyRejectsError if the census is worse than the spec allows; says what it cannot tell."""
+    broken = [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
+    if broken:
+        log.warning(
+            "%d of %d shards broke off, and nothing tells how many samples are lost; the first is %s: %s",
+            len(broken),
+            len(facts["parts"]),
+            broken[0]["url"],
+            broken[0]["damage"],
+        )
     unreadable = sum(bool(part["damage"]) and not part["kept"] for part in facts["parts"])
     counts = Counter({"": facts["kept"]} | facts["rejects"])
     way_out = f"see {spec.destination}/{REFUSED}, then mend the shards or raise max_reject_fraction"
@@ -158,27 +254,26 @@ def written(
     source: Sequence[Found],
     known: dict[int, Part],
     bar: SampleProgress | None,
+    keys: Sequence[str],
 ) -> Iterator[Part]:
     """Write the parts that are missing, one Ray task each, and hand out each as it is done.
 
     Raises:
-        DestinationError: If a part cannot be written (no space, no right).
+        DestinationError: If a part cannot be written.
+        OSError: If there is no room for one.
         StorageError: If a store, of the shards or of the parts, is away or does not let us.
     """
-    todo = [{"shard": shard, "url": found.url} for shard, found in enumerate(source) if shard not in known]
+    todo = [
+        {"shard": shard, "url": found.url, "key": keys[shard]}
+        for shard, found in enumerate(source)
+        if shard not in known
+    ]
     if not todo:
         return
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
-    with ray.data.DataContext.current(context):
-        reports = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            partial(reported, spec=spec, home=home), batch_size=1
-        )
     read = dict.fromkeys(range(len(source)), 0)
-    for step in reports.iter_rows():
+    for step in reports(todo, spec, home):
         if step["error"]:
-            raise DestinationError(f"{home.address} cannot be written to: {step['error']}")
+            raise refusal(home, step["errno"], step["error"])
         if step["away"]:
             raise StorageError(step["away"])
         if bar is not None:
@@ -188,24 +283,34 @@ def written(
             yield Part.model_validate_json(step["part"])
 
 
+def reports(todo: list[dict[str, Any]], spec: PairsSpec, home: Home) -> Iterator[dict[str, Any]]:
+    """What the tasks report, one for each shard that is to do."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
+    with ray.data.DataContext.current(context):
+        steps = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            partial(reported, spec=spec, home=home), batch_size=1
+        )
+    yield from steps.iter_rows()
+
+
 def reported(batch: dict[str, np.ndarray], *, spec: PairsSpec, home: Home) -> Iterator[dict[str, np.ndarray]]:
     """What a task runs: a report for every row group of its shard, and one with the part at the end."""
-    shard, url = int(batch["shard"][0]), str(batch["url"][0])
+    shard, url, key = int(batch["shard"][0]), str(batch["url"][0]), str(batch["key"][0])
     try:
-        for rows, position, part in write_part(home, shard, url, spec):
+        for rows, position, part in write_part(home, shard, url, spec, key):
             yield report(shard, rows, position, part=part.model_dump_json() if part else "")
     except OSError as failure:
-        yield report(shard, 0, 0, error=one_line(failure))
+        yield report(shard, 0, 0, error=one_line(failure), errno=failure.errno or 0)
     except StorageError as failure:
         yield report(shard, 0, 0, away=one_line(failure))
 
 
-def report(
-    shard: int, rows: int, position: int, *, part: str = "", error: str = "", away: str = ""
-) -> dict[str, np.ndarray]:
+def report(shard: int, rows: int, position: int, **said: str | int) -> dict[str, np.ndarray]:
     """One row for the driver."""
     values: dict[str, int | str] = {"shard": shard, "rows": rows, "position": position}
-    values |= {"part": part, "error": error, "away": away}
+    values |= {"part": "", "error": "", "errno": 0, "away": ""} | said
     return {name: np.array([value]) for name, value in values.items()}
 
 

@@ -91,6 +91,19 @@ class Home(NamedTuple):
                 return None
             return int(info["size"]) if info["type"] == "file" else None
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file directly within; of a store, by one listing."""
+        if not self.stored:
+            there = self.here.iterdir() if self.here.is_dir() else ()
+            return {path.name: path.stat().st_size for path in there if path.is_file()}
+        with said(self.address):
+            try:
+                found = store(self.root).ls(self.address, detail=True, refresh=True)
+            except FileNotFoundError:
+                return {}
+            files = [info for info in found if info["type"] == "file"]
+            return {str(info["name"]).rpartition("/")[2]: int(info["size"]) for info in files}
+
     def names(self) -> list[str]:
         """Files and directories directly within, sorted."""
         if not self.stored:

@@ -3,7 +3,13 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +20,29 @@ import pytest
 from rich.console import Console
 
 from dd_core import sealed
+from jobs.failures import code_of, line_of
+from jobs.prepare import check_shards, summary
 from tests.conftest import jpg, needs_ray, write_shard
+from workflows import feed, prepare
 from workflows.files import Found, MissingShardError, ShardFile
 from workflows.pairs import PairsSpec, TooManyRejectsError
-from workflows.parts import UNFINISHED, DestinationError, Part, resumed, write_part
+from workflows.parts import (
+    UNFINISHED,
+    DestinationError,
+    Part,
+    claimed,
+    data_digest,
+    refusal,
+    resumed,
+    write_part,
+)
 from workflows.prepare import facts_of, prepare_pairs, prepared, reported
 from workflows.progress import SampleProgress
 from workflows.storage import Home, StorageError
 
 
 def tars(directory: Path, count: int, *, bad: int = 0) -> Path:
+    directory.mkdir(exist_ok=True)
     for shard in range(count):
         files = {}
         for i in range(6):
@@ -41,6 +60,34 @@ def spec_of(directory: Path, shards: int) -> PairsSpec:
         context_length=8,
         min_side=8,
     )
+
+
+def shard_to_do(number: int, url: str, key: str = "") -> dict[str, np.ndarray]:
+    return {"shard": np.array([number]), "url": np.array([url]), "key": np.array([key])}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of the job, without Ray, one after another."""
+
+    def reports(todo: list[dict[str, Any]], spec: PairsSpec, home: Home) -> Iterator[dict[str, Any]]:
+        for one in todo:
+            for told in reported(shard_to_do(*one.values()), spec=spec, home=home):
+                yield {name: value[0] for name, value in told.items()}
+
+    monkeypatch.setattr(prepare, "reports", reports)
+
+
+def as_older_versions_wrote(out: Path) -> str:
+    """Rewrites the manifest; returns its digest."""
+    facts = json.loads((out / "manifest.json").read_text())
+    files = facts.pop("files")
+    for name in ("digest", "content", "enlarged", "captions_cut"):
+        del facts[name]
+    for part in facts["parts"]:
+        for name in ("source", "usable", "enlarged", "captions_cut"):
+            del part[name]
+    return sealed.seal(out, files, facts)
 
 
 def parts_of(directory: Path, shard: int, spec: PairsSpec) -> list[Part]:
@@ -111,7 +158,7 @@ def test_a_shard_that_a_store_did_not_give_is_read_by_the_next_start(
             StorageError, match=r"00001\.tar cannot be read at byte 0: the store is away; when"
         ):
             parts_of(out, 1, spec)
-        (told,) = reported({"shard": np.array([1]), "url": np.array(["b.tar"])}, spec=spec, home=Home.of(out))
+        (told,) = reported(shard_to_do(1, "b.tar"), spec=spec, home=Home.of(out))
         assert str(told["away"][0]).startswith("b.tar cannot be read at byte 0")
     assert resumed(out, "s") == {0: made[0]}
     (part,) = parts_of(out, 1, spec)
@@ -209,14 +256,199 @@ def test_the_job_makes_each_part_once_and_seals_them(local_ray: None, tmp_path: 
     tars(tmp_path, 3, bad=2)  # the shards change: all is made again, and refused
     with pytest.raises(TooManyRejectsError, match=r"6 of 18 samples rejected \(6 image-format\)"):
         prepare_pairs(spec, progress=False)
-    assert not (out / "manifest.json").exists()
+    assert prepared(out).digest == first.digest  # which stays
     refused = json.loads((out / "refused.json").read_text())
     assert (refused["kept"], refused["rejects"]) == (12, {"image-format": 6})
     allowed = prepare_pairs(spec.but(max_reject_fraction=0.4), progress=False)
     assert (allowed.facts["kept"], allowed.facts["rejected"]) == (12, 6)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "manifest.json",
-        *(f"part-0000{i}.parquet" for i in range(3)),
-    ]
+    assert sealed.verify(out).digest == allowed.digest
+    assert len(list(out.glob("part-*"))) == 3
     with pytest.raises(TooManyRejectsError):
         prepare_pairs(spec, progress=False)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_is_sealed_stays_until_what_is_new_is_good_and_shards_that_stayed_are_not_prepared_again(
+    tmp_path: Path,
+) -> None:
+    out, spec = tmp_path / "out", spec_of(tars(tmp_path, 2), 3)
+    first = prepare_pairs(spec_of(tmp_path, 2), progress=False)
+    times = [Path(file).stat().st_mtime_ns for file in first.files]
+    tars(tmp_path / "new", 3, bad=5)
+    shutil.copy(tmp_path / "new" / "00002.tar", tmp_path)
+    with pytest.raises(TooManyRejectsError):
+        prepare_pairs(spec, progress=False)
+    assert prepared(out) == first
+    assert tuple(feed.prepared_files(out)) == first.files  # and not the part that is there for the next time
+    tars(tmp_path / "new", 3)
+    shutil.copy(tmp_path / "new" / "00002.tar", tmp_path)
+    grown = prepare_pairs(spec, progress=False)
+    assert [Path(file).stat().st_mtime_ns for file in grown.files[:2]] == times
+    assert sealed.verify(out).digest == grown.digest
+    shutil.copy(tmp_path / "00000.tar", tmp_path / "00001.tar")
+    changed = prepare_pairs(spec, progress=False)
+    assert [old == new for old, new in zip(grown.files, changed.files, strict=True)] == [True, False, True]
+    assert sealed.verify(out).digest == changed.digest
+    assert pq.read_table(changed.files[1])["caption"][0].as_py() == "picture 0 of shard 0"
+
+
+@pytest.mark.parametrize("done", range(12))
+@pytest.mark.usefixtures("in_this_process")
+def test_a_preparation_that_is_killed_anywhere_leaves_what_was_sealed_or_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    out, spec = tmp_path / "out", spec_of(tars(tmp_path, 2), 2)
+    first = prepare_pairs(spec, progress=False)
+    write_shard(tmp_path / "00001.tar", {"0.jpg": jpg(20, 20, 99), "0.txt": b"new"})
+    left = iter([True] * done)
+
+    def until_killed(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*args: Any) -> None:
+            if not next(left, False):
+                raise KeyboardInterrupt
+            change(*args)
+
+        return changed
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Home, "drop", until_killed(Home.drop))
+        patch.setattr(Home, "write", until_killed(Home.write))
+        prepare_pairs(spec, progress=False)
+    stands = prepared(out)
+    assert stands.facts["kept"] in (first.facts["kept"], 7)
+    assert all(sealed.sha256(Path(file)) == stands.facts["files"][Path(file).name] for file in stands.files)
+    assert prepare_pairs(spec, progress=False).facts["kept"] == 7
+    assert len(sealed.verify(out).facts["parts"]) == 2  # and no file besides
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_prepared_data_outlives_the_shards_that_it_was_made_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of(tars(tmp_path, 2), 2)
+    for asked in (spec, spec.but(shards=(f"{tmp_path}/*.tar",)), spec.but(shards=(str(tmp_path / "raw"),))):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        tars(tmp_path, 2), tars(tmp_path / "raw", 2)
+        done = prepare_pairs(asked, progress=False)
+        for tar in (*tmp_path.glob("*.tar"), *tmp_path.glob("raw/*.tar")):
+            tar.unlink()
+        caplog.clear()
+        assert prepare_pairs(asked, progress=False) == done
+        assert "the raw shards of" in caplog.text
+        for other in (asked.but(sizes=(8,)), asked.but(shards=(f"{tmp_path}/other.tar",))):
+            with pytest.raises(MissingShardError):
+                prepare_pairs(other, progress=False)
+
+
+def hold(out: Path, there: Connection) -> None:
+    with claimed(Home.of(out)):
+        there.send(os.getpid())
+        there.recv()
+    os._exit(0)
+
+
+def test_two_do_not_prepare_into_one_directory_at_once(tmp_path: Path) -> None:
+    spec, (here, there) = spec_of(tars(tmp_path, 1), 1), multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "out", there))
+    other.start()
+    try:
+        with pytest.raises(DestinationError, match=rf"out is being prepared by process {here.recv()} on "):
+            prepare_pairs(spec, progress=False)
+    finally:
+        here.send("")
+        other.join()
+    with claimed(Home.of(spec.destination)):
+        pass
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_data_is_to_a_stage_depends_on_no_place_and_no_time_of_the_shards(
+    tmp_path: Path,
+) -> None:
+    first, other = tmp_path / "a", tmp_path / "b"
+    first.mkdir(), other.mkdir()
+    here = prepare_pairs(spec_of(tars(first, 2), 2), progress=False)
+    there = prepare_pairs(spec_of(tars(other, 2), 2), progress=False)
+    assert here.digest != there.digest
+    assert data_digest(here.facts) == data_digest(there.facts)
+    old = as_older_versions_wrote(first / "out")
+    assert data_digest(json.loads((first / "out" / "manifest.json").read_text())) == old
+    os.utime(first / "00000.tar", (1, 1))
+    assert data_digest(prepare_pairs(spec_of(first, 2), progress=False).facts) == old
+    tars(first, 2, bad=1)
+    changed = prepare_pairs(spec_of(first, 2).but(max_reject_fraction=0.5), progress=False)
+    assert data_digest(changed.facts) not in (old, data_digest(there.facts))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_samples_that_a_downloader_counted_and_a_shard_has_not_are_rejects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of(tars(tmp_path, 1), 1)
+    (tmp_path / "00000_stats.json").write_text('{"successes": 100}')
+    with pytest.raises(TooManyRejectsError, match=r"94 of 100 samples rejected \(94 missing\)"):
+        prepare_pairs(spec, progress=False)
+    with pytest.raises(TooManyRejectsError, match=r"94 of 100 samples rejected \(94 missing\)"):
+        check_shards(spec.shards, max_rejected=0.05, min_side=8)
+    done = prepare_pairs(spec.but(max_reject_fraction=0.94), progress=False)
+    assert (done.facts["kept"], done.facts["rejected"], done.facts["rejects"]) == (6, 94, {"missing": 94})
+    assert "broke off" not in caplog.text
+    (tmp_path / "00000_stats.json").unlink()
+    (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:4000])
+    prepare_pairs(spec.but(max_reject_fraction=0.5), progress=False)
+    assert "1 of 1 shards broke off, and nothing tells how many samples are lost" in caplog.text
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_enlarged_images_and_cut_captions_are_counted_and_said(tmp_path: Path) -> None:
+    spec = spec_of(tars(tmp_path, 1), 1)
+    assert not {"enlarged", "captions_cut"} & summary(prepare_pairs(spec, progress=False)).keys()
+    said = summary(prepare_pairs(spec.but(sizes=(8, 32), context_length=6), progress=False))
+    assert (said["kept"], said["enlarged"], said["captions_cut"]) == (6, 6, 6)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_stage_begins_without_reading_a_row_of_what_a_manifest_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = prepare_pairs(spec_of(tars(tmp_path, 3, bad=2), 3).but(max_reject_fraction=0.5), progress=False)
+    as_older_versions_wrote(tmp_path / "out")
+    counted = feed.survey(done.files, feed.Wanted(16))
+    done = prepare_pairs(
+        spec_of(tmp_path, 3).but(max_reject_fraction=0.5, destination=str(tmp_path / "new")), progress=False
+    )
+    monkeypatch.delattr(pq.ParquetFile, "read_row_group")
+    noted = feed.survey(done.files, feed.Wanted(16))
+    assert noted.rows.tolist() == counted.rows.tolist() == [4, 4, 4]
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from workflows.pairs import PairsSpec
+from workflows.parts import resumed
+from workflows.prepare import reported
+from workflows.storage import Home
+directory = sys.argv[1]
+spec = PairsSpec(shards=("a.tar",), destination=f"{directory}/out", sizes=(16,), min_side=8)
+resumed(spec.destination, "s")
+shard = {"shard": np.array([0]), "url": np.array([f"{directory}/00000.tar"]), "key": np.array([""])}
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+*_, told = reported(shard, spec=spec, home=Home.of(spec.destination))
+print(int(told["errno"][0]), str(told["error"][0]), sep="\\n")
+"""
+
+
+def test_no_room_for_a_part_is_no_fault_of_the_configuration(tmp_path: Path) -> None:
+    tars(tmp_path, 1)
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    number, error = done.stdout.splitlines()
+    refused = refusal(Home.of(tmp_path / "out"), int(number), error)
+    assert code_of(refused) == 70
+    assert line_of(refused) == f"{tmp_path}/out: File too large"
+    assert list((tmp_path / "out").glob("*part*")) == []
+    full = refusal(Home.of(tmp_path), 28, "no space")
+    assert (code_of(full), line_of(full).partition(";")[0]) == (70, f"no space left on {tmp_path}")
+    assert code_of(refusal(Home.of(tmp_path), 13, "no right")) == 2
