@@ -53,9 +53,9 @@ def code_of(error: BaseException) -> Code:
             return Code.CHECKPOINT
         case MissingShardError() | DamagedError():
             return Code.DATA
-        case PortTakenError() | ValueError() | FileNotFoundError() | NotADirectoryError():
+        case PortTakenError() | ValueError() | FileNotFoundError() | NotADirectoryError() if not away(error):
             return Code.CONFIGURATION
-        case OSError():
+        case ValueError() | OSError():
             return Code.INTERNAL
         case _:
             return error.code if isinstance(error, JobFailedError) else code_of_training(error)
@@ -102,9 +102,16 @@ def line_of(error: BaseException) -> str:
         case OSError() if error.filename:
             return shown(f"{error.filename}: {error.strerror}")
     text = shown(" ".join(words_of(error).split())) or type(error).__name__
-    if isinstance(error, JobFailedError) or code_of(error) is not Code.INTERNAL:
+    if isinstance(error, JobFailedError) or away(error) or code_of(error) is not Code.INTERNAL:
         return text
     return f"{type(error).__name__}: {text:.300}; run again with -v for the traceback"
+
+
+def away(error: BaseException) -> bool:
+    """Whether it is a store that fails, and may come back."""
+    from workflows.storage import AddressError, StorageError  # noqa: PLC0415 only where there is an error
+
+    return isinstance(error, StorageError) and not isinstance(error, AddressError)
 
 
 def words_of(error: BaseException) -> str:

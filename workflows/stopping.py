@@ -3,15 +3,18 @@
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from workflows.storage import Home
+from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
 STOP = "stop"
 """While this file is in a stage's directory, its workers are to save and stop."""
+TELL_EVERY_S = 2.0
+"""Pause between attempts to tell a stage whose store is away."""
 
 
 class Stopping:
@@ -28,26 +31,44 @@ class Stopping:
         threading.Thread(target=self.tell, name="stop").start()
 
     def tell(self) -> None:
-        with self.lock:
-            log.info("stopping: %s", ", ".join(stage.here.name for stage in self.stages) or "nothing trains")
-            for stage in self.stages:
-                stage.write(STOP, "stop")
+        """Again and again, until each has been told or has ended: a store may be away for a while."""
+        log.info("stopping: %s", ", ".join(stage.here.name for stage in self.stages) or "nothing trains")
+        told, complained = set[Home](), False
+        while True:
+            with self.lock:
+                left = [stage for stage in self.stages if stage not in told]
+            for stage in left:
+                try:
+                    with self.lock:
+                        if stage in self.stages:
+                            stage.write(STOP, "stop")
+                    told.add(stage)
+                except (StorageError, OSError) as error:
+                    if not complained:
+                        log.warning("%s is not told to stop yet: %s; it is tried again", stage.address, error)
+                    complained = True
+            if told.issuperset(left):
+                return
+            time.sleep(TELL_EVERY_S)
 
     @contextmanager
     def joined(self, stage: Home) -> Iterator[None]:
         """While inside, this stage is one of those that are told."""
         stage.here.mkdir(parents=True, exist_ok=True)
         stage.drop(STOP)  # of a driver that was killed
-        with self.lock:
-            self.stages.append(stage)
-            if self.asked:
-                stage.write(STOP, "stop")
         try:
+            with self.lock:
+                self.stages.append(stage)
+                if self.asked:
+                    stage.write(STOP, "stop")
             yield
         finally:
             with self.lock:
                 self.stages.remove(stage)
-                stage.drop(STOP)
+                try:
+                    stage.drop(STOP)
+                except StorageError as error:  # the next start drops it; how this one ended is what counts
+                    log.warning("storage: %s", error)
 
 
 @contextmanager

@@ -31,10 +31,16 @@ from dd_core import sealed
 log = logging.getLogger(__name__)
 SEND_EVERY_S = 2.0
 """How far what others see of a file that grows may lag behind."""
+FETCHES = 2
+"""How often a sealed directory is fetched before it is taken for damaged in the store."""
 
 
 class StorageError(ValueError):
     """The store cannot be reached, or does not let us."""
+
+
+class AddressError(StorageError):
+    """The place itself is wrong, and waiting will not mend it."""
 
 
 class Home(NamedTuple):
@@ -165,7 +171,7 @@ class Home(NamedTuple):
         if self.stored:
             with said(self.address):
                 fs, address = store(self.root), self.at(name).address
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     fs.rm_file(f"{address}/{sealed.MANIFEST}")
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm(address, recursive=True)
@@ -222,10 +228,12 @@ class Home(NamedTuple):
                 store(self.root).rm_file(self.at(sealed.MANIFEST).address)
 
     def fetched(self) -> Path:
-        """This sealed directory, on this machine.  The caller verifies it, as it would any other.
+        """This sealed directory, on this machine; a copy is verified, and made again once if it is harmed.
+
+        One that all machines see is as it is: the caller verifies it.
 
         Raises:
-            sealed.SealError: It has no manifest.
+            sealed.SealError: It has no manifest, or no copy is whole.
         """
         if not self.stored:
             return self.here
@@ -233,8 +241,14 @@ class Home(NamedTuple):
         if not manifest:
             raise sealed.SealError(f"{self.address} has no {sealed.MANIFEST}: it was never finished")
         with one_at_a_time(self):
-            if not is_copy(self.here, manifest):
+            for _ in range(FETCHES):
+                if is_copy(self.here, manifest):
+                    return self.here
                 self.fetch_directory(manifest)
+            try:
+                sealed.verify(self.here)
+            except sealed.SealError as error:
+                raise sealed.SealError(f"{self.address}, fetched {FETCHES} times: {error}") from None
         return self.here
 
     def fetch_directory(self, manifest: str) -> None:
@@ -268,12 +282,12 @@ def store(root: str) -> Any:
     """The file system of an address; it remembers no listings, since others write too.
 
     Raises:
-        StorageError: There is none for such addresses.
+        AddressError: There is none for such addresses.
     """
     try:
         fs, _ = fsspec.url_to_fs(root, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise StorageError(f"{root} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
+        raise AddressError(f"{root} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
     return fs
 
 
@@ -296,7 +310,7 @@ def scratch(root: str) -> Path:
     base = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}"
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     if base.stat().st_uid != os.getuid():
-        raise StorageError(f"{base} belongs to somebody else; set TMPDIR to a directory of your own")
+        raise AddressError(f"{base} belongs to somebody else; set TMPDIR to a directory of your own")
     return base / hashlib.sha256(root.encode()).hexdigest()[:16]
 
 

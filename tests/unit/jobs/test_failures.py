@@ -25,6 +25,7 @@ from workflows.feed import DataError
 from workflows.files import DamagedError, MissingShardError
 from workflows.pairs import TooManyRejectsError
 from workflows.prepare import DestinationError
+from workflows.storage import AddressError, StorageError
 from workflows.training import PreemptedError, TrainingError
 
 CODES = [
@@ -45,6 +46,8 @@ CODES = [
     (KeyboardInterrupt(), 6),
     (TrainingError("x"), 70),
     (OSError(errno.ENOSPC, "No space left on device", "x"), 70),
+    (StorageError("x"), 70),
+    (AddressError("x"), 2),
     (RuntimeError("x"), 70),
 ]
 
@@ -98,6 +101,10 @@ def test_neither_does_a_traceback_or_a_line_of_the_log(capsys: pytest.CaptureFix
     said = trace + capsys.readouterr().err
     assert said.count("https://host/a.tar") == 2, said
     assert "hunter" not in said
+
+
+def test_a_store_that_is_away_is_said_in_its_own_line() -> None:
+    assert line_of(StorageError("s3://bucket/a: timed out; check it")) == "s3://bucket/a: timed out; check it"
 
 
 ENDED = [(2, 2), (3, 3), (5, 5), (6, 6), (0, 70), (1, 70), (137, 70), (None, 70)]
