@@ -193,7 +193,7 @@ def training_section(run: Path) -> Section | None:
 
 def is_loss(name: str) -> bool:
     """What belongs on the chart of a stage."""
-    return name.startswith("train/") and not name.endswith(("lr", "grad_norm"))
+    return name.startswith("train/") and not name.endswith(("lr", "grad_norm", "skipped"))
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:

@@ -2,22 +2,26 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from dd_core.likelihood import TimestepSampler
 from dd_core.ranks import gathered
-from dd_core.stage import PairBatch, Stage, Trained
+from dd_core.stage import Budget, OptimizerSpec, PairBatch, Stage, Trained
 from dd_core.stages.clip import ClipStage
 from dd_core.stages.noised_clip import NoisedClipSpec, NoisedClipStage
 from dd_core.text import tokens
+from dd_core.training import TrainState, train
 from tests.ranks import run_ranks
 from tests.unit.dd_core.test_stages import CLIP
 
+OPTIMIZER = OptimizerSpec(learning_rate=1e-3, precision="fp32")
 PLAIN = CLIP.but(captioner_layers=0)  # the captioner's words compete on their own rank
 
 
@@ -45,6 +49,30 @@ def learned(stage: Stage, net: torch.nn.Module, of: PairBatch) -> dict[str, Tens
     return found | {f"part.{name}": value for name, value in loss.parts.items()}
 
 
+def norm_of_accumulated(net: torch.nn.Module, parts: list[list[int]], *, ranks: int, rank: int = 0) -> float:
+    """Of the gradient of one step of several batches, these samples each."""
+    state = TrainState(net, OPTIMIZER, rank=rank, ranks=ranks)
+    given = [PairBatch(batch().image[one], batch().tokens[one]) for one in parts]
+    budget = Budget(steps=1, checkpoint_every=1)
+    (report,) = train(state, given, optimizer=OPTIMIZER, budget=budget, accumulate=len(parts))
+    return report.read()["grad_norm"]
+
+
+def accumulated_by(rank: int) -> dict[str, Any]:
+    """What this rank learns from two batches in one step, and how often the ranks add up for it."""
+    stage, sums = stage_of("noised_clip"), []
+    net = DistributedDataParallel(stage)
+
+    def added_up(asked: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sums.append(bucket.index())
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    net.register_comm_hook(None, added_up)
+    norm = norm_of_accumulated(net, [[2 * rank], [2 * rank + 1]], ranks=2, rank=rank)
+    weights = {name: value.detach() for name, value in stage.named_parameters()}
+    return {"sums": sums.count(0), "norm": norm, "weights": weights}
+
+
 def rank_main(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
@@ -54,6 +82,7 @@ def rank_main(rank: int, root: Path) -> None:
         net = DistributedDataParallel(stage, find_unused_parameters=True)
         half = PairBatch(batch().image[mine], batch().tokens[mine])
         torch.save(learned(stage, net, half), root / f"{kind}.{rank}.pt")
+    torch.save(accumulated_by(rank), root / f"accumulated.{rank}.pt")
     levels = TimestepSampler(3, history=2)
     levels.observe(*map(gathered, (torch.tensor([rank, rank + 1]), torch.tensor([1.0, 2.0]) + rank)))
     torch.save(levels.state_dict(), root / f"levels.{rank}.pt")
@@ -72,6 +101,11 @@ def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) ->
             assert {name for name in found if found[name].any()} == {n for n in expected if expected[n].any()}
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+    ours, theirs = (torch.load(tmp_path / f"accumulated.{rank}.pt") for rank in range(2))
+    assert ours["sums"] == theirs["sums"] == 1
+    expected_norm = norm_of_accumulated(stage_of("noised_clip"), [[0, 2], [1, 3]], ranks=1)
+    assert ours["norm"] == theirs["norm"] == pytest.approx(expected_norm, rel=1e-4)
+    assert all(torch.equal(ours["weights"][name], value) for name, value in theirs["weights"].items())
     alike = TimestepSampler(3, history=2)
     alike.observe(torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 2.0, 2.0, 3.0]))
     for rank in range(2):
