@@ -50,8 +50,8 @@ def bring_in(
     PATHS are its files, or the folder of one component of diffusers.
 
     What paints from noise, told no more than a class (ADM, Improved DDPM, EDM, consistency models, latent
-    diffusion of faces, bedrooms and churches), becomes a cascade; source glide, base and upsampler, too, with
-    its --tokenizer.
+    diffusion of faces, bedrooms and churches), becomes a cascade; sources glide and glide-inpaint, base and
+    upsampler, too, with their --tokenizer.
     """
     from jobs.exchange import More, import_weights
 

@@ -35,7 +35,7 @@ from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
 from dd_core.vocabulary import ByteVocabulary, read_vocabulary
-from jobs.published_cascades import CLASSIFIERS, UPSAMPLERS, card_of, cascade_of
+from jobs.published_cascades import CLASSIFIERS, UPSAMPLERS, card_of, cascade_of, filling
 from jobs.recipes import glide
 
 CLIPS = ("openai-clip", "open-clip")
@@ -46,8 +46,7 @@ IMAGE_SIDE = 256
 GLIDE_CARD = """# GLIDE
 
 Published weights of Nichol et al. 2022 (arXiv:2112.10741), filtered: imported, not trained here.  Captions
-are read by the vocabulary beside the weights.  Sampled as published: 100 ancestral steps with guidance 3,
-then 27 of DDIM without.
+are read by the vocabulary beside the weights.  Sampled as published: see cascade.json.
 """
 Facts = dict[str, Any]
 
@@ -90,8 +89,8 @@ def import_weights(
         ValueError: The source is unknown, or a file is not laid out like it; the key is named.
         FileNotFoundError: There is no such file.
     """
-    if source == "glide":
-        return import_glide(paths, out, more.tokenizer)
+    if source in ("glide", "glide-inpaint"):
+        return import_glide(paths, out, more.tokenizer, inpaints=source == "glide-inpaint")
     if more.tokenizer is not None:
         raise ValueError("--tokenizer is for source glide, which becomes a cascade that paints; leave it out")
     if more.scale is not None and source not in AUTOENCODERS:
@@ -242,16 +241,26 @@ def assembled(out: Path, cascade: CascadeSpec, parts: Iterable[tuple[str, Part]]
 
 def sources() -> list[str]:
     """What can be declared."""
-    return ["diffusers", "glide", *(f"{name}:MODEL" for name in CLIPS), *AUTOENCODERS, *published()]
+    return [
+        "diffusers",
+        "glide",
+        "glide-inpaint",
+        *(f"{name}:MODEL" for name in CLIPS),
+        *AUTOENCODERS,
+        *published(),
+    ]
 
 
-def import_glide(paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] | None) -> Facts:
+def import_glide(
+    paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] | None, *, inpaints: bool = False
+) -> Facts:
     """Write the cascade of GLIDE: base and upsampler, sampled as published, with the vocabulary of both.
 
     Args:
-        paths: Base and upsampler, in this order; those for inpainting are other networks.
+        paths: Base and upsampler, in this order.
         out: Where the cascade goes.
         tokenizer: encoder.json and vocab.bpe.
+        inpaints: They are those that fill holes, which are other networks.
 
     Raises:
         ValueError: A file is missing or not what it should be; it is named.
@@ -266,9 +275,10 @@ def import_glide(paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] 
         raise ValueError(f"{out} exists; name another --out")
     vocabulary, whole, known = read_vocabulary(*tokenizer), glide.paper(), published()
     specs = {hop.stage: whole.stage(hop.stage).stage for hop in whole.cascade.hops}
+    networks = [f"{name}-inpaint" if inpaints else name for name in GLIDE]
 
     def parts() -> Iterator[tuple[str, Part]]:
-        for (name, spec), source, path in zip(specs.items(), GLIDE, paths, strict=True):
+        for (name, spec), source, path in zip(specs.items(), networks, paths, strict=True):
             assert isinstance(spec, ChainSpec)
             assert isinstance(spec.net, CaptionedSpec)
             if spec.net.text.vocab_size != len(vocabulary.ids):
@@ -276,10 +286,12 @@ def import_glide(paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] 
                     f"{tokenizer[0]}: {len(vocabulary.ids)} symbols, but {source} reads "
                     f"{spec.net.text.vocab_size}; it is the vocabulary of another model"
                 )
+            filled = spec.but(net=known[source].net, inpaints=True) if inpaints else spec
             found = importing.imported(known[source], [weights_in(path)], averaged=False)
-            yield name, Part(source, spec, inner(found.weights), {}, vocabulary)
+            yield name, Part(source, filled, inner(found.weights), {}, vocabulary)
 
-    return assembled(out, whole.cascade, parts(), card=GLIDE_CARD)
+    cascade = filling(whole.cascade) if inpaints else whole.cascade
+    return assembled(out, cascade, parts(), card=GLIDE_CARD)
 
 
 def the_only(paths: Sequence[Path], source: str) -> Path:

@@ -1,4 +1,4 @@
-"""How published models are sampled: the cascade of a source that paints by itself, as its authors sampled it.
+"""How published models are sampled: the cascade of a source that paints, as its authors sampled it.
 
 Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233, table 14 and appendix H), Nichol & Dhariwal 2021
 (arXiv:2102.09672, section 4), Karras et al. 2022 (arXiv:2206.00364), Song et al. 2023 (arXiv:2303.01469),
@@ -73,6 +73,16 @@ def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec
     if stage.predicts == "edm":
         return EULER_HEUN
     return ROOMS if source == "adm-lsun256" else ANCESTRAL
+
+
+def filling(cascade: CascadeSpec) -> CascadeSpec:
+    """GLIDE's cascade as its networks for inpainting are sampled: guidance 5, both hops ancestral."""
+    base, upsampler = cascade.hops
+    hops = (
+        base.but(how=base.how.but(guidance_scale=5.0)),
+        upsampler.but(how=upsampler.how.but(sampler="ddpm")),
+    )
+    return cascade.but(name=f"{cascade.name}_inpaint", hops=hops)
 
 
 def card_of(source: str, stage: ChainSpec | ConsistencySpec, *, led: bool) -> str:

@@ -338,12 +338,15 @@ def glides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
         stages.append(
             before.but(stage=before.stage.but(net=net, image_size=size, factor=size // 16), parents={})
         )
-        made = build(net)
-        for weight in made.parameters():
-            weight.data += 0.05 * torch.randn_like(weight)
-        files[source] = place / f"{source}.safetensors"
-        theirs = outward(made.state_dict(), importing.moves_of(made, "glide"))
-        save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, files[source])
+        holed = f"{source}-inpaint"
+        known[holed] = known[holed]._replace(net=net.but(unet=unet.but(image_channels=more + 4)))
+        for name in (source, holed):
+            made = build(known[name].net)
+            for weight in made.parameters():
+                weight.data += 0.05 * torch.randn_like(weight)
+            files[name] = place / f"{name}.safetensors"
+            theirs = outward(made.state_dict(), importing.moves_of(made, "glide"))
+            save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, files[name])
     hops = (HopSpec(stage="guided", how=FAST), HopSpec(stage="upsampler", how=FAST.but(guidance_scale=1.0)))
     cascade = CascadeSpec(name="glide", hops=hops, context_length=LENGTH, image_size=32)
     pairs = whole.pairs.but(context_length=LENGTH, sizes=(16, 32))
@@ -402,6 +405,39 @@ def test_what_it_is_told_decides_what_it_paints_and_tokens_alone_are_refused(
     base = bundle.load_cascade(glides["cascade"]).hops[0]
     with pytest.raises(ValueError, match="has their tokens alone; give the captions"):
         run(base, requested(["a"], [1], LENGTH)._replace(captions=()), FAST)
+
+
+def test_the_networks_of_glide_that_fill_holes_are_a_cascade_that_does(
+    glides: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [
+        "import",
+        "glide-inpaint",
+        str(glides["glide-base-inpaint"]),
+        str(glides["glide-upsample-inpaint"]),
+    ]
+    words += [
+        "--tokenizer",
+        str(glides["encoder"]),
+        str(glides["merges"]),
+        "--out",
+        str(tmp_path / "filling"),
+    ]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    picture, mask = Image.new("RGB", (32, 32), (200, 30, 90)), Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    picture.save(tmp_path / "picture.png")
+    mask.save(tmp_path / "mask.png")
+    words = ["sample", "a star", "--cascade", str(tmp_path / "filling"), "--out", str(tmp_path / "out")]
+    words += ["--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    painted = torch.tensor(list(Image.open(tmp_path / "out" / "00000000.png").tobytes())).view(32, 32, 3)
+    assert (painted[:, :16] == torch.tensor([200, 30, 90])).all()
+    assert not (painted[:, 16:] == torch.tensor([200, 30, 90])).all()
+    hops = bundle.load_cascade(tmp_path / "filling").spec.hops
+    assert [(hop.how.sampler, hop.how.guidance_scale) for hop in hops] == [("ddpm", 5.0), ("ddpm", 1.0)]
 
 
 @pytest.mark.fault
