@@ -82,7 +82,12 @@ class ConsistencyHop:
         known = known_of(state, self.base.spec.image_size, self.base.device)
         if known is not None:
             x = x + known.image
-        sampling = begin(how, x, sigmas, noise) if self.spec.segments == 1 else ddim(x, sigmas, noise)
+        sampling = ddim(x, sigmas, noise)
+        if self.spec.segments == 1:
+            published = (
+                self.base.spec.predicts == "consistency"
+            )  # such a network ends its paths at its lowest
+            sampling = begin(how, x, sigmas, noise, sigma_min=self.spec.sigma_range[0] if published else 0.0)
         rows = self.base.rows(state, how)
         if self.spec.segments > 1 and how.clip is None:  # what leads to a segment's end is no picture
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * len(state.seeds)))
