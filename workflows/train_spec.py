@@ -67,7 +67,7 @@ class TrainSpec(Spec):
     """None: if Ray has a GPU for each worker."""
     resources: ResourcesSpec = ResourcesSpec()
     restarts: int = Field(10, ge=0)
-    """How often lost workers are replaced before giving up."""
+    """How often lost workers are replaced, with no checkpoint made between, before giving up."""
     seed: int = 0
     samples: SamplesSpec = SamplesSpec()
     checkpoints_kept: int = Field(2, ge=1)

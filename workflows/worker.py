@@ -1,8 +1,8 @@
 """What every worker of a training run does: build the stage, resume, step, save, and say how it ended.
 
-What would fail again in the same way (a refused spec, damaged data, a gradient that stays not
-finite) is returned and ends the run; only what may be another's fault (a lost
-worker, a broken connection) is raised, so that Ray starts the workers anew.
+What would fail again in the same way (a refused spec, damaged data, a full disk, a gradient that stays
+not finite) is an outcome and ends the run; only what may be another's fault (a lost worker, a broken
+connection) is an error, so that the workers are started anew.
 """
 
 import logging
@@ -11,30 +11,33 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import ray.exceptions
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core import bundle, checkpoint, sealed
 from dd_core.stage import Trained
 from dd_core.stages import build_stage
-from dd_core.training import DivergedError, StepReport, TrainState, train
+from dd_core.training import StepReport, TrainState, train
 from workflows import feed, samples
 from workflows.journal import JOURNAL, Journal, curves
+from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
 from workflows.reading import batches, paired
 from workflows.stopping import STOP
-from workflows.storage import Again, Home, Sending, StorageError
+from workflows.storage import Again, Home, Sending
 from workflows.train_spec import TrainSpec
 
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
+STEPPED_BACK = "stepped_back"
+"""In the directory of a stage: which checkpoints were passed over at this start, for the driver to say."""
 
 
 class Job(NamedTuple):
@@ -55,13 +58,6 @@ class Job(NamedTuple):
     """How many stages may train side by side, of which this is one."""
 
 
-class Outcome(NamedTuple):
-    """How a run ended."""
-
-    status: Literal["done", "preempted", "diverged", "data", "refused"]
-    message: str = ""
-
-
 class Position(NamedTuple):
     """Which of the workers this is."""
 
@@ -75,10 +71,15 @@ def work(job: Job) -> tuple[str, str]:
     Returns:
         An Outcome's status and message, as a tuple: Ray's controller unpickles it, and would import this
         module, with all of dd_core, to read an Outcome.
+
+    Raises:
+        DecidedError: An outcome that the other workers may not have come to; Ray ends them.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("workflows").setLevel(logging.INFO)  # where Ray shows what workers say, there is this
     outcome = ended(job)
+    if outcome.status not in TOGETHER and job.spec.num_workers > 1:
+        raise DecidedError(*outcome)
     return outcome.status, outcome.message
 
 
@@ -86,20 +87,15 @@ def ended(job: Job) -> Outcome:
     """How the loop ended, or what made it impossible."""
     try:
         return trained_to_the_end(job)
-    except DivergedError as error:
-        return Outcome("diverged", str(error))
-    except ray.exceptions.RayTaskError as error:  # a read task raised, and would again
-        said = str(error.cause).strip().splitlines()[0]  # then comes Ray's advice on retries
-        if isinstance(error.cause, StorageError):  # but for this
-            raise StorageError(said) from None
-        return Outcome("data", said)
-    except feed.DataError as error:  # which the one above may be too, with a traceback for a message
-        return Outcome("data", str(error))
-    except StorageError:  # a store that is away may come back, and the next attempt finds it
+    except (Exception, CheckpointException) as error:  # torch's is none of the others
+        said = told_by_ray(error)
+        outcome = decided(said, job.spec, disk=job.home.here)
+        if outcome is not None:
+            log.debug("%s", outcome.status, exc_info=True)
+            return outcome
+        if said is not error:
+            raise said from None
         raise
-    except (ValueError, sealed.SealError) as error:
-        log.debug("refused", exc_info=True)
-        return Outcome("refused", str(error))
 
 
 def trained_to_the_end(job: Job) -> Outcome:
@@ -168,25 +164,41 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     tensors = state.tensors()
     facts = checkpoint.read(job.home.at(name).fetched(), tensors)
     step = facts["step"]
-    state.restored(tensors, step=step, images=step * spec.batch_size)  # older ones count those of one rank
+    images = step * spec.batch_size  # older ones count those of one rank
+    state.restored(tensors, step=step, images=images, skipped=facts.get("skipped", 0))
     if who.rank == 0:
         log.info("%s: continues at step %d", spec.name, state.step)
     return state, facts["seconds"]
 
 
 def newest(stage: Home) -> str:
-    """The newest checkpoint that verifies, within the stage's directory; empty if there is none."""
-    if not stage.stored:
-        found = checkpoint.newest(stage.here)
-        return found.relative_to(stage.here).as_posix() if found else ""
-    for name in reversed(stage.at("checkpoints").names()):
+    """The newest checkpoint that verifies, within the stage's directory; empty if none was ever finished.
+
+    Raises:
+        sealed.SealError: Some were finished, and all of them are damaged.
+    """
+    place, damaged = stage.at("checkpoints"), list[str]()
+    for name in finished_checkpoints(stage):
         try:
-            sealed.verify(stage.at(f"checkpoints/{name}").fetched())
+            sealed.verify(place.at(name).fetched())
         except sealed.SealError as error:
-            log.warning("stepping back: %s", error)
+            damaged.append(f"stepping back: {error}")
+            log.warning("%s", damaged[-1])
+            stage.write(STEPPED_BACK, "\n".join(damaged))
         else:
             return f"checkpoints/{name}"
+    if damaged:
+        raise sealed.SealError(
+            f"none of the {len(damaged)} checkpoints in {place.address} is whole; put a good copy there, or "
+            "remove that directory to begin at step 0"
+        )
     return ""
+
+
+def finished_checkpoints(stage: Home) -> Iterator[str]:
+    """Names of those that have been sealed, the newest first."""
+    place = stage.at("checkpoints")
+    return (name for name in checkpoint.steps_of(place.names()) if place.at(name).has(sealed.MANIFEST))
 
 
 def accumulation(spec: TrainSpec) -> int:
@@ -253,16 +265,19 @@ class Recorder:
         self.job, self.spec, self.who, self.state, self.parents = job, job.spec, who, state, parents
         self.seconds_before, self.began = seconds_before, time.monotonic()
         self.journal = Journal(job.home.here / JOURNAL)
-        self.reported = max(curves(self.journal.path).get("train/loss", {}), default=0)
+        self.reported = max(curves(self.journal.path).get("train/lr", {}), default=0)
         """Last step in the journal; a step that is repeated after a rollback says nothing new."""
         self.sums: dict[str, torch.Tensor] = {}
+        self.good = 0
+        """Steps that are in the sums: none whose gradient was not finite."""
         self.since, self.since_step = time.monotonic(), state.step
 
     def note(self, report: StepReport) -> None:
         """Add up the metrics of a step; write their mean at every report, draw at every sample."""
         if self.who.rank:
             return
-        for name, value in report.metrics.items():
+        self.good += report.good
+        for name, value in report.metrics.items() if report.good else ():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if report.step % self.spec.budget.report_every == 0 or report.step == self.spec.budget.steps:
             self.report(report)
@@ -275,7 +290,8 @@ class Recorder:
         count = report.step - self.since_step
         pace = (time.monotonic() - self.since) / count
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {f"train/{name}": float(total) / count for name, total in self.sums.items()} | {
+        metrics = {f"train/{name}": float(total) / self.good for name, total in self.sums.items()} | {
+            "train/skipped": float(report.skipped),
             "train/lr": report.learning_rate,
             "time/samples_per_second": self.spec.batch_size / pace,
             "time/remaining_estimate": pace * (self.spec.budget.steps - report.step),
@@ -285,7 +301,7 @@ class Recorder:
             metrics["memory/peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
         if report.step > self.reported:
             self.journal.log(metrics, report.step)
-        self.sums, self.since, self.since_step = {}, time.monotonic(), report.step
+        self.sums, self.good, self.since, self.since_step = {}, 0, time.monotonic(), report.step
 
     def draw(self, step: int) -> None:
         """A grid of pictures, if the stage is of a kind that draws."""
@@ -314,14 +330,20 @@ class Recorder:
         facts = self.facts() | {
             "spec": self.spec.model_dump(mode="json"),
             "ledger": {"position": step * self.spec.batch_size},
+            "skipped": self.state.skipped,
         }
         written = checkpoint.write(place.here, self.state.tensors(), facts)
         kept, every = self.spec.checkpoints_kept, self.spec.keep_every
         if home.stored:
             self.send(place, written)
-            names = home.at("checkpoints").names() if self.who.rank == 0 else []
-            for name in checkpoint.outlived(names, step=step, kept=kept, every=every):
-                home.drop(f"checkpoints/{name}")
+            all_kept = home.at("checkpoints")
+            names = all_kept.names() if self.who.rank == 0 else []
+
+            def finished(name: str) -> bool:
+                return all_kept.at(name).has(sealed.MANIFEST)
+
+            for name in checkpoint.outlived(names, finished, step=step, kept=kept, every=every):
+                all_kept.drop(name)
         elif self.who.rank == 0:
             checkpoint.prune(home.here, step=step, kept=kept, every=every)
 

@@ -162,16 +162,25 @@ def test_a_damaged_checkpoint_is_stepped_over_and_the_run_ends_the_same(
     assert_same(stage / "bundle" / "weights.safetensors", whole / "bundle" / "weights.safetensors")
 
 
-def test_two_workers_one_of_them_killed_read_every_row_in_its_turn(data: Path, run: Path) -> None:
-    spec = SPEC.but(name="two", num_workers=2, budget=Budget(steps=40, checkpoint_every=8, report_every=1))
-    killer = when_step(run / "two", 12, kill_a_worker)
+def test_two_workers_killed_more_often_than_restarts_says_but_after_a_checkpoint_each_time_read_every_row(
+    data: Path, run: Path
+) -> None:
+    spec = SPEC.but(
+        name="two", num_workers=2, restarts=1, budget=Budget(steps=40, checkpoint_every=8, report_every=1)
+    )
+    killers = [when_step(run / "two", step, kill_a_worker) for step in (12, 28)]
     bundle = train_stage(spec, run=run, data=data)  # each worker refuses a row that is not due
-    assert not killer.is_alive()
+    assert not any(killer.is_alive() for killer in killers)
     facts = sealed.verify(bundle).facts
     assert (facts["step"], facts["images"]) == (40, 40 * 8)
     saved = checkpoint.facts(run / "two" / "checkpoints" / "step-00000040")
     assert (saved["step"], saved["images"]) == (40, 40 * 8)
     assert steps_of(run / "two") == list(range(1, 41))
+    for shard in (run / "two" / "checkpoints").glob("*/shard-*"):
+        shard.write_bytes(b"damaged")
+    shutil.rmtree(run / "two" / "bundle")
+    with pytest.raises(sealed.SealError, match=r"two: none of the 2 checkpoints in .* is whole; put a good"):
+        train_stage(spec, run=run, data=data)  # which one worker finds, while the other waits for it
 
 
 def test_a_gradient_that_stays_not_finite_ends_the_run_at_once_and_reaches_no_checkpoint(

@@ -40,6 +40,19 @@ def test_what_a_lost_attempt_left_at_later_steps_outlives_no_good_one(
     assert checkpoint.newest(tmp_path) == newest
 
 
+def test_what_was_never_finished_takes_no_good_ones_place_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 400):
+        written(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-00000300" / sealed.MANIFEST).unlink()
+    own = tmp_path / "checkpoints" / "step-00000200-good"
+    own.mkdir()
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000400"
+    checkpoint.prune(tmp_path, step=400, kept=2)
+    assert own.is_dir()
+    own.rmdir()
+    assert steps(tmp_path) == [200, 400]
+
+
 @pytest.mark.parametrize("lost", range(1, 4))
 def test_a_write_cut_before_any_file_leaves_the_one_before(tmp_path: Path, lost: int) -> None:
     good, cut = written(tmp_path, 1), written(tmp_path, 2)

@@ -1,6 +1,7 @@
 """A run in a store: what several workers of one machine send arrives whole, and nothing is passed over."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,8 @@ import torch.multiprocessing as mp
 from fsspec.implementations.local import LocalFileSystem
 from ray.exceptions import RayTaskError
 
-from dd_core import checkpoint
-from workflows import storage, worker
+from dd_core import checkpoint, sealed
+from workflows import stopping, storage, worker
 from workflows.feed import DataError
 from workflows.journal import JOURNAL
 from workflows.storage import Home, StorageError
@@ -32,6 +33,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     home = Home(f"local://{tmp_path}/store/run")
     storage.store(home.root).auto_mkdir = True
     return home
+
+
+def saved_in(stage: Home, step: int) -> Home:
+    """A checkpoint, where the stage is."""
+    place = stage.at(f"checkpoints/step-{step:08d}")
+    checkpoint.write(place.here, WEIGHTS, {"step": step})
+    stage.send(f"checkpoints/step-{step:08d}")
+    return place
+
+
+def damaged(path: Path) -> None:
+    """One bit of the file is another."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def recorder(home: Home, rank: int, ranks: int) -> Any:
@@ -76,12 +91,72 @@ def test_a_store_that_is_away_while_workers_read_ends_no_run(
         raise RayTaskError("read", "traceback", cause).as_instanceof_cause()
 
     monkeypatch.setattr(worker, "trained_to_the_end", reading)
-    job: Any = None
+    job: Any = SimpleNamespace(home=Home("/"), spec=None)
     if again:
         with pytest.raises(StorageError, match=r"^the store is away$"):
             worker.ended(job)
     else:
         assert worker.ended(job) == worker.Outcome("data", "cut")
+
+
+@pytest.mark.parametrize("harmed", [1, 9])
+def test_a_copy_that_is_harmed_on_its_way_is_fetched_once_more_and_never_used(
+    run: Home, monkeypatch: pytest.MonkeyPatch, harmed: int
+) -> None:
+    place = saved_in(run, 10)
+    shutil.rmtree(storage.scratch(run.root))
+    get_file, left = LocalFileSystem.get_file, [harmed]
+
+    def on_a_bad_wire(fs: Any, there: str, here: str, **options: Any) -> None:
+        get_file(fs, there, here, **options)
+        if "shard" in there and left[0]:
+            left[0] -= 1
+            damaged(Path(here))
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", on_a_bad_wire)
+    if harmed == 1:
+        assert sealed.verify(place.fetched()).facts["step"] == 10
+    else:
+        with pytest.raises(sealed.SealError, match=r"^local://.*-00000010, fetched 2 times: .*sha256 is"):
+            place.fetched()
+
+
+def test_a_damaged_checkpoint_is_stepped_over_aloud_and_where_all_are_nothing_begins_anew(
+    tmp_path: Path,
+) -> None:
+    stage = Home.of(tmp_path / "stage")
+    assert worker.newest(stage) == ""
+    first, second, unfinished = (saved_in(stage, step) for step in (10, 20, 30))
+    (unfinished.here / sealed.MANIFEST).unlink()
+    (stage.here / "checkpoints" / "step-00000010-good").mkdir()
+    damaged(next(second.here.glob("shard-*")))
+    assert worker.newest(stage) == "checkpoints/step-00000010"
+    assert stage.text(worker.STEPPED_BACK).startswith("stepping back: ")
+    assert "step-00000020/shard" in stage.text(worker.STEPPED_BACK)
+    damaged(next(first.here.glob("shard-*")))
+    with pytest.raises(sealed.SealError, match=r"none of the 2 checkpoints in .*/checkpoints is whole; put"):
+        worker.newest(stage)
+    assert second.has(sealed.MANIFEST)
+
+
+def test_stages_are_told_to_stop_though_the_store_of_one_fails_for_a_while(
+    tmp_path: Path, run: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stopping, "TELL_EVERY_S", 0.01)
+    put_file, failing = LocalFileSystem.put_file, ["once", "and again"]
+
+    def away(*args: Any, **options: Any) -> None:
+        if failing:
+            raise OSError(failing.pop())
+        put_file(*args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", away)
+    told, stages = stopping.Stopping(), (run.at("a"), Home.of(tmp_path / "b"))
+    with told.joined(stages[0]), told.joined(stages[1]):
+        told.tell()
+        assert [stage.text(stopping.STOP) for stage in stages] == ["stop", "stop"]
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert not any(stage.has(stopping.STOP) for stage in stages)
 
 
 def test_what_is_to_be_sent_and_is_gone_is_an_error(run: Home) -> None:

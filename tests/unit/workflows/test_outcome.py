@@ -1,0 +1,77 @@
+"""How a training run ends: what would only come again is told at once, and by its own code."""
+
+import os
+import pickle
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dd_core import bundle, checkpoint
+from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stages.upsampler import UpsamplerSpec
+from jobs.failures import Code, code_of, line_of
+from tests.unit.dd_core.test_checkpoint_ranks import NET
+from workflows.outcome import DecidedError, Outcome, decided
+from workflows.storage import StorageError
+from workflows.train_spec import TrainSpec
+from workflows.training import error_of
+
+STAGE = UpsamplerSpec(net=NET, image_size=16, factor=2, crop=16)
+SPEC = TrainSpec(
+    name="x",
+    stage=STAGE,
+    optimizer=OptimizerSpec(learning_rate=1e-3),
+    budget=Budget(steps=1, checkpoint_every=1),
+    batch_size=8,
+    micro_batch_size=4,
+)
+WEIGHTS = {"w": torch.zeros(2**18)}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 256 KiB."""
+    if os.geteuid():
+        pytest.skip("only root may mount")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("no mounting here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def told(error: BaseException) -> tuple[Code, str]:
+    """What a person and a script are told of it."""
+    outcome = decided(error, SPEC, disk=Path("/runs/x"))
+    assert outcome is not None
+    last = error_of(outcome, SPEC.name)
+    return code_of(last), line_of(last)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_whatever_was_being_written(small_disk: Path) -> None:
+    line = "no space left on /runs/x; free some and run the same command again to continue"
+    with pytest.raises(BaseException, match="No space left on device") as failed:
+        checkpoint.write(small_disk / "checkpoint", WEIGHTS, {"step": 1})
+    assert told(failed.value) == (Code.INTERNAL, line)
+    with pytest.raises(Exception, match="No space left on device") as failed:
+        bundle.save(small_disk / "bundle", STAGE, WEIGHTS, parents={}, facts={})
+    assert told(failed.value) == (Code.INTERNAL, line)
+
+
+def test_a_gpu_that_is_too_small_is_a_matter_of_the_spec() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has more to say.")
+    line = "x: CUDA out of memory, with 4 images in one forward of each worker; lower micro_batch_size"
+    assert told(error) == (Code.CONFIGURATION, line)
+
+
+def test_what_may_pass_is_no_outcome() -> None:
+    for error in (StorageError("away"), RuntimeError("lost"), ConnectionError("cut")):
+        assert decided(error, SPEC, disk=Path("/")) is None
+
+
+def test_an_outcome_travels_as_an_error() -> None:
+    error = pickle.loads(pickle.dumps(DecidedError("data", "damaged")))
+    assert error.outcome == Outcome("data", "damaged")

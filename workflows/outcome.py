@@ -1,0 +1,93 @@
+"""How a training run ends: what all workers come to, and which errors would only come again."""
+
+import errno
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ray.exceptions
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dd_core.sealed import SealError
+from dd_core.training import DivergedError
+from workflows.feed import DataError
+from workflows.storage import StorageError
+from workflows.train_spec import TrainSpec
+
+Status = Literal["done", "preempted", "diverged", "data", "refused", "checkpoint", "full"]
+TOGETHER = ("done", "preempted")
+"""What all workers come to."""
+COME_AGAIN: tuple[tuple[type[Exception], Status], ...] = (
+    (DivergedError, "diverged"),
+    (DataError, "data"),
+    (SealError, "checkpoint"),
+    (ValueError, "refused"),
+)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    status: Status
+    message: str = ""
+
+
+class DecidedError(RuntimeError):
+    """One of several workers has met the end of the run; the others may wait for it in a collective.
+
+    Args:
+        status: Of an Outcome.
+        message: Of the same.
+    """
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(status, message)
+        self.outcome = Outcome(status, message)
+
+
+def told_by_ray(error: BaseException) -> BaseException:
+    """The error itself; of a read task that raised, its own in one line, without Ray's advice on retries."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return error
+    line = str(error.cause).strip().splitlines()[0]
+    return StorageError(line) if isinstance(error.cause, StorageError) else DataError(line)
+
+
+def decided(error: BaseException, spec: TrainSpec, *, disk: Path) -> Outcome | None:
+    """How an error that would come again ends the run; None: it may be another's fault, or pass.
+
+    Args:
+        error: Of a worker.
+        spec: What it trains.
+        disk: Where it writes.
+    """
+    if disk_full(error):
+        return Outcome("full", str(disk))
+    if isinstance(error, StorageError):  # the store may come back, and the next attempt finds it
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return Outcome("refused", out_of_memory(spec, error))
+    return next((Outcome(status, str(error)) for kind, status in COME_AGAIN if isinstance(error, kind)), None)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether a disk or a quota was used up, however deep within an error that is told."""
+    match error:
+        case None:
+            return False
+        case OSError() if error.errno in FULL:
+            return True
+        case SafetensorError() if any(f"(os error {number})" in str(error) for number in FULL):
+            return True
+        case CheckpointException():
+            return any(disk_full(one) for one, _ in error.failures.values())
+    return disk_full(error.__cause__)
+
+
+def out_of_memory(spec: TrainSpec, error: BaseException) -> str:
+    """What to do about a GPU that is too small."""
+    images = spec.micro_batch_size or spec.batch_size // spec.num_workers
+    said = " ".join(str(error).split()).split(". ")[0]
+    return f"{said}, with {images} images in one forward of each worker; lower micro_batch_size"
