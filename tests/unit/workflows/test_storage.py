@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.exceptions import RayTaskError
 
 from dd_core import checkpoint, sealed
-from workflows import stopping, storage, worker
+from workflows import stopping, storage, training, worker
 from workflows.feed import DataError
 from workflows.journal import JOURNAL
 from workflows.storage import Home, StorageError
@@ -137,6 +137,19 @@ def test_a_damaged_checkpoint_is_stepped_over_aloud_and_where_all_are_nothing_be
     with pytest.raises(sealed.SealError, match=r"none of the 2 checkpoints in .*/checkpoints is whole; put"):
         worker.newest(stage)
     assert second.has(sealed.MANIFEST)
+
+
+def test_the_driver_says_once_what_workers_step_over_now_and_nothing_of_an_earlier_start(
+    run: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = run.at("base")
+    stage.write(worker.STEPPED_BACK, "stepping back: long ago")
+    with training.stepping_back(stage) as looking:
+        stage.write(worker.STEPPED_BACK, "stepping back: one")
+        looking.act()
+        stage.write(worker.STEPPED_BACK, "stepping back: one\nstepping back: two")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["base: stepping back: one", "base: stepping back: two"]
 
 
 def test_stages_are_told_to_stop_though_the_store_of_one_fails_for_a_while(
