@@ -38,7 +38,8 @@ TABLE_BYTES = 32 * 2**20
 """Decoded images, or embeddings, of one table that a read task hands out."""
 TABLE_ROWS = 16_384
 """Of one table at most: a task names each row, and Ray 2.60 fails on a task of a megabyte."""
-
+TASK_TABLES = 4
+"""Of one task at most: Ray makes a block of all of them."""
 
 EMBEDDINGS = 1
 """Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
@@ -239,18 +240,16 @@ class Order:
 
 
 def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
-    """The reads of one rank: each of whole mixes, as many as make a table, or of one that makes several.
-
-    So a mix, all of whose row groups are read for whatever is wanted of it, is read once.
-    """
-    found: list[list[Pick]] = []
-    room = 0
-    for pick in order.picks(share.positions()):
-        if len(pick.rows) > room:
-            found.append([])
-            room = table_rows(wanted)
-        found[-1].append(pick)
-        room -= len(pick.rows)
+    """The reads of one rank: of mixes that make a table together, or of one, for a mix is read as a whole."""
+    found, room, most = list[list[Pick]](), 0, TASK_TABLES * table_rows(wanted)
+    for whole in order.picks(share.positions()):
+        for start in range(0, len(whole.rows), most):
+            rows, positions = (part[start : start + most] for part in (whole.rows, whole.positions))
+            if len(rows) > room:
+                found.append([])
+                room = table_rows(wanted)
+            found[-1].append(whole._replace(rows=rows, positions=positions))
+            room -= len(rows)
     return found
 
 

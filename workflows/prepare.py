@@ -75,7 +75,7 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
         DestinationError: If the destination holds other files, cannot be written to, or is prepared already.
         OSError: If there is no room left.
         StorageError: If a store is away; what is finished stays, and no shard is taken for damaged.
-        TooManyRejectsError: After refused.json was written, with the facts and no manifest.
+        TooManyRejectsError: After refused.json was written, with the facts; what was sealed before stays.
     """
     source, home = located_or_done(spec), Home.of(spec.destination)
     if isinstance(source, Prepared):
@@ -86,6 +86,7 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
     if done := finished(home, facts["source"]):
         if UNFINISHED in home.names():  # of a run that was cut after its last line, or of another source
             with claimed(home):
+                home.drop(REFUSED)
                 tidied(home, done.facts["files"])
         judge(spec, done.facts)
         return done
@@ -131,7 +132,7 @@ def located_or_done(spec: PairsSpec) -> list[Found] | Prepared:
         except DestinationError:
             done = None
         names = [name for pattern in spec.shards for name in braces(pattern)]
-        if done is None or done.facts["spec"] != how(spec) or not are_of(done.facts["shards"], names):
+        if done is None or done.facts.get("spec") != how(spec) or not are_of(done.facts["shards"], names):
             raise
         return done
 

@@ -106,7 +106,7 @@ def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> Mater
         Reads(tasks, wanted), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
     )  # or Ray cuts what few tasks deliver into 200 blocks
     dataset.context.execution_options.preserve_order = True
-    dataset.context.target_max_block_size = None  # a table is a block: never cut, never joined
+    dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
     dataset.context.enable_progress_bars = False
     return dataset.materialize()
 

@@ -131,6 +131,10 @@ class Counting(MemoryFileSystem):
     store: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[Counter[str]] = Counter()
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("counting://")))
+
     def info(self, path: str, **options: Any) -> Any:
         self.asked[path] += 1
         return super().info(path, **options)

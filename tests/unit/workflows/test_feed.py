@@ -113,6 +113,9 @@ def test_a_rank_that_trains_on_a_whole_mix_reads_it_once_however_many_tables_it_
     first, *_ = feed.tasks(order, share, WANTED)
     sizes = [len(table) for table in feed.read(first, WANTED)]
     assert sizes == [30, 30, 30, len(mix.rows) - 90]
+    monkeypatch.setattr(feed, "TABLE_BYTES", 10 * WANTED.row_bytes)
+    assert captions(order, share) == whole
+    assert [sum(len(pick.rows) for pick in task) for task in feed.tasks(order, share, WANTED)][:2] == [40, 40]
 
 
 def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:

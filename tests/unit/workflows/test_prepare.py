@@ -280,6 +280,8 @@ def test_what_is_sealed_stays_until_what_is_new_is_good_and_shards_that_stayed_a
         prepare_pairs(spec, progress=False)
     assert prepared(out) == first
     assert tuple(feed.prepared_files(out)) == first.files  # and not the part that is there for the next time
+    assert prepare_pairs(spec_of(tmp_path, 2), progress=False) == first
+    assert sealed.verify(out).digest == first.digest  # nothing of what was refused is left
     tars(tmp_path / "new", 3)
     shutil.copy(tmp_path / "new" / "00002.tar", tmp_path)
     grown = prepare_pairs(spec, progress=False)
