@@ -19,7 +19,7 @@ from dd_core import sealed
 from jobs import environment
 from jobs.config import ConfigError, apply, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
-from jobs.run import score_tags
+from jobs.run import score_tags, whole
 from serve import app
 from serve.fetching import in_a_store, on_this_machine
 from serve.replicas import opened
@@ -317,7 +317,7 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
 
     Raises:
         PromotionError: The candidate is not better, or has never been judged.
-        DeployError: The endpoint serves another cascade.
+        DeployError: The endpoint serves another cascade, or not all pictures came.
     """
     models = registry(split(wanted)[0])
     candidate = models.version(wanted)
@@ -325,7 +325,10 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
         if why := app.missing(url.rstrip("/"), candidate.digest):
             raise DeployError(f"{url} does not serve {wanted}: {why}")
         spec = EvaluationSpec()
-        candidate = models.note(candidate, score_tags(evaluate_endpoint(url, spec), spec))
+        scores = evaluate_endpoint(url, spec)
+        if not whole(scores):
+            raise DeployError(f"{url}: {scores['failed']} of {scores['n']} pictures did not come; try again")
+        candidate = models.note(candidate, score_tags(scores, spec))
     holder = models.promote(candidate, alias, force=force)
     return {
         "alias": f"{candidate.name}@{alias}",

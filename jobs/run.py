@@ -17,20 +17,27 @@ from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
 from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
+from jobs.failures import JobFailedError, StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
-from workflows.journal import JOURNAL
+from workflows.journal import JOURNAL, entries
 from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW
 from workflows.report import write_report
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
+from workflows.training import PreemptedError
 
 log = logging.getLogger(__name__)
+TOLD_TO_STOP = (StoppedError, PreemptedError)
+
+
+class UnjudgedError(JobFailedError):
+    """The cascade is made, and its scores are not to be trusted."""
 
 
 class Summary(NamedTuple):
@@ -55,6 +62,7 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
         PortTakenError: Something else listens at the address; nothing has been started.
         AlreadyRunningError: Another process makes this run; nothing has been started.
         ValueError: An endpoint is to be left running, and the run is made on a cluster.
+        UnjudgedError: Pictures did not come; everything else is made.
         The errors of run_pipeline, start_endpoint and write_report.
     """
     if address and joins_cluster():
@@ -74,7 +82,7 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     if not joins_cluster():
         announce(spec, this_machine())
     home = driver.opened()
-    with tracked(home, uri=tracking_uri() or "") as tracking:
+    with tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP) as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
                 announce(spec, joined())
@@ -88,9 +96,14 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
         else:
             scores = before
         facts = write_summary(home, spec, made, scores)
-        if not before or not home.has("report.html"):
+        if not before or not home.has("report.html") or not told_scores(spec, tracking, facts):
             report(home, spec, tracking, facts)
             facts = write_summary(home, spec, made, scores)  # with the seconds of the report
+        if not whole(scores):
+            raise UnjudgedError(
+                f"{scores['failed']} of {scores['n']} pictures did not come, so the cascade is not judged; "
+                f"see {home.at('evaluation').address} and run the same command again to ask for them all"
+            )
         page = tracking.book.page()
     return Summary(facts | {"mlflow": page}, told(home, facts | {"mlflow": page}, url if address else ""))
 
@@ -114,7 +127,8 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
         if not joins_cluster():
             announce(one, this_machine())
         home = driver.opened()
-        with tracked(home, uri=tracking_uri() or "") as tracking, ray_cluster(verbose=verbose):
+        track = tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP)
+        with track as tracking, ray_cluster(verbose=verbose):
             if joins_cluster():
                 announce(one, joined())
             run_stage(spec, stage, run=home, tracked=tracking)
@@ -161,11 +175,17 @@ def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]
 
 
 def judged_before(home: Home, made: RunResult, spec: EvaluationSpec) -> dict[str, Any] | None:
-    """The scores of an earlier start, if they are of this cascade and these captions."""
+    """The scores of an earlier start, if they are whole and of this cascade and these captions."""
     facts = home.facts("summary.json")
     if (facts.get("digest"), facts.get("evaluation")) == (made.digest, fingerprint(spec)):
-        return facts.get("oracle") or None
+        scores = facts.get("oracle") or {}
+        return scores if scores and whole(scores) else None
     return None
+
+
+def whole(scores: dict[str, Any]) -> bool:
+    """Whether every picture that was asked for came; what nobody has judged lacks none."""
+    return not scores.get("failed")
 
 
 def fingerprint(spec: EvaluationSpec) -> str:
@@ -188,6 +208,7 @@ def write_summary(home: Home, spec: RunSpec, made: RunResult, scores: dict[str, 
         "run": spec.name,
         "oracle": scores,
         "seconds": seconds_of(home),
+        "data": data_of(home, spec).address,
         "bundle": made.cascade.address,
         "digest": made.digest,
         "stages": {name: home.at(f"{name}/bundle").address for name in made.bundles},
@@ -198,24 +219,46 @@ def write_summary(home: Home, spec: RunSpec, made: RunResult, scores: dict[str, 
     return facts
 
 
+def data_of(home: Home, spec: RunSpec) -> Home:
+    """The prepared data: within the run where the run makes it, else where pairs.destination says."""
+    return home.at("data/prepared") if spec.shapes is not None else Home.of(spec.pairs.destination)
+
+
 def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> None:
-    """The page, then page and scores to MLflow."""
+    """The page, then page and scores to MLflow; the line of the model is the last, see `told_scores`."""
     with timed(home, "report", "total"):
-        if home.stored:
-            gather(home, spec)
+        gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))
     home.send("report.html")
-    shares = {f"oracle/{name}": value for name, value in facts["oracle"].items() if isinstance(value, float)}
-    tracking.journal.log(shares, 0)
-    tags = {"bundle_sha256": facts["digest"]} | score_tags(facts["oracle"], spec.evaluation)
-    tracking.journal.model(spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=tags)
+    if whole(facts["oracle"]):
+        shares = {f"oracle/{name}": it for name, it in facts["oracle"].items() if isinstance(it, float)}
+        tracking.journal.log(shares, 0)
     for file in (path, home.here / "summary.json"):
         tracking.journal.artifact(file)
+    tracking.journal.model(
+        spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=version_tags(spec, facts)
+    )
+
+
+def told_scores(spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> bool:
+    """Whether an earlier start has written all of its report into the journal."""
+    tags = version_tags(spec, facts)
+    return any(
+        entry.kind == "model" and entry.value["tags"] == tags for entry in entries(tracking.journal.path)
+    )
+
+
+def version_tags(spec: RunSpec, facts: dict[str, Any]) -> dict[str, str]:
+    """What a registered version says of itself."""
+    return {"bundle_sha256": facts["digest"]} | score_tags(facts["oracle"], spec.evaluation)
 
 
 def score_tags(scores: dict[str, Any], spec: EvaluationSpec) -> dict[str, str]:
-    """What a registered cascade says of how well it paints; `ddiff promote` compares it."""
-    if not scores:
+    """What a registered cascade says of how well it paints; `ddiff promote` compares it.
+
+    Scores of which pictures are missing say nothing.
+    """
+    if not scores or not whole(scores):
         return {}
     low, high = scores["intervals"]["all"]
     found = {SCORE: scores["all"], SCORE_LOW: low, SCORE_HIGH: high, JUDGED: scores["n"]}
@@ -223,11 +266,14 @@ def score_tags(scores: dict[str, Any], spec: EvaluationSpec) -> dict[str, str]:
 
 
 def gather(home: Home, spec: RunSpec) -> None:
-    """Of a store's run, what the report shows and this machine may not have: some data, sample grids."""
+    """Of what lies in a store, what the report shows and this machine may not have: some data, grids."""
+    data = data_of(home, spec)
+    if data.stored:
+        parts = [name for name in data.names() if name.startswith("part-")]
+        data.fetch(MANIFEST, *parts[:1], *parts[-1:])
+    if not home.stored:
+        return
     home.at("cascade").fetched()
-    data = home.at("data/prepared")
-    parts = [name for name in data.names() if name.startswith("part-")]
-    data.fetch(MANIFEST, *parts[:1], *parts[-1:])
     for stage in spec.stages:
         grids = home.at(f"{stage.name}/samples")
         home.fetch(f"{stage.name}/{JOURNAL}")
@@ -235,7 +281,9 @@ def gather(home: Home, spec: RunSpec) -> None:
 
 
 def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
-    """Captions to paint in the report: some of every group that is judged."""
+    """Captions to paint in the report: some of every group that is judged; of a user's own data, its own."""
+    if spec.shapes is None:
+        return []
     asked = spec.evaluation.cases()
     step = max(1, len(asked) // count)
     return [case.caption for case in asked[::step]][:count]

@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 GROUPS = ("one_object", "two_object", "unseen")
 ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
 BUSY = (429, 503)
+ROUNDS, PAUSE_S = 3, 5.0
+"""How often captions are asked whose pictures did not come, and the pause before they are asked again."""
+LOST_S = 60.0
+"""How long a server that cannot be reached is waited for with one picture, of hundreds."""
 
 
 class Answer(NamedTuple):
@@ -33,6 +37,8 @@ class Answer(NamedTuple):
     png: bytes
     """Empty if nothing did."""
     failure: str = ""
+    refused: bool = False
+    """The request was at fault: to ask again would change nothing."""
 
 
 class EndpointError(ValueError):
@@ -51,7 +57,8 @@ class Verdict(NamedTuple):
 def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = None) -> dict[str, Any]:
     """Paint every caption through an endpoint and judge the pictures.
 
-    A request that fails is a picture in which everything is wrong; none is left out.
+    A request that fails is made again; if it fails in the end, its picture is one in which everything is
+    wrong, and counts among `failed`.  None is left out.
 
     Args:
         url: Of the server, such as http://127.0.0.1:8000.
@@ -71,10 +78,14 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
         ThreadPoolExecutor(spec.concurrency) as pool,
     ):
         refuse_nobody(client)
-        numbered = list(enumerate(asked))
-        answers = list(
-            pool.map(lambda one: painted(client, one[1].caption, spec.seed + one[0], spec), numbered)
-        )
+        answers = [Answer(b"", "not asked")] * len(asked)
+        for turn in range(ROUNDS):
+            left = [number for number, answer in enumerate(answers) if answer.failure and not answer.refused]
+            if turn and (not left or gone(client, pause_s=PAUSE_S)):
+                break
+            found = pool.map(lambda n: painted(client, asked[n].caption, spec.seed + n, spec), left)
+            for number, answer in zip(left, found, strict=True):
+                answers[number] = answer
     verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]
     for failure, count in Counter(answer.failure for answer in answers if answer.failure).most_common():
         log.warning("%d of %d pictures are missing and count as wrong: %s", count, len(answers), failure)
@@ -98,9 +109,21 @@ def refuse_nobody(client: httpx.Client) -> None:
         ) from None
 
 
+def gone(client: httpx.Client, *, pause_s: float) -> bool:
+    """Whether nobody is there any longer, after a pause."""
+    time.sleep(pause_s)
+    try:
+        refuse_nobody(client)
+    except EndpointError as error:
+        log.warning("%s", error)
+        return True
+    return False
+
+
 def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec) -> Answer:
     """One picture; asked for again while the server is busy or cannot be reached, until the time is up."""
     deadline = time.monotonic() + spec.timeout_s
+    lost = math.inf
     body = {"prompt": caption, "n": 1, "seed": seed, "response_format": "b64_json"}
     while True:
         try:
@@ -108,12 +131,15 @@ def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec)
             if reply.status_code == httpx.codes.OK:
                 return Answer(base64.b64decode(reply.json()["data"][0]["b64_json"]))
             failure, again = f"HTTP {reply.status_code}: {reply.text:.200}", reply.status_code in BUSY
+            if reply.is_client_error and not again:
+                return Answer(b"", failure, refused=True)
             pause = retry_after(reply.headers)
         except httpx.HTTPError as error:
             failure, again, pause = f"{type(error).__name__}: {error}", True, 1.0
+            lost = min(lost, time.monotonic())
         except (ValueError, LookupError) as error:
             return Answer(b"", f"answer without a picture: {error!r}")
-        if not again or time.monotonic() + pause > deadline:
+        if not again or time.monotonic() + pause > min(deadline, lost + LOST_S):
             return Answer(b"", failure)
         time.sleep(pause)
 

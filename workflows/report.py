@@ -15,6 +15,7 @@ from dd_core.bundle import Cascade
 from workflows import pictures
 from workflows.curves import chart
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
+from workflows.storage import Home
 from workflows.tracking import curves
 
 SCORES = ("all", "one_object", "two_object", "unseen")
@@ -51,14 +52,15 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
         raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
     summary = summary_of(run)
     cascade = bundle.load_cascade(run / "cascade") if (run / "cascade").exists() else None
-    known = prompts or captions(run, 16)
+    data = data_of(run, summary)
+    known = prompts or captions(data, 16)
     parts = [
         painted_section(cascade, known, seed),
         judged_section(run, summary),
         trajectory_section(cascade, known, seed),
-        noising_section(run),
+        noising_section(data),
         training_section(run),
-        reconstruction_section(run),
+        reconstruction_section(run, data),
         time_section(run, summary),
         origin_section(run, cascade),
     ]
@@ -76,9 +78,14 @@ def summary_of(run: Path) -> dict[str, Any]:
     return found
 
 
-def captions(run: Path, count: int) -> list[str]:
+def data_of(run: Path, summary: Mapping[str, Any]) -> Path:
+    """The prepared data of a run, or this machine's copy of them; without a word of where, within the run."""
+    named = summary.get("data")
+    return Home.of(named).here if named else run / "data" / "prepared"
+
+
+def captions(data: Path, count: int) -> list[str]:
     """Captions of the prepared data; none before it is prepared."""
-    data = run / "data" / "prepared"
     return pictures.prepared_captions(data, count) if (data / sealed.MANIFEST).exists() else []
 
 
@@ -108,6 +115,8 @@ def judged_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
         f"{oracle['n']:,} captions that training never saw, painted over HTTP and read back by geometry "
         "alone. “All” is right only if every attribute of every object is, and no object is too many."
     )
+    if oracle.get("failed"):
+        note += f" {oracle['failed']:,} of them did not come and count as wrong: this is no judgement."
     head = "<tr><th>right</th><th></th><th class=number>share</th><th class=number>95 % interval</th></tr>"
     return Section("Judged by the oracle", note, f"<table>{head}{''.join(rows)}</table>{judged_grid(run)}")
 
@@ -156,9 +165,8 @@ def trajectory_section(cascade: Cascade | None, prompts: Sequence[str], seed: in
     return Section("Denoising, step by step", note, strip(noisy) + "<p></p>" + strip(clean))
 
 
-def noising_section(run: Path) -> Section | None:
+def noising_section(data: Path) -> Section | None:
     """The forward process on a training image."""
-    data = run / "data" / "prepared"
     if not (data / sealed.MANIFEST).exists():
         return None
     size = min(pictures.prepared_sizes(data))
@@ -203,9 +211,8 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def reconstruction_section(run: Path) -> Section | None:
+def reconstruction_section(run: Path, data: Path) -> Section | None:
     """Images before and after the autoencoder."""
-    data = run / "data" / "prepared"
     path = next((path.parent for path in run.glob("*/bundle/spec.json") if is_autoencoder(path)), None)
     if path is None or not (data / sealed.MANIFEST).exists():
         return None

@@ -12,7 +12,10 @@ from click.testing import CliRunner
 from jobs import run
 from jobs.cli import main
 from jobs.recipes import smoke
+from jobs.run import report
+from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.pipeline import RunResult
+from workflows.storage import Home
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return RunResult({}, run.at("cascade"), "d" * 64, {})
 
     @contextmanager
-    def untracked(home: Any, *, uri: str) -> Iterator[Any]:
+    def untracked(home: Any, **_: Any) -> Iterator[Any]:
         yield SimpleNamespace(book=SimpleNamespace(page=lambda: ""))
 
     def joining(*, verbose: bool) -> Any:
@@ -71,3 +74,58 @@ def test_a_port_that_there_is_not_is_refused_before_any_work(
     assert done.exit_code == 2
     assert f"{port} is not in the range 1<=x<=65535" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def alone(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A machine that makes any run at once; what its judge is going to say."""
+    monkeypatch.delenv("RAY_ADDRESS")
+    scores: list[dict[str, Any]] = []
+
+    @contextmanager
+    def tracked(home: Any, **_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(journal=Journal(home.here / JOURNAL), book=SimpleNamespace(page=lambda: ""))
+
+    def reported(here: Path, **_: Any) -> Path:
+        (here / "report.html").write_text("")
+        return here / "report.html"
+
+    monkeypatch.setattr(run, "tracked", tracked)
+    monkeypatch.setattr(run, "report", report)
+    monkeypatch.setattr(run, "write_report", reported)
+    monkeypatch.setattr(run, "this_machine", list)
+    monkeypatch.setattr(run, "endpoint", lambda *_: nullcontext("http://here"))
+    monkeypatch.setattr(run, "judged", lambda *_: scores.pop(0))
+    return scores
+
+
+def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_could_not(
+    cluster: Path, alone: list[dict[str, Any]]
+) -> None:
+    journal = cluster / "smoke" / JOURNAL
+    good = {"all": 0.5, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}}
+    alone += [{"all": 0.25, "n": 8, "failed": 3, "intervals": {"all": [0.1, 0.5]}}, good]
+    with pytest.raises(run.UnjudgedError, match="3 of 8 pictures did not come"):
+        run.run_all(smoke.run(), address=None, verbose=False)
+    assert not curves(journal)
+    assert [entry.value["tags"].keys() for entry in entries(journal) if entry.kind == "model"] == [
+        {"bundle_sha256"}
+    ]
+
+    assert run.run_all(smoke.run(), address=None, verbose=False).facts["oracle"] == good
+    assert curves(journal) == {"oracle/all": {0: 0.5}}
+
+    journal.write_text("")  # as if killed when the page was there and its lines were not
+    for _ in range(2):
+        run.run_all(smoke.run(), address=None, verbose=False)
+        said = [entry for entry in entries(journal) if entry.kind == "model"]
+        assert [entry.value["tags"]["score.all"] for entry in said] == ["0.5"]
+
+
+def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:
+    ours, home = smoke.run(), Home.of(tmp_path / "run")
+    assert len(run.prompts_of(ours)) == 16 or len(run.prompts_of(ours)) == ours.evaluation.captions
+    assert run.data_of(home, ours) == home.at("data/prepared")
+    mine = ours.but(shapes=None, pairs=ours.pairs.but(destination=str(tmp_path / "mine")))
+    assert not run.prompts_of(mine)  # then the report takes those of the data
+    assert run.data_of(home, mine).here == tmp_path / "mine"

@@ -76,9 +76,14 @@ def test_captions_are_as_many_as_asked_in_three_groups() -> None:
 
 
 class Moody(BaseHTTPRequestHandler):
-    """Refuses every prompt once, with a time to come back; prompts of an even length for ever."""
+    """Is busy once for every prompt, with a time to come back, and then fails once; refuses those of an even
+    length for ever.
+    """
 
     asked: ClassVar[Counter[str]] = Counter()
+
+    def do_GET(self) -> None:
+        self.answer(200, {"status": "live"})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -87,6 +92,8 @@ class Moody(BaseHTTPRequestHandler):
             self.answer(400, {"error": {"message": "an even prompt"}})
         elif self.asked[body["prompt"]] == 1:
             self.answer(429, {"error": {"message": "busy"}})
+        elif self.asked[body["prompt"]] == 2:
+            self.answer(500, {"error": {"message": "a replica died"}})
         else:
             picture = base64.b64encode(png(np.zeros((64, 64, 3), np.uint8))).decode()
             self.answer(200, {"data": [{"b64_json": picture}]})
@@ -114,15 +121,18 @@ def moody_url() -> Iterator[str]:
     thread.join()
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_counts_as_wrong(
-    moody_url: str, tmp_path_factory: pytest.TempPathFactory
+def test_what_fails_is_asked_again_and_a_refusal_counts_as_wrong_at_once(
+    moody_url: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("workflows.evaluation.PAUSE_S", 0.0)
     spec = EvaluationSpec(captions=16, concurrency=4, timeout_s=30)
     keep = tmp_path_factory.mktemp("kept")
     found = evaluate_endpoint(moody_url, spec, keep=keep)
     refused = sum(len(case.caption) % 2 == 0 for case in spec.cases())
     assert 0 < refused < 16
     assert (found["n"], found["failed"], found["all"]) == (16, refused, 0.0)
+    once = Counter(case.caption for case in spec.cases() if len(case.caption) % 2 == 0)
+    assert {caption: Moody.asked[caption] for caption in once} == once
     assert len(list(keep.glob("*.png"))) == 16 - refused
     lines = [json.loads(line) for line in (keep / "verdicts.jsonl").read_text().splitlines()]
     assert [line["caption"] for line in lines] == [case.caption for case in spec.cases()]

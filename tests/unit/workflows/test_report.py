@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from dd_core import bundle, images
 from tests.unit.workflows.tiny_run import make_run
-from workflows import pictures
+from workflows import pictures, report
 from workflows.report import write_report
 
 HOSTILE = '<script>alert("x")</script> & a "red" circle'
@@ -61,6 +63,18 @@ def test_the_page_has_every_chapter_that_the_run_has_something_for(run: Path) ->
         assert chapter in said
     for fact in ("Autoencoder", "Time", "Specs and digests", "75.0%", "20.0% to 80.0%", "dB PSNR"):
         assert fact in said
+
+
+def test_data_that_lie_elsewhere_are_shown_too_with_their_own_captions(tmp_path: Path) -> None:
+    run, data = make_run(tmp_path / "run"), tmp_path / "mine"
+    (run / "data" / "prepared").rename(data)
+    shutil.rmtree(run / "cascade")  # painting takes most of the time
+    assert "Noising" not in Page(write_report(run).read_text()).said
+    (run / "summary.json").write_text(json.dumps({"data": str(data)}))
+    said = Page(write_report(run).read_text()).said
+    assert "Noising" in said
+    assert "dB PSNR" in said
+    assert report.captions(report.data_of(run, report.summary_of(run)), 2)
 
 
 def test_a_caption_is_text_and_never_markup(run: Path) -> None:
