@@ -9,6 +9,7 @@ A cascade that is already running is replaced replica by replica.
 import asyncio
 import json
 import logging
+import math
 import signal
 import socket
 import threading
@@ -51,8 +52,9 @@ class ReplicaSpec(Spec):
 
     num_cpus: float = Field(0.5, ge=0)
     """Reserved in Ray."""
-    num_gpus: float = Field(0, ge=0)
-    """Reserved in Ray; with any the hop lives on the GPU."""
+    num_gpus: float | None = Field(None, ge=0)
+    """Reserved in Ray; with any the hop lives on the GPU.  None: its `gpu_share` where `ddiff serve` or
+    `ddiff run` finds GPUs in Ray; in a config of Ray Serve, which says what it wants, none."""
     threads: int = Field(0, ge=0)
     """Of PyTorch on the CPU; 0: as many as num_cpus, at least one."""
     min_replicas: int = Field(1, ge=1)
@@ -171,7 +173,7 @@ def deployment(
     """
     options = {
         "name": stage,
-        "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
+        "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus or 0},
         "max_ongoing_requests": spec.max_rows + spec.max_waiting + 16,
         "max_queued_requests": spec.max_rows + spec.max_waiting,
         "autoscaling_config": AutoscalingConfig(
@@ -208,8 +210,7 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
         ServeError: The port is taken, or the hops do not come up in time.
         ValueError, dd_core.sealed.SealError: As `build` does.
     """
-    application = build(spec.model_dump())
-    _, digest = opened(on_this_machine(spec.cascade, spec.digest), spec.digest)
+    cascade, digest = opened(on_this_machine(spec.cascade, spec.digest), spec.digest)
     url = f"http://{spec.host}:{spec.port}"
     if not serving(url):
         refuse_taken_port(spec.host, spec.port)
@@ -218,13 +219,37 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
         http_options=HTTPOptions(host=spec.host, port=spec.port),
         logging_config={"enable_access_log": False},
     )
-    target = ray.serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    placed = on_gpus(spec, cascade, ray.cluster_resources().get("GPU", 0))
+    target = ray.serve.RunTarget(build(placed.model_dump()), name=APPLICATION, route_prefix="/")
     ray.serve.run_many([target], wait_for_applications_running=False)
     await_ready(url, digest, spec.startup_s)
     log.info("serving %s at %s", digest[:12], url)
     if blocking:
         wait(spec.timeout_s)
     return url
+
+
+def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
+    """The same, with a share of a GPU for each replica that does not say what it wants; all fit one GPU."""
+    share = gpu_share(gpus, len({hop.stage for hop in cascade.hops}))
+
+    def placed(hop: ReplicaSpec) -> ReplicaSpec:
+        return hop.but(num_gpus=share) if hop.num_gpus is None else hop
+
+    return spec.but(hop=placed(spec.hop), hops={name: placed(hop) for name, hop in spec.hops.items()})
+
+
+def gpu_share(gpus: float, hops: int) -> float:
+    """Of one GPU, for a replica of each hop and for those that replace them while they still answer.
+
+    Args:
+        gpus: Of the cluster; with less than a whole one there is no share.
+        hops: Of the cascade.
+
+    Returns:
+        At most what lets 2 * hops replicas fit, in Ray's unit of 1 / 10,000.
+    """
+    return 0.0 if gpus < 1 else math.floor(10_000 / (2 * hops)) / 10_000
 
 
 def wait(limit_s: float) -> None:

@@ -232,7 +232,7 @@ def nodes_for(hops: list[ReplicaSpec], pod: PodSpec, which: str) -> int:
         )
         if not fit:
             raise ConfigError(
-                f"a replica wants {hop.num_cpus:g} CPUs and {hop.num_gpus:g} GPUs, a pod of hops has "
+                f"a replica wants {hop.num_cpus:g} CPUs and {hop.num_gpus or 0:g} GPUs, a pod of hops has "
                 f"{pod.cpus} and {pod.gpus}; raise hop.cpus or hop.gpus of the cluster"
             )
         count += -(-getattr(hop, which) // fit)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dd_core.cascade import CascadeSpec, HopSpec
 from serve import app
 from tests.unit.serve.tiny import tiny_cascade
 
@@ -18,6 +19,28 @@ def test_what_is_replaced_may_finish_the_longest_request(tmp_path: Path) -> None
     assert [hop.name for hop in hops] == ["base", "prior", "upsampler"]
     for one in (ingress, *hops):
         assert one._deployment_config.graceful_shutdown_timeout_s > 300
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 7])
+def test_all_hops_fit_one_gpu_beside_those_that_replace_them(hops: int) -> None:
+    share = app.gpu_share(4, hops)
+    assert 0.99 < 2 * hops * share <= 1
+    assert share == round(share, 4)  # Ray counts no finer
+    assert app.gpu_share(0, hops) == app.gpu_share(0.5, hops) == 0
+
+
+def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
+    cascade = CascadeSpec(
+        name="tiny", hops=(HopSpec(stage="base"), HopSpec(stage="upsampler")), context_length=8, image_size=8
+    )
+    asked = app.ServeSpec.model_validate(
+        {"cascade": "c", "hops": {"base": {"num_gpus": 1}, "upsampler": {"max_rows": 2}}}
+    )
+    for gpus, share in ((2, 0.25), (0, 0)):
+        placed = app.on_gpus(asked, cascade, gpus)
+        assert placed.hops["base"] == asked.hops["base"]
+        assert placed.hops["upsampler"] == asked.hops["upsampler"].but(num_gpus=share)
+        assert placed.hop.num_gpus == share
 
 
 @pytest.mark.parametrize(("names", "left"), [(["ddiff"], ["all"]), (["ddiff", "theirs"], ["ddiff"])])
