@@ -87,10 +87,11 @@ def autoencoder() -> TrainSpec:
         ),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(learning_rate=2e-3, warmup_steps=50, ema_images=400),
-        budget=Budget(steps=900, checkpoint_every=450, report_every=50),
+        budget=Budget(steps=900, checkpoint_every=450, report_every=50, sample_every=450),
         batch_size=4,
         num_workers=1,
         resources=WORKER,
+        samples=SamplesSpec(pictures=4),
     )
 
 
@@ -172,10 +173,11 @@ def upsampler() -> TrainSpec:
         name="upsampler",
         stage=UpsamplerSpec(net=net),
         optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
-        budget=Budget(steps=600, checkpoint_every=300, report_every=25),
+        budget=Budget(steps=600, checkpoint_every=300, report_every=25, sample_every=300),
         batch_size=64,
         num_workers=1,
         resources=WORKER,
+        samples=SamplesSpec(pictures=4, how=SamplingSpec(num_steps=4, guidance_scale=1.0)),
     )
 
 
