@@ -109,7 +109,7 @@ def write_part(
         rows, sha256 = counts.total(), sealed.sha256(draft)
         if missing := missing_from(url, rows):
             counts[MISSING] = missing
-            damage = damage or f"{rows:,} samples, {beside(url)} says {rows + missing:,}"
+            damage = damage or f"{rows:,} samples, {shown(beside(url))} says {rows + missing:,}"
         part = Part(
             shard=shard,
             url=shown(url),

@@ -141,7 +141,7 @@ def are_of(shards: Sequence[str], names: Sequence[str]) -> bool:
     """Whether these are shards that the names could mean: files, globs and directories."""
 
     def means(name: str, url: str) -> bool:
-        name = Home.of(name).address
+        name = addresses.shown(Home.of(name).address)
         return url == name or fnmatch(url, name) or fnmatch(url, f"{name}/*.tar")
 
     return all(any(means(name, url) for name in names) for url in shards)
