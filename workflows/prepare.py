@@ -310,8 +310,8 @@ def reported(batch: dict[str, np.ndarray], *, spec: PairsSpec, home: Home) -> It
 
 def report(shard: int, rows: int, position: int, **said: str | int) -> dict[str, np.ndarray]:
     """One row for the driver."""
-    values: dict[str, int | str] = {"shard": shard, "rows": rows, "position": position}
-    values |= {"part": "", "error": "", "errno": 0, "away": ""} | said
+    blank: dict[str, int | str] = {"part": "", "error": "", "errno": 0, "away": ""}
+    values = blank | {"shard": shard, "rows": rows, "position": position} | said
     return {name: np.array([value]) for name, value in values.items()}
 
 
