@@ -289,9 +289,12 @@ def test_the_last_step_of_latent_diffusion_stops_at_the_first_timestep() -> None
 @pytest.mark.parametrize("spacing", ["karras", "trailing", "linspace"])
 def test_every_sampler_walks_a_chain(sampler: str, spacing: str) -> None:
     how = SamplingSpec(sampler=sampler, num_steps=4, spacing=spacing, guidance_scale=2.0)
-    image = drawn(GLIDE, asked([1], "a star"), how)
-    assert image.shape == (1, 3, 16, 16)
-    assert image.abs().max() <= 1
+    hopped = hop(GLIDE)
+    draw = hopped.start(asked([1], "a star"), how)
+    found = sample(draw.sampling, hopped.denoiser(draw.rows))
+    assert found.shape == (1, 3, 16, 16)
+    assert float(found.abs().max()) <= 1 + 1e-5  # it ends in an estimate, in range before it is quantised
+    assert float(found.std()) > 0.01
 
 
 def test_an_empty_caption_is_all_padding_and_a_long_one_counts_to_its_end() -> None:

@@ -95,13 +95,18 @@ def test_what_blind_super_resolution_shows_is_small_in_range_worse_and_repeatabl
     assert rough.bsr(picture.to("meta"), 4).shape == (2, 3, 64, 64)
 
 
+def linear(image: Tensor) -> Tensor:
+    return ((image + 1) / 2) ** 2.2
+
+
 def test_a_sensor_is_noisier_in_the_light_before_gamma_and_noise_is_of_the_stated_size() -> None:
     torch.manual_seed(0)
     flat = torch.zeros(200, 3, 16, 16)
     std = rough.noised(flat).std((1, 2, 3)) / 2
     assert float(std.min()) > 0.8 / 255
     assert float(std.max()) < 30 / 255
-    assert float((rough.sensed(flat) - flat).abs().mean()) > 0
+    dark, bright = (linear(rough.sensed(flat + at)).std((1, 2, 3)) for at in (-0.4, 0.4))
+    assert float(bright.square().mean()) > 2 * float(dark.square().mean())  # light .07 and .46: five times it
     assert rough.sensed(flat).isfinite().all()
 
 
