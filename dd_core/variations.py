@@ -54,14 +54,20 @@ def walked(how: SamplingSpec, eta: float) -> SamplingSpec:
     return how.but(sampler="ddim", eta=eta, variance="learned", churn=None, strength=1.0)
 
 
+def unguided(how: SamplingSpec) -> SamplingSpec:
+    """The same sampling, led by nothing but what the network is told."""
+    return how.but(guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=None, gradient=None)
+
+
 @torch.no_grad()
 def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
-    """The code of a picture, found without guidance.
+    """The code of a picture.
 
     Args:
         hop: What is to paint it again.
         state: The picture (`known`) and the caption that the hop is told meanwhile.
-        how: The sampling that is to paint it again: its steps are walked backwards.
+        how: The sampling that is to paint it again: its steps are walked backwards, guided as they are, since
+            painted at another scale than it was found at, a code is another picture.
 
     Raises:
         ValueError: As `Encoder.encode`.
@@ -69,7 +75,7 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
     Source: section 3.1.
     """
     assert state.known is not None
-    back = walked(how, 0.0).but(guidance_scale=1.0, guidance_interval=None, gradient=None)
+    back = walked(how, 0.0)
     draw = hop.encode(state, back)  # refuses before CLIP is asked
     embedding = None
     if hop.embedder() is not None:

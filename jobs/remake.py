@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from dd_core.cascade import CascadeState, requested
+from dd_core.cascade import CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
-from dd_core.variations import Code, Encoder, between, encode, turned, walked
+from dd_core.variations import Code, Encoder, between, encode, turned, unguided, walked
 
 if TYPE_CHECKING:
     from dd_core.bundle import Cascade
@@ -66,6 +66,22 @@ def refuse(order: Order) -> None:
             raise ValueError(remedy)
 
 
+def specs_of(cascade: Cascade, order: Order) -> list[HopSpec]:
+    """The hops of a cascade as an order changes them.
+
+    A picture that is varied or mixed is encoded and painted at scale 1, unless the order says another.
+    """
+    specs, first = list(cascade.spec.hops), encoder_of(cascade)
+    if first is not None and (order.vary is not None or order.between is not None):
+        specs[first] = specs[first].but(how=unguided(specs[first].how))
+    return specs
+
+
+def encoder_of(cascade: Cascade) -> int | None:
+    """Which hop paints from noise alone, the first that does."""
+    return next((at for at, hop in enumerate(cascade.hops) if isinstance(hop, Encoder)), None)
+
+
 def way(
     cascade: Cascade,
     order: Order,
@@ -85,13 +101,14 @@ def way(
     Raises:
         ValueError: No hop of the cascade can encode a picture, or none is told embeddings.
     """
-    found = next(((at, hop) for at, hop in enumerate(cascade.hops) if isinstance(hop, Encoder)), None)
-    if found is None:
+    first = encoder_of(cascade)
+    if first is None:
         raise ValueError(
             f"cascade {cascade.spec.name}: no hop paints by diffusion from noise alone, so no picture can be "
             "encoded; use one with a base or a chain"
         )
-    first, hop = found
+    hop = cascade.hops[first]
+    assert isinstance(hop, Encoder)
     clip = hop.embedder()
     if order.instead_of is not None and clip is None:
         raise ValueError(
@@ -107,7 +124,7 @@ def way(
         assert clip is not None
         before = requested([order.instead_of], [], cascade.spec.context_length)
         shown = state._replace(tokens=before.tokens, captions=before.captions)
-        code = turned(encode(hop, shown, how[first]), clip, before.tokens, state.tokens, order.by)
+        code = turned(encode(hop, shown, unguided(how[first])), clip, before.tokens, state.tokens, order.by)
     else:
         code = encode(hop, state, how[first])
     return Way(first, begun(state, code), [walked(how[first], eta), *how[first + 1 :]])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
-from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, requested, run
+from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, requested, run
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
@@ -105,7 +105,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
             f"--keep {order.keep} of {order.images} images; paint more, -n {order.keep} at least"
         )
     opened = bundle.load_cascade(cascade, device=device())
-    how = [how_of(hop, order) for hop in opened.spec.hops]
+    how = [how_of(hop, order) for hop in remake.specs_of(opened, order)]
     asked = state_of(order, opened.spec)
     refuse(order, opened, asked, how)
     rank = None if order.keep is None else ranking(cascade, opened, asked.tokens)
@@ -154,8 +154,11 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
     if order.training_free and order.mask is None:
         raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
     begun = asked._replace(seeds=[order.seed], known=None if remake.asked_for(order) else asked.known)
-    for hop, chosen in zip(cascade.hops, how, strict=True):
-        hop.refuse(begun, chosen)
+    for hop, chosen, spec in zip(cascade.hops, how, specs, strict=True):
+        try:
+            hop.refuse(begun, chosen)
+        except ValueError as error:
+            raise ValueError(f"hop {spec.stage}: {error}") from None
 
 
 def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:
@@ -218,12 +221,11 @@ def saved(canvas: Canvas, score: float | None, facts: dict[str, str], out: Path)
 def how_of(hop: HopSpec, order: Order) -> SamplingSpec:
     """How one hop is sampled: as the cascade says, with what the order changes."""
     asked: dict[str, Any] = {
-        "num_steps": order.steps if hop.follows_request else None,
-        "guidance_scale": order.guidance if hop.follows_request else None,
         "strength": order.strength,
         "inpainting": "projection" if order.training_free else None,
     }
-    return hop.how.but(**{name: value for name, value in asked.items() if value is not None})
+    how = followed(hop, steps=order.steps, scale=order.guidance)
+    return how.but(**{name: value for name, value in asked.items() if value is not None})
 
 
 def rgb(path: Path, side: int | None) -> Float[Tensor, " 1 3 h w"]:

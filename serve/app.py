@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ray.serve
@@ -28,6 +28,7 @@ from dd_core import bundle
 from dd_core.cascade import CascadeSpec
 from dd_core.sealed import MANIFEST
 from dd_core.spec import SafeName, Spec
+from dd_core.stages import StageSpec
 from serve.fetching import in_a_store, on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
@@ -106,11 +107,12 @@ class Ingress:
         cascade: CascadeSpec,
         digest: str,
         created: int,
-        by_class: bool,
+        stages: dict[str, StageSpec],
         hops: dict[str, DeploymentHandle],
     ) -> None:
         links = {stage: ReplicaLink(stage, handle, digest) for stage, handle in hops.items()}
-        painter = Painter(cascade, digest, links, by_class=by_class)
+        by_class = hears_classes(cascade, stages)
+        painter = Painter(cascade, digest, links, by_class=by_class, stages=stages)
         while await painter.replacing(timeout_s=5):  # noqa: ASYNC110 - hops do not tell when they change
             await asyncio.sleep(0.5)
         self.api = Api(
@@ -153,14 +155,14 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     ingress = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=spec.ingress_replicas, graceful_shutdown_timeout_s=patience
     )
-    return ingress.bind(spec, cascade, digest, created, hears_classes(directory, cascade), hops)
+    specs = {stage: bundle.checked(bundle.SPEC, directory / stage / "spec.json") for stage in stages}
+    return ingress.bind(spec, cascade, digest, created, specs, hops)
 
 
-def hears_classes(directory: Path, cascade: CascadeSpec) -> bool:
+def hears_classes(cascade: CascadeSpec, stages: Mapping[str, StageSpec]) -> bool:
     """Whether a hop of a cascade is told classes, or led to them by a classifier."""
-    specs = (bundle.checked(bundle.SPEC, directory / hop.stage / "spec.json") for hop in cascade.hops)
     led = any(hop.how.gradient is not None and hop.how.gradient.classes for hop in cascade.hops)
-    return led or any(spec.classes for spec in specs)
+    return led or any(spec.classes for spec in stages.values())
 
 
 def deployment(

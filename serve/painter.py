@@ -7,9 +7,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
+from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, followed, requested
 from dd_core.samplers import SamplingSpec
+from dd_core.stages import StageSpec
+from dd_core.stages.asking import nearest_steps, refuse_sampling
 from dd_core.text import tokens
+
+MOST_STEPS = 250
+"""That effort asks for, but of a hop that takes more by itself."""
 
 
 class HopLostError(RuntimeError):
@@ -68,12 +73,21 @@ class Painter:
         digest: Which cascade the links must serve.
         links: One per stage.
         by_class: Whether a hop is told, or led to, classes.
+        stages: What the hops are, so that what they cannot do is refused, and effort rounded to steps that
+            they can take, before one is asked; of a stage that is not there its hop says so itself.
     """
 
     def __init__(
-        self, cascade: CascadeSpec, digest: str, links: Mapping[str, Link], *, by_class: bool = False
+        self,
+        cascade: CascadeSpec,
+        digest: str,
+        links: Mapping[str, Link],
+        *,
+        by_class: bool = False,
+        stages: Mapping[str, StageSpec] | None = None,
     ) -> None:
         self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
+        self.stages = stages or {}
 
     async def paint(self, order: Order, timeout_s: float) -> list[Tensor]:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
@@ -109,8 +123,17 @@ class Painter:
         return state.image
 
     def plan(self, order: Order) -> list[SamplingSpec]:
-        """How each hop is sampled for an order."""
-        return [chosen(hop, order) for hop in self.cascade.hops]
+        """How each hop is sampled for an order.
+
+        Raises:
+            ValueError: A hop that follows it cannot; with what to ask instead.
+        """
+        return [chosen(hop, order, self.stages.get(hop.stage)) for hop in self.cascade.hops]
+
+    def paced(self, order: Order) -> bool:
+        """Whether another effort would change the steps of a hop."""
+        usual, *others = (self.plan(order._replace(steps=None, effort=effort)) for effort in (1, 0.5, 4))
+        return any(other != usual for other in others)
 
     def follows(self) -> bool:
         """Whether a hop follows the steps and the guidance of orders."""
@@ -148,17 +171,28 @@ class Painter:
         return "" if digest == self.digest else f"serves cascade {digest[:12]}, not {self.digest[:12]}"
 
 
-def chosen(hop: HopSpec, order: Order) -> SamplingSpec:
+def chosen(hop: HopSpec, order: Order, stage: StageSpec | None = None) -> SamplingSpec:
     """The sampling of a hop: its own, changed by the order where the hop follows it.
 
-    Effort asks for no more steps than a request may, unless the hop takes more by itself.
+    Effort asks for no more steps than a request may, unless the hop takes more by itself, and for the nearest
+    number that it can take.
+
+    Raises:
+        ValueError: The hop cannot do what the order asks.
     """
-    if not hop.follows_request:
-        return hop.how
-    own = hop.how.num_steps
-    steps = order.steps or min(max(250, own), max(1, round(own * order.effort)))
-    scale = hop.how.guidance_scale if order.scale is None else order.scale
-    return hop.how.but(num_steps=steps, guidance_scale=scale)
+    own, steps = hop.how.num_steps, order.steps
+    if steps is None and order.effort != 1 and hop.follows_request:
+        most = max(MOST_STEPS, own)
+        steps = min(most, max(1, round(own * order.effort)))
+        if stage is not None:
+            steps = nearest_steps(stage, hop.how, steps, most)
+    how = followed(hop, steps=steps, scale=order.scale)
+    if stage is not None and how != hop.how:
+        try:
+            refuse_sampling(stage, how, hop.guides)
+        except ValueError as error:
+            raise ValueError(f"hop {hop.stage}: {error}") from None
+    return how
 
 
 def too_long(text: str, context_length: int) -> bool:

@@ -7,12 +7,9 @@ from pydantic import Field, model_validator
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
-from dd_core.stages import StageSpec
-from dd_core.stages.chain_hop import refuse, refuse_guidance
+from dd_core.stages.asking import refuse_sampling
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
-from dd_core.stages.consistency_hop import refuse_jumps
-from dd_core.stages.refusals import HEARS, refuse_unheard
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
@@ -115,7 +112,7 @@ class RunSpec(Spec):
                 "sampler consistency and stages of kind consistency need each other"
             )
         try:
-            refuse_sampling(spec, hop)
+            refuse_sampling(spec, hop.how, hop.guides)
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
         chain = spec.base if isinstance(spec, ConsistencySpec) else spec
@@ -179,18 +176,6 @@ def refuse_other_images(what: str, told: TrainSpec, prior: TrainSpec) -> None:
             f"{what} was told embeddings of images of {theirs.size} px, and {prior.name!r} draws those of "
             f"{own.size} px; make embedded_at of {told.name!r} and image_size of {prior.name!r} equal"
         )
-
-
-def refuse_sampling(spec: StageSpec, hop: HopSpec) -> None:
-    """Raises ValueError for what a hop of this stage cannot do or does not hear."""
-    if isinstance(spec, ChainSpec):
-        refuse(spec, hop.how, hop.guides)
-    elif spec.kind in HEARS:
-        refuse_unheard(hop.how, spec.kind)
-    if isinstance(spec, ConsistencySpec):
-        refuse_jumps(spec, hop.how)
-        if isinstance(spec.base, ChainSpec):
-            refuse_guidance(spec.base, hop.how.guidance_scale)
 
 
 def in_order(stages: tuple[TrainSpec, ...]) -> list[TrainSpec]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dd_core.cascade import CascadeState
+from dd_core.cascade import CascadeState, as_said
 from dd_core.samplers import SampledVariance, SamplingSpec
 from dd_core.stage import Trained
 
@@ -79,7 +79,7 @@ def refuse_unheard(how: SamplingSpec, kind: str, *, hears: Hears | None = None) 
         ValueError: With what to do about it.
     """
     hears, usual = hears or HEARS[kind], SamplingSpec()
-    scaled = how.guidance_scale not in (1, usual.guidance_scale)
+    scaled = how.guidance_scale != 1 and "guidance_scale" in as_said(how).model_fields_set
     contrast = how.guidance_rescale > 0 or how.guidance_interval is not None
     walked = how.sampler != usual.sampler or how.spacing != usual.spacing
     remedies = (

@@ -40,7 +40,8 @@ def run() -> RunSpec:
         guidance_scale=1.0,
         gradient=GradientSpec(classes=1.0),
     )
-    hop = HopSpec(stage="base", how=how, guides={"classifier": "classifier"})
+    guides = {"classifier": "classifier"}
+    hop = HopSpec(stage="base", how=how, guides=guides, follows_request=True)
     return RunSpec(
         name="adm",
         pairs=PairsSpec(shards=("imagenet/*.tar",), destination="prepared", sizes=(256,)),

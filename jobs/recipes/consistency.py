@@ -113,7 +113,10 @@ def paper_run(name: str, student: TrainSpec, taus: tuple[int, ...], *before: Tra
         ),
         stages=(paper_clip(), *before, student),
         cascade=CascadeSpec(
-            name=name, hops=(HopSpec(stage=student.name, how=jumps),), context_length=77, image_size=64
+            name=name,
+            hops=(HopSpec(stage=student.name, how=jumps, follows_request=True),),
+            context_length=77,
+            image_size=64,
         ),
     )
 

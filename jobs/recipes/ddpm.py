@@ -58,7 +58,7 @@ def run() -> RunSpec:
         stages=(base(),),
         cascade=CascadeSpec(
             name="ddpm",
-            hops=(HopSpec(stage="base", how=ANCESTRAL),),
+            hops=(HopSpec(stage="base", how=ANCESTRAL, follows_request=True),),
             context_length=demo.CONTEXT,
             image_size=64,
         ),

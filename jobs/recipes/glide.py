@@ -42,7 +42,10 @@ def cascade(context_length: int, how: SamplingSpec) -> CascadeSpec:
     """Base and upsampler, the latter sampled as published."""
     return CascadeSpec(
         name="glide",
-        hops=(HopSpec(stage="guided", how=how), HopSpec(stage="upsampler", how=FAST27)),
+        hops=(
+            HopSpec(stage="guided", how=how, follows_request=True),
+            HopSpec(stage="upsampler", how=FAST27),
+        ),
         context_length=context_length,
         image_size=256,
     )
@@ -89,7 +92,10 @@ def inpainting() -> RunSpec:
         name="filling", stage=before.stage.but(net=net, inpaints=True), parents={"start": "guided"}
     )
     enlarged = FAST27.but(inpainting="projection")
-    hops = (HopSpec(stage="filling", how=SMALL), HopSpec(stage="upsampler", how=enlarged))
+    hops = (
+        HopSpec(stage="filling", how=SMALL, follows_request=True),
+        HopSpec(stage="upsampler", how=enlarged),
+    )
     return whole.but(
         name="glide_inpainting",
         stages=(*whole.stages, filling),

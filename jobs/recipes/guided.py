@@ -31,7 +31,7 @@ def run() -> RunSpec:
     return ddpm.run().but(
         name="guided",
         stages=(demo.clip(), demo.noised_clip(), base()),
-        cascade=cascade("guided", HopSpec(stage="base", how=led, guides=guides)),
+        cascade=cascade("guided", HopSpec(stage="base", how=led, guides=guides, follows_request=True)),
         evaluation=EvaluationSpec(captions=64),
     )
 
@@ -39,7 +39,8 @@ def run() -> RunSpec:
 def classes() -> RunSpec:
     """The same base led to classes: `ddiff sample x --label 4` asks for something purple."""
     led = ddpm.ANCESTRAL.but(gradient=GradientSpec(classes=3.0))
-    hop = HopSpec(stage="base", how=led, guides={"classifier": "classifier"})
+    guides = {"classifier": "classifier"}
+    hop = HopSpec(stage="base", how=led, guides=guides, follows_request=True)
     return ddpm.run().but(
         name="guided_classes",
         stages=(classifier(), base()),

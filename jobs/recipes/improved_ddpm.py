@@ -30,7 +30,7 @@ def run() -> RunSpec:
         stages=(base(),),
         cascade=CascadeSpec(
             name="improved_ddpm",
-            hops=(HopSpec(stage="base", how=SAMPLED),),
+            hops=(HopSpec(stage="base", how=SAMPLED, follows_request=True),),
             context_length=demo.CONTEXT,
             image_size=64,
         ),

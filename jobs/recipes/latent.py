@@ -40,7 +40,7 @@ def run() -> RunSpec:
 
 def cascade(how: SamplingSpec, context_length: int) -> CascadeSpec:
     """One hop, which decodes what it paints."""
-    hop = HopSpec(stage="base", how=how)
+    hop = HopSpec(stage="base", how=how, follows_request=True)
     return CascadeSpec(name="latent", hops=(hop,), context_length=context_length, image_size=256)
 
 
@@ -97,7 +97,7 @@ def inpainting() -> RunSpec:
         parents=before.parents | {"start": "base"},
         budget=ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150),
     )
-    hop = HopSpec(stage="filling", how=DDIM50)
+    hop = HopSpec(stage="filling", how=DDIM50, follows_request=True)
     return whole.but(
         name="latent_inpainting",
         stages=(*whole.stages, filling),

@@ -45,7 +45,7 @@ def run() -> RunSpec:
     upsampler_how = SamplingSpec(sampler="ddim", num_steps=7, spacing="trailing", guidance_scale=1.0)
     hops = (
         HopSpec(stage="prior", how=prior),
-        HopSpec(stage="decoder", how=decoder),
+        HopSpec(stage="decoder", how=decoder, follows_request=True),
         HopSpec(stage="upsampler", how=upsampler_how),
     )
     return RunSpec(
@@ -83,7 +83,7 @@ def small() -> RunSpec:
     prior, _, upsampler = before.cascade.hops
     hops = (
         HopSpec(stage="prior", how=prior.how.but(draws=2)),
-        HopSpec(stage="decoder", how=told),
+        HopSpec(stage="decoder", how=told, follows_request=True),
         upsampler,
     )
     return before.but(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dd_core.cascade import Hop
+from dd_core.cascade import Hop, HopSpec, followed
 from dd_core.samplers import SamplingSpec, sigmas_of
 from dd_core.stages import StageSpec
 from dd_core.stages.chain_spec import ChainSpec
@@ -184,3 +184,16 @@ def test_a_spec_whose_parts_do_not_fit_says_how_they_would(
 def test_a_sampling_that_is_none_is_refused(fields: dict[str, object], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         SamplingSpec.model_validate(fields)
+
+
+def test_a_scale_of_three_is_refused_where_it_is_said_and_not_where_a_file_names_every_field() -> None:
+    made, state = other_hop(UPSAMPLER), asked_of_base([1], "a", image=torch.zeros(1, 3, 16, 16))
+    unsaid = SamplingSpec(num_steps=4)
+    filed = SamplingSpec.model_validate_json(unsaid.model_dump_json())
+    for how in (unsaid, unsaid.but(num_steps=5), filed, HopSpec(stage="upsampler", how=filed).how):
+        assert how.guidance_scale == 3
+        made.refuse(state, how)
+    request = HopSpec(stage="upsampler", how=filed, follows_request=True)
+    for how in (SamplingSpec(guidance_scale=3), unsaid.but(guidance_scale=3), followed(request, scale=3.0)):
+        with pytest.raises(ValueError, match="set guidance_scale: 1"):
+            made.refuse(state, how)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dd_core.cascade import HopSpec
+from dd_core.cascade import HopSpec, followed
 from dd_core.noise import karras_sigmas
 from dd_core.samplers import ChurnSpec, SamplingSpec, sigmas_of
 from dd_core.schedules import ScheduleSpec, sigma_range, walk
+from dd_core.steering import GradientSpec
 
 
 @pytest.mark.parametrize(
@@ -82,15 +83,32 @@ def test_taus_are_places_on_a_grid_that_ends_with_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("how", "asked", "remedy"),
     [
-        SamplingSpec(sampler="ddim", spacing="fast27", num_steps=27),
-        SamplingSpec(spacing="ddim_leading", num_steps=25),
-        SamplingSpec(sampler="ddpm", variance="fixed_large", num_steps=250),
-        SamplingSpec(sampler="consistency", num_steps=2, taus=(0, 22, 39)),
+        (SamplingSpec(sampler="ddim", spacing="fast27", num_steps=27), {"steps": 20}, "set num_steps: 27"),
+        (SamplingSpec(sampler="consistency", num_steps=2, taus=(0, 22, 39)), {"steps": 4}, "num_steps: 2"),
+        (
+            SamplingSpec(sampler="ddpm", variance="fixed_large", num_steps=250),
+            {"steps": 50},
+            "use fixed_small",
+        ),
     ],
 )
-def test_a_hop_whose_steps_are_fixed_cannot_follow_requests(how: SamplingSpec) -> None:
-    HopSpec(stage="base", how=how)
-    with pytest.raises(ValueError, match="use spacing karras or trailing"):
-        HopSpec(stage="base", how=how, follows_request=True)
+def test_steps_that_a_sampling_cannot_take_are_refused_when_asked_for_and_a_scale_is_not(
+    how: SamplingSpec, asked: dict[str, int], remedy: str
+) -> None:
+    hop = HopSpec(stage="base", how=how, follows_request=True)
+    assert followed(hop, scale=5.0).guidance_scale == 5
+    with pytest.raises(ValueError, match=f"hop base: .*{remedy}") as error:
+        followed(hop, **asked)
+    assert "\n" not in str(error.value)
+
+
+def test_where_a_gradient_alone_guides_the_scale_of_a_request_is_its_weight() -> None:
+    how = SamplingSpec(guidance_scale=1, gradient=GradientSpec(caption=3, style=7))
+    guides = {"noised_clip": "noised_clip", "clip": "clip"}
+    hop = HopSpec(stage="base", how=how, guides=guides, follows_request=True)
+    assert followed(hop, scale=5.0) == how.but(gradient=GradientSpec(caption=5, style=7))
+    both = hop.but(how=how.but(guidance_scale=2))
+    assert followed(both, scale=5.0) == how.but(guidance_scale=5)
+    assert followed(hop.but(follows_request=False), scale=5.0) == how

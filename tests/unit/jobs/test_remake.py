@@ -8,10 +8,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from dd_core import bundle
+from dd_core import bundle, images
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
 from jobs.cli import main
+from tests.unit.dd_core.test_stages import BASE
+from tests.unit.dd_core.test_stages import parents as parents_of_base
+from tests.unit.dd_core.test_variations import PICTURE, encoder
 from tests.unit.serve.tiny import tiny_cascade
 
 
@@ -116,3 +119,29 @@ def test_a_cascade_without_a_painter_from_noise_is_named(place: Path, tmp_path: 
     done = CliRunner().invoke(main, [*words, str(tmp_path / "blind"), "--out", str(tmp_path / "none")])
     assert done.exit_code == 2
     assert "use one with a base or a chain" in done.stderr
+
+
+def test_a_picture_varied_by_nothing_is_that_picture_whatever_scale_the_cascade_paints_at(
+    tmp_path: Path,
+) -> None:
+    spec = BASE.but(predicts="eps", from_draft=False)
+    parents = parents_of_base(spec)
+    made = encoder(spec, parents)
+    clip = bundle.save(tmp_path / "clip", parents["clip"].spec, parents["clip"].weights, parents={}, facts={})
+    weights = made.model.state_dict()  # type: ignore[attr-defined]
+    bundle.save(tmp_path / "base", spec, weights, parents={"clip": clip}, facts={})
+    how = SamplingSpec(num_steps=150, guidance_scale=8.0, clip="none")
+    hops = (HopSpec(stage="base", how=how, follows_request=True),)
+    cascade = CascadeSpec(name="base", hops=hops, context_length=12, image_size=16)
+    bundle.save_cascade(
+        tmp_path / "cascade", cascade, {name: tmp_path / name for name in ("clip", "base")}, card=""
+    )
+    (tmp_path / "a.png").write_bytes(images.png(PICTURE, {}))
+    done = ddiff(tmp_path, tmp_path / "out", "a star", "--image", "a.png", "--vary", "0")
+    assert done.exit_code == 0, done.output
+    again, truth = (
+        np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("out/00000000.png", "a.png")
+    )
+    assert np.abs(again - truth).mean() < 6  # of 255; .03 of [-1, 1] is 4
+    with Image.open(tmp_path / "out/00000000.png") as picture:
+        assert json.loads(picture.info["how"])[0]["guidance_scale"] == 1

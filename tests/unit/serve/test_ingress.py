@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
+from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.text import tokens
+from jobs.recipes import consistency, ddpm
 from serve.engine import BusyError, Engine, RefusedError
 from serve.ingress import Api
-from serve.openai_api import GenerationRequest
-from serve.painter import HopLostError, Painter, chosen, too_long
+from serve.openai_api import EFFORT, GenerationRequest
+from serve.painter import HopLostError, Order, Painter, chosen, too_long
 from tests.unit.serve.gaussian import GaussianHop
 
 DIGEST = "ab" * 32
@@ -67,10 +70,10 @@ class Served:
     """The application over two hops, and its client."""
 
     def __init__(
-        self, timeout_s: float = 20, *, by_class: bool = False, cascade: CascadeSpec = CASCADE
+        self, timeout_s: float = 20, *, by_class: bool = False, cascade: CascadeSpec = CASCADE, **more: Any
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
-        painter = Painter(cascade, DIGEST, self.links, by_class=by_class)
+        painter = Painter(cascade, DIGEST, self.links, by_class=by_class, **more)
         self.api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
@@ -488,3 +491,51 @@ def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop
     )
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)
     assert chosen(hop, order).num_steps == steps
+
+
+CHAIN = ChainSpec(net=PlainSpec(unet=ddpm.UNET.but(labels=4)), told_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("how", "quality", "steps"),
+    [
+        ({"spacing": "ldm_plus_one", "num_steps": 50}, "xhigh", 125),  # 150 divides no 1000
+        ({"spacing": "ldm_plus_one", "num_steps": 50}, "low", 25),
+        ({"spacing": "ddim_leading", "num_steps": 25}, "xhigh", 77),
+        ({"spacing": "karras", "num_steps": 25}, "xhigh", 75),
+    ],
+)
+def test_effort_is_rounded_to_steps_that_the_hop_can_take(
+    how: dict[str, Any], quality: Any, steps: int
+) -> None:
+    hop = HopSpec(stage="base", how=SamplingSpec(sampler="ddim", **how), follows_request=True)
+    order = Order("a", "", [0], None, EFFORT[quality], None)
+    assert chosen(hop, order, CHAIN).num_steps == steps
+
+
+def test_effort_is_rounded_to_the_jumps_of_a_path_in_segments() -> None:
+    jumping = consistency.classes()
+    (hop,) = jumping.cascade.hops
+    stage = jumping.stage(hop.stage).stage
+    efforts = (0.5, 1, 2, 3, 4)
+    found = [chosen(hop, Order("a", "", [0], None, effort, None), stage).num_steps for effort in efforts]
+    assert found == [4, 4, 8, 16, 16]
+
+
+def test_steps_that_a_hop_cannot_take_are_refused_before_any_hop_is_asked() -> None:
+    how = SamplingSpec(sampler="ddim", spacing="ldm_plus_one", num_steps=50)
+    hops = (HopSpec(stage="upsampler", how=LAST), HopSpec(stage="base", how=how, follows_request=True))
+    one = Served(cascade=CASCADE.but(hops=hops), stages={"base": CHAIN})
+    with one.client:
+        told = refused(one.post(num_inference_steps=30), 400)
+        assert told == "hop base: ldm_plus_one needs num_steps below 1000 that divides it, got 30"
+        assert [link.hows for link in one.links.values()] == [[], []]
+
+
+def test_quality_is_refused_where_steps_are_fixed() -> None:
+    how = SamplingSpec(sampler="ddim", spacing="fast27", num_steps=27)
+    hops = (HopSpec(stage="base", how=how, follows_request=True), CASCADE.hops[1])
+    one = Served(cascade=CASCADE.but(hops=hops), stages={"base": CHAIN})
+    with one.client:
+        told = refused(one.post(quality="high"), 400, "quality")
+        assert told == "quality: no hop takes any other number of steps; leave it out"

@@ -1,0 +1,52 @@
+"""What a stage can be asked to paint, by its spec alone: before it is trained, and without its weights."""
+
+from collections.abc import Collection
+from functools import lru_cache
+
+from dd_core.samplers import SamplingSpec, sigmas_of
+from dd_core.schedules import sigma_range
+from dd_core.stages import StageSpec
+from dd_core.stages.causal_prior import CausalPriorStageSpec
+from dd_core.stages.chain_hop import refuse, refuse_guidance
+from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_hop import refuse_jumps
+from dd_core.stages.refusals import HEARS, refuse_unheard
+
+
+def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str]) -> None:
+    """Raises ValueError for what a hop of this stage cannot do or does not hear."""
+    if isinstance(spec, ChainSpec):
+        refuse(spec, how, guides)
+    elif spec.kind in HEARS:
+        refuse_unheard(how, spec.kind)
+    if isinstance(spec, ConsistencySpec):
+        refuse_jumps(spec, how)
+        if isinstance(spec.base, ChainSpec):
+            refuse_guidance(spec.base, how.guidance_scale)
+    if isinstance(spec, CausalPriorStageSpec):
+        low, high = sigma_range(spec.schedule)
+        sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
+
+
+@lru_cache(maxsize=1024)
+def nearest_steps(spec: StageSpec, how: SamplingSpec, wanted: int, most: int) -> int:
+    """The number of steps nearest to `wanted` that a hop of this stage can be sampled in, as it is otherwise.
+
+    Of two as near the larger one; none above `most`, but its own where there is no other.
+    """
+    for away in range(max(wanted, most)):
+        for count in (wanted + away, wanted - away):
+            if 1 <= count <= most and can_take(spec, how, count):
+                return count
+    return how.num_steps
+
+
+def can_take(spec: StageSpec, how: SamplingSpec, steps: int) -> bool:
+    """Whether a hop of this stage can be sampled in so many steps."""
+    guides = how.gradient.guides() if how.gradient else set()
+    try:
+        refuse_sampling(spec, how.but(num_steps=steps), guides)
+    except ValueError:
+        return False
+    return True
