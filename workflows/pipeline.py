@@ -165,6 +165,7 @@ def made(stage: TrainSpec, making: Making) -> Path:
     """The bundle of one stage: there already, loaded from elsewhere, or trained."""
     run, prepared = making.run, making.prepared
     found, home = training.inputs(stage, run=run, data=prepared.home), run.at(stage.name)
+    found = training.settled(stage, found, run=run)
     if (done := training.finished(stage, found, run=run)) is not None:
         log.info("%s: done before", stage.name)
         caught_up(home, making.tracked.stage(stage.name), done)
@@ -174,7 +175,6 @@ def made(stage: TrainSpec, making: Making) -> Path:
             embed(told, told_to_stop=lambda: making.stopping.asked)
         if making.stopping.asked:
             raise training.PreemptedError(f"{stage.name}: not begun; run the same command to continue")
-    training.discard_other_runs(home, found.fingerprint)
     journal = making.tracked.stage(stage.name)
     journal.params(stage.model_dump(mode="json"))
     journal.dataset("prepared", prepared.home.address, prepared.digest)
@@ -221,7 +221,7 @@ def loaded_or_trained(stage: TrainSpec, found: training.Inputs, making: Making) 
     path = home.here / "bundle"
     path.parent.mkdir(parents=True, exist_ok=True)
     taken = published(stage.stage)
-    facts = {"fingerprint": found.fingerprint, "step": 0, "images": 0, "seconds": 0.0, "data": found.data}
+    facts = found.made_of.facts(found.fingerprint) | {"step": 0, "images": 0, "seconds": 0.0}
     bundle.save(path, taken.spec, taken.weights, parents={}, facts=facts)
     home.send("bundle")
     return path

@@ -18,6 +18,10 @@ from dd_core.stages.classifier import ClassifierSpec
 from workflows import feed
 from workflows.labels import LabelSpec
 
+TECHNICAL = ("num_workers", "use_gpu", "resources", "restarts", "samples", "checkpoints_kept", "keep_every")
+"""Fields of a TrainSpec that its result does not depend on."""
+TECHNICAL_OF_BUDGET = ("checkpoint_every", "report_every", "sample_every")
+
 
 class SamplesSpec(Spec):
     """What to draw while training, so that progress can be seen."""
@@ -129,29 +133,56 @@ class TrainSpec(Spec):
         """Whether each of its workers has a GPU, where there are so many."""
         return gpus >= self.num_workers if self.use_gpu is None else self.use_gpu
 
-    def fingerprint(self, data: str, parents: Mapping[str, str]) -> str:
-        """What the result depends on: equal fingerprints, equal weights.
+    def shaping(self) -> dict[str, Any]:
+        """The fields that the result depends on.
+
+        How many samples share a forward is among them where the loss compares these; elsewhere it decides
+        the last bits and which noise meets which sample, as num_workers does.
+        """
+        fields = self.model_dump(mode="json", exclude={*TECHNICAL, "parents"})
+        for name in TECHNICAL_OF_BUDGET:
+            del fields["budget"][name]
+        if not self.stage.compares:
+            fields["micro_batch_size"] = None
+        return fields
+
+    def fingerprint(
+        self,
+        data: str,
+        parents: Mapping[str, str],
+        files: Mapping[str, str] | None = None,
+        *,
+        embeddings: int = feed.EMBEDDINGS,
+    ) -> str:
+        """What the result depends on: equal fingerprints, weights of equal worth.
 
         Args:
             data: Digest of the prepared data.
             parents: Role -> digest.
+            files: Field of the stage that names a file -> its sha256.
+            embeddings: How they are made.
         """
-        technical = {
-            "num_workers",
-            "use_gpu",
-            "resources",
-            "restarts",
-            "samples",
-            "checkpoints_kept",
-            "keep_every",
-            "parents",
-        }
-        fields = self.model_dump(mode="json", exclude=technical)
-        for name in ("checkpoint_every", "report_every", "sample_every"):
-            del fields["budget"][name]
-        body: dict[str, Any] = {"spec": fields, "data": data, "parents": dict(parents)}
+        return self.digest_of(self.shaping(), data, parents, files or {}, embeddings)
+
+    def old_fingerprint(self, data: str, parents: Mapping[str, str]) -> str:
+        """The fingerprint as it was: every micro_batch_size told apart, and no file looked at."""
+        fields = self.shaping() | {"micro_batch_size": self.micro_batch_size}
+        return self.digest_of(fields, data, parents, {}, 1)
+
+    def digest_of(
+        self,
+        fields: Mapping[str, Any],
+        data: str,
+        parents: Mapping[str, str],
+        files: Mapping[str, str],
+        embeddings: int,
+    ) -> str:
+        """sha256 of all of it; what there is none of is not in it, as when there was no such thing yet."""
+        body: dict[str, Any] = {"spec": dict(fields), "data": data, "parents": dict(parents)}
         if self.stage.embedded_by is not None:
-            body["embeddings"] = feed.EMBEDDINGS
+            body["embeddings"] = embeddings
+        if files:
+            body["files"] = dict(files)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -51,7 +51,7 @@ class Job(NamedTuple):
     parents: dict[str, Home]
     """Role -> bundle, verified."""
     facts: dict[str, Any]
-    """fingerprint, data and parents, for checkpoints and the bundle."""
+    """What it is made of but for the spec (workflows.made_of), for checkpoints and the bundle."""
     drainable: bool
     """Whether there are several nodes, of which Ray may announce that one will go."""
     at_once: int = 1

@@ -69,6 +69,16 @@ class AutoencoderSpec(LearnedSpec):
             raise ValueError('perceptual "lpips" needs lpips_weights, a path; or use "clip"')
         return self
 
+    @property
+    def compares(self) -> bool:
+        """The players are balanced by the gradients of a forward, and `disc_start` counts forwards."""
+        return True
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The weights of LPIPS, where it is the distance."""
+        return {"lpips_weights": self.lpips_weights} if self.perceptual == "lpips" else {}
+
 
 class Squeezed(NamedTuple):
     """What an image is between the two halves."""

@@ -52,6 +52,11 @@ class ClassifierSpec(LearnedSpec):
         """Side of the prepared images that it trains on."""
         return self.net.image_size
 
+    @property
+    def compares(self) -> bool:
+        """The loss is a mean over those of a forward that have a label."""
+        return True
+
 
 class NoisedClassifier(nn.Module):
     """The network, asked in the sigma frame."""

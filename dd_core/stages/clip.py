@@ -34,6 +34,17 @@ class ClipSpec(LearnedSpec):
         """Side of the prepared images that it trains on."""
         return self.net.image_size
 
+    @property
+    def compares(self) -> bool:
+        """A caption has to be found among those of the batch."""
+        return True
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Weights from a file; what open_clip knows by name stays what it is."""
+        file = self.pretrained.partition(":")[2]
+        return {"pretrained": file} if file else {}
+
 
 class ClipStage(Stage):
     """Trains both towers so that a caption is nearest to its own image, and can be written from it."""

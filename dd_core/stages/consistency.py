@@ -131,6 +131,11 @@ class ConsistencySpec(LearnedSpec):
         """Side of the prepared images that it trains on."""
         return self.base.image_size
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The weights of LPIPS, where it is the distance."""
+        return {"lpips_weights": self.lpips_weights} if self.distance == "lpips" else {}
+
 
 class ConsistencyStage(Stage):
     """Trains a base to answer alike along a path: the parent's, or that of the image itself.

@@ -53,6 +53,11 @@ class NoisedClipSpec(LearnedSpec):
         """Side of the prepared images that it trains on."""
         return self.net.image_size
 
+    @property
+    def compares(self) -> bool:
+        """What is to be found is found among the batch."""
+        return True
+
 
 class NoisedClip(nn.Module):
     """An image tower that is told sigma."""
