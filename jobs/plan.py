@@ -1,14 +1,16 @@
 """The plan of a run, shown before anything starts, and refused with its arithmetic if it cannot fit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jobs.nodes import Node, amount, free_disk, has_labels, left_on, node_text, places
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import ShapesSpec, pair
+from workflows.standing import Standing
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 
@@ -83,13 +85,18 @@ class Plan(NamedTuple):
     """What -> bytes on disk at the end."""
     free: int | None
     """Bytes free for it; None: a store, which does not say."""
+    standing: Mapping[str, Standing] = MappingProxyType({})
+    """How far each stage is; empty if nobody has looked."""
 
     def facts(self) -> dict[str, Any]:
         """For programs."""
         return {
             "run": self.run,
             "nodes": [{**node._asdict(), "labels": dict(node.labels)} for node in self.nodes],
-            "stages": {plan.spec.name: stage_facts(plan) for plan in self.stages},
+            "stages": {
+                plan.spec.name: stage_facts(plan) | standing_facts(self.standing.get(plan.spec.name))
+                for plan in self.stages
+            },
             "at_once": self.at_once,
             "disk_bytes": self.disk | {"total": sum(self.disk.values())},
             "free_bytes": self.free,
@@ -97,13 +104,16 @@ class Plan(NamedTuple):
         }
 
 
-def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
+def plan_of(
+    spec: RunSpec, nodes: Sequence[Node], *, run: str, standing: Mapping[str, Standing] | None = None
+) -> Plan:
     """Work out what a run takes; nothing is started.
 
     Args:
         spec: The run.
         nodes: Where it would run; none if that is not known yet.
         run: Its directory, or its address in a store.
+        standing: How far each stage is, if somebody has looked.
 
     Raises:
         ValueError: A parent is missing or does not fit.
@@ -120,8 +130,10 @@ def plan_of(spec: RunSpec, nodes: Sequence[Node], *, run: str) -> Plan:
         "checkpoints": sum(plan.checkpoints * plan.need.state for plan in stages),
         "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
     }
-    free = None if home.stored else free_disk(home.here) + taken(home.here, written(spec))
-    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free)
+    standing = standing or {}
+    stays = {name for name, now in standing.items() if now.word == "again"}
+    free = None if home.stored else free_disk(home.here) + taken(home.here, written(spec, stays))
+    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free, standing)
 
 
 def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
@@ -155,9 +167,10 @@ def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
     return 4 * pairs * sum(told.values())
 
 
-def written(spec: RunSpec) -> list[str]:
-    """Where in its directory a run writes what the plan counts."""
-    names = [f"{stage.name}/{part}" for stage in spec.stages for part in ("checkpoints", "bundle")]
+def written(spec: RunSpec, stays: Set[str] = frozenset()) -> list[str]:
+    """Where in its directory a run writes what the plan counts; but for stages whose old training stays."""
+    own = [stage.name for stage in spec.stages if stage.name not in stays]
+    names = [f"{name}/{part}" for name in own for part in ("checkpoints", "bundle")]
     names += [f"cascade/{stage.name}" for stage in spec.stages]
     if spec.shapes:
         clips = {stage.parents.get(by.role) for stage in spec.stages if (by := stage.stage.embedded_by)}
@@ -307,6 +320,13 @@ def stage_facts(plan: StagePlan) -> dict[str, Any]:
     }
 
 
+def standing_facts(standing: Standing | None) -> dict[str, Any]:
+    """How far a stage is, for programs; nothing if nobody has looked."""
+    if standing is None:
+        return {}
+    return {"standing": standing.word, "step": standing.step, "because": list(standing.because)}
+
+
 def told(plan: Plan) -> str:
     """The plan for people: a table, the disk, the nodes."""
     head = ("stage", "parameters", "workers", "memory each", "GPU memory", "steps", "images", "checkpoints")
@@ -321,6 +341,7 @@ def told(plan: Plan) -> str:
         [
             f"plan of {plan.run}",
             *(line.rstrip() for line in table),
+            *(f"{name}: {now.text}" for name, now in plan.standing.items()),
             f"disk:  {amount(total)} ({parts}), {free}",
             *together_told(plan),
             f"nodes: {'; '.join(map(node_text, plan.nodes[:4]))}{more}",

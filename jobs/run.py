@@ -28,6 +28,7 @@ from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW
 from workflows.report import write_report
+from workflows.standing import standings
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
 from workflows.training import PreemptedError
@@ -142,7 +143,7 @@ def announce(spec: RunSpec, nodes: list[Node]) -> None:
     Raises:
         PlanError: It cannot.
     """
-    plan = plan_of(spec, nodes, run=home_of(spec).address)
+    plan = judged_plan(spec, nodes)
     for line in plan_text(plan).splitlines():
         log.info("%s", line)
     refuse(plan)
@@ -154,7 +155,17 @@ def rehearsed(spec: RunSpec, stage: str = "") -> Plan:
     Raises:
         ValueError: A parent is missing, or there is no such stage.
     """
-    return plan_of(only(spec, stage) if stage else spec, nodes_of(), run=home_of(spec).address)
+    return judged_plan(only(spec, stage) if stage else spec, nodes_of())
+
+
+def judged_plan(spec: RunSpec, nodes: list[Node]) -> Plan:
+    """The plan of a run, with how far each of its stages is.
+
+    Raises:
+        ValueError: A parent, or a file that a stage names, is missing.
+    """
+    home = home_of(spec)
+    return plan_of(spec, nodes, run=home.address, standing=standings(spec, home))
 
 
 def only(spec: RunSpec, stage: str) -> RunSpec:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dd_core import bundle, precision
+from dd_core import bundle, precision, sealed
 from dd_core.stages import build_stage
 from dd_core.stages.base import BaseSpec
 from jobs.cli import main
@@ -27,7 +27,9 @@ from jobs.plan import (
     written,
 )
 from jobs.recipes import smoke
+from workflows.made_of import MadeOf
 from workflows.run_spec import RunSpec
+from workflows.standing import standings
 from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec
 
@@ -293,3 +295,50 @@ def test_the_recipes_for_a_laptop_are_planned_and_fit(name: str) -> None:
     spec = recipe_spec(name)
     assert isinstance(spec, RunSpec)
     refuse(plan_of(spec, [ROOMY._replace(cpus=2, memory_bytes=16 * 2**30)], run=f"runs/{name}"))
+
+
+def left(stage: Path, made_of: MadeOf, *, bundle_too: bool) -> str:
+    """What a training leaves at its seventh step, or at its end; returns the digest of the bundle."""
+    facts = made_of.facts()
+    saved = stage / "checkpoints" / "step-00000007"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps(facts | {"step": 7}))
+    sealed.seal(saved, sealed.digests(saved), {"step": 7})
+    (stage / "fingerprint").write_text(made_of.fingerprint)
+    if not bundle_too:
+        return ""
+    (stage / "bundle").mkdir()
+    return sealed.seal(stage / "bundle", {}, facts)
+
+
+def test_a_plan_says_what_is_done_what_continues_and_why_something_is_trained_again(tmp_path: Path) -> None:
+    spec = with_base()
+    clip, base = spec.stages
+    assert {now.text for now in standings(spec, Home.of(tmp_path)).values()} == {"new"}
+    data = tmp_path / "data" / "prepared"
+    data.mkdir(parents=True)
+    digest = sealed.seal(data, {}, {})
+    parent = left(tmp_path / "clip", MadeOf(clip, digest, {}, {}), bundle_too=True)
+    left(tmp_path / "base", MadeOf(base, digest, {"clip": parent}, {}), bundle_too=False)
+
+    def said(spec: RunSpec) -> dict[str, str]:
+        return {name: now.text for name, now in standings(spec, Home.of(tmp_path)).items()}
+
+    assert said(spec) == {"clip": "done", "base": "continues at step 7"}
+    rate = base.optimizer.learning_rate
+    changed = with_base(optimizer=base.optimizer.but(learning_rate=2 * rate))
+    reason = f"trained again, because optimizer.learning_rate is {2 * rate}, was {rate}"
+    assert said(changed) == {"clip": "done", "base": reason}
+    other = RunSpec.model_construct(**(dict(spec) | {"stages": (clip.but(seed=5), base)}))
+    assert said(other) == {
+        "clip": f"trained again, because seed is 5, was {clip.seed}",
+        "base": "trained again, because its parent clip is another",
+    }
+    before = taken(tmp_path, written(spec))
+    plan = plan_of(changed, [ROOMY], run=str(tmp_path), standing=standings(changed, Home.of(tmp_path)))
+    assert f"base: {reason}" in told(plan).splitlines()
+    assert plan.facts()["stages"]["base"]["because"] == [reason.removeprefix("trained again, because ")]
+    assert taken(tmp_path, written(spec, {"base"})) < before  # it stays, and gives no room
+    (data / sealed.MANIFEST).unlink()
+    sealed.seal(data, {}, {"kept": 1})
+    assert said(spec)["clip"] == "trained again, because the data are others"
