@@ -21,6 +21,7 @@ from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.addresses import shown
+from workflows.again import Again
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
@@ -30,7 +31,7 @@ from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
 from workflows.side_by_side import side_by_side
 from workflows.stopping import Stopping, stopped_by_signals
-from workflows.storage import Again, Home
+from workflows.storage import Home
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
 

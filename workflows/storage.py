@@ -18,19 +18,16 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import fsspec
 
 from dd_core import sealed
 
 log = logging.getLogger(__name__)
-SEND_EVERY_S = 2.0
-"""How far what others see of a file that grows may lag behind."""
 FETCHES = 2
 """How often a sealed directory is fetched before it is taken for damaged in the store."""
 
@@ -342,64 +339,3 @@ def one_at_a_time(home: Home) -> Iterator[None]:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class Again:
-    """While inside, do something again and again, and once more at the end; what fails is said once.
-
-    Args:
-        act: What to do.
-        every_s: The pause.
-    """
-
-    def __init__(self, act: Callable[[], None], *, every_s: float = SEND_EVERY_S) -> None:
-        self.act, self.every_s, self.over, self.complained = act, every_s, threading.Event(), False
-        self.thread = threading.Thread(target=self.keep_on, name="storage", daemon=True)
-
-    def keep_on(self) -> None:
-        while not self.over.wait(self.every_s):
-            try:
-                self.act()
-                self.complained = False
-            except StorageError as error:
-                if not self.complained:
-                    log.warning("storage: %s; it is tried again", error)
-                self.complained = True
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self.act()
-
-
-class Sending:
-    """Sends files that have changed since the last time."""
-
-    def __init__(self, home: Home, *patterns: str) -> None:
-        self.home, self.patterns, self.sent = home, patterns, dict[Path, tuple[int, int]]()
-
-    def __call__(self) -> None:
-        if not self.home.stored:
-            return
-        for pattern in self.patterns:
-            for path in self.home.here.glob(pattern):
-                now = path.stat()
-                if self.sent.get(path) != (stamp := (now.st_mtime_ns, now.st_size)):
-                    self.home.send(path.relative_to(self.home.here).as_posix(), missing_ok=True)
-                    self.sent[path] = stamp
-
-
-def following(home: Home, name: str) -> Again:
-    """While inside, keep the copy of a file here as the store has it: somebody else writes it."""
-
-    def look() -> None:
-        size = home.size(name) if home.stored else None
-        path = home.here / name
-        if size is not None and (not path.exists() or path.stat().st_size < size):
-            home.fetch(name)  # on the machine of the writer, its own copy is never behind
-
-    return Again(look)

@@ -26,11 +26,12 @@ from dd_core.stage import Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train
 from workflows import feed, samples
+from workflows.again import Again, Sending
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
 from workflows.reading import batches, paired
 from workflows.stopping import STOP
-from workflows.storage import Again, Home, Sending
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
+from dd_core.consistency import FixedLevels
 from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.consistency import ConsistencySpec
 from dd_core.text import tokens
 from jobs.recipes import consistency, ddpm
 from serve.engine import BusyError, Engine, RefusedError
@@ -517,6 +519,8 @@ def test_effort_is_rounded_to_the_jumps_of_a_path_in_segments() -> None:
     jumping = consistency.classes()
     (hop,) = jumping.cascade.hops
     stage = jumping.stage(hop.stage).stage
+    assert isinstance(stage, ConsistencySpec)
+    stage = stage.but(levels=FixedLevels(num_levels=17))
     efforts = (0.5, 1, 2, 3, 4)
     found = [chosen(hop, Order("a", "", [0], None, effort, None), stage).num_steps for effort in efforts]
     assert found == [4, 4, 8, 16, 16]
