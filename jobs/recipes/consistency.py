@@ -35,7 +35,7 @@ def run() -> RunSpec:
 def classes() -> RunSpec:
     """The base of `improved_ddpm`, and a student of it that paints classes in a few jumps.
 
-    Two CPUs, no GPU, up to 8 GB.  How few steps do is in README: `tests/benchmarks/solvers.py`.
+    Two CPUs, no GPU, up to 8 GB.  What came of it is in README.
     """
     before = improved_ddpm.run()
     hop = HopSpec(stage="consistency", how=JUMPS, follows_request=True)
