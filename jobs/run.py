@@ -276,12 +276,17 @@ def score_tags(scores: dict[str, Any], spec: EvaluationSpec) -> dict[str, str]:
     return {name: str(value) for name, value in found.items()} | {ASKED: fingerprint(spec)}
 
 
-def gather(home: Home, spec: RunSpec) -> None:
-    """Of what lies in a store, what the report shows and this machine may not have: some data, grids."""
-    data = data_of(home, spec)
+def gather_data(home: Home, spec: RunSpec) -> None:
+    """First and last part of prepared data in a store, where the page looks for them: by their address."""
+    data = Home.of(data_of(home, spec).address)
     if data.stored:
         parts = [name for name in data.names() if name.startswith("part-")]
         data.fetch(MANIFEST, *parts[:1], *parts[-1:])
+
+
+def gather(home: Home, spec: RunSpec) -> None:
+    """Of what lies in a store, what the report shows and this machine may not have: some data, grids."""
+    gather_data(home, spec)
     if not home.stored:
         return
     home.at("cascade").fetched()

@@ -15,6 +15,7 @@ from jobs.recipes import smoke
 from jobs.run import report
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.pipeline import RunResult
+from workflows.report import data_of
 from workflows.storage import Home
 
 
@@ -129,3 +130,13 @@ def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:
     mine = ours.but(shapes=None, pairs=ours.pairs.but(destination=str(tmp_path / "mine")))
     assert not run.prompts_of(mine)  # then the report takes those of the data
     assert run.data_of(home, mine).here == tmp_path / "mine"
+
+
+def test_the_page_of_a_run_in_a_store_has_its_data_where_it_looks_for_them() -> None:
+    home = Home.of("memory://bucket/runs/gathered")
+    for name in ("manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"):
+        home.at("data/prepared").write(name, "{}")
+    run.gather_data(home, smoke.run())
+    looked_at = data_of(home.here, {"data": run.data_of(home, smoke.run()).address})
+    found = sorted(path.name for path in looked_at.glob("part-*"))
+    assert found == ["part-00000.parquet", "part-00002.parquet"]
