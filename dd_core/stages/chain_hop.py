@@ -28,6 +28,7 @@ from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told, unsaid
 from dd_core.stages.clip import embedded
 from dd_core.stages.guides import Leaders, leaders_of
+from dd_core.stages.known import known_of, refuse_known
 from dd_core.stages.refusals import HEARS, given_noise, refuse_edit, refuse_kept, refuse_unheard
 
 
@@ -70,6 +71,8 @@ class ChainHop:
         refuse(self.spec, how, self.leaders.roles())
         if self.spec.factor == 1:
             refuse_kept(state, "chain")
+        else:
+            refuse_known(state, self.spec.image_size)
         refuse_edit(how, state, has_channels=self.spec.inpaints)
         refuse_told(self.spec, how, state, own_vocabulary=self.vocabulary is not None)
         if how.gradient is not None:
@@ -92,6 +95,8 @@ class ChainHop:
                 x = known + first * eps
             if edit.hole is not None:
                 fill = edits.inpaint(known, covering(edit.hole, known))
+        elif (kept := known_of(state, spec.image_size, self.device)) is not None:
+            fill = kept.edit
         sampling = begin(how, x, sigmas, noise)
         if sigmas[-1] > 0:
             sampling = in_vp(sampling, float(sigmas[-1]))

@@ -5,14 +5,11 @@ Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 1 and 4; of a path in s
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dd_core import edits
 from dd_core.cascade import CascadeState, Draw
 from dd_core.consistency import FixedLevels
 from dd_core.denoiser import Denoiser
@@ -24,6 +21,7 @@ from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.known import known_of, refuse_known
 from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard
 
 
@@ -57,6 +55,7 @@ class ConsistencyHop:
         refuse_unheard(how, "consistency")
         refuse_jumps(self.spec, how)
         refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
+        refuse_known(state, self.base.spec.image_size)
         if state.known is not None and state.hole is None:
             raise ValueError(
                 "a consistency model varies no picture, it fills holes; give a mask, or take the base "
@@ -128,38 +127,3 @@ def levels_of(spec: ConsistencySpec, how: SamplingSpec) -> Float[Tensor, " n"]:
     assert isinstance(spec.levels, FixedLevels)
     grid = spec.cut(spec.levels.num_levels).grid()
     return grid[:: (len(grid) - 1) // how.num_steps]
-
-
-class Known(NamedTuple):
-    """What an edit starts from, and how it keeps what it must."""
-
-    image: Float[Tensor, " b 3 h w"]
-    edit: edits.Edit
-
-
-def known_of(state: CascadeState, side: int, device: torch.device) -> Known | None:
-    """What a request knows of its image, at the side of a hop; None if it is no edit.
-
-    Raises:
-        ValueError: It asks for two edits at once, or for blocks that do not fill the side.
-    """
-    asked = [name for name in ("hole", "gray", "coarse") if getattr(state, name) is not None]
-    if len(asked) > 1:
-        raise ValueError(f"one edit at a time: {' and '.join(asked)} were given; leave all but one out")
-    if state.known is not None and state.hole is not None:
-        image = F.interpolate(state.known.to(device), (side, side), mode="area")
-        hole = F.interpolate(state.hole.float().to(device), (side, side), mode="area") > 0
-        return Known(edits.bared(image, hole), edits.inpaint(image, hole))
-    if state.gray is not None:
-        gray = F.interpolate(state.gray.to(device), (side, side), mode="area")
-        return Known(gray.expand(-1, 3, -1, -1), edits.colorize(gray))
-    if state.coarse is not None:
-        height, width = state.coarse.shape[2:]
-        if height != width or side % height:
-            raise ValueError(
-                f"an image of {width} x {height} does not enlarge to {side} x {side} in whole blocks; "
-                f"its side must divide {side}"
-            )
-        coarse, factor = state.coarse.to(device), side // height
-        return Known(F.interpolate(coarse, scale_factor=factor), edits.upscale(coarse, factor))
-    return None

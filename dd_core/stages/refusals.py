@@ -156,9 +156,9 @@ def refuse_kept(state: CascadeState, kind: str) -> None:
         ValueError: They are asked to.
     """
     if state.gray is not None or state.coarse is not None:
-        given = "gray" if state.gray is not None else "coarse"
+        given = "the brightness of a picture" if state.gray is not None else "the pixels of a smaller picture"
         raise ValueError(
-            f"{a(kind)} keeps nothing of {given}; take a consistency model, or give a picture and its hole"
+            f"{a(kind)} does not keep {given}; take a consistency model, or give a picture and its hole"
         )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from dd_core import edits, images, losses
+from dd_core import images, losses
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, bounded, classifier_free, rows_of
@@ -24,6 +24,7 @@ from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages.known import known_of, refuse_known
 from dd_core.stages.refusals import refuse_edit, refuse_unheard
 
 
@@ -85,7 +86,7 @@ class UpsamplerStage(Stage):
 
 
 class UpsamplerHop:
-    """Small image -> large image; with a hole in the state, an edit."""
+    """Small image -> large image; with something known of it in the state, an edit."""
 
     def __init__(self, trained: Trained, *, device: torch.device | str) -> None:
         assert isinstance(trained.spec, UpsamplerSpec)
@@ -97,6 +98,7 @@ class UpsamplerHop:
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse_unheard(how, "upsampler")
         refuse_edit(how, state, has_channels=False)
+        refuse_known(state, self.spec.image_size)
         sigmas_of(how, sigma_min=self.spec.sigma_min, sigma_max=self.spec.sigma_max)
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
@@ -107,12 +109,10 @@ class UpsamplerHop:
         sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)
         x = spec.sigma_max * noise(large)
-        if state.known is not None and state.hole is not None:
-            known, hole = state.known.to(self.device), state.hole.to(self.device)
-            begun = begin(how, x + edits.bared(known, hole), sigmas, noise)
-            sampling = edited(begun, edits.inpaint(known, hole))
-        else:
-            sampling = begin(how, x, sigmas, noise)
+        known = known_of(state, spec.image_size, self.device)
+        sampling = begin(how, x if known is None else x + known.image, sigmas, noise)
+        if known is not None:
+            sampling = edited(sampling, known.edit)
         cond = Conditioning(image=large)
         return Draw(sampling, rows_of(how, cond, cond, len(x))._replace(scale=torch.ones(len(x))))
 
