@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Float
@@ -44,8 +45,14 @@ def refuse(order: Order) -> None:
         "--training-free": order.training_free or None,
     }
     edits = [name for name, value in others.items() if value is not None]
-    way = ways[0] if ways else ""
+    kept = [name for name, on in (("--colourise", order.colourise), ("--enlarge", order.enlarge)) if on]
+    way, besides = ways[0] if ways else "", [*kept[1:], *ways, *edits]
     remedies = (
+        (
+            bool(kept and besides),
+            f"{' and '.join((kept + besides)[:2])} are different things; give one of them",
+        ),
+        (bool(kept) and order.image is None, f"{''.join(kept)} needs the picture; give it with --image"),
         (len(ways) > 1, f"{' and '.join(ways)} are different things; give one of them"),
         (
             bool(ways and edits),
@@ -75,6 +82,14 @@ def specs_of(cascade: Cascade, order: Order) -> list[HopSpec]:
     if first is not None and (order.vary is not None or order.between is not None):
         specs[first] = specs[first].but(how=unguided(specs[first].how))
     return specs
+
+
+def final(cascade: Cascade, order: Order, how: Sequence[SamplingSpec]) -> list[SamplingSpec | None]:
+    """How each hop is sampled in the end; None: the picture's code takes its place."""
+    first = encoder_of(cascade)
+    if first is None or not asked_for(order):
+        return list(how)
+    return [*[None] * first, walked(how[first], order.vary or 0.0), *how[first + 1 :]]
 
 
 def encoder_of(cascade: Cascade) -> int | None:
@@ -115,7 +130,7 @@ def way(
             f"cascade {cascade.spec.name}: {cascade.spec.hops[first].stage} is told no image embedding, so "
             "--instead-of changes nothing; use --image with --strength"
         )
-    state = asked._replace(seeds=[order.seed])
+    state = asked._replace(seeds=[0])  # so that a code is the picture's alone
     eta = order.vary or 0.0
     if order.between is not None:
         one, two = (encode(hop, state._replace(known=known), how[first]) for known in (state.known, other))

@@ -17,10 +17,13 @@ from dd_core import bundle, images
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, requested, run
 from dd_core.samplers import SamplingSpec
+from dd_core.stages.asking import hears_negative, led_away
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency_hop import ConsistencyHop
 from jobs import remake
+from jobs.provenance import facts_of
+from jobs.settings import changed, refuse_overruled
 
 
 class Order(NamedTuple):
@@ -59,6 +62,14 @@ class Order(NamedTuple):
     """What the picture shows; it is turned to what the prompt says."""
     by: float = 0.35
     """How far it is turned, in [0, 1]."""
+    negative: str = ""
+    """What the pictures should not be; empty is the empty caption."""
+    colourise: bool = False
+    """The picture is greyscale: its brightness is kept, its colours are made."""
+    enlarge: bool = False
+    """The picture is small: its pixels are kept as the means of blocks of the one that is made."""
+    changes: tuple[str, ...] = ()
+    """HOP.FIELD=VALUE, of how the hops are sampled (`settings`)."""
 
 
 class Painted(NamedTuple):
@@ -76,6 +87,17 @@ class Canvas(NamedTuple):
     image: Float[Tensor, " 1 3 h w"]
 
 
+class Plan(NamedTuple):
+    """How an order is painted."""
+
+    hops: Sequence[Hop]
+    """Those that work."""
+    state: CascadeState
+    """What each picture begins with, its seed aside."""
+    how: Sequence[SamplingSpec]
+    """Of each of these hops."""
+
+
 def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     """Paint a prompt as often as ordered.
 
@@ -88,42 +110,62 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         out: Directory for the PNGs; made if missing.
 
     Returns:
-        The files, named after the seed, with prompt, seed, settings and digest in their text; the best first
-        if they were ranked.
+        The files, named after the seed, with all that decides them in their text (`provenance`); the best
+        first if they were ranked.
 
     Raises:
-        ValueError: The prompt is empty, a picture cannot be used, more are to be kept than painted, or the
-            cascade has no CLIP to rank by.
+        ValueError: The prompt is empty, a picture cannot be used, more are to be kept than painted, the
+            cascade has no CLIP to rank by, or cannot do what is asked.
         sealed.SealError: The cascade is damaged or unfinished.
     """
-    remake.refuse(order)
-    described = order.vary is not None or order.between is not None  # by the picture; a prompt may help
-    if not order.prompt.strip() and not described:
-        raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
-    if order.keep is not None and order.keep > order.images:
-        raise ValueError(
-            f"--keep {order.keep} of {order.images} images; paint more, -n {order.keep} at least"
-        )
+    refuse_order(order)
     opened = bundle.load_cascade(cascade, device=device())
-    how = [how_of(hop, order) for hop in remake.specs_of(opened, order)]
+    specs = changed(remake.specs_of(opened, order), order.changes)
+    how = [how_of(hop, order) for hop in specs]
+    refuse_overruled(order.changes, specs, remake.final(opened, order, how))
     asked = state_of(order, opened.spec)
     refuse(order, opened, asked, how)
     rank = None if order.keep is None else ranking(cascade, opened, asked.tokens)
+    plan = begun(order, opened, asked, how)
     out.mkdir(parents=True, exist_ok=True)
-    hops = opened.hops
-    if remake.asked_for(order):
-        other = None if order.other is None else rgb(order.other, opened.spec.image_size)
-        way = remake.way(opened, order, asked, how, other)
-        hops, asked, how = hops[way.first :], way.state, way.how
-    facts = {"prompt": order.prompt, "cascade": opened.digest, "how": written(how)}
+    facts = {"cascade": opened.digest, "how": written(plan.how), **facts_of(order, device().type)}
     seeds = range(order.seed, order.seed + order.images)
-    named = opened.spec.name
-    drawn = (Canvas(seed, painted(hops, asked._replace(seeds=[seed]), how, named)) for seed in seeds)
+    drawn = (Canvas(seed, painted(plan, seed, opened.spec.name)) for seed in seeds)
     if rank is None or order.keep is None:
         return [saved(canvas, None, facts, out) for canvas in drawn]
     scored = ((rank(canvas.image), canvas) for canvas in drawn)
     best = heapq.nlargest(order.keep, scored, key=operator.itemgetter(0))
     return [saved(canvas, score, facts, out) for score, canvas in best]
+
+
+def refuse_order(order: Order) -> None:
+    """What cannot be painted by any cascade.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    remake.refuse(order)
+    described = order.vary is not None or order.between is not None  # by the picture; a prompt may help
+    if not order.prompt.strip() and not described:
+        raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
+    for text in (order.prompt, order.negative, order.instead_of or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{text!r} is no text in UTF-8; write it anew")
+    if order.keep is not None and order.keep > order.images:
+        raise ValueError(
+            f"--keep {order.keep} of {order.images} images; paint more, -n {order.keep} at least"
+        )
+    if order.training_free and order.mask is None:
+        raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
+
+
+def begun(order: Order, opened: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> Plan:
+    """An order that nothing refuses, ready to be painted; a picture that is remade is encoded here."""
+    if not remake.asked_for(order):
+        return Plan(opened.hops, asked, how)
+    other = None if order.other is None else rgb(order.other, opened.spec.image_size)
+    way = remake.way(opened, order, asked, list(how), other)
+    return Plan(opened.hops[way.first :], way.state, way.how)
 
 
 def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> None:
@@ -134,6 +176,8 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
     """
     specs, name = cascade.spec.hops, cascade.spec.name
     follows = any(hop.follows_request for hop in specs)
+    work = list(zip(specs, cascade.stages, remake.final(cascade, order, how), strict=True))
+    readers = [hop.stage for hop, stage, last in work if last is not None and hears_negative(stage)]
     gradients = [chosen.gradient for chosen in how if chosen.gradient is not None]
     classes = any(gradient.classes for gradient in gradients)
     painters = (hop.base if isinstance(hop, ConsistencyHop) else hop for hop in cascade.hops)
@@ -143,6 +187,11 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
         (order.guidance is not None and not follows, "--guidance", "set follows_request of one"),
         (order.label is not None and not (classes or told), "--label", "take one that is told classes"),
         (
+            bool(order.negative and not readers),
+            "--negative",
+            "take one with a hop that reads captions and has learned to guide itself",
+        ),
+        (
             order.reference is not None and not any(one.looks_at_reference() for one in gradients),
             "--reference",
             "weigh image, style or structure in the gradient of one",
@@ -151,8 +200,11 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
     for wrong, option, remedy in unheard:
         if wrong:
             raise ValueError(f"cascade {name}: no hop hears {option}; leave it out, or {remedy}")
-    if order.training_free and order.mask is None:
-        raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
+    if order.negative and not any(last is not None and led_away(stage, last) for _, stage, last in work):
+        raise ValueError(
+            f"cascade {name}: no hop is guided away from --negative, for each has scale 1; leave it out, or "
+            f"--set {readers[-1]}.guidance_scale=3"
+        )
     begun = asked._replace(seeds=[order.seed], known=None if remake.asked_for(order) else asked.known)
     for hop, chosen, spec in zip(cascade.hops, how, specs, strict=True):
         try:
@@ -163,10 +215,15 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
 
 def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:
     """What every picture of an order begins with, its seed aside."""
-    state, side = requested([order.prompt], [], cascade.context_length), cascade.image_size
+    side, negatives = cascade.image_size, [order.negative] if order.negative else []
+    state = requested([order.prompt], [], cascade.context_length, negatives=negatives)
     if order.label is not None:
         state = state._replace(label=torch.tensor([order.label]))
-    if order.image is not None:
+    if order.image is not None and order.colourise:
+        state = state._replace(gray=gray(order.image, side))
+    elif order.image is not None and order.enlarge:
+        state = state._replace(coarse=rgb(order.image, None))
+    elif order.image is not None:
         state = state._replace(known=rgb(order.image, side))
     if order.mask is not None:
         state = state._replace(hole=hole(order.mask, side))
@@ -175,11 +232,10 @@ def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:
     return state
 
 
-def painted(
-    hops: Sequence[Hop], state: CascadeState, how: Sequence[SamplingSpec], name: str
-) -> Float[Tensor, " 1 3 h w"]:
+def painted(plan: Plan, seed: int, name: str) -> Float[Tensor, " 1 3 h w"]:
     """One picture through the hops of the cascade of this name."""
-    for hop, chosen in zip(hops, how, strict=True):
+    state = plan.state._replace(seeds=[seed])
+    for hop, chosen in zip(plan.hops, plan.how, strict=True):
         state = run(hop, state, chosen)
     if state.image is None:
         raise ValueError(
@@ -238,6 +294,15 @@ def rgb(path: Path, side: int | None) -> Float[Tensor, " 1 3 h w"]:
     return images.to_unit(torch.from_numpy(np.array(found)).permute(2, 0, 1)[None])
 
 
+def gray(path: Path, side: int) -> Float[Tensor, " 1 1 h w"]:
+    """The brightness of a picture, in [-1, 1].
+
+    Raises:
+        ValueError: It cannot be read, is not greyscale, or has another size than the cascade paints.
+    """
+    return torch.from_numpy(np.array(opened_picture(path, "L", side)))[None, None].float() / 127.5 - 1
+
+
 def hole(path: Path, side: int) -> Bool[Tensor, " 1 1 h w"]:
     """Where a mask is white.
 
@@ -263,7 +328,7 @@ def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> I
     return found
 
 
-def written(how: list[SamplingSpec]) -> str:
+def written(how: Sequence[SamplingSpec]) -> str:
     """How each hop was sampled, as JSON."""
     return json.dumps([spec.model_dump(mode="json") for spec in how])
 

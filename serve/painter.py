@@ -10,7 +10,7 @@ from torch import Tensor
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, followed, requested
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
-from dd_core.stages.asking import nearest_steps, refuse_sampling
+from dd_core.stages.asking import led_away, nearest_steps, refuse_sampling
 from dd_core.text import tokens
 
 MOST_STEPS = 250
@@ -140,8 +140,12 @@ class Painter:
         return any(hop.follows_request for hop in self.cascade.hops)
 
     def guided(self, order: Order) -> bool:
-        """Whether a hop is guided, and so away from a negative prompt."""
-        return any(how.guidance_scale != 1 for how in self.plan(order))
+        """Whether a hop is guided, and so away from a negative prompt; of a stage not there by scale."""
+        plan, stages = self.plan(order), (self.stages.get(hop.stage) for hop in self.cascade.hops)
+        return any(
+            how.guidance_scale != 1 if stage is None else led_away(stage, how)
+            for how, stage in zip(plan, stages, strict=True)
+        )
 
     def cut(self, order: Order) -> list[str]:
         """The texts of an order that are longer than the model reads."""

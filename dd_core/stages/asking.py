@@ -6,11 +6,14 @@ from functools import lru_cache
 from dd_core.samplers import SamplingSpec, sigmas_of
 from dd_core.schedules import sigma_range
 from dd_core.stages import StageSpec
+from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
+from dd_core.stages.base import BaseSpec
 from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_hop import refuse, refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import refuse_jumps
+from dd_core.stages.prior import PriorSpec
 from dd_core.stages.refusals import HEARS, refuse_unheard
 
 
@@ -50,3 +53,20 @@ def can_take(spec: StageSpec, how: SamplingSpec, steps: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def hears_negative(spec: StageSpec) -> bool:
+    """Whether a hop of this stage, where it is guided, is led away from a caption that is not wanted."""
+    match spec:
+        case ChainSpec():
+            return spec.guides_itself and spec.text_width > 0
+        case ConsistencySpec():
+            return hears_negative(spec.base)
+        case _:
+            priors = PriorSpec | CausalPriorStageSpec | AutoregressivePriorSpec
+            return isinstance(spec, BaseSpec | priors)
+
+
+def led_away(spec: StageSpec, how: SamplingSpec) -> bool:
+    """Whether a hop of this stage, so sampled, is led away from one."""
+    return how.guidance_scale != 1 and hears_negative(spec)

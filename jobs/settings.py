@@ -1,0 +1,99 @@
+"""`--set HOP.FIELD=VALUE` of `ddiff sample`: what one call changes in how the hops of a cascade work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from dd_core.cascade import HopSpec
+from dd_core.samplers import SamplingSpec
+from jobs.config import ConfigError, apply, reason
+
+
+def changed(hops: Sequence[HopSpec], changes: Sequence[str]) -> list[HopSpec]:
+    """The hops with these changes; what they say goes as if the cascade said it.
+
+    Args:
+        hops: Of the cascade.
+        changes: Such as base.sampler=heun, base.churn.amount=40, prior.draws=4.
+
+    Raises:
+        ConfigError: There is no such hop or field, or the values do not go together.
+    """
+    names = [hop.stage for hop in hops]
+    fields = {hop.stage: said(hop.how) for hop in hops}
+    for change in changes:
+        name = name_in(change)
+        if name not in names:
+            raise ConfigError(f"--set {change}: no hop {name!r}; there are {', '.join(dict.fromkeys(names))}")
+        apply(fields, change)
+    touched = {name_in(change) for change in changes}
+    return [settled(hop, fields[hop.stage]) if hop.stage in touched else hop for hop in hops]
+
+
+def name_in(change: str) -> str:
+    """The hop that a change names.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    path, equals, _ = change.partition("=")
+    name, dot, field = path.partition(".")
+    if not (equals and dot and name and field):
+        raise ConfigError(f"--set {change}: write it as HOP.FIELD=VALUE, such as base.num_steps=50")
+    return name
+
+
+def said(how: SamplingSpec) -> dict[str, Any]:
+    """What a sampling says, without what it leaves as it is usual."""
+    return how.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+
+
+def settled(hop: HopSpec, fields: Mapping[str, Any]) -> HopSpec:
+    """A hop that is sampled so.
+
+    Raises:
+        ConfigError: It cannot be; field and reason are named.
+    """
+    try:
+        how = SamplingSpec.model_validate(fields)
+    except ValidationError as error:
+        places = [(".".join(str(part) for part in (hop.stage, *one["loc"])), one) for one in error.errors()]
+        found = [f"{place}: {reason(one['msg'])}" for place, one in places]
+        raise ConfigError("--set: " + "; ".join(found)) from None
+    try:
+        return hop.but(how=how)
+    except ValidationError as error:
+        raise ConfigError(f"--set: {reason(error.errors()[0]['msg'])}") from None
+
+
+def refuse_overruled(
+    changes: Sequence[str], hops: Sequence[HopSpec], final: Sequence[SamplingSpec | None]
+) -> None:
+    """What is changed by --set and then again by another option, or of a hop that does not work.
+
+    Args:
+        changes: As given.
+        hops: With these changes.
+        final: How each is sampled in the end; None: it is left out.
+
+    Raises:
+        ConfigError: With what to leave out.
+    """
+    for hop, how in zip(hops, final, strict=True):
+        for change in changes:
+            if name_in(change) != hop.stage:
+                continue
+            if how is None:
+                raise ConfigError(f"--set {change}: a picture takes the place of this hop here; leave it out")
+            path = change.partition("=")[0].split(".")[1:]
+            if (other := at(how, path)) != at(hop.how, path):
+                raise ConfigError(f"--set {change}: another option makes it {other}; leave one of them out")
+
+
+def at(how: SamplingSpec, path: Sequence[str]) -> Any:
+    """The value of a field, however deep."""
+    inner: Any = how.model_dump(mode="json")
+    for name in path:
+        inner = inner[int(name) if isinstance(inner, list) else name] if inner is not None else None
+    return inner
