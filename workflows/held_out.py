@@ -1,0 +1,74 @@
+"""The last pairs of prepared data, for figures that are measured on pictures: read without Ray."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dd_core.stage import PairBatch
+from workflows import feed
+from workflows.labels import LabelSpec
+
+
+def last_pairs(
+    data: str, side: int, count: int, label: LabelSpec | None = None
+) -> tuple[PairBatch, list[str]]:
+    """The last usable pairs, in their order; fewer if there are no more.
+
+    Args:
+        data: Directory or address of prepared data.
+        side: Of the images, in pixels.
+        count: How many.
+        label: Where their labels are, if these are wanted.
+
+    Returns:
+        The pairs on the CPU, and their captions; these are empty in data without them.
+
+    Raises:
+        DataError: The data are missing, unfinished or damaged, have no images of this side, or no usable row.
+        StorageError: The store is away.
+    """
+    wanted = feed.Wanted(side, label)
+    tables: list[pa.Table] = []
+    for url in reversed(feed.prepared_files(data)):
+        groups, names = layout(url)
+        if lacking := [name for name in wanted.columns if name not in names]:
+            raise feed.DataError(f"{url} has no {lacking[0]}; prepare the data with that")
+        captioned = ["caption"] if "caption" in names else []
+        for group in reversed(range(groups)):
+            if sum(map(len, tables)) < count:
+                tables.insert(0, usable(url, group, wanted, captioned))
+    rows = pa.concat_tables(tables)
+    rows = rows.slice(max(0, len(rows) - count))
+    if not len(rows):
+        raise feed.DataError(f"{data} has no usable row; see `ddiff data stats`")
+    captions = rows["caption"].to_pylist() if "caption" in rows.column_names else [""] * len(rows)
+    ready = feed.ready(rows.append_column("position", pa.array(range(len(rows)), pa.int64())), wanted)
+    return paired(ready, side), captions
+
+
+def layout(url: str) -> tuple[int, list[str]]:
+    """How many row groups a file has, and which columns."""
+
+    def look() -> tuple[int, list[str]]:
+        with feed.parquet_of(url) as parquet:
+            return parquet.num_row_groups, parquet.schema_arrow.names
+
+    return feed.patiently(look, url)
+
+
+def usable(url: str, group: int, wanted: feed.Wanted, more: list[str]) -> pa.Table:
+    """The rows of a row group that were not rejected."""
+    table = feed.row_group(url, group, [*wanted.columns, *more, "reject"], feed.PREPARE)
+    kept = [not reject for reject in table["reject"].to_pylist()]
+    return table.filter(pa.array(kept, pa.bool_())).drop_columns("reject")
+
+
+def paired(table: pa.Table, side: int) -> PairBatch:
+    """A table as tensors."""
+    pixels = np.stack([np.frombuffer(image, np.uint8) for image in table["image"].to_pylist()])
+    label = torch.tensor(table["label"].to_pylist()) if "label" in table.column_names else None
+    return PairBatch(
+        image=torch.from_numpy(pixels.reshape(-1, 3, side, side)),
+        tokens=torch.tensor(table["tokens"].to_pylist()),
+        label=label,
+    )
