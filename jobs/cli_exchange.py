@@ -33,6 +33,12 @@ exchanged = Group("exchanged")
 @click.option(
     "--upsampler", type=click.Path(path_type=Path), help="Of a base of ADM: it enlarges its pictures."
 )
+@click.option(
+    "--clip",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    help="Of glide: image and text tower of its noised CLIP, which leads the base.",
+)
 def bring_in(
     source: str,
     paths: tuple[Path, ...],
@@ -42,6 +48,7 @@ def bring_in(
     scale: float | None,
     classifier: Path | None,
     upsampler: Path | None,
+    clip: tuple[Path, Path] | None,
 ) -> None:
     """Make a bundle of published weights, or a cascade that paints.
 
@@ -55,7 +62,7 @@ def bring_in(
     """
     from jobs.exchange import More, import_weights
 
-    more = More(tokenizer, scale, classifier, upsampler)
+    more = More(tokenizer, scale, classifier, upsampler, clip)
     answer(import_weights(source, paths, out, averaged=averaged, more=more))
 
 

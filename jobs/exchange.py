@@ -23,7 +23,7 @@ from dd_core.layouts import (
 )
 from dd_core.layouts.files import WEIGHTS, weights_in, weights_in_folder
 from dd_core.layouts.moves import LayoutError, fitted, inward
-from dd_core.layouts.published import AUTOENCODERS, published
+from dd_core.layouts.published import AUTOENCODERS, Published, published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.text import CaptionedSpec
 from dd_core.nets.unet import UNet
@@ -35,7 +35,7 @@ from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
 from dd_core.vocabulary import ByteVocabulary, read_vocabulary
-from jobs.published_cascades import CLASSIFIERS, UPSAMPLERS, card_of, cascade_of, filling
+from jobs.published_cascades import CLASSIFIERS, UPSAMPLERS, card_of, cascade_of, filling, led_by_clip
 from jobs.recipes import glide
 
 CLIPS = ("openai-clip", "open-clip")
@@ -47,6 +47,10 @@ GLIDE_CARD = """# GLIDE
 
 Published weights of Nichol et al. 2022 (arXiv:2112.10741), filtered: imported, not trained here.  Captions
 are read by the vocabulary beside the weights.  Sampled as published: see cascade.json.
+"""
+LED_CARD = """
+The base is led to the caption by the gradient of the noised CLIP, weight 3, with no classifier-free guidance;
+`--guidance` of `ddiff sample` is that weight.
 """
 Facts = dict[str, Any]
 
@@ -63,6 +67,8 @@ class More(NamedTuple):
     """Of a base of ADM: the file of the classifier that is to lead it."""
     upsampler: Path | None = None
     """Of a class-conditional base at 64 or 128 px: the file of what is to enlarge its pictures."""
+    clip: tuple[Path, Path] | None = None
+    """Of glide: the files of the noised CLIP that is to lead it, those of its image and its text tower."""
 
 
 NOTHING_MORE = More()
@@ -89,8 +95,10 @@ def import_weights(
         ValueError: The source is unknown, or a file is not laid out like it; the key is named.
         FileNotFoundError: There is no such file.
     """
+    if more.clip is not None and source != "glide":
+        raise ValueError(f"--clip is for source glide, which a noised CLIP leads, not {source}; leave it out")
     if source in ("glide", "glide-inpaint"):
-        return import_glide(paths, out, more.tokenizer, inpaints=source == "glide-inpaint")
+        return import_glide(paths, out, more, inpaints=source == "glide-inpaint")
     if more.tokenizer is not None:
         raise ValueError("--tokenizer is for source glide, which becomes a cascade that paints; leave it out")
     if more.scale is not None and source not in AUTOENCODERS:
@@ -251,21 +259,20 @@ def sources() -> list[str]:
     ]
 
 
-def import_glide(
-    paths: Sequence[Path], out: Path, tokenizer: tuple[Path, Path] | None, *, inpaints: bool = False
-) -> Facts:
+def import_glide(paths: Sequence[Path], out: Path, more: More, *, inpaints: bool = False) -> Facts:
     """Write the cascade of GLIDE: base and upsampler, sampled as published, with the vocabulary of both.
 
     Args:
         paths: Base and upsampler, in this order.
         out: Where the cascade goes.
-        tokenizer: encoder.json and vocab.bpe.
+        more: Their tokenizer, encoder.json and vocab.bpe; and a noised CLIP to lead the base, if one is to.
         inpaints: They are those that fill holes, which are other networks.
 
     Raises:
         ValueError: A file is missing or not what it should be; it is named.
         FileNotFoundError: There is no such file.
     """
+    tokenizer = more.tokenizer
     if tokenizer is None or len(paths) != len(GLIDE):
         raise ValueError(
             "glide is two files of weights, base and upsampler, and reads by a vocabulary of its own: "
@@ -278,6 +285,8 @@ def import_glide(
     networks = [f"{name}-inpaint" if inpaints else name for name in GLIDE]
 
     def parts() -> Iterator[tuple[str, Part]]:
+        if more.clip is not None:
+            yield "noised_clip", noised_clip(known["glide-clip"], more.clip)
         for (name, spec), source, path in zip(specs.items(), networks, paths, strict=True):
             assert isinstance(spec, ChainSpec)
             assert isinstance(spec.net, CaptionedSpec)
@@ -291,7 +300,16 @@ def import_glide(
             yield name, Part(source, filled, inner(found.weights), {}, vocabulary)
 
     cascade = filling(whole.cascade) if inpaints else whole.cascade
+    if more.clip is not None:
+        return assembled(out, led_by_clip(cascade), parts(), card=GLIDE_CARD + LED_CARD)
     return assembled(out, cascade, parts(), card=GLIDE_CARD)
+
+
+def noised_clip(source: Published, files: Sequence[Path]) -> Part:
+    """GLIDE's noised CLIP, from the files of its image and its text tower."""
+    found = importing.imported(source, [weights_in(path) for path in files], averaged=False)
+    spec = NetworkSpec(source="glide-clip", net=source.net, process=source.process)
+    return Part("glide-clip", spec, found.weights, {})
 
 
 def the_only(paths: Sequence[Path], source: str) -> Path:

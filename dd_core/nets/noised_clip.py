@@ -6,6 +6,7 @@ tower of our own that is told sigma stands in `dd_core/stages/noised_clip.py`.
 Source: Nichol et al. 2022 (arXiv:2112.10741), section 2.4 and 5.3, and the published model.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -96,12 +97,26 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Float[Tensor, " b 3 h w"], timestep: Int[Tensor, " b"]) -> Float[Tensor, " b d"]:
         """Embeddings of images about [-1, 1], as DDPM's step `timestep` scales them."""
+        *_, last = self.states(x, timestep)
+        return self.out(self.norm_out(last[:, 0]))
+
+    def features(
+        self, x: Float[Tensor, " b 3 h w"], timestep: Int[Tensor, " b"]
+    ) -> list[Float[Tensor, " b c rows columns"]]:
+        """One map of the patches after each layer."""
+        side = x.shape[3] // self.patches.kernel_size[1]
+        return [states[:, 1:].float().mT.unflatten(2, (-1, side)) for states in self.states(x, timestep)]
+
+    def states(
+        self, x: Float[Tensor, " b 3 h w"], timestep: Int[Tensor, " b"]
+    ) -> Iterator[Float[Tensor, " b l d"]]:
+        """What each layer says; first of the class token, which is the timestep, then of the patches."""
         patches = self.patches(((x + 1) * 127.5 - self.mean) / self.std).flatten(2).mT
         sequence = torch.cat([self.timesteps(timestep)[:, None], patches], dim=1) + self.places
         sequence = self.norm_in(sequence)
         for block in self.blocks:
             sequence = block(sequence)
-        return self.out(self.norm_out(sequence[:, 0]))
+            yield sequence
 
 
 class TextTower(nn.Module):

@@ -16,6 +16,7 @@ from dd_core.stage import Trained
 from dd_core.stages.classifier import NoisedClassifier, classifier_of
 from dd_core.stages.clip import clip_of
 from dd_core.stages.noised_clip import NoisedClip, noised_clip_of
+from dd_core.stages.published_clip import PublishedClip, published_clip_of
 from dd_core.steering import GradientSpec, Guides, Pull, score_of
 
 REFERENCE = 0x51ED270B
@@ -33,9 +34,9 @@ class Leaders(NamedTuple):
     """The guides of a hop; None where the cascade names none."""
 
     classifier: NoisedClassifier | None = None
-    noised_clip: NoisedClip | None = None
-    clip: Clip | None = None
-    """Whose text tower the noised CLIP was trained with."""
+    noised_clip: NoisedClip | PublishedClip | None = None
+    clip: Clip | PublishedClip | None = None
+    """Whose text tower the noised CLIP was trained with; a published one has its own."""
 
     def roles(self) -> set[str]:
         """Those that are there."""
@@ -104,14 +105,20 @@ class Leaders(NamedTuple):
         width = self.noised_clip.spec.embedding_width if self.noised_clip else 0
         caption = torch.zeros(count, width)
         if how.caption:
-            assert self.clip is not None
-            caption = self.clip.read(state.tokens.to(next(self.clip.parameters()).device)).embedding.cpu()
+            caption = self.caption(state)
         shape = (count, 3, side, side) if self.noised_clip else (count, 0, 0, 0)
         reference, noise = torch.zeros(shape), torch.zeros(shape)
         if how.looks_at_reference():
             reference = self.at_size(state.reference, side)
             noise = SeededNoise([(seed + REFERENCE) % 2**32 for seed in state.seeds])(reference)
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
+
+    def caption(self, state: CascadeState) -> Float[Tensor, " b d"]:
+        """The captions of a request as the noised CLIP was trained to find them, on the CPU."""
+        assert self.clip is not None
+        if isinstance(self.clip, PublishedClip):
+            return self.clip.read(state.captions).cpu()
+        return self.clip.read(state.tokens.to(next(self.clip.parameters()).device)).embedding.cpu()
 
     def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:
         """Raises ValueError as `pull` does, and asks no network."""
@@ -123,6 +130,11 @@ class Leaders(NamedTuple):
                 raise ValueError(
                     f"the guide {role!r} reads {read} px, its hop paints {side}; train it at that"
                 )
+        if how.caption and isinstance(self.clip, PublishedClip) and len(state.captions) != len(state.tokens):
+            raise ValueError(
+                "the guide 'noised_clip' reads captions at its own length, and the request has their tokens "
+                "alone; give the captions"
+            )
         if decoded:
             self.reads(ROLES)
         if self.classifier is not None and how.classes:
@@ -160,8 +172,15 @@ def leaders_of(parents: Mapping[str, Trained], device: torch.device) -> Leaders:
             is not the hop's own "clip".
         device: Where they go.
     """
-    noised = noised_clip_of(parents["noised_clip"]).to(device) if "noised_clip" in parents else None
+    noised: NoisedClip | PublishedClip | None = None
+    clip: Clip | PublishedClip | None = None
+    if "noised_clip" in parents:
+        given = parents["noised_clip"]
+        published = published_clip_of(given)
+        noised = (published or noised_clip_of(given)).to(device)
+        clip = published
     tower = parents.get("leading_clip", parents.get("clip"))
-    clip = clip_of(tower).to(device) if noised is not None and tower is not None else None
+    if noised is not None and clip is None and tower is not None:
+        clip = clip_of(tower).to(device)
     classifier = classifier_of(parents["classifier"]).to(device) if "classifier" in parents else None
     return Leaders(classifier, noised, clip)

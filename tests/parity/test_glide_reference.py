@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from dd_core import schedules
 from dd_core.denoiser import Conditioning
 from dd_core.layouts.glide import captioned_moves, noised_clip_moves
-from dd_core.layouts.moves import Move
+from dd_core.layouts.moves import Move, fitted, inward
+from dd_core.layouts.published import published
 from dd_core.nets.noised_clip import GlideClip, GlideClipSpec
 from dd_core.nets.text import CaptionedSpec, CaptionedUNet, TextSpec
 from dd_core.nets.unet import UNetSpec
+from dd_core.schedules import ScheduleSpec
+from dd_core.stages.guides import Leaders
+from dd_core.stages.published_clip import PublishedClip
+from dd_core.steering import Pull, score_of
+from dd_core.text import tokens
 from tests.parity.reference import checkout, differences, importing, randomised
 
 pytestmark = pytest.mark.parity
@@ -164,6 +171,41 @@ def test_noised_clip(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda ours: ours(TOKENS, lengths),
         )
     assert max(*seen, *read) <= 1e-5
+
+
+def test_the_noised_clip_leads_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their cond_fn: tokens of captions, and the gradient of the score by the picture that DDPM sees."""
+    path = checkout("openai/glide-text2im", "glide_text2im/clip/model_creation.py")
+    pytest.importorskip("attr", reason="the noised CLIP needs attrs")
+    monkeypatch.setattr(np, "bool", np.bool_, raising=False)
+    cpu, scale, captions = torch.device("cpu"), 3.0, ["a star", "A red circle above a small blue square, ok?"]
+    spec = CLIP.but(vocab_size=49_408, timesteps=1000)
+    ours = PublishedClip(spec, published()["glide-clip"].process).requires_grad_(False)
+    shared = {"n_embd": 12, "n_head": 2, "n_xf_blocks": 2, "n_head_state": 16, "device": cpu}
+    with importing(path) as load:
+        module = load("glide_text2im.clip.model_creation")
+        image = randomised(module.ImageEncoder(image_size=8, patch_size=4, n_timestep=1000, **shared))
+        text = randomised(module.TextEncoder(n_bpe_vocab=49_408, max_text_len=8, **shared))
+        for name, theirs in (("image", image), ("text", text)):
+            net = getattr(ours.network, name)
+            moves = tower(list(noised_clip_moves(ours.network)), f"{name}.")
+            net.load_state_dict(fitted(net, inward(dict(theirs.state_dict()), moves)), strict=False)
+        tokenizer, logit_scale = module.SimpleTokenizer(), torch.tensor(np.log(100.0), dtype=torch.float32)
+        theirs = module.CLIPModel({}, text, image, logit_scale, cpu, tokenizer)
+        rows, lengths = theirs.encode_prompts(captions)
+        assert rows.tolist() == tokens(captions, 8)
+        assert lengths.tolist() == [4, 8]
+        x, t = torch.randn(2, 3, 8, 8), torch.tensor([40, 700])
+        wanted = theirs.cond_fn(captions, scale)(x, t)
+    sigma = schedules.sigmas(ScheduleSpec(betas="cosine"))[t].float()
+    pull = Pull(
+        torch.tensor([[0, scale, 0, 0, 0]] * 2), t, ours.read(captions), torch.zeros(2), torch.zeros(2)
+    )
+    score = score_of(pull, Leaders(noised_clip=ours).guides())
+    level = (1 + sigma**2).sqrt().view(2, 1, 1, 1)
+    leaf = (x * level).requires_grad_()
+    (found,) = torch.autograd.grad(score(leaf, sigma).sum(), leaf)
+    assert (found * level - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_the_caption_is_told_by_conditioning_alone() -> None:

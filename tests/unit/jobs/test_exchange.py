@@ -21,6 +21,7 @@ from dd_core.layouts.moves import LayoutError, outward
 from dd_core.layouts.published import Process, Published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.network import PlainSpec, build
+from dd_core.nets.noised_clip import GlideClipSpec
 from dd_core.nets.text import CaptionedSpec, CaptionedUNet, TextSpec
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.samplers import SamplingSpec
@@ -28,6 +29,7 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.network import NetworkSpec
+from dd_core.steering import GradientSpec
 from dd_core.vocabulary import ENCODER, read_vocabulary
 from jobs import exchange, export
 from jobs.cli import main
@@ -463,4 +465,52 @@ def test_a_vocabulary_is_under_the_seal_and_must_be_that_of_the_weights(
         exchange.import_weights(
             "sd1", paths, tmp_path / "o", averaged=True, more=exchange.More((encoder, merges))
         )
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_noised_clip_of_glide_leads_its_base_to_the_caption(
+    glides: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = exchange.published()
+    net = known["glide-clip"].net
+    assert isinstance(net, GlideClipSpec)
+    about = {"image_size": 16, "patch_size": 8, "image_width": 16, "text_width": 16, "head_width": 8}
+    small = known["glide-clip"]._replace(net=net.but(**about, image_layers=1, text_layers=1))
+    monkeypatch.setattr(exchange, "published", lambda: known | {"glide-clip": small})
+    torch.manual_seed(1)
+    made = build(small.net)
+    theirs = outward(made.state_dict(), importing.moves_of(made, "glide-clip"))
+    for tower in ("image", "text"):
+        mine = {name.removeprefix(f"{tower}."): t for name, t in theirs.items() if name.startswith(tower)}
+        save_file({name: t.contiguous() for name, t in mine.items()}, tmp_path / f"{tower}.safetensors")
+    words = ["import", "glide", str(glides["glide-base"]), str(glides["glide-upsample"]), "--tokenizer"]
+    words += [str(glides["encoder"]), str(glides["merges"]), "--out", str(tmp_path / "led")]
+    words += ["--clip", str(tmp_path / "image.safetensors"), str(tmp_path / "text.safetensors")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    opened = bundle.load_cascade(tmp_path / "led")
+    (base, upsampler), hop = opened.spec.hops, opened.hops[0]
+    assert base.guides == {"noised_clip": "noised_clip", "clip": "noised_clip"}
+    assert base.how.gradient == GradientSpec(caption=3.0)
+    assert (base.how.guidance_scale, upsampler.how.gradient) == (1.0, None)
+    assert isinstance(hop, ChainHop)
+    weights = hop.leaders.noised_clip.network.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(weights[name], value) for name, value in made.state_dict().items())
+    pictures = set()
+    for weight in ("0.5", "3", "30"):
+        out = tmp_path / weight
+        words = ["sample", "a star", "--cascade", str(tmp_path / "led"), "--out", str(out)]
+        done = CliRunner().invoke(main, [*words, "--set", f"guided.gradient.caption={weight}"])
+        assert done.exit_code == 0, done.output
+        pictures.add(Image.open(out / "00000000.png").tobytes())
+    assert len(pictures) == 3
+    files = (tmp_path / "image.safetensors", tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="--clip is for source glide"):
+        exchange.import_weights(
+            "glide-inpaint", [], tmp_path / "o", averaged=True, more=exchange.More(clip=files)
+        )
+    swapped = exchange.More((glides["encoder"], glides["merges"]), clip=(files[1], files[0]))
+    paths = [glides["glide-base"], glides["glide-upsample"]]
+    with pytest.raises(LayoutError):
+        exchange.import_weights("glide", paths, tmp_path / "o", averaged=True, more=swapped)
     assert not (tmp_path / "o").exists()
