@@ -10,7 +10,7 @@ from torch import Tensor
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, followed, requested
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
-from dd_core.stages.asking import led_away, nearest_steps, refuse_sampling
+from dd_core.stages.asking import hears_negative, nearest_steps, refuse_sampling
 from dd_core.text import tokens
 
 MOST_STEPS = 250
@@ -139,13 +139,17 @@ class Painter:
         """Whether a hop follows the steps and the guidance of orders."""
         return any(hop.follows_request for hop in self.cascade.hops)
 
-    def guided(self, order: Order) -> bool:
-        """Whether a hop is guided, and so away from a negative prompt; of a stage not there by scale."""
-        plan, stages = self.plan(order), (self.stages.get(hop.stage) for hop in self.cascade.hops)
-        return any(
-            how.guidance_scale != 1 if stage is None else led_away(stage, how)
-            for how, stage in zip(plan, stages, strict=True)
-        )
+    def guided(self, order: Order) -> bool | None:
+        """Whether a hop is guided away from a negative prompt; None: none would be at any scale of a request.
+
+        A stage that is not there is taken for one that reads captions.
+        """
+        stages = [self.stages.get(hop.stage) for hop in self.cascade.hops]
+        reads = [stage is None or hears_negative(stage) for stage in stages]
+        if any(read and how.guidance_scale != 1 for read, how in zip(reads, self.plan(order), strict=True)):
+            return True
+        follow = (hop.follows_request for hop in self.cascade.hops)
+        return False if any(read and follows for read, follows in zip(reads, follow, strict=True)) else None
 
     def cut(self, order: Order) -> list[str]:
         """The texts of an order that are longer than the model reads."""

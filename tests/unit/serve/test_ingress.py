@@ -231,6 +231,14 @@ def test_a_negative_prompt_is_refused_where_nothing_is_guided(served: Served) ->
     assert told.endswith("leave it out")
 
 
+def test_a_negative_prompt_is_refused_where_what_is_guided_reads_no_captions() -> None:
+    stages = {hop.stage: CHAIN for hop in CASCADE.hops}  # told classes alone
+    with Served(stages=stages).client as client:
+        body = {"prompt": "a", "negative_prompt": "b", "guidance_scale": 3}
+        told = refused(client.post(URL, json=body), 400, "negative_prompt")
+    assert told == "negative_prompt: no hop is guided away from it; leave it out"
+
+
 def test_an_unknown_model_is_404_and_the_known_one_is_listed(served: Served) -> None:
     message = refused(served.post(model="dall-e-3"), 404, "model")
     assert message == "model: there is no 'dall-e-3'; demo is served"
