@@ -93,9 +93,9 @@ def check(shards: tuple[str, ...], max_rejected: float, caption: str, min_side: 
 
 
 @data.command()
-@click.argument("directory", type=DIRECTORY)
-def stats(directory: Path) -> None:
-    """Counts of prepared data: rows, bytes, captions, rejects."""
+@click.argument("directory")
+def stats(directory: str) -> None:
+    """Counts of prepared data, in a DIRECTORY or at an address: rows, bytes, captions, rejects."""
     from jobs.prepare import stats_of
 
     answer(stats_of(directory))

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.environment import ray_cluster
+from workflows import feed
 from workflows.files import located
 from workflows.pairs import CAPTIONS_CUT, DAMAGE, ENLARGED, MISSING, PairsSpec, check_census, usable_pairs
 from workflows.parts import missing_from
@@ -79,20 +81,16 @@ def check_shards(
     return {"shards": len(found), "kept": kept, "rejected": counts.total(), "rejects": dict(counts)}
 
 
-def stats_of(directory: Path) -> dict[str, Any]:
-    """Counts of prepared data.
+def stats_of(directory: str) -> dict[str, Any]:
+    """Counts of prepared data, in a directory or at an address in a store.
 
     Raises:
-        DestinationError: The directory holds no finished data.
+        DestinationError: There is no finished data.
+        DataError: A file is damaged.
+        StorageError: The store is away.
     """
     done = prepared(directory)
-    tables = [pq.read_table(file, columns=["caption", "reject"]) for file in done.files]
-    captions = [
-        caption
-        for table in tables
-        for caption, reject in zip(table["caption"].to_pylist(), table["reject"].to_pylist(), strict=True)
-        if not reject
-    ]
+    captions = [caption for file in done.files for caption in captions_of(file)]
     words = Counter(itertools.chain.from_iterable(caption.lower().split() for caption in captions))
     lengths = sorted(len(caption) for caption in captions)
     return {
@@ -101,7 +99,7 @@ def stats_of(directory: Path) -> dict[str, Any]:
         "rejects": done.facts["rejects"],
         "damaged_shards": len(done.facts["damaged_shards"]),
         "files": len(done.files),
-        "bytes": sum(Path(file).stat().st_size for file in done.files),
+        "bytes": sum(part["bytes"] for part in done.facts["parts"]),
         "sizes": done.facts["sizes"],
         "distinct_captions": len(set(captions)),
         "caption_characters_median": lengths[len(lengths) // 2] if lengths else 0,
@@ -109,3 +107,23 @@ def stats_of(directory: Path) -> dict[str, Any]:
         "commonest_words": dict(words.most_common(10)),
         "digest": done.digest,
     }
+
+
+def captions_of(url: str) -> list[str]:
+    """Of every usable pair of a prepared file.
+
+    Raises:
+        DataError: The file is gone or damaged.
+        StorageError: The store is away.
+    """
+
+    def look() -> pa.Table:
+        with feed.parquet_of(url) as parquet:
+            return parquet.read(["caption", "reject"])
+
+    try:
+        table = feed.patiently(look, url)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise feed.DataError(f"{url}: {feed.first_line(error)}; {feed.PREPARE}") from None
+    found: list[str] = table.filter(pc.equal(table["reject"], ""))["caption"].to_pylist()
+    return found

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dd_core import sealed
 from jobs.failures import code_of, line_of
-from jobs.prepare import check_shards, summary
+from jobs.prepare import check_shards, stats_of, summary
 from tests.conftest import jpg, needs_ray, write_shard
 from workflows import feed, prepare
 from workflows.files import Found, MissingShardError, ShardFile
@@ -454,3 +454,15 @@ def test_no_room_for_a_part_is_no_fault_of_the_configuration(tmp_path: Path) -> 
     full = refusal(Home.of(tmp_path), 28, "no space")
     assert (code_of(full), line_of(full).partition(";")[0]) == (70, f"no space left on {tmp_path}")
     assert code_of(refusal(Home.of(tmp_path), 13, "no right")) == 2
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_data_in_a_store_are_counted_as_those_in_a_directory(tmp_path: Path) -> None:
+    spec = spec_of(tars(tmp_path, 2, bad=1), 2).but(max_reject_fraction=0.5)
+    prepare_pairs(spec, progress=False)
+    here = stats_of(spec.destination)
+    stored = f"memory://counted/{tmp_path.name}"
+    prepare_pairs(spec.but(destination=stored), progress=False)
+    assert stats_of(stored) == here
+    assert (here["kept"], here["distinct_captions"], here["files"]) == (10, 10, 2)
+    assert here["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("part-*"))
