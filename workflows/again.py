@@ -16,6 +16,8 @@ SEND_EVERY_S = 2.0
 class Again:
     """While inside, do something again and again, and once more at the end; what fails is said once.
 
+    What fails at the end is raised, unless an error is under way: that one is how it ended.
+
     Args:
         act: What to do.
         every_s: The pause.
@@ -39,10 +41,19 @@ class Again:
         self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end()
+        try:
+            self.act()
+        except (StorageError, OSError) as error:
+            if kind is None:
+                raise
+            log.warning("storage: %s; that is not why it ends", error)  # the error that is under way says why
+
+    def end(self) -> None:
+        """Stop doing it."""
         self.over.set()
         self.thread.join()
-        self.act()
 
 
 class Sending:

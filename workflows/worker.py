@@ -225,7 +225,7 @@ class StopSign:
 
     def __exit__(self, *_: object) -> None:
         if self.asks:
-            self.asking.__exit__()
+            self.asking.end()
 
     def up(self) -> bool:
         """Costs a look at a directory, and nothing where there is a store."""

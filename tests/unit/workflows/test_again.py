@@ -1,0 +1,33 @@
+"""What is done again and again: it is done once more at the end, and never hides why the end came."""
+
+import pytest
+
+from workflows.again import Again
+from workflows.storage import StorageError
+
+SELDOM_S = 3600.0
+
+
+def away() -> None:
+    raise StorageError("s3://bucket is away")
+
+
+@pytest.mark.parametrize("failure", [away, lambda: (_ for _ in ()).throw(OSError(28, "no space"))])
+def test_the_error_under_way_is_how_it_ended_though_the_last_time_fails_too(
+    failure: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyError, match="the real end"), Again(failure, every_s=SELDOM_S):  # type: ignore[arg-type]
+        raise KeyError("the real end")
+    assert "that is not why it ends" in caplog.text
+
+
+def test_without_an_error_under_way_the_last_failure_is_raised() -> None:
+    with pytest.raises(StorageError, match="is away"), Again(away, every_s=SELDOM_S):
+        pass
+
+
+def test_the_last_time_comes_after_all_that_was_done_inside() -> None:
+    written, sent = list[str](), list[str]()
+    with Again(lambda: sent.append("".join(written)), every_s=SELDOM_S):
+        written += ["a", "b"]
+    assert sent == ["ab"]
