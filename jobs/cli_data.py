@@ -43,6 +43,13 @@ def shapes(out: Path, pairs: int, seed: int, image_format: Literal["png", "jpg"]
 @CAPTION
 @click.option("--context-length", default=32, show_default=True, type=click.IntRange(2), help="Tokens.")
 @MIN_SIDE
+@click.option(
+    "--held-out",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of captions that nothing trains on, to judge by.",
+)
 def prepare(
     shards: tuple[str, ...],
     out: str | None,
@@ -52,6 +59,7 @@ def prepare(
     caption: str,
     context_length: int,
     min_side: int,
+    held_out: float,
 ) -> None:
     """Verify, crop, resize and tokenise image-text tars; every sample is kept or has its reason."""
     from jobs.config import pairs_spec
@@ -71,6 +79,7 @@ def prepare(
         context_length=context_length,
         min_side=min_side,
         max_reject_fraction=max_rejected,
+        held_out=held_out,
     )
     answer(prepare_shards(spec, verbose=verbose()))
 

@@ -12,7 +12,16 @@ import pyarrow.compute as pc
 from jobs.environment import ray_cluster
 from workflows import feed
 from workflows.files import located
-from workflows.pairs import CAPTIONS_CUT, DAMAGE, ENLARGED, MISSING, PairsSpec, check_census, usable_pairs
+from workflows.pairs import (
+    CAPTIONS_CUT,
+    DAMAGE,
+    ENLARGED,
+    HELD_OUT,
+    MISSING,
+    PairsSpec,
+    check_census,
+    usable_pairs,
+)
 from workflows.parts import missing_from
 from workflows.prepare import Prepared, located_or_done, prepare_pairs, prepared
 from workflows.shape_shards import ShapesSpec, write_shards
@@ -47,7 +56,7 @@ def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
 def summary(done: Prepared) -> dict[str, Any]:
     """What came out of a preparation; what befell pairs that were kept is said if it befell any."""
     said = {name: done.facts[name] for name in ("kept", "rejected", "rejects", "damaged_shards")}
-    said |= {name: done.facts[name] for name in (ENLARGED, CAPTIONS_CUT) if done.facts.get(name)}
+    said |= {name: done.facts[name] for name in ("held_out", ENLARGED, CAPTIONS_CUT) if done.facts.get(name)}
     return {"out": done.home.address, "digest": done.digest} | said
 
 
@@ -95,6 +104,7 @@ def stats_of(directory: str) -> dict[str, Any]:
     lengths = sorted(len(caption) for caption in captions)
     return {
         "kept": done.facts["kept"],
+        "held_out": done.facts.get("held_out", 0),
         "rejected": done.facts["rejected"],
         "rejects": done.facts["rejects"],
         "damaged_shards": len(done.facts["damaged_shards"]),
@@ -110,7 +120,7 @@ def stats_of(directory: str) -> dict[str, Any]:
 
 
 def captions_of(url: str) -> list[str]:
-    """Of every usable pair of a prepared file.
+    """Of every usable pair of a prepared file, those held out among them.
 
     Raises:
         DataError: The file is gone or damaged.
@@ -125,5 +135,6 @@ def captions_of(url: str) -> list[str]:
         table = feed.patiently(look, url)
     except (OSError, pa.ArrowInvalid) as error:
         raise feed.DataError(f"{url}: {feed.first_line(error)}; {feed.PREPARE}") from None
-    found: list[str] = table.filter(pc.equal(table["reject"], ""))["caption"].to_pylist()
+    usable = pc.is_in(table["reject"], pa.array(["", HELD_OUT]))
+    found: list[str] = table.filter(usable)["caption"].to_pylist()
     return found

@@ -33,6 +33,7 @@ from workflows.pairs import (
     CAPTIONS_CUT,
     DAMAGE,
     ENLARGED,
+    HELD_OUT,
     MISSING,
     PairsSpec,
     census,
@@ -63,6 +64,7 @@ class Part(Spec):
     file: str
     rows: int
     kept: int
+    """Usable ones, those held out among them."""
     rejects: dict[str, int]
     """Reason -> count; all but `missing` have a row."""
     damage: str = ""
@@ -72,7 +74,9 @@ class Part(Spec):
     source: str = ""
     """What it is made from: this shard as it was, and how; empty where only that of all parts is known."""
     usable: tuple[int, ...] = ()
-    """Rows of each row group; empty where an older version wrote the part."""
+    """Rows of each row group to train on; empty where an older version wrote the part."""
+    held_out: tuple[int, ...] = ()
+    """Rows of each row group that nothing trains on; empty where there are none."""
     enlarged: int = 0
     """Kept images that have fewer pixels than the largest size."""
     captions_cut: int = 0
@@ -94,15 +98,18 @@ def write_part(
     here = home.here
     if home.stored:
         here.mkdir(parents=True, exist_ok=True)
-    raw, counts, remarks, usable, damage = ShardFile(url), Counter[str](), Counter[str](), list[int](), ""
+    raw, counts, remarks, damage = ShardFile(url), Counter[str](), Counter[str](), ""
+    usable, held = list[int](), list[int]()
     draft = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft"
     schema = pairs_schema(spec.sizes)
     try:
         with plain_writer(draft, schema) as writer:
             for table in prepared_tables(raw, shard, spec, remarks=remarks):
                 writer.write_table(table)  # a row group each
-                counts += (found := census([table]))
+                found = census([table])
                 usable.append(found[""])
+                held.append(found.pop(HELD_OUT, 0))
+                counts += found + Counter({"": held[-1]})
                 last = table["reject"][-1].as_py()
                 damage = last.partition(": ")[2] if last.startswith(f"{DAMAGE}: ") else ""
                 yield len(table), raw.position, None
@@ -122,6 +129,7 @@ def write_part(
             sha256=sha256,
             source=source,
             usable=tuple(usable),
+            held_out=tuple(held) if any(held) else (),
             enlarged=remarks[ENLARGED],
             captions_cut=remarks[CAPTIONS_CUT],
         )

@@ -22,6 +22,7 @@ from dd_core.denoiser import Denoiser
 from dd_core.noise import SeededNoise
 from dd_core.samplers import Sampling
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
+from workflows.pairs import HELD_OUT
 
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 """Of the forward strip: sigma, in units of the image's range of [-1, 1]."""
@@ -144,10 +145,11 @@ def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " 
 
 
 def prepared_captions(data: Path, count: int) -> list[str]:
-    """The last captions of prepared data."""
+    """Of the last file of prepared data the captions that were held out, then the last of the others."""
     part = sorted(data.glob("part-*.parquet"))[-1]
     rows = pq.read_table(part, columns=["caption", "reject"]).to_pylist()
-    return [row["caption"] for row in rows if not row["reject"]][-count:]
+    held, others = ([row["caption"] for row in rows if row["reject"] == mark] for mark in (HELD_OUT, ""))
+    return [*others, *held][-count:]
 
 
 def prepared_sizes(data: Path) -> list[int]:

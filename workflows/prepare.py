@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
     files: tuple[str, ...]
     """Addresses of the Parquet files."""
     facts: dict[str, Any]
-    """Of the manifest: kept, rejected, rejects, damaged_shards, parts, sizes, context_length, ..."""
+    """Of the manifest: kept, held_out of them, rejected, rejects, damaged_shards, parts, sizes, ..."""
     digest: str
 
     @property
@@ -194,7 +194,10 @@ def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
 
 def how(spec: PairsSpec) -> dict[str, Any]:
     """What of a spec shapes the files, the raw shards aside."""
-    return spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
+    shaping = spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
+    if not spec.held_out:
+        del shaping["held_out"]  # as when there was no such thing yet: what was prepared stays what it is
+    return shaping
 
 
 def keys_of(spec: PairsSpec, source: Sequence[Found]) -> list[str]:
@@ -223,6 +226,7 @@ def totals(parts: Sequence[Part]) -> dict[str, Any]:
         rejects.update(part.rejects)
     return {
         "kept": sum(part.kept for part in parts),
+        "held_out": sum(sum(part.held_out) for part in parts),
         "rejected": rejects.total(),
         "rejects": dict(rejects.most_common()),
         "enlarged": sum(part.enlarged for part in parts),

@@ -101,7 +101,7 @@ def data_of(spec: RunSpec, run: Home) -> str:
     home = run.at("data/prepared") if spec.shapes else Home.of(spec.pairs.destination)
     facts = home.facts(sealed.MANIFEST)
     asked = spec.pairs.model_dump(mode="json")
-    before = facts.get("spec", {})
+    before = {"held_out": 0.0} | facts["spec"] if "spec" in facts else {}
     if any(asked.get(name) != value for name, value in before.items()):
         return OTHERS
     if spec.shapes:

@@ -28,6 +28,7 @@ from jobs.plan import (
 )
 from jobs.recipes import smoke
 from workflows.made_of import MadeOf
+from workflows.prepare import how
 from workflows.run_spec import RunSpec
 from workflows.standing import standings
 from workflows.storage import Home
@@ -342,3 +343,18 @@ def test_a_plan_says_what_is_done_what_continues_and_why_something_is_trained_ag
     (data / sealed.MANIFEST).unlink()
     sealed.seal(data, {}, {"kept": 1})
     assert said(spec)["clip"] == "trained again, because the data are others"
+
+
+def test_where_more_captions_are_to_be_held_out_the_data_are_others(tmp_path: Path) -> None:
+    spec = with_base()
+    data = tmp_path / "data" / "prepared"
+    data.mkdir(parents=True)
+    digest = sealed.seal(data, {}, {"spec": how(spec.pairs)})
+    left(tmp_path / "clip", MadeOf(spec.stages[0], digest, {}, {}), bundle_too=True)
+
+    def said(share: float) -> str:
+        now = RunSpec.model_construct(**(dict(spec) | {"pairs": spec.pairs.but(held_out=share)}))
+        return standings(now, Home.of(tmp_path))["clip"].text
+
+    assert said(0.0) == "done"
+    assert said(0.1) == "trained again, because the data are others"
