@@ -1,19 +1,156 @@
-"""`ddiff eval`: an endpoint judged by the oracle of the embedded world."""
+"""How a cascade is judged, and what is said of it: `ddiff eval`, the end of `ddiff run`, `ddiff promote`.
 
+Captions of the embedded world are judged by its oracle; those of a user's own data by a CLIP.  The figures of
+the two say nothing of each other.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from dd_core.stages.clip import ClipSpec
+from workflows.clip_judge import OwnData, evaluate_own
 from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
+from workflows.registry import ASKED, COSINE, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW, SCORED_BY, WAY
+from workflows.run_spec import RunSpec
+from workflows.storage import Home
+
+NOTHING_HELD_OUT = (
+    "nothing is held out of the data, so the cascade will be judged by captions that it was trained on; "
+    "--set pairs.held_out=0.02 keeps one in fifty for judging, and prepares and trains anew"
+)
+NO_JUDGE = (
+    "none of its stages is a CLIP: name one with --set evaluation.judge=MODEL/TAG, MODEL:FILE or a bundle"
+)
 
 
-def judge_endpoint(url: str, *, captions: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
+class Way(NamedTuple):
+    """How a cascade is judged."""
+
+    by: Literal["oracle", "clip"]
+    spec: EvaluationSpec
+    own: OwnData | None = None
+    """For a CLIP; None: there is no CLIP, and nobody can judge."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether anybody can judge."""
+        return self.by == "oracle" or self.own is not None
+
+    def fingerprint(self) -> str:
+        """What is asked and who judges, in short: scores of equal ones can be compared.
+
+        Raises:
+            ValueError: There is no such CLIP, or no such data.
+        """
+        ours = {"judge", "among"} if self.by == "oracle" else {"judge"}
+        body = self.spec.model_dump_json(exclude=ours)
+        asked = body + self.own.digest() if self.own else body
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def way_of(spec: RunSpec, run: Home) -> Way:
+    """How a run is judged: on its own data, by the CLIP that is named or else by that of its stages."""
+    asked = spec.evaluation
+    if spec.shapes is not None:
+        return Way("oracle", asked)
+    own = {
+        run.at(f"{stage.name}/bundle").address: stage.stage.pretrained
+        for stage in spec.stages
+        if isinstance(stage.stage, ClipSpec)
+    }
+    clip = asked.judge or next(iter(own), "")
+    taught = clip in own.values() or Home.of(clip).address in own
+    data = Home.of(spec.pairs.destination).address
+    return Way("clip", asked, OwnData(data, clip, taught) if clip else None)
+
+
+def way_by(spec: EvaluationSpec, data: str) -> Way:
+    """How an endpoint is judged of which no run is known: without data, on the embedded world.
+
+    Raises:
+        ValueError: Data are named and no CLIP, or a CLIP and no data.
+    """
+    if bool(data) != bool(spec.judge):
+        raise ValueError("--data and --judge go together: prepared pairs, and the CLIP that judges by them")
+    return Way("clip", spec, OwnData(Home.of(data).address, spec.judge)) if data else Way("oracle", spec)
+
+
+def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str, Any]:
     """The scores of whatever is served there.
 
     Args:
         url: Such as http://127.0.0.1:8000.
-        captions: How many, at least 4.
-        seed: Of the choice of captions and of the pictures.
+        way: How.
         keep: Directory for the pictures and what was said of each.
+
+    Raises:
+        EndpointError: Nothing answers there.
+        ValueError: Nobody can judge.
+        The errors of evaluate_own.
     """
-    return evaluate_endpoint(url, EvaluationSpec(captions=captions, seed=seed), keep=keep)
+    if way.by == "oracle":
+        return evaluate_endpoint(url, way.spec, keep=keep)
+    if way.own is None:
+        raise ValueError(NO_JUDGE)
+    return evaluate_own(url, way.spec, way.own, keep=keep)
+
+
+def whole(scores: Mapping[str, Any]) -> bool:
+    """Whether every picture that was asked for came; what nobody has judged lacks none."""
+    return not scores.get("failed")
+
+
+def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:
+    """What a registered cascade says of how well it paints; `ddiff promote` compares it.
+
+    Scores of which pictures are missing say nothing.
+    """
+    if way.by == "clip":
+        own = way.own._asdict() if way.own else None
+        tags = {SCORED_BY: way.by, WAY: json.dumps({"spec": way.spec.model_dump(mode="json"), "own": own})}
+    else:
+        tags = {}
+    if not scores or not whole(scores):
+        return tags
+    name = "all" if way.by == "oracle" else "r_precision"
+    low, high = scores["intervals"][name]
+    found = {SCORE: scores[name], SCORE_LOW: low, SCORE_HIGH: high, JUDGED: scores["n"]}
+    found |= {COSINE: scores["cosine"]} if way.by == "clip" else {}
+    return tags | {name: str(value) for name, value in found.items()} | {ASKED: way.fingerprint()}
+
+
+def way_in(tags: Mapping[str, str]) -> Way:
+    """How a registered cascade is to be judged, as its run has said."""
+    if tags.get(SCORED_BY) != "clip":
+        return Way("oracle", EvaluationSpec())
+    said = json.loads(tags[WAY])
+    own = OwnData(**said["own"]) if said["own"] else None
+    return Way("clip", EvaluationSpec.model_validate(said["spec"]), own)
+
+
+def verdict_of(way: Way, scores: Mapping[str, Any]) -> str:
+    """The scores in a line, for people."""
+    if not scores:
+        return "not judged yet" if way.possible else f"not judged: {NO_JUDGE}"
+    if way.by == "oracle":
+        right = ", ".join(
+            f"{name.replace('_', ' ')} {scores[name]:.1%}"
+            for name in ("all", "one_object", "two_object", "unseen")
+            if scores.get(name) is not None
+        )
+        return f"{right} (of {scores['n']} captions, by the oracle)"
+    return (
+        f"cosine with its caption {scores['cosine']:.3f} (true pictures {scores['true_cosine']:.3f}), own "
+        f"caption the nearest of {scores['among']} for {scores['r_precision']:.1%} "
+        f"({scores['true_r_precision']:.1%}); of {scores['n']} captions "
+        f"{'held out' if scores['held_out'] else 'seen in training'}, by {judge_words(scores['judge'])}"
+    )
+
+
+def judge_words(judge: Mapping[str, Any]) -> str:
+    """Who judged, for people."""
+    return "the cascade's own CLIP, which flatters" if judge["taught"] else f"the CLIP {judge['name']}"

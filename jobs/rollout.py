@@ -19,12 +19,10 @@ from dd_core import sealed
 from jobs import environment
 from jobs.config import ConfigError, apply, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
-from jobs.run import score_tags, whole
+from jobs.evaluate import judge_endpoint, score_tags, way_in, whole
 from serve import app
 from serve.fetching import in_a_store, on_this_machine
 from serve.replicas import opened
-from workflows.evaluation import evaluate_endpoint
-from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Registry, Version, split
 
 log = logging.getLogger(__name__)
@@ -313,10 +311,11 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
         wanted: The candidate, NAME@ALIAS.
         alias: To move.
         force: Move it whatever the scores say.
-        url: An endpoint that serves the candidate: it is judged there first.
+        url: An endpoint that serves the candidate: it is judged there first, as its run is judged.
 
     Raises:
-        PromotionError: The candidate is not better, or has never been judged.
+        PromotionError: The candidate is not better, has never been judged, or was judged in another way.
+        ValueError: Nobody can judge it.
         DeployError: The endpoint serves another cascade, or not all pictures came.
     """
     models = registry(split(wanted)[0])
@@ -324,11 +323,11 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
     if url:
         if why := app.missing(url.rstrip("/"), candidate.digest):
             raise DeployError(f"{url} does not serve {wanted}: {why}")
-        spec = EvaluationSpec()
-        scores = evaluate_endpoint(url, spec)
+        way = way_in(candidate.tags)
+        scores = judge_endpoint(url, way)
         if not whole(scores):
             raise DeployError(f"{url}: {scores['failed']} of {scores['n']} pictures did not come; try again")
-        candidate = models.note(candidate, score_tags(scores, spec))
+        candidate = models.note(candidate, score_tags(way, scores))
     holder = models.promote(candidate, alias, force=force)
     return {
         "alias": f"{candidate.name}@{alias}",

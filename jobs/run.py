@@ -5,7 +5,6 @@
 <run>/endpoint.*    the server left running, with --serve
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -17,16 +16,16 @@ from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
 from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
+from jobs.evaluate import NOTHING_HELD_OUT, Way, judge_endpoint, score_tags, verdict_of, way_of, whole
 from jobs.failures import JobFailedError, StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
-from workflows.evaluation import evaluate_endpoint
-from workflows.evaluation_spec import EvaluationSpec
+from workflows.clip_judge import clip_digest
 from workflows.journal import JOURNAL, entries
 from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
-from workflows.registry import ASKED, CURRENT, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW
+from workflows.registry import CURRENT
 from workflows.report import write_report
 from workflows.standing import standings
 from workflows.storage import Home
@@ -80,6 +79,8 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     stop_endpoint(driver.home.here)
     if address:
         refuse_taken(address)
+    way = way_of(spec, driver.home)
+    look_ahead(spec, way)
     if not joins_cluster():
         announce(spec, this_machine())
     home = driver.opened()
@@ -88,25 +89,38 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
             if joins_cluster():
                 announce(spec, joined())
             made = run_pipeline(spec, run=home, tracked=tracking)
-        before, url = judged_before(home, made, spec.evaluation), ""
+        before, url = judged_before(home, made, way), ""
         if joins_cluster():  # its Serve is one for all: what is on the air there stays
             scores = before or {}
-        elif address or not before:
+        elif address or (way.possible and not before):
             with endpoint(home.here, made.cascade.fetched(), address) as url:
-                scores = before or judged(home, url, spec.evaluation)
+                scores = before or (judged(home, url, way) if way.possible else {})
         else:
-            scores = before
-        facts = write_summary(home, spec, made, scores)
-        if not before or not home.has("report.html") or not told_scores(spec, tracking, facts):
-            report(home, spec, tracking, facts)
-            facts = write_summary(home, spec, made, scores)  # with the seconds of the report
+            scores = before or {}
+        facts = write_summary(home, spec, made, way, scores)
+        if not before or not home.has("report.html") or not told_scores(tracking, facts, way):
+            report(home, spec, tracking, facts, way)
+            facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
         if not whole(scores):
             raise UnjudgedError(
                 f"{scores['failed']} of {scores['n']} pictures did not come, so the cascade is not judged; "
                 f"see {home.at('evaluation').address} and run the same command again to ask for them all"
             )
         page = tracking.book.page()
-    return Summary(facts | {"mlflow": page}, told(home, facts | {"mlflow": page}, url if address else ""))
+    text = told(home, facts | {"mlflow": page}, way, url if address else "")
+    return Summary(facts | {"mlflow": page}, text)
+
+
+def look_ahead(spec: RunSpec, way: Way) -> None:
+    """What would be found out at the end only: who is to judge, and by what.
+
+    Raises:
+        ValueError: There is no such judge.
+    """
+    if spec.evaluation.judge:
+        clip_digest(spec.evaluation.judge)
+    if way.by == "clip" and not spec.pairs.held_out:
+        log.warning("%s", NOTHING_HELD_OUT)
 
 
 def home_of(spec: RunSpec) -> Home:
@@ -185,45 +199,37 @@ def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]
         stop_endpoint(run)
 
 
-def judged_before(home: Home, made: RunResult, spec: EvaluationSpec) -> dict[str, Any] | None:
-    """The scores of an earlier start, if they are whole and of this cascade and these captions."""
+def judged_before(home: Home, made: RunResult, way: Way) -> dict[str, Any] | None:
+    """The scores of an earlier start, if they are whole, of this cascade and judged in this way."""
     facts = home.facts("summary.json")
-    if (facts.get("digest"), facts.get("evaluation")) == (made.digest, fingerprint(spec)):
-        scores = facts.get("oracle") or {}
+    if (facts.get("digest"), facts.get("evaluation")) == (made.digest, way.fingerprint()):
+        scores = facts.get(way.by) or {}
         return scores if scores and whole(scores) else None
     return None
 
 
-def whole(scores: dict[str, Any]) -> bool:
-    """Whether every picture that was asked for came; what nobody has judged lacks none."""
-    return not scores.get("failed")
-
-
-def fingerprint(spec: EvaluationSpec) -> str:
-    """What was asked, in short."""
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
-
-
-def judged(home: Home, url: str, spec: EvaluationSpec) -> dict[str, Any]:
+def judged(home: Home, url: str, way: Way) -> dict[str, Any]:
     """The scores of the cascade served there; the pictures stay in the run directory."""
-    log.info("judging %d pictures painted by %s", spec.captions, url)
+    log.info("judging %d pictures painted by %s", way.spec.captions, url)
     with timed(home, "evaluation", "total"):
-        scores = evaluate_endpoint(url, spec, keep=home.here / "evaluation")
+        scores = judge_endpoint(url, way, keep=home.here / "evaluation")
     home.send("evaluation")
     return scores
 
 
-def write_summary(home: Home, spec: RunSpec, made: RunResult, scores: dict[str, Any]) -> dict[str, Any]:
-    """summary.json, replaced whole."""
+def write_summary(
+    home: Home, spec: RunSpec, made: RunResult, way: Way, scores: dict[str, Any]
+) -> dict[str, Any]:
+    """summary.json, replaced whole: the scores under the name of who judges."""
     facts = {
         "run": spec.name,
-        "oracle": scores,
+        way.by: scores,
         "seconds": seconds_of(home),
         "data": data_of(home, spec).address,
         "bundle": made.cascade.address,
         "digest": made.digest,
         "stages": {name: home.at(f"{name}/bundle").address for name in made.bundles},
-        "evaluation": fingerprint(spec.evaluation),
+        "evaluation": way.fingerprint(),
         "report": home.at("report.html").address,
     }
     home.write("summary.json", json.dumps(facts, indent=2))
@@ -235,45 +241,33 @@ def data_of(home: Home, spec: RunSpec) -> Home:
     return home.at("data/prepared") if spec.shapes is not None else Home.of(spec.pairs.destination)
 
 
-def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> None:
+def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any], way: Way) -> None:
     """The page, then page and scores to MLflow; the line of the model is the last, see `told_scores`."""
     with timed(home, "report", "total"):
         gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))
     home.send("report.html")
-    if whole(facts["oracle"]):
-        shares = {f"oracle/{name}": it for name, it in facts["oracle"].items() if isinstance(it, float)}
+    if whole(facts[way.by]):
+        shares = {f"{way.by}/{name}": it for name, it in facts[way.by].items() if isinstance(it, float)}
         tracking.journal.log(shares, 0)
     for file in (path, home.here / "summary.json"):
         tracking.journal.artifact(file)
     tracking.journal.model(
-        spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=version_tags(spec, facts)
+        spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=version_tags(facts, way)
     )
 
 
-def told_scores(spec: RunSpec, tracking: Tracked, facts: dict[str, Any]) -> bool:
+def told_scores(tracking: Tracked, facts: dict[str, Any], way: Way) -> bool:
     """Whether an earlier start has written all of its report into the journal."""
-    tags = version_tags(spec, facts)
+    tags = version_tags(facts, way)
     return any(
         entry.kind == "model" and entry.value["tags"] == tags for entry in entries(tracking.journal.path)
     )
 
 
-def version_tags(spec: RunSpec, facts: dict[str, Any]) -> dict[str, str]:
+def version_tags(facts: dict[str, Any], way: Way) -> dict[str, str]:
     """What a registered version says of itself."""
-    return {"bundle_sha256": facts["digest"]} | score_tags(facts["oracle"], spec.evaluation)
-
-
-def score_tags(scores: dict[str, Any], spec: EvaluationSpec) -> dict[str, str]:
-    """What a registered cascade says of how well it paints; `ddiff promote` compares it.
-
-    Scores of which pictures are missing say nothing.
-    """
-    if not scores or not whole(scores):
-        return {}
-    low, high = scores["intervals"]["all"]
-    found = {SCORE: scores["all"], SCORE_LOW: low, SCORE_HIGH: high, JUDGED: scores["n"]}
-    return {name: str(value) for name, value in found.items()} | {ASKED: fingerprint(spec)}
+    return {"bundle_sha256": facts["digest"]} | score_tags(way, facts[way.by])
 
 
 def gather_data(home: Home, spec: RunSpec) -> None:
@@ -305,17 +299,11 @@ def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
     return [case.caption for case in asked[::step]][:count]
 
 
-def told(home: Home, facts: dict[str, Any], url: str) -> str:
+def told(home: Home, facts: dict[str, Any], way: Way, url: str) -> str:
     """Where everything is."""
-    scores, seconds = facts["oracle"], facts["seconds"]
-    right = ", ".join(
-        f"{name.replace('_', ' ')} {scores[name]:.1%}"
-        for name in ("all", "one_object", "two_object", "unseen")
-        if scores.get(name) is not None
-    )
-    judgement = f"{right} (of {scores['n']} captions, by the oracle)" if scores else "not judged yet"
+    scores, seconds = facts[way.by], facts["seconds"]
     lines = [
-        f"painted right: {judgement}",
+        f"{'painted right:' if way.by == 'oracle' else 'judged:       '} {verdict_of(way, scores)}",
         f"seconds:       {seconds['total']:,.0f} in all",
         f"cascade:       {facts['bundle']}",
         f"report:        {facts['report']}",
@@ -324,7 +312,9 @@ def told(home: Home, facts: dict[str, Any], url: str) -> str:
     if facts["mlflow"]:
         lines.append(f"mlflow:        {facts['mlflow']}")
     if not scores:
-        lines.append("to judge it:   deploy it, then `ddiff eval --url http://HOST:PORT`")
+        own = f" --data {way.own.data} --judge {way.own.clip}" if way.own else ""
+        how = f"to judge it:   deploy it, then `ddiff eval --url http://HOST:PORT{own}`"
+        lines += [how] if way.possible else []
         lines.remove(f"pictures:      {home.at('evaluation').address}")
     if url:
         body = '{"prompt": "a red circle above a small blue square"}'

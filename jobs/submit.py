@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dd_core", "jobs", "serve", "workflows")
 KINDS = (".py", ".typed", ".css", ".html", ".js", ".yaml", ".json", "Dockerfile")
 CONFIG = "job.yaml"
-JUDGING = ("captions", "seed")
+JUDGING = ("captions", "seed", "data", "judge")
 """Settings of `ddiff eval`."""
 ATTEMPTS = 3
 """How often a driver that was killed is started again before its job has failed."""
@@ -128,8 +128,16 @@ def judging(url: str, changes: Sequence[str]) -> tuple[str, ...]:
     given = [change.partition("=") for change in changes]
     for name, _, value in given:
         if name not in JUDGING or not value:
-            raise ConfigError(f"--set {name}={value}: evaluate takes captions=N and seed=N")
-    EvaluationSpec.model_validate({name: value for name, _, value in given})
+            raise ConfigError(
+                f"--set {name}={value}: evaluate takes captions=N and seed=N, and for captions of your own "
+                "data=PREPARED and judge=CLIP"
+            )
+    asked = {name: value for name, _, value in given}
+    if ("data" in asked) != ("judge" in asked):
+        raise ConfigError(
+            "evaluate: data=PREPARED and judge=CLIP go together, the pairs and who judges by them"
+        )
+    EvaluationSpec.model_validate({name: value for name, value in asked.items() if name != "data"})
     return ("eval", "--url", url, *(word for name, _, value in given for word in (f"--{name}", value)))
 
 

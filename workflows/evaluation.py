@@ -1,4 +1,7 @@
-"""How good the served cascade is: unseen captions, painted over HTTP, judged by the oracle."""
+"""How good the served cascade is: captions painted over HTTP; those of the embedded world, by the oracle.
+
+A user's own captions are judged by a CLIP (workflows.clip_judge).
+"""
 
 import base64
 import io
@@ -73,25 +76,40 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
         EndpointError: Nothing answers there; nobody has been judged.
     """
     asked = spec.cases()
+    answers = answered(url, [case.caption for case in asked], spec)
+    verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]
+    missing(answers)
+    if keep is not None:
+        write_down(keep, [one._asdict() for one in verdicts], answers)
+    return scores(verdicts)
+
+
+def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[Answer]:
+    """One picture of each caption, the first with the seed of the spec, the next with the next one.
+
+    Raises:
+        EndpointError: Nothing answers there.
+    """
     with (
         httpx.Client(base_url=url, timeout=spec.timeout_s) as client,
         ThreadPoolExecutor(spec.concurrency) as pool,
     ):
         refuse_nobody(client)
-        answers = [Answer(b"", "not asked")] * len(asked)
+        answers = [Answer(b"", "not asked")] * len(captions)
         for turn in range(ROUNDS):
             left = [number for number, answer in enumerate(answers) if answer.failure and not answer.refused]
             if turn and (not left or gone(client, pause_s=PAUSE_S)):
                 break
-            found = pool.map(lambda n: painted(client, asked[n].caption, spec.seed + n, spec), left)
+            found = pool.map(lambda n: painted(client, captions[n], spec.seed + n, spec), left)
             for number, answer in zip(left, found, strict=True):
                 answers[number] = answer
-    verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]
+    return answers
+
+
+def missing(answers: Sequence[Answer]) -> None:
+    """Say how many pictures are, and why."""
     for failure, count in Counter(answer.failure for answer in answers if answer.failure).most_common():
         log.warning("%d of %d pictures are missing and count as wrong: %s", count, len(answers), failure)
-    if keep is not None:
-        write_down(keep, verdicts, answers)
-    return scores(verdicts)
 
 
 def refuse_nobody(client: httpx.Client) -> None:
@@ -191,11 +209,11 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def write_down(directory: Path, verdicts: Iterable[Verdict], answers: Iterable[Answer]) -> None:
+def write_down(directory: Path, verdicts: Iterable[Mapping[str, Any]], answers: Iterable[Answer]) -> None:
     """The pictures and what was said of each, for the report and for doubters."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "verdicts.jsonl").open("w") as file:
         for number, (found, answer) in enumerate(zip(verdicts, answers, strict=True)):
-            file.write(json.dumps({"picture": f"{number:05d}.png", **found._asdict()}) + "\n")
+            file.write(json.dumps({"picture": f"{number:05d}.png", **found}) + "\n")
             if answer.png:
                 (directory / f"{number:05d}.png").write_bytes(answer.png)

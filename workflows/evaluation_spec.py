@@ -13,13 +13,19 @@ class EvaluationSpec(Spec):
 
     kind: Literal["evaluation"] = "evaluation"
     captions: int = Field(320, ge=4)
-    """Three eighths each of one and of two objects, a quarter with shape-colour pairs never seen together."""
+    """Of the embedded world three eighths each of one and of two objects, a quarter with shape-colour pairs
+    never seen together; of a user's own data no more than there are."""
     seed: int = 0
     """Of the choice of captions; picture i is painted with seed + i."""
     concurrency: int = Field(32, ge=1)
     """Requests under way at once."""
     timeout_s: float = Field(600, gt=0)
     """For one picture, waiting and repeats included."""
+    judge: str = ""
+    """Of a user's own data: a CLIP, as the address of a bundle, open_clip's name (`ViT-L-14/openai`) or
+    MODEL:FILE.  Empty: the run's own, which has taught the cascade: another one judges better."""
+    among: int = Field(100, ge=2)
+    """Of a user's own data: among how many captions, its own included, a picture's own is to be nearest."""
 
     def cases(self) -> list[Case]:
         """The captions, and what each says."""

@@ -25,6 +25,9 @@ SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
     "score.evaluation",
 )
 """Tags of a version: share of captions painted right, its interval, how many, and a digest of which."""
+SCORED_BY, COSINE, WAY = "score.by", "score.cosine", "score.way"
+"""Of a version that is judged by a CLIP: that it is; the mean cosine, where the score is R-precision; and how
+it is judged, in JSON (jobs.evaluate)."""
 NAME: TypeAdapter[str] = TypeAdapter(SafeName)
 
 
@@ -48,15 +51,23 @@ class Version(NamedTuple):
 
     @property
     def score(self) -> float | None:
-        """Share of captions that it painted right, all of what they say; None: never judged."""
+        """Share of pictures that are right, or by a CLIP nearest to their caption; None: never judged."""
         return float(self.tags[SCORE]) if SCORE in self.tags else None
+
+    @property
+    def judge(self) -> str:
+        """Whose score it is."""
+        return self.tags.get(SCORED_BY, "oracle")
 
     def says(self) -> str:
         """For people."""
         if self.score is None:
             return f"version {self.number} (never judged)"
         within = f"{float(self.tags[SCORE_LOW]):.1%} to {float(self.tags[SCORE_HIGH]):.1%}"
-        return f"version {self.number} ({self.score:.1%} right of {self.tags[JUDGED]}, {within})"
+        if self.judge == "oracle":
+            return f"version {self.number} ({self.score:.1%} right of {self.tags[JUDGED]}, {within})"
+        found = f"{self.score:.1%} of {self.tags[JUDGED]} found by a CLIP, {within}"
+        return f"version {self.number} ({found}, cosine {float(self.tags[COSINE]):.3f})"
 
 
 class Registry:
@@ -175,11 +186,30 @@ def worse(candidate: Version, holder: Version | None) -> str:
         return ""
     if holder.score is None:
         return f"its holder is {holder.says()}"
-    if holder.tags.get(ASKED) != candidate.tags.get(ASKED):
-        return "candidate and holder were judged on other captions, so their scores say nothing of each other"
-    if candidate.score <= holder.score:
+    if why := apart(candidate, holder):
+        return f"{why}, so their scores say nothing of each other"
+    if rank(candidate) <= rank(holder):
         return f"the candidate, {candidate.says()}, is not better than its holder, {holder.says()}"
     return ""
+
+
+def apart(candidate: Version, holder: Version) -> str:
+    """Why two scores cannot be compared; empty if they can."""
+    if holder.judge != candidate.judge:
+        return f"the candidate was judged by the {candidate.judge}, its holder by the {holder.judge}"
+    if holder.tags.get(ASKED) == candidate.tags.get(ASKED):
+        return ""
+    if candidate.judge == "clip":
+        return (
+            "candidate and holder were judged on other captions, or by two CLIPs (one evaluation.judge and "
+            "the same data for both runs would make them comparable)"
+        )
+    return "candidate and holder were judged on other captions"
+
+
+def rank(version: Version) -> tuple[float, float]:
+    """By its score; a CLIP's equal ones by the mean cosine."""
+    return version.score or 0.0, float(version.tags.get(COSINE, 0))
 
 
 def split(wanted: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dd_core import bundle, sealed
 from dd_core.bundle import Cascade
-from workflows import pictures
+from workflows import clip_page, pictures
 from workflows.curves import chart
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.storage import Home
@@ -57,6 +57,7 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     parts = [
         painted_section(cascade, known, seed),
         judged_section(run, summary),
+        found_section(run, summary),
         trajectory_section(cascade, known, seed),
         noising_section(data),
         training_section(run),
@@ -121,6 +122,15 @@ def judged_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
     return Section("Judged by the oracle", note, f"<table>{head}{''.join(rows)}</table>{judged_grid(run)}")
 
 
+def found_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
+    """What a CLIP says of pictures painted of a user's own captions, beside the true ones."""
+    if not (clip := summary.get("clip")):
+        return None
+    some = thinned(verdicts_of(run), 64)
+    body = clip_page.table(clip) + clip_page.grid(run / "evaluation", some)
+    return Section("Judged by a CLIP", clip_page.note(clip), body)
+
+
 def score_row(name: str, share: float, interval: Sequence[float] | None) -> str:
     """One score as a bar."""
     between = "{:.1%} to {:.1%}".format(*interval) if interval else ""
@@ -132,13 +142,17 @@ def score_row(name: str, share: float, interval: Sequence[float] | None) -> str:
 
 def judged_grid(run: Path, count: int = 64) -> str:
     """Some of the pictures that were judged, of every group, with the verdict; empty if none were kept."""
-    path = run / "evaluation" / "verdicts.jsonl"
-    if not path.exists():
+    if not (verdicts := verdicts_of(run)):
         return ""
-    verdicts = [json.loads(line) for line in path.read_text().splitlines()]
     some = thinned(verdicts, count)
     cells = [judged_cell(run / "evaluation" / one["picture"], one) for one in some]
     return f'<h3>{len(some)} of them, evenly chosen</h3><div class="grid">{"".join(cells)}</div>'
+
+
+def verdicts_of(run: Path) -> list[dict[str, Any]]:
+    """What was said of each picture; empty if nothing was kept."""
+    path = run / "evaluation" / "verdicts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def judged_cell(picture: Path, one: Mapping[str, Any]) -> str:
@@ -286,6 +300,11 @@ def headline(summary: Mapping[str, Any]) -> str:
         for key in SCORES
         if oracle.get(key) is not None
     ]
+    if clip := summary.get("clip"):
+        cells += [
+            (f"{clip[name]:{shown}}", f"{title} (true pictures {clip[f'true_{name}']:{shown}})")
+            for name, (title, shown) in clip_page.FOUND.items()
+        ]
     if "total" in seconds:
         cells.append((f"{seconds['total'] / 60:.1f} min", "from data to scores"))
     body = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in cells)

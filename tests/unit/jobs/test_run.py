@@ -1,5 +1,6 @@
 """`ddiff run`: what it does on a cluster that others use too."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from dd_core import sealed
 from jobs import run
 from jobs.cli import main
-from jobs.recipes import smoke
+from jobs.recipes import ddpm, smoke
 from jobs.run import report
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.pipeline import RunResult
@@ -121,6 +123,61 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
         run.run_all(smoke.run(), address=None, verbose=False)
         said = [entry for entry in entries(journal) if entry.kind == "model"]
         assert [entry.value["tags"]["score.all"] for entry in said] == ["0.5"]
+
+
+def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another(
+    cluster: Path, alone: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, journal = smoke.run(), cluster / "smoke" / JOURNAL
+    for name in ("mine", "smoke/clip/bundle", "judge"):
+        (cluster / name).mkdir(parents=True)
+        sealed.seal(cluster / name, {}, {"content": name})
+    mine = ours.but(shapes=None, pairs=ours.pairs.but(destination=str(cluster / "mine")))
+    figures = {"cosine": 0.25, "r_precision": 0.5, "true_cosine": 0.5, "true_r_precision": 0.75}
+    about = {"n": 8, "failed": 0, "among": 8, "held_out": False}
+    good = (
+        figures
+        | about
+        | {
+            "judge": {"name": "clip", "digest": "d", "taught": True},
+            "intervals": {name: [0.1, 0.9] for name in figures},
+        }
+    )
+    alone += [good, good | {"judge": {"name": "judge", "digest": "e", "taught": False}, "held_out": True}]
+    for _ in range(2):  # the second start finds it judged
+        done = run.run_all(mine, address=None, verbose=False)
+        assert done.facts["clip"] == good
+        assert "oracle" not in json.loads((cluster / "smoke" / "summary.json").read_text())
+    assert "seen in training, by the cascade's own CLIP, which flatters" in done.text
+    assert "judged by captions that it was trained on" in caplog.text
+    assert curves(journal) == {f"clip/{name}": {0: value} for name, value in figures.items()}
+    tags = [entry.value["tags"] for entry in entries(journal) if entry.kind == "model"][-1]
+    assert (tags["score.by"], tags["score.all"], tags["score.cosine"]) == ("clip", "0.5", "0.25")
+
+    other = mine.but(evaluation=mine.evaluation.but(judge=str(cluster / "judge")))
+    text = run.run_all(other, address=None, verbose=False).text
+    assert "held out, by the CLIP judge" in text
+    assert not alone
+
+
+def test_a_judge_that_there_is_not_is_said_before_any_work(
+    cluster: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_pipeline", lambda *_, **__: pytest.fail("it was begun"))
+    ours = smoke.run()
+    mine = ours.but(shapes=None, evaluation=ours.evaluation.but(judge="runs/absent"))
+    with pytest.raises(ValueError, match=r"evaluation\.judge: 'runs/absent' is no bundle"):
+        run.run_all(mine, address=None, verbose=False)
+
+
+def test_own_data_without_any_clip_are_judged_by_nobody_and_painted_by_no_endpoint(
+    cluster: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "endpoint", lambda *_: pytest.fail("something was served"))
+    mine = ddpm.run().but(shapes=None)
+    done = run.run_all(mine, address=None, verbose=False)
+    assert done.facts["clip"] == {}
+    assert "not judged: none of its stages is a CLIP" in done.text
 
 
 def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def test_words_become_a_command_there() -> None:
     assert order_of(("train", "base"), "smoke", None, ()).words == ("train", "base", "--config", CONFIG)
     judge = order_of(("evaluate", "http://x"), None, None, ("captions=8",))
     assert judge.words == ("eval", "--url", "http://x", "--captions", "8")
+    mine = order_of(("evaluate", "http://x"), None, None, ("data=s3://b/mine", "judge=ViT-L-14/openai"))
+    assert mine.words[3:] == ("--data", "s3://b/mine", "--judge", "ViT-L-14/openai")
     serve = order_of(("deploy", "demo@production"), None, None, ("port=80",))
     assert serve.words == ("deploy", "demo@production", "--set", "port=80")
     former = order_of(("deploy", "s3://bucket/runs/deployments/a.yaml"), None, None, ())
@@ -48,6 +50,7 @@ def test_words_become_a_command_there() -> None:
         (("deploy", "demo"), "smoke", (), "write a recipe, or run, train STAGE"),
         (("deploy", "a.yaml"), None, ("port=80",), "leave out --set"),
         (("evaluate", "http://x"), None, ("prompts=8",), "evaluate takes captions=N and seed=N"),
+        (("evaluate", "http://x"), None, ("data=s3://b/mine",), "data=PREPARED and judge=CLIP go together"),
         (("evaluate", "http://x"), None, ("captions=2",), "captions\n.*greater than or equal to 4"),
         (("smoke",), None, ("shapes=null",), "destination 'prepared' would lie in the folder of the job"),
     ],

@@ -77,6 +77,33 @@ def test_data_that_lie_elsewhere_are_shown_too_with_their_own_captions(tmp_path:
     assert report.captions(report.data_of(run, report.summary_of(run)), 2)
 
 
+def test_what_a_clip_said_stands_beside_what_it_says_of_the_true_pictures(tmp_path: Path) -> None:
+    kept = tmp_path / "evaluation"
+    kept.mkdir()
+    for name, shade in {"00000.png": -1.0, "00000-true.png": 1.0}.items():
+        (kept / name).write_bytes(images.png(torch.full((1, 3, 4, 4), shade)))
+    verdict = {"picture": "00000.png", "caption": HOSTILE, "cosine": 0.25, "nearest": False}
+    lost = {"picture": "00001.png", "caption": "a cat", "cosine": 0.0, "nearest": False}
+    (kept / "verdicts.jsonl").write_text(
+        "".join(
+            json.dumps(one | {"true_cosine": 0.5, "true_nearest": True}) + "\n" for one in (verdict, lost)
+        )
+    )
+    found = {"cosine": -0.125, "r_precision": 0.25, "true_cosine": 0.5, "true_r_precision": 0.75}
+    clip = found | {"n": 2, "failed": 1, "among": 2, "intervals": {name: [-0.5, 1.25] for name in found}}
+    for taught, held_out in ((True, False), (False, True)):
+        clip |= {"held_out": held_out, "judge": {"name": "ViT-L-14/openai", "taught": taught}}
+        (tmp_path / "summary.json").write_text(json.dumps({"clip": clip}))
+        page = Page(write_report(tmp_path).read_text())
+        for fact in ("Judged by a CLIP", "-0.125", "25.0%", "0.500", "75.0%", HOSTILE, "no picture came"):
+            assert fact in page.said
+        assert "Judged by the oracle" not in page.said
+        assert ("figures flatter" in page.said) == taught
+        assert ("no stage was trained on" in page.said) == held_out
+        assert "this is no judgement" in page.said
+        assert len([one for one in page.wanted if one.startswith("data:image/png")]) == 2
+
+
 def test_a_caption_is_text_and_never_markup(run: Path) -> None:
     page = Page(write_report(run, prompts=[HOSTILE]).read_text())
     assert HOSTILE in page.said

@@ -1,0 +1,210 @@
+"""How well a cascade paints captions of a user's own data: a CLIP compares pictures and captions.
+
+Two figures, each beside that of the true pictures of the same captions, which is the most to be hoped for:
+the mean cosine of a picture and its caption, and R-precision, the share of pictures that are nearer to their
+own caption than to all of some others.  A CLIP that the cascade was trained with has taught it what it likes,
+so its figures flatter; one that it has never met judges better.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dd_core import bundle, images, metrics, sealed, text
+from dd_core.layouts.clip import net_of
+from dd_core.nets.clip import Clip
+from dd_core.stages.clip import ClipSpec, clip_of, published
+from workflows.evaluation import Answer, answered, missing, pixels, wilson, write_down
+from workflows.evaluation_spec import EvaluationSpec
+from workflows.parts import data_digest
+from workflows.storage import Home
+from workflows.true_pairs import chosen, true_pictures
+
+UNREADABLE = "unreadable picture"
+
+
+class OwnData(NamedTuple):
+    """Prepared pairs of a user's own, and the CLIP that judges what is painted of their captions."""
+
+    data: str
+    """Address."""
+    clip: str
+    """Address of a bundle, or a CLIP of open_clip as `ClipSpec.pretrained` names one."""
+    taught: bool = False
+    """The cascade was trained with it."""
+
+    def digest(self) -> str:
+        """Of what decides the figures, seed and number of captions aside.
+
+        Raises:
+            ValueError: There is no such CLIP, or no such data.
+        """
+        facts = Home.of(self.data).facts(sealed.MANIFEST)
+        if not facts:
+            raise ValueError(f"{self.data} is no finished prepared data; `ddiff data prepare` makes some")
+        return sealed.digest_of({"data": data_digest(facts), "clip": clip_digest(self.clip)})
+
+
+class Judge(NamedTuple):
+    """A CLIP, ready to read: everything to unit vectors."""
+
+    pictures: Callable[[Float[Tensor, " b 3 h w"]], Float[Tensor, " b d"]]
+    captions: Callable[[Sequence[str]], Float[Tensor, " b d"]]
+
+
+class Verdict(NamedTuple):
+    """What the judge says of one picture, and of the true one of its caption."""
+
+    caption: str
+    cosine: float
+    nearest: bool
+    """Nearer to its own caption than to all of the others."""
+    true_cosine: float
+    true_nearest: bool
+    failure: str = ""
+
+
+def clip_digest(named: str) -> str:
+    """Of a CLIP's weights, or its name where open_clip knows it by that; nothing is loaded.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if digest := Home.of(named).facts(sealed.MANIFEST).get("digest"):
+        return str(digest)
+    model, colon, file = named.partition(":")
+    if colon and not Path(file).is_file():
+        raise ValueError(f"evaluation.judge: {named!r} is no bundle, and there is no file {file!r}")
+    try:
+        net_of(model.partition("/")[0])
+    except ValueError as error:
+        raise ValueError(f"evaluation.judge: {named!r} is no bundle: {error}") from None
+    return f"{model}:{sealed.sha256(Path(file))}" if colon else named
+
+
+def judge_of(named: str) -> Judge:
+    """A CLIP, loaded onto the GPU if there is one.
+
+    Raises:
+        ValueError: There is none, or the bundle is no CLIP.
+        sealed.SealError: The bundle is damaged.
+    """
+    home = Home.of(named)
+    if home.has(sealed.MANIFEST):
+        trained = bundle.load(home.fetched()).trained
+    else:
+        clip_digest(named)
+        trained = published(ClipSpec(pretrained=named))
+    return reading(clip_of(trained).to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def reading(clip: Clip) -> Judge:
+    """How a CLIP reads; one thing at a time, so that nothing depends on its company."""
+    device = clip.mean.device
+
+    @torch.inference_mode()
+    def captions(some: Sequence[str]) -> Float[Tensor, " b d"]:
+        rows = torch.tensor(text.tokens(some, clip.spec.context_length), device=device)
+        return torch.cat([clip.read(row[None]).embedding.cpu() for row in rows])
+
+    @torch.inference_mode()
+    def pictures(some: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
+        return torch.cat([clip.embed_image(one[None].to(device)).cpu() for one in some])
+
+    return Judge(pictures, captions)
+
+
+def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | None = None) -> dict[str, Any]:
+    """Paint captions of own data through an endpoint and have the pictures judged.
+
+    A picture that is missing counts among `failed`, as one whose cosine is 0 and whose caption is not found.
+
+    Args:
+        url: Of the server, such as http://127.0.0.1:8000.
+        spec: How many captions, and which.
+        own: The data and the judge.
+        keep: Directory for the pictures (00000.png), the true ones (00000-true.png) and verdicts.jsonl.
+
+    Returns:
+        cosine, r_precision, true_cosine, true_r_precision; intervals: name -> [low, high] at 95 %; n; failed;
+        among: how many captions each is compared with, its own included; held_out: whether nothing of the
+        data was trained on these captions; judge: name, digest, taught.
+
+    Raises:
+        EndpointError: Nothing answers there; nobody has been judged.
+        ValueError: There is no such judge.
+        DataError: The data is damaged, or has no two captions.
+        StorageError: A store is away.
+    """
+    data, judge = Home.of(own.data), judge_of(own.clip)
+    places, held_out = chosen(data, spec.captions, seed=spec.seed)
+    captions = [place.caption for place in places]
+    answers = answered(url, captions, spec)
+    painted = [readable(answer) for answer in answers]
+    side = next((picture.shape[-1] for picture in painted if picture is not None), 1)
+    truth = true_pictures(data, places, side)
+    verdicts = judged(judge, captions, painted, [unit(one) for one in truth], spec)
+    failures = [one.failure or UNREADABLE * (it is None) for one, it in zip(answers, painted, strict=True)]
+    verdicts = [one._replace(failure=failure) for one, failure in zip(verdicts, failures, strict=True)]
+    missing(answers)
+    if keep is not None:
+        write_down(keep, [verdict._asdict() for verdict in verdicts], answers)
+        for number, png in enumerate(truth):
+            (keep / f"{number:05d}-true.png").write_bytes(png)
+    about = {"name": own.clip, "digest": clip_digest(own.clip), "taught": own.taught}
+    return {**scores(verdicts), "among": among(spec, len(captions)), "held_out": held_out, "judge": about}
+
+
+def readable(answer: Answer) -> Float[Tensor, " 1 3 h w"] | None:
+    """The picture of an answer in [-1, 1]; None if none came that can be read."""
+    try:
+        return unit(answer.png)
+    except (OSError, SyntaxError):
+        return None
+
+
+def unit(png: bytes) -> Float[Tensor, " 1 3 h w"]:
+    """A PNG in [-1, 1]."""
+    return images.to_unit(torch.from_numpy(pixels(png).transpose(2, 0, 1).copy())[None])
+
+
+def among(spec: EvaluationSpec, count: int) -> int:
+    """How many captions a picture is compared with, where there are `count` in all."""
+    return min(spec.among, count)
+
+
+def judged(
+    judge: Judge,
+    captions: Sequence[str],
+    painted: Sequence[Float[Tensor, " 1 3 h w"] | None],
+    truth: Sequence[Float[Tensor, " 1 3 h w"]],
+    spec: EvaluationSpec,
+) -> list[Verdict]:
+    """A verdict for each caption; the true pictures are compared with the same captions as the painted."""
+    wanted = judge.captions(captions)
+    drawn = metrics.others(len(captions), among(spec, len(captions)), seed=spec.seed)
+    nothing = torch.zeros_like(wanted[:1])
+    found = []
+    for pictures in (painted, truth):
+        seen = torch.cat([nothing if one is None else judge.pictures(one) for one in pictures])
+        cosines, nearest = metrics.cosines(seen, wanted), metrics.found_own(seen, wanted, drawn)
+        found.append(list(zip(cosines.tolist(), nearest.tolist(), strict=True)))
+    return [Verdict(caption, *own, *true) for caption, own, true in zip(captions, *found, strict=True)]
+
+
+def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Means, shares and intervals."""
+    found: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+    for name in ("cosine", "true_cosine"):
+        mean, low, high = metrics.mean_of(torch.tensor([getattr(one, name) for one in verdicts]))
+        found[name], intervals[name] = mean, [low, high]
+    for name, verdict in {"r_precision": "nearest", "true_r_precision": "true_nearest"}.items():
+        right = sum(getattr(one, verdict) for one in verdicts)
+        found[name], intervals[name] = right / len(verdicts), list(wilson(right, len(verdicts)))
+    failed = sum(bool(one.failure) for one in verdicts)
+    return {**found, "n": len(verdicts), "failed": failed, "intervals": intervals}
