@@ -26,7 +26,7 @@ from workflows.journal import JOURNAL, entries
 from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import CURRENT
-from workflows.report import write_report
+from workflows.report import SHEET, write_report
 from workflows.standing import standings
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
@@ -247,6 +247,9 @@ def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any], 
         gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))
     home.send("report.html")
+    if (home.here / SHEET).exists():
+        home.send(SHEET)
+        tracking.journal.picture("prompts", SHEET, 0)
     if whole(facts[way.by]):
         shares = {f"{way.by}/{name}": it for name, it in facts[way.by].items() if isinstance(it, float)}
         tracking.journal.log(shares, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dd_core import bundle, images
@@ -26,6 +26,8 @@ from workflows.pairs import HELD_OUT
 
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 """Of the forward strip: sigma, in units of the image's range of [-1, 1]."""
+GAP, LETTERS, CAPTION = 4, 11, 40
+"""Pixels of a sheet: between pictures, of its letters, and of two lines of them with what is around."""
 
 
 class Painted(NamedTuple):
@@ -64,6 +66,36 @@ def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0, batch: i
         rows = [tuple(images.png(image[row : row + 1]) for image in stages) for row in range(len(some))]
         result += [Painted(*one) for one in zip(some, seeds, rows, strict=True)]
     return result
+
+
+def sheet(painted: Sequence[Painted], *, columns: int = 4) -> Image.Image:
+    """Every prompt with its pictures, each at its own size, and its words below."""
+    sizes = [[Image.open(io.BytesIO(png)) for png in one.pngs] for one in painted]
+    width = max(sum(picture.width + GAP for picture in some) for some in sizes) + GAP
+    height = max(picture.height for some in sizes for picture in some) + CAPTION
+    rows = -(-len(painted) // columns)
+    page = Image.new("RGB", (width * min(columns, len(painted)), height * rows), "white")
+    draw, letters = ImageDraw.Draw(page), ImageFont.load_default(LETTERS)
+    for place, (one, some) in enumerate(zip(painted, sizes, strict=True)):
+        left, top = place % columns * width + GAP, place // columns * height + GAP
+        floor = top + max(picture.height for picture in some)
+        draw.multiline_text(
+            (left, floor + GAP), wrapped(one.prompt, width - 2 * GAP, letters), "black", letters
+        )
+        for picture in some:
+            page.paste(picture, (left, floor - picture.height))
+            left += picture.width + GAP
+    return page
+
+
+def wrapped(words: str, width: int, letters: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Words in two lines of so many pixels at most; what does not fit is left out."""
+    lines = [""]
+    for word in words.split():
+        if letters.getlength(f"{lines[-1]} {word}".strip()) > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:2]) + " ..." * (len(lines) > 2)
 
 
 def states(cascade: Cascade, prompts: list[str], seeds: list[int]) -> Iterator[CascadeState]:

@@ -15,9 +15,12 @@ from dd_core.bundle import Cascade
 from workflows import clip_page, pictures
 from workflows.curves import chart
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
+from workflows.pictures import Painted
 from workflows.storage import Home
 from workflows.tracking import curves
 
+SHEET = "prompts.png"
+"""In a run's directory: the pictures of the page's prompts, at every size, for MLflow."""
 SCORES = ("all", "one_object", "two_object", "unseen")
 ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
 
@@ -34,7 +37,7 @@ class Section(NamedTuple):
 
 
 def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Path:
-    """Write `report.html` into a run directory.
+    """Write `report.html`, and of a cascade that paints SHEET, into a run directory.
 
     Args:
         run: The directory of the run.
@@ -54,8 +57,11 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     cascade = bundle.load_cascade(run / "cascade") if (run / "cascade").exists() else None
     data = data_of(run, summary)
     known = prompts or captions(data, 16)
+    painted = pictures.painted(cascade, known, seed=seed) if cascade is not None else []
+    if cascade is not None and painted:
+        pictures.sheet(painted).save(run / SHEET)
     parts = [
-        painted_section(cascade, known, seed),
+        painted_section(cascade, painted),
         judged_section(run, summary),
         found_section(run, summary),
         trajectory_section(cascade, known, seed),
@@ -90,12 +96,12 @@ def captions(data: Path, count: int) -> list[str]:
     return pictures.prepared_captions(data, count) if (data / sealed.MANIFEST).exists() else []
 
 
-def painted_section(cascade: Cascade | None, prompts: Sequence[str], seed: int) -> Section | None:
+def painted_section(cascade: Cascade | None, painted: Sequence[Painted]) -> Section | None:
     """Every prompt as the base draws it and as the upsampler finishes it."""
-    if cascade is None or not prompts:
+    if cascade is None or not painted:
         return None
     cells = []
-    for one in pictures.painted(cascade, prompts, seed=seed):
+    for one in painted:
         *small, large = one.pngs
         inset = f'<img class="inset" alt="" src="{png(small[-1])}">' if small else ""
         picture = f'<div class="pair"><img alt="{quoted(one.prompt)}" src="{png(large)}">{inset}</div>'

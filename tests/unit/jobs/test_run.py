@@ -17,7 +17,7 @@ from jobs.recipes import ddpm, smoke
 from jobs.run import report
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.pipeline import RunResult
-from workflows.report import data_of
+from workflows.report import SHEET, data_of
 from workflows.storage import Home
 
 
@@ -123,6 +123,17 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
         run.run_all(smoke.run(), address=None, verbose=False)
         said = [entry for entry in entries(journal) if entry.kind == "model"]
         assert [entry.value["tags"]["score.all"] for entry in said] == ["0.5"]
+
+
+def test_the_pictures_of_the_page_are_a_picture_of_the_parent_run(
+    cluster: Path, alone: list[dict[str, Any]]
+) -> None:
+    alone.append({"all": 0.5, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}})
+    (cluster / "smoke").mkdir()
+    (cluster / "smoke" / SHEET).write_bytes(b"a picture")
+    run.run_all(smoke.run(), address=None, verbose=False)
+    said = [entry for entry in entries(cluster / "smoke" / JOURNAL) if entry.kind == "picture"]
+    assert [(entry.name, entry.value, entry.step) for entry in said] == [("prompts", SHEET, 0)]
 
 
 def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another(

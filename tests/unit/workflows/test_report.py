@@ -116,6 +116,37 @@ def test_a_run_without_anything_says_so(tmp_path: Path) -> None:
         write_report(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 16])
+def test_a_sheet_shows_every_picture_whole_and_at_its_own_size_whatever_is_said_below(count: int) -> None:
+    shades = [(40 + 10 * place, 255 - 10 * place, 7) for place in range(count)]
+    painted = [
+        pictures.Painted("a very long caption " * 40, place, tuple(flat(side, shade) for side in (8, 32)))
+        for place, shade in enumerate(shades)
+    ]
+    pixels = np.asarray(pictures.sheet(painted))
+    for shade in shades:
+        assert (pixels == shade).all(-1).sum() == 8**2 + 32**2
+    assert (pixels[-pictures.CAPTION :] == 0).all(-1).any()  # and words
+
+
+def flat(side: int, shade: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_sheet_of_a_run_holds_what_its_page_shows(run: Path) -> None:
+    page = Page(write_report(run, prompts=["a red circle", "a blue star"]).read_text())
+    sheet = np.asarray(Image.open(run / report.SHEET).convert("RGB"))
+    shown = [
+        base64.b64decode(one.partition(",")[2]) for one in page.wanted if one.startswith("data:image/png")
+    ]
+    large = next(image for data in shown if (image := images.decoded(data)).shape == (3, 64, 64))
+    wanted = large.transpose(1, 2, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, (64, 64, 3))
+    assert (windows == wanted).all((-1, -2, -3)).sum() == 1
+
+
 def test_the_trajectory_ends_in_the_picture_itself(run: Path) -> None:
     cascade = bundle.load_cascade(run / "cascade")
     (one,) = pictures.painted(cascade, ["a red circle"], seed=7)
