@@ -20,7 +20,7 @@ class Mean(NamedTuple):
     high: float
 
 
-def cosines(pictures: Float[Tensor, " *n d"], captions: Float[Tensor, " n d"]) -> Float[Tensor, " n"]:
+def cosines(pictures: Float[Tensor, " *b d"], captions: Float[Tensor, " n d"]) -> Float[Tensor, " n"]:
     """Of each picture with its own caption, or of one picture with many.
 
     Source: Hessel et al. 2021 (arXiv:2104.08718), equation 1, without its factor of 2.5 and its cut at 0.
