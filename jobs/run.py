@@ -21,7 +21,7 @@ from jobs.failures import JobFailedError, StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
-from workflows.clip_judge import clip_digest
+from workflows.clip_judge import judge_of
 from workflows.journal import JOURNAL, entries
 from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
@@ -116,10 +116,13 @@ def look_ahead(spec: RunSpec, way: Way) -> None:
 
     Raises:
         ValueError: There is no such judge.
+        sealed.SealError: It is damaged.
     """
+    if way.by == "oracle":
+        return
     if spec.evaluation.judge:
-        clip_digest(spec.evaluation.judge)
-    if way.by == "clip" and not spec.pairs.held_out:
+        judge_of(spec.evaluation.judge)  # weights that open_clip has to fetch are fetched now
+    if not spec.pairs.held_out:
         log.warning("%s", NOTHING_HELD_OUT)
 
 

@@ -90,7 +90,7 @@ def judge_of(named: str) -> Judge:
     """A CLIP, loaded onto the GPU if there is one.
 
     Raises:
-        ValueError: There is none, or the bundle is no CLIP.
+        ValueError: There is none, its weights cannot be had, or the bundle is no CLIP.
         sealed.SealError: The bundle is damaged.
     """
     home = Home.of(named)
@@ -98,7 +98,10 @@ def judge_of(named: str) -> Judge:
         trained = bundle.load(home.fetched()).trained
     else:
         clip_digest(named)
-        trained = published(ClipSpec(pretrained=named))
+        try:
+            trained = published(ClipSpec(pretrained=named))
+        except ValueError as error:
+            raise ValueError(f"evaluation.judge: {error}") from None
     return reading(clip_of(trained).to("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -137,9 +137,13 @@ def test_the_pictures_of_the_page_are_a_picture_of_the_parent_run(
 
 
 def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another(
-    cluster: Path, alone: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    cluster: Path,
+    alone: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours, journal = smoke.run(), cluster / "smoke" / JOURNAL
+    ours, journal, tried = smoke.run(), cluster / "smoke" / JOURNAL, list[str]()
+    monkeypatch.setattr(run, "judge_of", tried.append)
     for name in ("mine", "smoke/clip/bundle", "judge"):
         (cluster / name).mkdir(parents=True)
         sealed.seal(cluster / name, {}, {"content": name})
@@ -168,6 +172,7 @@ def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another
     other = mine.but(evaluation=mine.evaluation.but(judge=str(cluster / "judge")))
     text = run.run_all(other, address=None, verbose=False).text
     assert "held out, by the CLIP judge" in text
+    assert tried == [str(cluster / "judge")]
     assert not alone
 
 
