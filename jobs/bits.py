@@ -21,7 +21,7 @@ from dd_core.stages.chain_bits import bits_of, refuse_bits, refuse_variance, tab
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.sample import device
-from workflows.held_out import last_pairs
+from workflows.held_out import Yardstick, pairs_to_measure_by
 from workflows.labels import LabelSpec
 from workflows.parts import data_digest
 from workflows.storage import Home
@@ -55,7 +55,7 @@ class Asked(NamedTuple):
 
 
 def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
-    """Bits per dim of the last pictures of prepared data.
+    """Bits per dim of pictures of prepared data: of those held out, or of the last.
 
     Args:
         path: A bundle, a cascade, or the directory of a run, which has one.
@@ -76,8 +76,9 @@ def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
     variance = asked.variance or ("learned" if spec.learns_variance else "fixed_large")
     refuse_variance(spec, variance)
     table, label = table_of(spec, asked.num_steps), label_of(found)
+    yardstick = pairs_to_measure_by(data, spec.image_size, asked.images, label)
     parts: list[Bits] = []
-    for first, pairs, captions in batches(data, spec.image_size, label, asked.images):
+    for first, pairs, captions in batches(yardstick):
         seeds = [(asked.seed + first + place) % 2**32 for place in range(len(captions))]
         state = CascadeState(seeds, pairs.tokens, label=pairs.label, captions=captions)
         parts.append(bits_of(found.hop, images.to_unit(pairs.image), state, table, variance=variance))
@@ -94,7 +95,7 @@ def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
         "images": len(bits.total),
         "timesteps": len(table),
         "variance": variance,
-        "trained_on_these_data": learned_from(found, data),
+        "trained_on_these": not yardstick.held_out and learned_from(found, data),
         **{f"{name}_bits": mean_of(value) for name, value in terms.items()},
         "bits_by_timestep": bits.steps.mean(0).tolist(),
     }
@@ -118,8 +119,8 @@ def table(facts: Mapping[str, Any], data: str) -> str:
         term = facts[f"{name}_bits"]
         around = "" if term["plus_minus"] is None else f" ± {term['plus_minus']:.4f}"
         lines.append(f"  {words:<17} {term['mean']:.4f}{around}")
-    if facts["trained_on_these_data"]:
-        lines.append("  it was trained on these very data; prepare others for a figure that says more")
+    if facts["trained_on_these"]:
+        lines.append("  it was trained on these very pictures; prepare others, or hold some out (--held-out)")
     return "\n".join(lines)
 
 
@@ -212,11 +213,9 @@ def learned_from(found: Found, data: str) -> bool:
     return found.facts.get("data") == data_digest(Home.of(data).facts(sealed.MANIFEST))
 
 
-def batches(
-    data: str, side: int, label: LabelSpec | None, count: int
-) -> Iterator[tuple[int, PairBatch, list[str]]]:
-    """The last usable pairs, with their places and captions, some at a time."""
-    pairs, captions = last_pairs(data, side, count, label)
+def batches(yardstick: Yardstick) -> Iterator[tuple[int, PairBatch, list[str]]]:
+    """The pairs, with their places and captions, some at a time."""
+    pairs, captions, _ = yardstick
     for first in range(0, len(captions), BATCH):
         some = slice(first, first + BATCH)
         labels = None if pairs.label is None else pairs.label[some]

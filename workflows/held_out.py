@@ -1,49 +1,61 @@
-"""The last pairs of prepared data, for figures that are measured on pictures: read without Ray."""
+"""Pairs of prepared data to measure by: those that were held out, else the last.  Read without Ray."""
+
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from dd_core import sealed
 from dd_core.stage import PairBatch
 from workflows import feed
 from workflows.labels import LabelSpec
+from workflows.pairs import HELD_OUT
+from workflows.storage import Home
 
 
-def last_pairs(
-    data: str, side: int, count: int, label: LabelSpec | None = None
-) -> tuple[PairBatch, list[str]]:
-    """The last usable pairs, in their order; fewer if there are no more.
+class Yardstick(NamedTuple):
+    """What is measured by."""
+
+    pairs: PairBatch
+    """On the CPU."""
+    captions: list[str]
+    """Of each pair; empty in data without them."""
+    held_out: bool
+    """Nothing of this data was trained on them."""
+
+
+def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | None = None) -> Yardstick:
+    """The last pairs that were held out, or, where none were, the last usable ones; in their order.
 
     Args:
         data: Directory or address of prepared data.
         side: Of the images, in pixels.
-        count: How many.
+        count: How many; fewer if there are no more.
         label: Where their labels are, if these are wanted.
-
-    Returns:
-        The pairs on the CPU, and their captions; these are empty in data without them.
 
     Raises:
         DataError: The data are missing, unfinished or damaged, have no images of this side, or no usable row.
         StorageError: The store is away.
     """
     wanted = feed.Wanted(side, label)
+    held_out = bool(Home.of(data).facts(sealed.MANIFEST).get("held_out"))
     tables: list[pa.Table] = []
     for url in reversed(feed.prepared_files(data)):
         groups, names = layout(url)
         if lacking := [name for name in wanted.columns if name not in names]:
             raise feed.DataError(f"{url} has no {lacking[0]}; prepare the data with that")
-        captioned = ["caption"] if "caption" in names else []
+        columns = [*wanted.columns, *(["caption"] if "caption" in names else [])]
         for group in reversed(range(groups)):
             if sum(map(len, tables)) < count:
-                tables.insert(0, usable(url, group, wanted, captioned))
+                tables.insert(0, marked(url, group, columns, HELD_OUT if held_out else ""))
     rows = pa.concat_tables(tables)
     rows = rows.slice(max(0, len(rows) - count))
     if not len(rows):
         raise feed.DataError(f"{data} has no usable row; see `ddiff data stats`")
     captions = rows["caption"].to_pylist() if "caption" in rows.column_names else [""] * len(rows)
     ready = feed.ready(rows.append_column("position", pa.array(range(len(rows)), pa.int64())), wanted)
-    return paired(ready, side), captions
+    return Yardstick(paired(ready, side), captions, held_out)
 
 
 def layout(url: str) -> tuple[int, list[str]]:
@@ -56,10 +68,10 @@ def layout(url: str) -> tuple[int, list[str]]:
     return feed.patiently(look, url)
 
 
-def usable(url: str, group: int, wanted: feed.Wanted, more: list[str]) -> pa.Table:
-    """The rows of a row group that were not rejected."""
-    table = feed.row_group(url, group, [*wanted.columns, *more, "reject"], feed.PREPARE)
-    kept = [not reject for reject in table["reject"].to_pylist()]
+def marked(url: str, group: int, columns: list[str], mark: str) -> pa.Table:
+    """The rows of a row group in whose column `reject` stands this."""
+    table = feed.row_group(url, group, [*columns, "reject"], feed.PREPARE)
+    kept = [reject == mark for reject in table["reject"].to_pylist()]
     return table.filter(pa.array(kept, pa.bool_())).drop_columns("reject")
 
 

@@ -21,12 +21,14 @@ from dd_core.stages.chain_bits import bits_of, refuse_bits, table_of
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.cli import main
+from tests.own_data import own_data
 from tests.prepared import write_prepared
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core.test_consistency_stage import SPEC as CONSISTENCY
 from tests.unit.serve.tiny import STAGES
-from workflows.held_out import last_pairs
+from workflows.held_out import pairs_to_measure_by
 from workflows.labels import LabelSpec
+from workflows.pairs import is_held_out
 
 SHORT = ScheduleSpec(betas="cosine", num_timesteps=12)
 IMPROVED = chains.IMPROVED.but(schedule=SHORT, rescaled_time=False)
@@ -65,7 +67,7 @@ def by_hand(spec: ChainSpec, data: Path, count: int, variance: Any, cond: Any) -
     """The bound of the last pictures by the network itself, clipped."""
     hop = chains.hop(spec)
     assert isinstance(hop, ChainHop)
-    pairs, _ = last_pairs(str(data), 16, count, LabelSpec(**LABEL))
+    pairs = pairs_to_measure_by(str(data), 16, count, LabelSpec(**LABEL)).pairs
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> Denoised:
         out = hop.model(x, sigma, cond(hop, pairs))
@@ -217,7 +219,7 @@ def test_people_are_told_every_term_and_whether_the_pictures_were_learned_from(
         "decoder, 0",
     ]
     assert all("±" in line for line in lines[1:5])
-    assert "it was trained on these very data" in lines[5]
+    assert "it was trained on these very pictures" in lines[5]
 
 
 @pytest.mark.parametrize(
@@ -258,10 +260,19 @@ def test_what_the_data_or_the_chain_cannot_give_is_refused(data: Path, tmp_path:
 
 def test_the_last_usable_pairs_are_taken_across_files_in_their_order(tmp_path: Path) -> None:
     data = write_prepared(tmp_path / "prepared", files=2, rows=20, rejected=3)
-    pairs, words = last_pairs(str(data), 16, 20, LabelSpec(**LABEL))
+    pairs, captions, held_out = pairs_to_measure_by(str(data), 16, 20, LabelSpec(**LABEL))
     numbers = [int(row[1]) - 1 for row in pairs.tokens]
     assert numbers == [17, 18, 19, *range(23, 40)]  # the first three of each file are rejects
     assert pairs.label is not None
     assert pairs.label.tolist() == [number % 3 for number in numbers]
-    assert words == [""] * 20
-    assert len(last_pairs(str(data), 16, 1000)[0].tokens) == 34
+    assert captions == [""] * 20
+    assert not held_out
+    assert len(pairs_to_measure_by(str(data), 16, 1000).pairs.tokens) == 34
+
+
+def test_pairs_that_were_held_out_are_measured_by_before_all_others(tmp_path: Path) -> None:
+    data = own_data(tmp_path / "prepared", held_out=0.3)
+    found = pairs_to_measure_by(data.address, 16, 1000)
+    assert found.held_out
+    assert len(found.captions) == data.facts("manifest.json")["held_out"] > 0
+    assert all(is_held_out(caption, 0.3) for caption in found.captions)
