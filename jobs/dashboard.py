@@ -77,17 +77,20 @@ class Dashboard:
                 f"{self.address} does not answer ({why}); is the cluster up and its dashboard within reach?"
             ) from None
         if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            how = (
-                "no token was shown" if "Authorization" not in self.client.headers else "the token is not its"
-            )
-            raise DashboardError(
-                f"{self.address} says {reply.status_code}: {how}; put the cluster's token into "
-                "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH"
-            )
+            shown = "Authorization" in self.client.headers
+            raise DashboardError(not_let_in(self.address, reply.status_code, shown=shown))
         if reply.status_code != httpx.codes.OK:
             last = (reply.text.strip().splitlines() or [""])[-1]  # of a traceback
             raise DashboardError(f"{self.address}{request.url.path} says {reply.status_code}: {last:.300}")
         return reply
+
+
+def not_let_in(address: str, status: int, *, shown: bool) -> str:
+    """What happened, and the fix; Ray says 401 to who shows no token, 403 to who shows another one."""
+    fix = "set RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names, to the token of this cluster"
+    if shown:
+        return f"{address} answers {status}: the token from {environment.token_source()} is wrong; {fix}"
+    return f"{address} answers {status}: no token was shown; {fix}"
 
 
 def is_dashboard(address: str) -> bool:

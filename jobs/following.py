@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from jobs.dashboard import not_let_in
 from jobs.environment import cluster_address, prepare_environment, ray_token
 from jobs.failures import Code, JobFailedError, code_elsewhere
 
@@ -91,11 +92,8 @@ class Cluster:
                 self.client = JobSubmissionClient(self.address, headers=headers)
             return what(self.client)
         except AuthenticationError as error:
-            code = 403 if str(error).lstrip().startswith("Authentication failed") else 401
-            raise ClusterError(
-                f"{self.address} answers {code}: the token is {'wrong' if code == 403 else 'missing'}; "
-                "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token of this cluster"
-            ) from None
+            wrong = str(error).lstrip().startswith("Authentication failed")  # Ray's words for a 403
+            raise ClusterError(not_let_in(self.address, 403 if wrong else 401, shown=wrong)) from None
         except (OSError, ClientError) as error:
             text = " ".join(str(error).split())
             raise ClusterError(

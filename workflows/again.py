@@ -14,17 +14,21 @@ SEND_EVERY_S = 2.0
 
 
 class Again:
-    """While inside, do something again and again, and once more at the end; what fails is said once.
+    """While inside, do something again and again, and mostly once more at the end; what fails is said once.
 
     What fails at the end is raised, unless an error is under way: that one is how it ended.
 
     Args:
         act: What to do.
         every_s: The pause.
+        at_end: Whether it is done once more.
     """
 
-    def __init__(self, act: Callable[[], None], *, every_s: float = SEND_EVERY_S) -> None:
+    def __init__(
+        self, act: Callable[[], None], *, every_s: float = SEND_EVERY_S, at_end: bool = True
+    ) -> None:
         self.act, self.every_s, self.over, self.complained = act, every_s, threading.Event(), False
+        self.at_end = at_end
         self.thread = threading.Thread(target=self.keep_on, name="storage", daemon=True)
 
     def keep_on(self) -> None:
@@ -43,6 +47,8 @@ class Again:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end()
+        if not self.at_end:
+            return
         try:
             self.act()
         except (StorageError, OSError) as error:

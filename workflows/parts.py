@@ -4,16 +4,14 @@
 <directory>/part-00000-1a2b3c4d.parquet the same, while another of that name stands in the manifest
 <directory>/.unfinished/source.json     what the parts are made from
 <directory>/.unfinished/part-00000.json the note: written after the rename
-<directory>/.unfinished/lock            held by the process that prepares
+<directory>/.unfinished/lock            held by the process that prepares (workflows.claim)
 """
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
-import socket
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -28,6 +26,7 @@ from pydantic import ValidationError
 from dd_core import sealed
 from dd_core.spec import Spec
 from workflows.addresses import shown
+from workflows.claim import TakenError, claim
 from workflows.files import ShardFile
 from workflows.pairs import (
     CAPTIONS_CUT,
@@ -188,33 +187,22 @@ def beside(url: str) -> str:
 
 @contextlib.contextmanager
 def claimed(home: Home) -> Iterator[None]:
-    """This process as the only one of this machine that prepares into a directory, while inside.
-
-    A lock of POSIX, as that of a run's driver: it is gone with the process.
+    """This process as the only one that prepares into a directory, while inside.
 
     Raises:
         DestinationError: Another prepares there, or it holds files that are not ours or cannot be written to.
     """
-    with writable(home):
-        checked_names(home)
-        path = home.here / LOCK
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    with file:
+    with contextlib.ExitStack() as inside:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
+            with writable(home):
+                checked_names(home)
+                (home.here / LOCK).parent.mkdir(parents=True, exist_ok=True)
+                inside.enter_context(claim(home, LOCK))
+        except TakenError as error:
             raise DestinationError(
-                f"{home.address} is being prepared by {file.read() or 'another process'}; wait until that "
-                "has ended, or stop it, and run the same command again"
+                f"{home.address} is being prepared by {error}; wait until that has ended, or stop it, and "
+                "run the same command again"
             ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s); do not prepare there twice at once", path, error.strerror)
-        with writable(home):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
         yield
 
 

@@ -157,6 +157,17 @@ class Home(NamedTuple):
         os.replace(draft, path)
         self.send(name)
 
+    def create(self, name: str, text: str) -> bool:
+        """A small file of a store, unless there is one; of two at once one may, if the store can."""
+        with said(self.address):
+            try:
+                store(self.root).pipe_file(self.at(name).address, text.encode(), mode="create")
+            except OSError:  # FileExistsError, or what a store's client has for it
+                if not self.has(name):
+                    raise
+                return False
+        return True
+
     def drop(self, name: str) -> None:
         """Remove a file, or a directory with all in it; its manifest goes first."""
         path = self.here / name

@@ -286,7 +286,8 @@ def test_the_others_of_the_family(run: Done) -> None:
     wrong = ddiff(run.on, "list", RAY_AUTH_TOKEN="x" * 40)
     assert wrong.returncode == 2
     assert re.fullmatch(
-        r"ddiff: \S+ answers 40[13]: the token is (wrong|missing); set RAY_AUTH_TOKEN.*\n", wrong.stderr
+        r"ddiff: \S+ answers 403: the token from RAY_AUTH_TOKEN is wrong; set RAY_AUTH_TOKEN, .*\n",
+        wrong.stderr,
     )
     escape = ddiff(run.on, "submit", "smoke", "--set", "name=../../x")
     assert (escape.returncode, escape.stdout) == (2, "")

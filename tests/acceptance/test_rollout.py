@@ -192,7 +192,7 @@ def test_what_cannot_be_deployed_is_said_in_one_line(
     refused(ddiff("deploy", "tiny", "--set", "hop.num_gpu=1"), 2, "did you mean 'num_gpus'?")
     refused(ddiff("deploy", "tiny", "--address", "head:6379"), 2, "http://HEAD:8265")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    refused(ddiff("deploy", "tiny"), 2, "the token is not its", "RAY_AUTH_TOKEN")
+    refused(ddiff("deploy", "tiny"), 2, "answers 403: the token from RAY_AUTH_TOKEN is wrong; set")
     tiny_cascade(tmp_path / "run", seed=5)  # trained again, not registered
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "other"))
     refused(ddiff("deploy", "tiny", "--dry-run"), 4, "holds cascade", "deploy a newer version")
@@ -220,7 +220,7 @@ def test_the_doctor_finds_the_cluster_its_token_and_its_nodes(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     wrong = ddiff("doctor", "--json")
     assert wrong.exit_code == 2
-    assert "the token is not its" in by_check(wrong)["cluster"]["says"]
+    assert "the token from RAY_AUTH_TOKEN is wrong" in by_check(wrong)["cluster"]["says"]
     assert head.token not in wrong.stdout + wrong.stderr + well.stdout + well.stderr
 
 

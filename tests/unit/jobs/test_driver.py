@@ -1,5 +1,6 @@
 """A run has one driver: a second start touches nothing, and one that was killed is in nobody's way."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 from jobs.cli import main
 from jobs.driver import AlreadyRunningError, Driver
+from workflows import storage
 from workflows.storage import Home
 
 DRIVER = """
@@ -84,7 +86,7 @@ def test_a_run_that_is_not_there_is_locked_when_it_is_opened_and_not_before(
         assert not list(tmp_path.iterdir())
     with Driver(Home.of(tmp_path / "run")) as driver:
         driver.opened()
-        assert driver.lock is not None
+        assert driver.claimed
 
     def taken(*_: object) -> None:
         raise BlockingIOError
@@ -92,6 +94,35 @@ def test_a_run_that_is_not_there_is_locked_when_it_is_opened_and_not_before(
     monkeypatch.setattr("fcntl.lockf", taken)
     with pytest.raises(AlreadyRunningError, match=rf"run is being made by process {os.getpid()} on "):
         Driver(Home.of(tmp_path / "run")).opened()
+
+
+def test_a_run_in_a_store_is_refused_to_the_driver_of_another_machine_which_is_told_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.claim.RENEW_S", 0.1)
+    monkeypatch.setattr("workflows.claim.LOOK_S", 0.2)
+    storage.store.cache_clear()
+    home = Home(f"local://{tmp_path}/store/run")
+    storage.store(home.root).auto_mkdir = True
+
+    def on(machine: str) -> None:
+        (tmp_path / machine).mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / machine))
+
+    on("one")
+    told = json.dumps({"metadata": {"job_submission_id": "smoke.1"}})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", told)
+    with Driver(home) as driver:
+        driver.opened()
+        on("other")
+        with (
+            Driver(home) as second,
+            pytest.raises(
+                AlreadyRunningError,
+                match=r"store/run is being made by process \d+ on \S+ in job smoke\.1, since .* stop it, and",
+            ),
+        ):
+            second.opened()
 
 
 def test_a_directory_that_cannot_be_locked_is_used_all_the_same(
@@ -103,4 +134,4 @@ def test_a_directory_that_cannot_be_locked_is_used_all_the_same(
     monkeypatch.setattr("fcntl.lockf", unknown)
     with Driver(Home.of(tmp_path / "run")) as driver:
         driver.opened()
-    assert "cannot be locked (Function not implemented); do not start this run twice" in caplog.text
+    assert "cannot be locked (Function not implemented); do not start this twice" in caplog.text

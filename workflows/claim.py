@@ -1,0 +1,159 @@
+"""One process at a time in a directory: on this machine by a lock, among machines by a lease in the store.
+
+<here>/<name>           locked by the process that it names; gone with it, however that came about
+<store>/<name>.lease    of a directory in a store: who works there, since when, renewed while it does
+
+No two clocks are compared: whoever finds a lease looks whether it changes.  One that does not for DEAD_S is
+of a process that is gone, and one that this machine's lock file names is so at once, since the lock is free.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from workflows.again import Again
+from workflows.storage import Home, StorageError
+
+log = logging.getLogger(__name__)
+LOOK_S, RENEW_S, DEAD_S = 1.0, 5.0, 60.0
+"""How often a lease is looked at by who wants it and renewed by its holder, and when it counts no more."""
+
+
+class TakenError(ValueError):
+    """Another process works there; the message says which, and since when."""
+
+
+@contextlib.contextmanager
+def claim(home: Home, name: str, *, job: str = "") -> Iterator[None]:
+    """This process as the only one that works in a directory, while inside.
+
+    A process whose lease was taken over, since the store heard nothing of it for DEAD_S, is sent SIGTERM.
+
+    Args:
+        home: The directory; it, or its copy on this machine, is there.
+        name: Of the file that is locked.
+        job: In which job of a cluster this process runs, for whoever is refused.
+
+    Raises:
+        TakenError: Another process works there; nothing has been touched.
+        StorageError: The store is away.
+        OSError: The file cannot be written.
+    """
+    inside = f" in job {job}" if job else ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    who = f"process {os.getpid()} on {socket.gethostname()}{inside}, since {since}"
+    lease = Lease(home, f"{name}.lease", who)
+    with locked(home.here / name, f"{lease.who}\n{lease.token}") as before:
+        if not home.stored:
+            yield
+            return
+        lease.take(before)
+        try:
+            with Again(lease.renew, every_s=RENEW_S, at_end=False):
+                yield
+        finally:
+            lease.release()
+
+
+@contextlib.contextmanager
+def locked(path: Path, text: str) -> Iterator[str]:
+    """A file with this text that is locked while inside; yields what stood in it before.
+
+    The lock is one of POSIX: it belongs to a process, not to a file that a child may have inherited.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise TakenError(file.readline().strip() or "another process") from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s); do not start this twice", path, error.strerror)
+            before = ""
+        else:
+            file.seek(0)
+            before = file.read()
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        yield before
+
+
+class Lease:
+    """A small file in a store that says who works there; changed while that process lives."""
+
+    def __init__(self, home: Home, name: str, who: str) -> None:
+        self.home, self.name, self.who, self.token = home, name, who, uuid.uuid4().hex
+        self.renewed, self.lost = 0, False
+
+    def text(self) -> str:
+        return json.dumps({"who": self.who, "token": self.token, "renewed": self.renewed})
+
+    def take(self, before: str) -> None:
+        """Write it down, once nobody else works there.
+
+        Args:
+            before: What this machine's lock file said: the process of the lease that it names is gone.
+
+        Raises:
+            TakenError: Somebody does.
+        """
+        while (theirs := self.home.facts(self.name)) or not self.home.create(self.name, self.text()):
+            if theirs.get("token", "?") not in before:
+                self.watch(theirs)
+            if theirs and theirs == self.home.facts(self.name):
+                log.warning("%s: taking over from %s", self.home.address, theirs.get("who"))
+                self.home.drop(self.name)
+
+    def watch(self, theirs: dict[str, Any]) -> None:
+        """Look whether a lease is let go of, or not renewed for so long that its holder is gone.
+
+        Raises:
+            TakenError: It is renewed.
+        """
+        until, told = time.monotonic() + DEAD_S, False
+        while theirs and time.monotonic() < until:
+            time.sleep(LOOK_S)
+            now = self.home.facts(self.name)
+            if not now:
+                return
+            if now != theirs:
+                raise TakenError(str(now.get("who", "another process")))
+            if not told and time.monotonic() > until - DEAD_S + 2 * RENEW_S:
+                log.warning(
+                    "%s: no sign of %s; going on in %g s if there is none",
+                    self.home.address,
+                    theirs.get("who"),
+                    DEAD_S - 2 * RENEW_S,
+                )
+                told = True
+
+    def renew(self) -> None:
+        """Change it; one that somebody has removed stays away, and whose it is by now is believed."""
+        now = self.home.facts(self.name)
+        if self.lost or not now:
+            return
+        if now.get("token") == self.token:
+            self.renewed += 1
+            self.home.write(self.name, self.text())
+            return
+        self.lost = True
+        log.error("%s was taken over by %s; this process stops", self.home.address, now.get("who"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def release(self) -> None:
+        """Remove it, if it is ours."""
+        try:
+            if self.home.facts(self.name).get("token") == self.token:
+                self.home.drop(self.name)
+        except StorageError as error:
+            log.warning("%s; whoever works there next waits %g s", error, DEAD_S)
