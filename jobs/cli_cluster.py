@@ -16,7 +16,8 @@ cluster = Group("cluster")
 @click.option("--config", "file", help="Deploy this config instead: a file or address written before.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Such as hops.base.num_gpus=1.")
 @click.option("--address", help="Of the cluster's dashboard, http://HEAD:8265; RAY_ADDRESS unless given.")
-@click.option("--dry-run", is_flag=True, help="Print the Serve config, change nothing on the cluster.")
+@click.option("--dry-run", is_flag=True, help="Print the Serve config, change nothing anywhere.")
+@click.option("--publish", is_flag=True, help="Put what the config names into the storage and print it.")
 @click.option("--insecure", is_flag=True, help="Even on a cluster that asks for no token.")
 def deploy(
     cascade: str | None,
@@ -24,26 +25,30 @@ def deploy(
     changes: tuple[str, ...],
     address: str | None,
     dry_run: bool,
+    publish: bool,
     insecure: bool,
 ) -> None:
     """Serve a registered cascade on a cluster, such as demo@production.
 
     MLflow is asked once what the alias means; what is deployed is an address and a digest.  The cascade is
-    put at that address, by --dry-run too, so that what it prints can be served.  The config is kept: to go
-    back, deploy the former one with --config.
+    put there, this code beside it, and the config is kept: to go back, deploy the former one with --config.
+    --publish does this much without a cluster: `ddiff manifest service` takes what it prints.
     """
     from jobs.dashboard import refuse_open
     from jobs.environment import cluster_address, in_a_job
     from jobs.rollout import deploy as put_on_air
+    from jobs.rollout import publish as put_in_place
     from jobs.rollout import resolved, written_before
 
     if (cascade is None) == (file is None) or (file and changes):
         raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
-    where = "" if dry_run else address or cluster_address()
+    where = "" if dry_run or publish else address or cluster_address()
     if where and not insecure and not in_a_job():  # which was let in by its submission
         refuse_open(where)
     config = written_before(file) if file else resolved(str(cascade), changes, where)
-    if dry_run:
+    if publish and not dry_run:
+        put_in_place(config)
+    if dry_run or publish:
         return answer(config.fields, config.text().rstrip())
     return answer(put_on_air(config, where))
 
@@ -55,7 +60,7 @@ def deploy(
 @click.option("--force", is_flag=True, help="Move it whatever the scores say.")
 def promote(cascade: str, alias: str, url: str, force: bool) -> None:
     """Move an alias to a cascade that paints better than the one that holds it."""
-    from jobs.rollout import promote as move
+    from jobs.promotion import promote as move
 
     answer(move(cascade, alias, force=force, url=url))
 
@@ -85,7 +90,7 @@ def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host
 @click.argument("kind", type=click.Choice(["job", "cluster", "service", "settings"]))
 @click.option("--recipe", help="The run, for a job or a cluster: demo, smoke.")
 @click.option(
-    "--config", "file", type=FILE, help="A run; for a service, what `ddiff deploy --dry-run` prints."
+    "--config", "file", type=FILE, help="A run; for a service, what `ddiff deploy --publish` prints."
 )
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value of the run.")
 @click.option("--cluster", "settings", type=FILE, help="YAML as `ddiff manifest settings` prints it.")
@@ -107,7 +112,7 @@ def manifest(
         case "service":
             if not file or recipe or changes:
                 raise click.UsageError(
-                    "a service needs --config FILE, as `ddiff deploy NAME --dry-run` prints it"
+                    "a service needs --config FILE, as `ddiff deploy NAME --publish` prints it"
                 )
             found = service(written_before(str(file)), where)
         case "job":

@@ -1,11 +1,13 @@
-"""`ddiff deploy` and `ddiff promote`: a registered cascade onto the Serve of a cluster, and back again.
+"""`ddiff deploy`: a registered cascade onto the Serve of a cluster, and back again.
 
 <storage>/cascades/<digest>/           what was ever deployed, never changed
+<storage>/code/<digest>.zip            the ddiff that serves it: what deployed it, not what the nodes have
 <storage>/deployments/<name>-<12>.yaml  its config; deploying the former one is the way back
 """
 
 import logging
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +21,7 @@ from dd_core import sealed
 from jobs import environment
 from jobs.config import ConfigError, apply, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
-from jobs.evaluate import judge_endpoint, score_tags, way_in, whole
-from serve import app
+from serve import app, code
 from serve.fetching import in_a_store, on_this_machine
 from serve.replicas import opened
 from workflows.registry import Registry, Version, split
@@ -28,6 +29,8 @@ from workflows.registry import Registry, Version, split
 log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
+RAY_FETCHES = ("s3", "gs", "file")
+"""Kinds of address that Ray (2.60) unpacks code from and that are so written by fsspec."""
 POLL_S, MISSES = 0.5, 5
 """How often a cluster is asked how far it is, and how many times in a row it may not answer."""
 
@@ -43,11 +46,18 @@ class Config(NamedTuple):
     """As ray.serve.schema.ServeDeploySchema has them."""
     about: str = ""
     """Where it comes from, for people."""
+    version: Version | None = None
+    """Of the registry, if what the config names may not be at its address yet."""
 
     @property
     def spec(self) -> app.ServeSpec:
         """The fields of our application."""
         return app.ServeSpec.model_validate(self.fields["applications"][0]["args"])
+
+    @property
+    def code(self) -> str:
+        """Where Ray fetches our code; empty: the nodes have it."""
+        return str(self.fields["applications"][0].get("runtime_env", {}).get("working_dir", ""))
 
     def text(self) -> str:
         """As a file."""
@@ -58,6 +68,8 @@ class Config(NamedTuple):
 def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Config:
     """The config for NAME@ALIAS as the registry knows it now: from here on an address and a digest.
 
+    Nothing is changed anywhere; `publish` puts what it names where it says.
+
     Args:
         wanted: NAME@ALIAS, or NAME for its current version.
         changes: Of the fields of serve.app.ServeSpec, such as `hops.base.num_gpus=1`.
@@ -66,7 +78,6 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
     Raises:
         RegistryError: There is none.
         ConfigError: A change is refused, or the cluster could not see where cascades are kept.
-        SealError: What lies at the address is no longer what was registered.
     """
     storage = environment.runs()
     if where and not environment.same_everywhere(storage) and not is_here(where):
@@ -75,8 +86,11 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
             "s3://bucket/runs or to a directory that every node sees"
         )
     version = registry(split(wanted)[0]).version(wanted)
-    address = published(version, storage)
-    fields: dict[str, Any] = {"cascade": address, "digest": version.digest}
+    fields: dict[str, Any] = {
+        "cascade": address_in(storage, f"cascades/{version.digest}"),
+        "digest": version.digest,
+        "code": code.digest(),
+    }
     for change in changes:
         apply(fields, change)
     try:
@@ -84,11 +98,25 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
     except ValidationError as error:
         found = error.errors()[0]
         raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
-    return Config(serve_fields(spec), f"{wanted}: {version.says()}, digest {version.digest[:12]}")
+    about = f"{wanted}: {version.says()}, digest {version.digest[:12]}, code {spec.code[:12]}"
+    return Config(serve_fields(spec, code_address(storage)), about, version)
 
 
-def serve_fields(spec: app.ServeSpec) -> dict[str, Any]:
-    """The whole config of Ray Serve for one cascade."""
+def address_in(storage: str, name: str) -> str:
+    """The address of something that is kept there; a path where it is a directory."""
+    files, root = fsspec.url_to_fs(storage)
+    return str(files.unstrip_protocol(f"{root}/{name}")).removeprefix("file://")
+
+
+def code_address(storage: str) -> str:
+    """Where Ray fetches this code; empty where it cannot: then the nodes must have it, and are asked."""
+    place = address_in(storage, f"code/{code.digest()}.zip")
+    place = place if "://" in place else f"file://{place}"
+    return place if urlsplit(place).scheme in RAY_FETCHES else ""
+
+
+def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
+    """The whole config of Ray Serve for one cascade; `code_at`: where Ray fetches our code."""
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": spec.host, "port": spec.port},
@@ -100,6 +128,7 @@ def serve_fields(spec: app.ServeSpec) -> dict[str, Any]:
                 "import_path": ENTRY,
                 "args": spec.model_dump(mode="json", exclude_defaults=True)
                 | {"cascade": spec.cascade, "digest": spec.digest},
+                **({"runtime_env": {"working_dir": code_at}} if code_at else {}),
             }
         ],
     }
@@ -147,8 +176,41 @@ def registry(name: str) -> Registry:
     return Registry(f"sqlite:///{store.absolute()}")
 
 
-def published(version: Version, storage: str) -> str:
-    """The address under its digest where a cascade stays for ever; copied there if it is not there yet.
+def publish(config: Config) -> str:
+    """Have what a config names where it says, and the config itself kept; its address.
+
+    Raises:
+        SealError: What lies at the address of the version is no longer what was registered.
+    """
+    storage = environment.runs()
+    if config.version:
+        keep_cascade(config.version, storage)
+        if config.code:
+            keep_code(storage)
+        else:
+            log.warning(
+                "Ray fetches no code from %s: nodes without ddiff %s refuse to serve this",
+                storage,
+                config.spec.code[:12],
+            )
+    return kept(config, storage)
+
+
+def keep_code(storage: str) -> None:
+    """This code, where Ray fetches it; what is there is never changed."""
+    files, root = fsspec.url_to_fs(storage)
+    place = f"{root}/code/{code.digest()}.zip"
+    if not files.exists(place):
+        if not in_a_store(storage):
+            files.makedirs(f"{root}/code", exist_ok=True)
+            files.pipe_file(draft := f"{place}.{uuid.uuid4().hex}", code.packed())
+            files.mv(draft, place)
+        else:
+            files.pipe_file(place, code.packed())
+
+
+def keep_cascade(version: Version, storage: str) -> None:
+    """A cascade under its digest, where it stays for ever; copied there if it is not there yet.
 
     Raises:
         SealError: What its run left has been replaced since, so that only its digest is known.
@@ -168,19 +230,17 @@ def published(version: Version, storage: str) -> str:
             if not in_a_store(storage):
                 files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
             files.put_file(str(source / name), f"{place}/{name}")
-    return str(files.unstrip_protocol(place)).removeprefix("file://")
 
 
 def kept(config: Config, storage: str) -> str:
     """Write a config where `ddiff deploy --config` finds it again; one cascade and its settings, one file."""
     files, root = fsspec.url_to_fs(storage)
-    spec = config.spec
-    name = spec.cascade.rstrip("/").rpartition("/")[2][:12]
-    path = f"{root}/deployments/{name}-{sealed.digest_of(config.fields)[:8]}.yaml"
+    cascade = config.spec.cascade.rstrip("/").rpartition("/")[2][:12]
+    name = f"deployments/{cascade}-{sealed.digest_of(config.fields)[:8]}.yaml"
     if not in_a_store(storage):
         files.makedirs(f"{root}/deployments", exist_ok=True)
-    files.pipe_file(path, config.text().encode())
-    return str(files.unstrip_protocol(path)).removeprefix("file://")
+    files.pipe_file(f"{root}/{name}", config.text().encode())
+    return address_in(storage, name)
 
 
 def deploy(config: Config, address: str) -> dict[str, Any]:
@@ -194,6 +254,7 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
 
     Raises:
         DashboardError: The cluster does not answer.
+        SealError: As `publish`; nothing has been changed.
         ConfigError: Serve listens elsewhere there; nothing has been changed.
         DeployError: The cascade did not come up.
     """
@@ -202,13 +263,14 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
         details = dashboard.get(SERVE)
         same_door(details, config.spec)
         former = on_air(details)
-        path = kept(config, storage)
+        path = publish(config)
         back = kept(former, storage) if former and former.fields != config.fields else ""
         if back:
             log.info("what is on the air now comes back with: ddiff deploy --config %s", back)
         dashboard.put(SERVE, beside_others(config, details))
         url = await_running(dashboard, config.spec, back)
-    return {"endpoint": url, "digest": config.spec.digest, "config": path, "former": back}
+    spec = config.spec
+    return {"endpoint": url, "digest": spec.digest, "code": spec.code, "config": path, "former": back}
 
 
 def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +302,10 @@ def on_air(details: dict[str, Any]) -> Config | None:
     ours = details.get("applications", {}).get(app.APPLICATION, {}).get("deployed_app_config")
     if not ours or not ours.get("args", {}).get("digest"):
         return None
-    return Config(serve_fields(app.ServeSpec.model_validate(ours["args"])), "what was on the air before")
+    code_at = (ours.get("runtime_env") or {}).get("working_dir", "")
+    return Config(
+        serve_fields(app.ServeSpec.model_validate(ours["args"]), code_at), "what was on the air before"
+    )
 
 
 def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> str:
@@ -286,8 +351,8 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
 
 def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
     """What Serve still has to do; nothing if it runs this very cascade."""
-    running = (ours.get("deployed_app_config") or {}).get("args", {}).get("digest")
-    if running != spec.digest:
+    running = (ours.get("deployed_app_config") or {}).get("args", {})
+    if (running.get("digest"), running.get("code", "")) != (spec.digest, spec.code):
         return "Serve has not taken the config yet"
     return (
         "" if ours["status"] == "RUNNING" else f"Serve says {ours['status']}: {ours.get('message', '')[:200]}"
@@ -302,36 +367,3 @@ def endpoint_of(dashboard: str, spec: app.ServeSpec) -> str:
         return ""
     host = head if spec.host in {"0.0.0.0", "::"} else spec.host  # noqa: S104 compared, not listened at
     return f"http://{host}:{spec.port}"
-
-
-def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str, Any]:
-    """Move an alias to a cascade that paints better than the one that holds it.
-
-    Args:
-        wanted: The candidate, NAME@ALIAS.
-        alias: To move.
-        force: Move it whatever the scores say.
-        url: An endpoint that serves the candidate: it is judged there first, as its run is judged.
-
-    Raises:
-        PromotionError: The candidate is not better, has never been judged, or was judged in another way.
-        ValueError: Nobody can judge it.
-        DeployError: The endpoint serves another cascade, or not all pictures came.
-    """
-    models = registry(split(wanted)[0])
-    candidate = models.version(wanted)
-    if url:
-        if why := app.missing(url.rstrip("/"), candidate.digest):
-            raise DeployError(f"{url} does not serve {wanted}: {why}")
-        way = way_in(candidate.tags)
-        scores = judge_endpoint(url, way)
-        if not whole(scores):
-            raise DeployError(f"{url}: {scores['failed']} of {scores['n']} pictures did not come; try again")
-        candidate = models.note(candidate, score_tags(way, scores))
-    holder = models.promote(candidate, alias, force=force)
-    return {
-        "alias": f"{candidate.name}@{alias}",
-        "now": candidate.says(),
-        "was": holder.says() if holder else "nobody",
-        "digest": candidate.digest,
-    }

@@ -18,19 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dd_core.sealed import digest_of, sha256
+from dd_core.sealed import digest_of
 from dd_core.spec import Spec
 from jobs.config import ConfigError, resolve, run_spec, shown
 from jobs.environment import for_the_cluster, same_everywhere
 from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
 from jobs.secrecy import refuse_secrets, texts
+from serve import code
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("dd_core", "jobs", "serve", "workflows")
-KINDS = (".py", ".typed", ".css", ".html", ".js", ".yaml", ".json", "Dockerfile")
 CONFIG = "job.yaml"
 JUDGING = ("captions", "seed", "data", "judge")
 """Settings of `ddiff eval`."""
@@ -51,10 +49,10 @@ class Order(NamedTuple):
     source: str
     """Where the spec came from."""
 
-    def digest(self, environment: Mapping[str, str], code: str) -> str:
+    def digest(self, environment: Mapping[str, str], made_by: str) -> str:
         """Equal for two submissions that ask for the same, to the last value, by the same code."""
         fields = self.spec.model_dump(mode="json") if self.spec else None
-        asked = {"words": self.words, "spec": fields, "environment": dict(environment), "code": code}
+        asked = {"words": self.words, "spec": fields, "environment": dict(environment), "code": made_by}
         return digest_of(asked)[:16]
 
 
@@ -138,7 +136,8 @@ def judging(url: str, changes: Sequence[str]) -> tuple[str, ...]:
             "evaluate: data=PREPARED and judge=CLIP go together, the pairs and who judges by them"
         )
     EvaluationSpec.model_validate({name: value for name, value in asked.items() if name != "data"})
-    return ("eval", "--url", url, *(word for name, _, value in given for word in (f"--{name}", value)))
+    settings = (word for name, _, value in given for word in (f"--{name}", value))
+    return ("eval", "--url", url, *settings, "--record")
 
 
 def deploying(which: str, changes: Sequence[str]) -> tuple[str, ...]:
@@ -248,23 +247,15 @@ def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path,
     refuse_secrets(travelling(order, environment))
     with tempfile.TemporaryDirectory(prefix="ddiff-submit-") as name:
         directory = Path(name)
-        for package in PACKAGES:
-            for path in sorted((ROOT / package).rglob("*")):
-                if path.is_file() and path.name.endswith(KINDS) and "__pycache__" not in path.parts:
-                    target = directory / path.relative_to(ROOT)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, target)
-        ours = {str(path.relative_to(directory)): sha256(path) for path in files_in(directory)}
+        ours = code.files()
+        for place, path in ours.items():
+            (directory / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, directory / place)
         if text:
             (directory / CONFIG).write_text(text)
-        size = sum(path.stat().st_size for path in files_in(directory))
-        content = (*PACKAGES, *((CONFIG,) if text else ()))
-        yield directory, Pack(len(ours) + bool(text), size, content, digest_of(ours)[:16])
-
-
-def files_in(directory: Path) -> list[Path]:
-    """Every file there, at any depth."""
-    return [path for path in directory.rglob("*") if path.is_file()]
+        size = sum((directory / place).stat().st_size for place in (*ours, *((CONFIG,) if text else ())))
+        content = (*code.PACKAGES, *((CONFIG,) if text else ()))
+        yield directory, Pack(len(ours) + bool(text), size, content, code.digest())
 
 
 def travelling(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -284,6 +275,7 @@ def told(done: Submitted) -> str:
     """For people: what travelled, and what it is called there."""
     state = f"attempt {done.attempt}" if done.started else "already at work, not started again"
     return (
-        f"packed {done.pack.files} files, {done.pack.bytes / 1000:,.0f} kB: {', '.join(done.pack.content)}\n"
+        f"packed {done.pack.files} files, {done.pack.bytes / 1000:,.0f} kB: {', '.join(done.pack.content)}; "
+        f"code {done.pack.code[:12]}\n"
         f"run {done.run}: {done.id} ({state}, accepted in {done.seconds:.1f} s)"
     )

@@ -29,6 +29,7 @@ from dd_core.cascade import CascadeSpec
 from dd_core.sealed import MANIFEST
 from dd_core.spec import SafeName, Spec
 from dd_core.stages import StageSpec
+from serve import code
 from serve.fetching import in_a_store, on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
@@ -78,6 +79,8 @@ class ServeSpec(Spec):
     """Directory of the cascade, or its address in a store, such as s3://bucket/runs/demo/cascade."""
     digest: str = ""
     """Serve this cascade only; empty: whatever is in the directory."""
+    code: str = ""
+    """Be served by this code only, `serve.code.digest()`; empty: by whatever code a node has."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     timeout_s: float = Field(120, gt=0)
@@ -134,10 +137,16 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     """The application that a config of Ray Serve imports; `args` are the fields of ServeSpec.
 
     Raises:
-        ValueError: A replica spec for a stage that is no hop, or that can have no replica.
+        ValueError: A replica spec for a stage that is no hop, or that can have no replica; or other code than
+            this was asked for.
         dd_core.sealed.SealError: The cascade is damaged, unfinished or another one.
     """
     spec = ServeSpec.model_validate(args)
+    if spec.code and spec.code != (mine := code.digest()):
+        raise ValueError(
+            f"the nodes have ddiff {mine[:12]}, this config is for {spec.code[:12]}: give the nodes that, "
+            "or deploy the cascade again with the ddiff that they have"
+        )
     directory = on_this_machine(spec.cascade, spec.digest)
     cascade, digest = opened(directory, spec.digest)
     stages = {hop.stage for hop in cascade.hops}

@@ -104,7 +104,7 @@ def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
 
 
 def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
-    """A RayService for a config of `ddiff deploy --dry-run`.
+    """A RayService for a config of `ddiff deploy --publish`.
 
     Its name is always the same: another cascade in the config is taken up in place, replica by replica; a
     change of the pods starts a new cluster beside the old one, which answers until the new one is ready.
@@ -115,7 +115,7 @@ def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
     refuse_secrets(said_of(cluster, config.fields))
     spec = config.spec.but(host="0.0.0.0", port=SERVE_PORT)  # noqa: S104 behind a NetworkPolicy
     name = SERVICE
-    fields = serve_fields(spec) | {"proxy_location": "EveryNode"}
+    fields = serve_fields(spec, config.code) | {"proxy_location": "EveryNode"}
     body = {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",

@@ -19,6 +19,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
+from serve import code
 from tests.ray_head import Head, free_ports, ray_head
 from tests.s3 import s3_server
 from tests.unit.serve.tiny import tiny_cascade
@@ -134,11 +135,16 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     config = yaml.safe_load(shown.stdout)
     served = config["applications"][0]["args"]
     assert (served["digest"], served["cascade"]) == (first, f"s3://bucket/runs/cascades/{first}")
+    assert not fsspec.filesystem("s3").exists("bucket/runs")  # nothing was put anywhere
     ray.serve.schema.ServeDeploySchema.model_validate(config)
 
     on_air = done("deploy", "tiny@production", *settings)
     assert (on_air["digest"], on_air["former"]) == (first, "")
     assert painted_by(on_air["endpoint"]) == first
+    assert served["code"] == on_air["code"] == code.digest()
+    assert config["applications"][0]["runtime_env"] == {
+        "working_dir": f"s3://bucket/runs/code/{on_air['code']}.zip"
+    }
 
     refused(ddiff("deploy", "tiny", "--set", "port=1"), 2, f"listens at 127.0.0.1:{port}, not at 127.0.0.1:1")
 
@@ -195,7 +201,7 @@ def test_what_cannot_be_deployed_is_said_in_one_line(
     refused(ddiff("deploy", "tiny"), 2, "answers 403: the token from RAY_AUTH_TOKEN is wrong; set")
     tiny_cascade(tmp_path / "run", seed=5)  # trained again, not registered
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "other"))
-    refused(ddiff("deploy", "tiny", "--dry-run"), 4, "holds cascade", "deploy a newer version")
+    refused(ddiff("deploy", "tiny", "--publish"), 4, "holds cascade", "deploy a newer version")
 
 
 def by_check(result: Result) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """What Serve is told when a cascade is deployed on a cluster that serves more than this."""
 
+import io
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,9 @@ from jobs.dashboard import DashboardError
 from jobs.evaluate import Way, score_tags
 from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
+from serve import app, code
 from serve.app import ServeSpec
+from tests.unit.serve.tiny import tiny_cascade
 from workflows.clip_judge import OwnData
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Version
@@ -139,3 +143,61 @@ def test_a_cluster_elsewhere_is_not_told_of_a_folder_of_this_machine(
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
     with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
         rollout.resolved("demo@current", (), "http://203.0.113.1:8265")
+
+
+class Models:
+    """A registry that knows one cascade."""
+
+    def __init__(self, run: Path, digest: str) -> None:
+        self.found = Version("tiny", "1", str(run / "cascade"), digest, {})
+
+    def version(self, _: str) -> Version:
+        return self.found
+
+
+def test_what_a_config_names_is_put_there_when_it_is_published_and_not_when_it_is_only_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = tiny_cascade(tmp_path / "run")
+    monkeypatch.setattr(rollout, "registry", lambda name: Models(tmp_path / "run", digest))
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "kept"))
+    config = rollout.resolved("tiny")
+    assert not (tmp_path / "kept").exists()
+    ray.serve.schema.ServeDeploySchema.model_validate(config.fields)
+    assert config.spec.cascade == f"{tmp_path}/kept/cascades/{digest}"
+    assert config.code == f"file://{tmp_path}/kept/code/{config.spec.code}.zip"
+
+    written = rollout.publish(config)
+    assert rollout.written_before(written).fields == config.fields
+    assert (Path(config.spec.cascade) / "manifest.json").exists()
+    with zipfile.ZipFile(config.code.removeprefix("file://")) as archive:
+        archive.extractall(tmp_path / "node")
+    assert [path.name for path in (tmp_path / "node").iterdir()] == ["ddiff"]  # as Ray wants it
+    monkeypatch.setattr(code, "ROOT", tmp_path / "node" / "ddiff")
+    assert code.digest() == config.spec.code
+    (tmp_path / "node" / "ddiff" / "serve" / "app.py").write_text("")
+    with pytest.raises(ValueError, match=rf"config is for {config.spec.code[:12]}: give the nodes that"):
+        app.build(config.fields["applications"][0]["args"])
+
+
+def test_a_store_that_ray_fetches_nothing_from_leaves_the_code_to_the_nodes() -> None:
+    assert rollout.code_address("memory://runs") == ""
+    assert rollout.code_address("s3://bucket/runs") == f"s3://bucket/runs/code/{code.digest()}.zip"
+
+
+def test_equal_code_is_packed_into_equal_bytes() -> None:
+    assert code.packed() == code.packed()
+    with zipfile.ZipFile(io.BytesIO(code.packed())) as archive:
+        assert {name.split("/")[1] for name in archive.namelist()} == set(code.PACKAGES)
+
+
+def test_the_way_back_is_to_the_code_that_was_on_the_air() -> None:
+    spec = ServeSpec(cascade="s3://bucket/cascade", digest="a" * 64, code="c" * 64)
+    place = "s3://bucket/runs/code/c.zip"
+    (ours,) = serve_fields(spec, place)["applications"]
+    former = rollout.on_air({"applications": {"ddiff": {"deployed_app_config": ours}}})
+    assert former is not None
+    assert (former.code, former.spec) == (place, spec)
+    running = {"deployed_app_config": ours, "status": "RUNNING"}
+    assert not rollout.state_of(running, spec)
+    assert rollout.state_of(running, spec.but(code="d" * 64)) == "Serve has not taken the config yet"

@@ -17,7 +17,8 @@ from jobs.config import ConfigError
 from jobs.environment import for_the_cluster
 from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
 from jobs.recipes import smoke
-from jobs.submit import CONFIG, ROOT, Order, Submitted, order_of, packed, submit
+from jobs.submit import CONFIG, Order, Submitted, order_of, packed, submit
+from serve.code import PACKAGES, ROOT
 
 CANARY = "canary-0123456789"
 
@@ -28,9 +29,9 @@ def test_words_become_a_command_there() -> None:
     assert order_of(("run",), "smoke", None, ()).run == "smoke"
     assert order_of(("train", "base"), "smoke", None, ()).words == ("train", "base", "--config", CONFIG)
     judge = order_of(("evaluate", "http://x"), None, None, ("captions=8",))
-    assert judge.words == ("eval", "--url", "http://x", "--captions", "8")
+    assert judge.words == ("eval", "--url", "http://x", "--captions", "8", "--record")
     mine = order_of(("evaluate", "http://x"), None, None, ("data=s3://b/mine", "judge=ViT-L-14/openai"))
-    assert mine.words[3:] == ("--data", "s3://b/mine", "--judge", "ViT-L-14/openai")
+    assert mine.words[3:] == ("--data", "s3://b/mine", "--judge", "ViT-L-14/openai", "--record")
     serve = order_of(("deploy", "demo@production"), None, None, ("port=80",))
     assert serve.words == ("deploy", "demo@production", "--set", "port=80")
     former = order_of(("deploy", "s3://bucket/runs/deployments/a.yaml"), None, None, ())
@@ -72,22 +73,9 @@ def test_the_pack_is_our_code_and_the_whole_configuration(
     order = order_of(("smoke",), None, None, ("stages.base.budget.steps=7",))
     with packed(order, {"DDIFF_STORAGE": "s3://bucket/runs"}) as (directory, pack):
         files = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
-        ours = {
-            path.relative_to(ROOT)
-            for package in ("dd_core", "jobs", "serve", "workflows")
-            for path in (ROOT / package).rglob("*.py")
-        }
+        ours = {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
         assert ours | {Path(CONFIG), Path("workflows/report.css")} <= files
-        assert {path.suffix for path in files} <= {
-            ".py",
-            ".css",
-            ".yaml",
-            ".json",
-            ".typed",
-            ".html",
-            ".js",
-            "",
-        }
+        assert {path.suffix for path in files} <= {".py", ".css", ".yaml", ".typed"}
         assert (pack.files, pack.bytes) == (
             len(files),
             sum((directory / file).stat().st_size for file in files),
@@ -158,7 +146,9 @@ def refused(order: Order, environment: dict[str, str] | None = None) -> str:
 def test_words_reach_the_shell_as_they_are() -> None:
     cluster = Busy(set(), [])
     submit(order_of(("evaluate", "http://x/$HOME;'"), None, None, ()), cast("Cluster", cluster))
-    assert cluster.entrypoints == ["""python -m jobs.attempts 3 eval --url 'http://x/$HOME;'"'"'' -v"""]
+    assert cluster.entrypoints == [
+        """python -m jobs.attempts 3 eval --url 'http://x/$HOME;'"'"'' --record -v"""
+    ]
 
 
 @pytest.mark.slow
@@ -259,7 +249,7 @@ def test_another_order_for_a_run_that_is_being_worked_on_is_refused(other: Calla
 def test_a_job_that_runs_other_code_is_not_taken_for_the_one_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.submit.ROOT", tmp_path)
+    monkeypatch.setattr("serve.code.ROOT", tmp_path)
     code = tmp_path / "jobs" / "run.py"
     code.parent.mkdir()
     code.write_text("wrong")
