@@ -48,6 +48,8 @@ class Version(NamedTuple):
     """Where the run left it; what is there may have changed since: the digest tells."""
     digest: str
     tags: dict[str, str]
+    run_id: str = ""
+    """Of the MLflow run that registered it."""
 
     @property
     def score(self) -> float | None:
@@ -94,12 +96,18 @@ class Registry:
         if found is None:
             there = ", ".join(self.known()) or "none"
             raise RegistryError(f"MLflow has no {name}@{alias}; there are: {there}")
-        digest = found.tags.get("bundle_sha256", "")
-        if not digest:
+        if "bundle_sha256" not in found.tags:
             raise RegistryError(f"{name}@{alias} is no cascade of ddiff: it has no tag bundle_sha256")
-        return Version(
-            name, str(found.version), str(found.source).removeprefix("file://"), digest, dict(found.tags)
-        )
+        return version_of(found)
+
+    def of_digest(self, digest: str) -> list[Version]:
+        """Every version, under whatever name, of the cascade of this digest; the newest first.
+
+        Args:
+            digest: 64 hexadecimal digits.
+        """
+        found = self.client.search_model_versions(f"tags.bundle_sha256 = '{digest}'")
+        return [version_of(one) for one in found]
 
     def asked(self, name: str, alias: str) -> Any | None:
         """The version, or None if there is none."""
@@ -147,6 +155,11 @@ class Registry:
             self.client.set_model_version_tag(version.name, version.number, tag, value)
         return version._replace(tags=version.tags | tags)
 
+    def log(self, version: Version, metrics: dict[str, float]) -> None:
+        """Write metrics down with the MLflow run that registered a version, if that is known."""
+        for name, value in metrics.items() if version.run_id else ():
+            self.client.log_metric(version.run_id, name, value)
+
     def probe(self, experiment: str) -> dict[str, str]:
         """Do once what a run does, and undo it: what could not be done -> why; empty if all is well.
 
@@ -176,6 +189,14 @@ class Registry:
         """Make a model without versions and delete it."""
         self.client.create_registered_model(name)
         self.client.delete_registered_model(name)
+
+
+def version_of(found: Any) -> Version:
+    """MLflow's version of a cascade of ours."""
+    source, tags = str(found.source).removeprefix("file://"), dict(found.tags)
+    return Version(
+        found.name, str(found.version), source, tags.get("bundle_sha256", ""), tags, found.run_id or ""
+    )
 
 
 def worse(candidate: Version, holder: Version | None) -> str:

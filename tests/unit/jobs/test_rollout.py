@@ -3,7 +3,6 @@
 import io
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,42 +11,14 @@ import ray.serve.schema
 from jobs import rollout
 from jobs.config import ConfigError
 from jobs.dashboard import DashboardError
-from jobs.evaluate import Way, score_tags
 from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
 from serve import app, code
 from serve.app import ServeSpec
 from tests.unit.serve.tiny import tiny_cascade
-from workflows.clip_judge import OwnData
-from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Version
 
 CONFIG = Config(serve_fields(ServeSpec(cascade="s3://bucket/cascade", digest="a" * 64)))
-
-
-def test_a_candidate_is_judged_as_its_run_says_before_it_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    way = Way("clip", EvaluationSpec(captions=7), OwnData("s3://bucket/data", "ViT-B-32/openai"))
-    noted: dict[str, str] = {}
-    candidate = Version("mine", "2", "there", "d" * 64, score_tags(way, {}))
-
-    def note(version: Version, tags: dict[str, str]) -> Version:
-        noted.update(tags)
-        return version
-
-    models = SimpleNamespace(version=lambda _: candidate, note=note, promote=lambda *_, **__: None)
-    monkeypatch.setattr(rollout, "registry", lambda _: models)
-    monkeypatch.setattr(rollout.app, "missing", lambda *_: "")
-    asked: list[Way] = []
-
-    def judged(url: str, how: Way) -> dict[str, Any]:
-        asked.append(how)
-        return {"r_precision": 0.5, "cosine": 0.3, "n": 7, "failed": 0, "intervals": {"r_precision": [0, 1]}}
-
-    monkeypatch.setattr(rollout, "judge_endpoint", judged)
-    monkeypatch.setattr(Way, "fingerprint", lambda _: "f")
-    rollout.promote("mine@current", "production", force=False, url="http://x")
-    assert asked == [way]
-    assert (noted["score.by"], noted["score.all"], noted["score.evaluation"]) == ("clip", "0.5", "f")
 
 
 def test_the_applications_of_others_are_told_again_for_serve_deletes_what_it_is_not_told() -> None:

@@ -1,0 +1,91 @@
+"""`ddiff eval --record`: scores of an endpoint, kept where the cascade that it serves is known.
+
+<run>/evaluation/             pictures and verdicts, where it was asked what the run itself asks
+<run>/evaluation-1a2b3c4d/    or by the digest of other questions; scores.json in both
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from jobs import environment
+from jobs.evaluate import Way, judge_endpoint, score_tags, verdict_of, way_in, whole
+from workflows.evaluation import EndpointError
+from workflows.registry import Registry, Version
+from workflows.storage import Home
+
+log = logging.getLogger(__name__)
+CASCADE = "/cascade"
+"""Where a run keeps it, within its directory."""
+
+
+def judge_and_record(url: str, way: Way) -> dict[str, Any]:
+    """The scores of whatever is served there, written down where the cascade is known by its digest.
+
+    That is with every version of it in MLflow, and with the run that made it, in MLflow and in its directory;
+    scores of which pictures are missing in the directory alone.  A cascade of a user's own data is judged by
+    these, as its run is.
+
+    Raises:
+        EndpointError: No cascade of ours answers there; nobody has been judged.
+        The errors of judge_endpoint.
+    """
+    digest = served(url)
+    registry = Registry(uri) if (uri := environment.tracking_uri()) else None
+    known = registry.of_digest(digest) if registry else []
+    if not known:
+        log.warning(
+            "no MLflow knows cascade %s (MLFLOW_TRACKING_URI): its scores are here alone", digest[:12]
+        )
+    way = suited(way, known[0].tags if known else {})
+    home = run_of(known[0]) if known else None
+    facts = home.facts("summary.json") if home else {}
+    own = (facts.get("digest"), facts.get("evaluation")) == (digest, way.fingerprint())
+    place = "evaluation" if own else f"evaluation-{way.fingerprint()[:8]}"
+    scores = judge_endpoint(url, way, keep=home.here / place if home else None)
+    if home:
+        home.write(f"{place}/scores.json", json.dumps(scores, indent=2))
+        home.send(place)
+        if own:
+            home.write("summary.json", json.dumps(home.facts("summary.json") | {way.by: scores}, indent=2))
+        log.info("pictures and scores: %s", home.at(place).address)
+    if registry and whole(scores):
+        shares = {f"{way.by}/{name}": it for name, it in scores.items() if isinstance(it, float)}
+        for version in known:
+            registry.note(version, score_tags(way, scores))
+            registry.log(version, shares)
+            log.info("%s, version %s: %s", version.name, version.number, verdict_of(way, scores))
+    return scores
+
+
+def suited(way: Way, tags: Mapping[str, str]) -> Way:
+    """How a version with these tags is judged: by the data of its own run, where the oracle knows nothing."""
+    said = way_in(tags)
+    if way.by == "clip" or said.by == "oracle":
+        return way
+    return said._replace(spec=said.spec.but(captions=way.spec.captions, seed=way.spec.seed))
+
+
+def served(url: str) -> str:
+    """Digest of the cascade that answers there.
+
+    Raises:
+        EndpointError: None of ours does.
+    """
+    try:
+        digest = httpx.get(f"{url.rstrip('/')}/health/ready", timeout=20).headers.get("x-model-version", "")
+    except httpx.HTTPError as error:
+        raise EndpointError(f"{url} does not answer ({type(error).__name__}: {error})") from None
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise EndpointError(f"{url} is no endpoint of ddiff: it does not say which cascade it serves")
+    return digest
+
+
+def run_of(version: Version) -> Home | None:
+    """The directory of the run that made a version; None if it is of another place."""
+    address = version.address.rstrip("/")
+    return Home.of(address.removesuffix(CASCADE)) if address.endswith(CASCADE) else None

@@ -1,0 +1,117 @@
+"""Scores of a served cascade are kept where the cascade is known: in the registry, in MLflow, in its run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs import recording
+from jobs.evaluate import Way, score_tags
+from jobs.recording import judge_and_record, suited
+from workflows.clip_judge import OwnData
+from workflows.evaluation import EndpointError
+from workflows.evaluation_spec import EvaluationSpec
+from workflows.registry import Version
+
+DIGEST, ASKED = "d" * 64, Way("oracle", EvaluationSpec(captions=8))
+GOOD = {"all": 0.5, "colour": None, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}}
+
+
+class Registry:
+    """Knows one cascade, twice."""
+
+    def __init__(self, run: Path) -> None:
+        self.tags: dict[str, dict[str, str]] = {}
+        self.metrics: dict[str, float] = {}
+        self.known = [Version("a", str(n), str(run / "cascade"), DIGEST, {}, "run") for n in (2, 1)]
+
+    def of_digest(self, digest: str) -> list[Version]:
+        return self.known if digest == DIGEST else []
+
+    def note(self, version: Version, tags: dict[str, str]) -> None:
+        self.tags.setdefault(version.number, {}).update(tags)
+
+    def log(self, _: Version, metrics: dict[str, float]) -> None:
+        self.metrics |= metrics
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    made = Registry(tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setattr(recording, "Registry", lambda uri: made)
+    monkeypatch.setattr(recording, "served", lambda url: DIGEST)
+    return made
+
+
+def summary(run: Path, **facts: Any) -> Path:
+    run.mkdir(exist_ok=True)
+    (run / "summary.json").write_text(json.dumps({"digest": DIGEST, "oracle": {}} | facts))
+    return run / "summary.json"
+
+
+def judging(monkeypatch: pytest.MonkeyPatch, scores: dict[str, Any]) -> None:
+    def judged(url: str, way: Way, *, keep: Path | None) -> dict[str, Any]:
+        if keep:
+            keep.mkdir(parents=True)
+        return scores
+
+    monkeypatch.setattr(recording, "judge_endpoint", judged)
+
+
+def test_scores_of_what_the_run_asks_are_the_runs_and_those_of_other_questions_lie_beside(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judging(monkeypatch, GOOD)
+    path = summary(tmp_path / "run", evaluation=ASKED.fingerprint())
+    assert judge_and_record("http://x", ASKED) == GOOD
+    assert json.loads(path.read_text())["oracle"] == GOOD
+    assert json.loads((tmp_path / "run/evaluation/scores.json").read_text()) == GOOD
+    assert registry.metrics == {"oracle/all": 0.5}
+    for number in ("1", "2"):
+        assert registry.tags[number]["score.all"] == "0.5"
+        assert registry.tags[number]["score.evaluation"] == ASKED.fingerprint()
+
+    path = summary(tmp_path / "run", evaluation=ASKED.fingerprint())
+    other = Way("oracle", ASKED.spec.but(seed=1))
+    judge_and_record("http://x", other)
+    assert json.loads(path.read_text())["oracle"] == {}
+    assert (tmp_path / f"run/evaluation-{other.fingerprint()[:8]}/scores.json").exists()
+
+
+def test_scores_that_lack_pictures_are_no_scores_of_a_version(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judging(monkeypatch, GOOD | {"failed": 1})
+    summary(tmp_path / "run")
+    judge_and_record("http://x", ASKED)
+    assert (registry.tags, registry.metrics) == ({}, {})
+
+
+def test_a_cascade_that_nobody_knows_is_judged_and_said_to_be_unknown(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judging(monkeypatch, GOOD)
+    registry.known = []
+    assert judge_and_record("http://x", ASKED) == GOOD
+    assert "no MLflow knows cascade dddddddddddd" in caplog.text
+
+
+def test_what_serves_no_cascade_of_ours_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(*_: Any, **__: Any) -> httpx.Response:
+        return httpx.Response(200, headers={"x-model-version": "' or 1=1"})
+
+    monkeypatch.setattr(httpx, "get", answers)
+    with pytest.raises(EndpointError, match="is no endpoint of ddiff"):
+        recording.served("http://x")
+
+
+def test_a_cascade_of_own_data_is_judged_by_these_whatever_number_of_captions_is_asked() -> None:
+    own = OwnData("s3://bucket/data", "ViT-B-32/openai")
+    said = score_tags(Way("clip", EvaluationSpec(captions=320), own), {})
+    assert suited(ASKED, said) == Way("clip", EvaluationSpec(captions=8), own)
+    assert suited(ASKED, {}) == ASKED
+    mine = Way("clip", EvaluationSpec(captions=9), own._replace(clip="RN50/openai"))
+    assert suited(mine, said) == mine
