@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
-from jobs.environment import joins_cluster, ray_cluster, runs, tracking_uri
+from jobs.environment import joins_cluster, node_groups, ray_cluster, runs, tracking_uri
 from jobs.evaluate import NOTHING_HELD_OUT, Way, judge_endpoint, score_tags, verdict_of, way_of, whole
 from jobs.failures import JobFailedError, StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
@@ -87,7 +87,8 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     with tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP) as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
-                announce(spec, joined())
+                plan = announce(spec, joined())
+                spec = as_planned(spec, plan) if node_groups() else spec
             made = run_pipeline(spec, run=home, tracked=tracking)
         before, url = judged_before(home, made, way), ""
         if joins_cluster():  # its Serve is one for all: what is on the air there stays
@@ -148,13 +149,14 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
         track = tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP)
         with track as tracking, ray_cluster(verbose=verbose):
             if joins_cluster():
-                announce(one, joined())
+                plan = announce(one, joined())
+                spec = as_planned(one, plan) if node_groups() else spec
             run_stage(spec, stage, run=home, tracked=tracking)
     bundle = home.at(f"{stage}/bundle").address
     return {"bundle": bundle, "seconds": seconds_of(home).get(stage, 0.0)}
 
 
-def announce(spec: RunSpec, nodes: list[Node]) -> None:
+def announce(spec: RunSpec, nodes: list[Node]) -> Plan:
     """Show the plan of a run, and refuse it if it cannot fit.
 
     Raises:
@@ -164,6 +166,21 @@ def announce(spec: RunSpec, nodes: list[Node]) -> None:
     for line in plan_text(plan).splitlines():
         log.info("%s", line)
     refuse(plan)
+    return plan
+
+
+def as_planned(spec: RunSpec, plan: Plan) -> RunSpec:
+    """A run whose stages ask for what the plan found them to need.
+
+    Of nodes that a cluster starts on demand Ray itself knows nothing yet: a stage that leaves its GPU open
+    would be trained without.
+    """
+    planned = {one.spec.name: one for one in plan.stages}
+    stages = []
+    for stage in spec.stages:
+        found = planned[stage.name]
+        stages.append(stage.but(use_gpu=found.gpu, resources=stage.resources.but(cpus=found.cpus)))
+    return spec.model_construct(**(dict(spec) | {"stages": tuple(stages)}))
 
 
 def rehearsed(spec: RunSpec, stage: str = "") -> Plan:

@@ -13,14 +13,12 @@ from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
 from dd_core.steering import GradientSpec
+from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
 from jobs.recipes.glide import paper_stage
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, TrainSpec
-
-PAPER_WORKERS = 8
-PAPER_WORKER = ResourcesSpec(memory_gib=64)
+from workflows.train_spec import TrainSpec
 
 CLASSES = LabelSpec(path="label", classes=tuple(str(number) for number in range(1000)))
 """The json beside an image has its class, 0 to 999, under `label`."""
@@ -71,5 +69,6 @@ def classifier() -> TrainSpec:
         budget=Budget(steps=500_000, checkpoint_every=5_000, report_every=100),
         batch_size=256,
         num_workers=PAPER_WORKERS,
+        use_gpu=True,
         resources=PAPER_WORKER,
     )

@@ -17,8 +17,9 @@ from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from jobs.recipes import demo, improved_ddpm
+from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
 from jobs.recipes.adm import CLASSES
-from jobs.recipes.latent import PAPER_WORKER, PAPER_WORKERS, paper_clip
+from jobs.recipes.latent import paper_clip
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import SamplesSpec, TrainSpec
@@ -142,6 +143,7 @@ def paper_teacher() -> TrainSpec:
         batch_size=4096,
         micro_batch_size=32,
         num_workers=PAPER_WORKERS,
+        use_gpu=True,
         resources=PAPER_WORKER,
     )
 

@@ -13,14 +13,13 @@ from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import ddpm, demo
+from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
-PAPER_WORKERS = 8
-PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
 SMALL = ANCESTRAL.but(variance=ddpm.ANCESTRAL.variance)
@@ -189,6 +188,8 @@ def paper_stage(
         ),
         budget=Budget(steps=steps, checkpoint_every=5_000, report_every=100),
         batch_size=batch,
+        micro_batch_size=min(128, batch // PAPER_WORKERS // 2),
         num_workers=PAPER_WORKERS,
+        use_gpu=True,
         resources=PAPER_WORKER,
     )

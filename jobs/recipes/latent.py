@@ -16,13 +16,12 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from jobs.recipes import ddpm, demo
+from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
-PAPER_WORKERS = 8
-PAPER_WORKER = ResourcesSpec(memory_gib=64)
 
 SCALED = ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first")
 DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one", guidance_scale=3.0)
@@ -160,7 +159,8 @@ def paper_autoencoder() -> TrainSpec:
         budget=Budget(steps=400_000, checkpoint_every=5_000, report_every=100),
         batch_size=12,
         num_workers=1,
-        resources=WORKER,
+        use_gpu=True,
+        resources=PAPER_WORKER,
     )
 
 
@@ -180,6 +180,8 @@ def paper_base(stage: ChainSpec) -> TrainSpec:
         ),
         budget=Budget(steps=237_000, checkpoint_every=5_000, report_every=100),
         batch_size=2048,
+        micro_batch_size=128,
         num_workers=PAPER_WORKERS,
+        use_gpu=True,
         resources=PAPER_WORKER,
     )

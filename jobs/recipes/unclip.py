@@ -19,14 +19,12 @@ from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.prior import PriorSpec
 from jobs.recipes import ddpm, demo
+from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
 from jobs.recipes.glide import paper_stage
 from jobs.recipes.latent import paper_clip
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
-
-PAPER_WORKERS = 8
-PAPER_WORKER = ResourcesSpec(memory_gib=64)
+from workflows.train_spec import SamplesSpec, TrainSpec
 
 COSINE = ScheduleSpec(betas="cosine")
 EMBEDDED_AT = 224
@@ -127,6 +125,7 @@ def prior_stage() -> TrainSpec:
         budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
         batch_size=4096,
         num_workers=PAPER_WORKERS,
+        use_gpu=True,
         resources=PAPER_WORKER,
     )
 

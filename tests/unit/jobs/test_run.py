@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs import run
 from jobs.cli import main
+from jobs.nodes import Node
+from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
 from jobs.run import report
 from workflows.journal import JOURNAL, Journal, curves, entries
@@ -57,6 +59,29 @@ def test_a_run_on_a_cluster_leaves_what_is_on_the_air_there_and_is_judged_later(
     assert "to judge it:   deploy it" in done.text
     assert done.facts["oracle"] == {}
     assert (cluster / "smoke" / "summary.json").exists()
+
+
+def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_yet() -> None:
+    spec = smoke.run()
+    groups = [Node(name, 4, 1, 16 * 2**30) for name in "ab"]
+    planned = run.as_planned(spec, plan_of(spec, groups, run="s3://b/runs/smoke"))
+    assert {(stage.use_gpu, stage.resources.cpus) for stage in planned.stages} == {(True, 1.0)}
+    here = run.as_planned(spec, plan_of(spec, [Node("c", 2, 0, 16 * 2**30)], run="s3://b/runs/smoke"))
+    assert {stage.use_gpu for stage in here.stages} == {False}
+    for before, after in zip(spec.stages, planned.stages, strict=True):
+        assert before.shaping() == after.shaping()  # nothing is trained again for it
+    assert planned.model_dump(exclude={"stages"}) == spec.model_dump(exclude={"stages"})
+
+
+@pytest.mark.parametrize("groups", ["", "[]"])
+def test_only_where_nodes_start_on_demand_the_plan_decides(
+    groups: str, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[Any] = []
+    monkeypatch.setenv("DDIFF_NODE_GROUPS", groups)
+    monkeypatch.setattr(run, "as_planned", lambda spec, plan: bound.append(plan) or spec)
+    run.run_all(smoke.run(), address=None, verbose=False)
+    assert len(bound) == bool(groups)
 
 
 def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(cluster: Path) -> None:
