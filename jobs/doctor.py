@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import platform
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ State = Literal["ok", "warn", "fail"]
 DRIVER = Path("/proc/driver/nvidia/version")
 SPARE_BYTES = 5 * 2**30
 """Less free disk than this is worth a warning where no recipe says what it needs."""
+LISTEN_S = 5.0
+"""How long a head may take to say that it is there."""
 SKEW_WARN_S, SKEW_FAIL_S = 5.0, 600.0
 """Stores with signed requests refuse from 15 minutes on; times in logs mislead long before."""
 
@@ -112,8 +115,12 @@ def cluster() -> Iterator[Finding]:
         )
         return
     if not is_dashboard(address):
-        yield Finding("cluster", "ok", f"{address} is joined by a run; its dashboard is not asked")
-        return
+        refuse_silence(address)
+        joined, address = address, environment.dashboard_of_joined()
+        at = address or "it has no dashboard, so jobs cannot be handed to it"
+        yield Finding("cluster", "ok", f"{joined} was joined, as a run would; {at}")
+        if not address:
+            return
     yield asks_for_a_token(address)
     with Dashboard(address) as dashboard:
         theirs = str(dashboard.get("/api/version").get("ray_version"))
@@ -127,6 +134,23 @@ def cluster() -> Iterator[Finding]:
             f"{address} runs Ray {theirs}, here is Ray {ours}",
             f"pip install ray=={theirs}",
         )
+
+
+def refuse_silence(address: str) -> None:
+    """Ray waits a minute for a head that is not there.
+
+    Raises:
+        DashboardError: Nobody listens at its port.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit():  # `auto` and the like are looked up by Ray
+        try:
+            socket.create_connection((host, int(port)), timeout=LISTEN_S).close()
+        except OSError as error:
+            raise DashboardError(
+                f"nobody listens at RAY_ADDRESS {address} ({error}); start Ray there, or set it to "
+                "a dashboard (http://HEAD:8265) or to nothing"
+            ) from None
 
 
 def asks_for_a_token(address: str) -> Finding:

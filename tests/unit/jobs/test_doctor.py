@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
+from jobs import environment
 from jobs.cli import main
 from jobs.doctor import cluster, findings, installed, resources
 from jobs.nodes import UNSTARTED
@@ -184,6 +185,30 @@ def test_only_a_refusal_is_a_closed_door(
     assert (found.check, found.state) == ("cluster token", state)
     assert found.says.startswith(gate)
     assert said in found.says
+
+
+def test_a_ray_to_join_is_joined_and_its_dashboard_asked(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        monkeypatch.setattr(environment, "dashboard_of_joined", lambda: gate)
+        monkeypatch.setattr(Gate, "status", 200)
+        joined, door, *_ = findings("cluster", cluster)
+        assert joined.says.endswith(f"was joined, as a run would; {gate}")
+        assert (door.check, door.state) == ("cluster token", "fail")
+        monkeypatch.setattr(environment, "dashboard_of_joined", lambda: "")
+        (alone,) = findings("cluster", cluster)
+        assert "no dashboard, so jobs cannot be handed to it" in alone.says
+
+
+def test_a_head_that_nobody_listens_at_is_a_failure_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joins() -> str:
+        pytest.fail("Ray is asked, which waits a minute")
+
+    monkeypatch.setattr(environment, "dashboard_of_joined", joins)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    (found,) = findings("cluster", cluster)
+    assert (found.state, found.says[:38]) == ("fail", "nobody listens at RAY_ADDRESS 127.0.0.")
+    assert found.fix.startswith("start Ray there")
 
 
 def test_a_cluster_that_has_a_head_alone_so_far_is_a_warning(gate: str) -> None:
