@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import ray
 
 from jobs.cluster.spec import ClusterSpec, PodSpec
+from jobs.environment import STOP_S
 from jobs.nodes import NodeGroup
 
 PART = "app.kubernetes.io/part-of"
 DATA, CONFIG = "/data", "/etc/ddiff"
+LEAVE_S = 20
+"""Of a pod's grace, for Ray itself to end."""
 GROUP_START_S = 1800
 """How long Ray Train waits for nodes that the autoscaler brings; its default is 60 s."""
 
@@ -79,6 +82,7 @@ def variables(cluster: ClusterSpec, groups: list[Group]) -> list[dict[str, str]]
         "DDIFF_NODE_GROUPS": json.dumps([group.nodes().model_dump() for group in groups]),
         "MLFLOW_TRACKING_URI": cluster.mlflow,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_S),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if cluster.s3_endpoint:
@@ -127,11 +131,25 @@ def template(
     }
     if group.name != "head":  # the head's autoscaler talks to Kubernetes, the workers have no need to
         pod["automountServiceAccountToken"] = False
+        pod["terminationGracePeriodSeconds"] = cluster.grace_s
+        container["lifecycle"] = {
+            "preStop": {"exec": {"command": ["/bin/bash", "-c", leaving(cluster.grace_s)]}}
+        }
     if group.pod.gpus:
         pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         if cluster.gpu_nodes:
             pod["nodeSelector"] = cluster.gpu_nodes
     return {"metadata": {"labels": {PART: name}}, "spec": pod}
+
+
+def leaving(grace_s: int) -> str:
+    """What a worker pod does before it is stopped: who trains there is told, saves, and goes on elsewhere.
+
+    SIGTERM would not do: KubeRay's shell does not hand it on.
+    """
+    seconds = grace_s - LEAVE_S
+    announced = f"--reason DRAIN_NODE_REASON_PREEMPTION --deadline-remaining-seconds {seconds}"
+    return f"ray drain-node {announced} --reason-message 'the pod is stopped' && sleep {seconds}"
 
 
 def network_policy(cluster: ClusterSpec, name: str, *, ports: list[int]) -> dict[str, Any]:

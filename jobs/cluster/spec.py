@@ -72,6 +72,8 @@ class ClusterSpec(Spec):
     """At most."""
     hop: PodSpec = PodSpec(cpus=4, memory_gib=16)
     """Nodes that serve; one with a GPU where a hop asks for one."""
+    grace_s: int = Field(120, ge=30)
+    """What a worker pod that is to go is given: Ray announces it, and who trains there saves."""
     retries: int = Field(3, ge=0)
     """New clusters for a job whose driver or head was lost; each resumes."""
     operator_namespace: DnsName = "kuberay-system"

@@ -59,6 +59,7 @@ CONTAINER = fields(
     envFrom=some(fields("secretRef", secretRef=fields("name", name=NAME))),
     volumeMounts=some(fields("name mountPath", name=NAME, mountPath=TEXT, readOnly=FLAG)),
     securityContext=fields(allowPrivilegeEscalation=FLAG, capabilities=fields(drop=some(TEXT))),
+    lifecycle=fields(preStop=fields(exec=fields("command", command=some(TEXT)))),
 )
 VOLUME = fields(
     "name",
@@ -87,6 +88,7 @@ POD = fields(
         )
     ),
     nodeSelector=TEXTS,
+    terminationGracePeriodSeconds=COUNT,
 )
 TEMPLATE = fields("spec", metadata=fields(labels=LABELS), spec=POD)
 RAY_CLUSTER = fields(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 import yaml
 from click.testing import CliRunner, Result
 from ray.runtime_env import RuntimeEnv
+from ray.scripts import scripts
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import main
@@ -38,9 +40,13 @@ SERVED = ServeSpec.model_validate(
     {
         "cascade": f"s3://ddiff/runs/cascades/{'e' * 64}",
         "digest": "e" * 64,
+        "code": "c" * 64,
         "hops": {"base": {"num_gpus": 1, "max_replicas": 3}, "prior": {}},
     }
 )
+
+
+CODE = f"s3://ddiff/runs/code/{'c' * 64}.zip"
 
 
 def ddiff(*words: str) -> Result:
@@ -52,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     """What the command prints, of every kind; a secret is in the environment meanwhile."""
     folder = tmp_path_factory.mktemp("manifests")
     (folder / "cluster.yaml").write_text(yaml.safe_dump(SETTINGS.model_dump(mode="json")))
-    (folder / "serve.yaml").write_text(Config(serve_fields(SERVED), "tiny").text())
+    (folder / "serve.yaml").write_text(Config(serve_fields(SERVED, CODE), "tiny").text())
     base = ["--set", "stages.base.num_workers=2", "--set", "stages.base.resources.labels.zone=in(a, b)"]
     words = {
         "job": ["--recipe", "smoke", *base],
@@ -143,6 +149,28 @@ def test_groups_have_what_the_stages_state_and_the_plan_fits_on_them(
     assert not refusals(plan_of(spec, nodes, run="s3://ddiff/runs/smoke"))
 
 
+def test_a_worker_pod_that_is_to_go_says_so_and_leaves_who_trains_there_time_to_save(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    for manifests, place in (("job", "rayClusterSpec"), ("cluster", ""), ("service", "rayClusterConfig")):
+        body = made[manifests][-1]["spec"]
+        cluster = body[place] if place else body
+        for each in cluster["workerGroupSpecs"]:
+            pod = each["template"]["spec"]
+            shell, flag, line = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+            assert (shell, flag) == ("/bin/bash", "-c")
+            drain, _, wait = line.partition(" && ")
+            program, *words = shlex.split(drain)
+            context = scripts.drain_node.make_context("drain-node", words[1:])  # Ray reads these words
+            assert (program, words[0]) == ("ray", "drain-node")
+            assert context.params["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+            waits = int(wait.removeprefix("sleep "))
+            assert context.params["deadline_remaining_seconds"] == waits
+            assert 0 < waits < pod["terminationGracePeriodSeconds"]
+        env = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+        assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"} in env
+
+
 def test_no_pod_is_root_or_holds_a_secret_and_the_cluster_asks_for_a_token(
     made: dict[str, list[dict[str, Any]]],
 ) -> None:
@@ -181,7 +209,7 @@ def test_a_secret_in_the_settings_becomes_no_manifest(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     (tmp_path / "c.yaml").write_text(line)
-    (tmp_path / "serve.yaml").write_text(Config(serve_fields(SERVED), "tiny").text())
+    (tmp_path / "serve.yaml").write_text(Config(serve_fields(SERVED, CODE), "tiny").text())
     what = ["--config", str(tmp_path / "serve.yaml")] if kind == "service" else ["--recipe", "smoke"]
     done = ddiff("manifest", kind, *what, "--cluster", str(tmp_path / "c.yaml"))
     assert (done.exit_code, where in done.stderr, done.stdout) == (2, True, ""), done.stderr
@@ -216,6 +244,8 @@ def test_a_service_embeds_a_config_that_serve_reads_and_that_our_application_bui
     service = one(made["service"], "RayService")["spec"]
     config = yaml.safe_load(service["serveConfigV2"])
     parsed = ServeDeploySchema.model_validate(config)
+    assert parsed.applications[0].runtime_env == {"working_dir": CODE}
+    RuntimeEnv(**parsed.applications[0].runtime_env)
     assert parsed.http_options.host == "0.0.0.0"
     spec = ServeSpec.model_validate(parsed.applications[0].args)
     assert spec.but(host=SERVED.host) == SERVED
