@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray.train.torch
 import torch
 
 from dd_core import bundle, checkpoint
@@ -17,7 +18,7 @@ from tests.unit.dd_core.test_checkpoint_ranks import NET
 from workflows.outcome import DecidedError, Outcome, decided
 from workflows.storage import StorageError
 from workflows.train_spec import TrainSpec
-from workflows.training import error_of
+from workflows.training import UNUSED, Trainer, error_of, may_lose_nodes
 
 STAGE = UpsamplerSpec(net=NET, image_size=16, factor=2, crop=16)
 SPEC = TrainSpec(
@@ -75,3 +76,29 @@ def test_what_may_pass_is_no_outcome() -> None:
 def test_an_outcome_travels_as_an_error() -> None:
     error = pickle.loads(pickle.dumps(DecidedError("data", "damaged")))
     assert error.outcome == Outcome("data", "damaged")
+
+
+def test_ray_train_starts_nothing_for_datasets_and_placement_groups() -> None:
+    def asked(kind: type) -> set[str]:
+        made = kind(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=1))
+        return {type(one).__name__ for one in made._create_default_callbacks()}
+
+    theirs = asked(ray.train.torch.TorchTrainer)
+    assert theirs >= UNUSED  # another Ray may call them otherwise
+    assert asked(Trainer) == theirs - UNUSED
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "may"),
+    [
+        (1, 4.0, False),
+        (2, 4.0, True),
+        (1, 0.0, True),
+    ],  # the last: a head whose cluster starts nodes on demand
+)
+def test_a_node_is_listened_to_where_one_may_be_lost(
+    nodes: int, cpus: float, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{}] * nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus} if cpus else {})
+    assert may_lose_nodes() is may
