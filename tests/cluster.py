@@ -270,8 +270,6 @@ def cluster() -> Iterator[TestCluster]:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         found = stack.enter_context(networks(names))
         ips = found or ["127.0.0.1"] * 3
-        database = stack.enter_context(postgres())
-        mlflow = stack.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
         keys = stack.enter_context(s3_server(ips[0]))
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -283,6 +281,11 @@ def cluster() -> Iterator[TestCluster]:
             "HF_TOKEN": CANARIES["HF_TOKEN"],
             "OMP_NUM_THREADS": "1",
             "RAY_num_workers_soft_limit": "4",  # idle processes are kept for the next task, as on a real node
+            "RAY_prestart_worker_first_driver": "0",  # but none is started that nobody has asked for
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # here nodes go without a word
+            "RAY_enable_metrics_collection": "0",  # figures that nobody looks at
+            "REPORTER_UPDATE_INTERVAL_MS": "60000",
+            "METRICS_RECORD_INTERVAL_S": "60",
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "4000",
@@ -300,6 +303,9 @@ def cluster() -> Iterator[TestCluster]:
         ]
         words += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
         head = start_node(Place("head", ips[0], directory, False), environment, words, cpus=0)
+        stack.callback(lambda: kill_node(head) if head.process.poll() is None else None)
+        database = stack.enter_context(postgres())  # while the head comes up
+        mlflow = stack.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
         made = TestCluster(
             f"http://{ips[0]}:{dashboard}",
             CANARIES["RAY_AUTH_TOKEN"],
@@ -311,9 +317,7 @@ def cluster() -> Iterator[TestCluster]:
             port,
             bool(found),
         )
-        stack.callback(
-            lambda: [kill_node(node) for node in (*made.nodes, head) if node.process.poll() is None]
-        )
+        stack.callback(lambda: [kill_node(node) for node in made.nodes if node.process.poll() is None])
         until(lambda: answers(f"{made.url}/api/version") or head.process.poll() is not None, 120)
         assert head.process.poll() is None, (head.home / "ray.log").read_text()[-2000:]
         for number in (0, 1):

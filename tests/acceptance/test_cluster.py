@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
+from jobs.cli import main
+from serve import code
 from tests.cluster import CANARIES, TestCluster, cluster, kill_node, postgres_at
 from tests.s3 import KEYS, free_port
 from workflows import storage
@@ -40,14 +43,14 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")
 LONG = ("clip", "base")
 """Stages that are long enough to be hit."""
-STEPS, BEFORE, SAVED = 90, 35, 30
+STEPS, BEFORE, SAVED = 75, 20, 18
 """Of such a stage: its budget, how many are done when it is hit, and after how many it is saved."""
 CHANGES = [
     "at_once=2",
     *(f"stages.{name}.{field}" for name in STAGES for field in ("num_workers=2", "resources.spread=true")),
     *(f"stages.{name}.budget.{field}" for name in LONG for field in (f"steps={STEPS}", "report_every=5")),
     *(f"stages.{name}.budget.checkpoint_every={SAVED}" for name in LONG),
-    f"stages.base.budget.sample_every={SAVED}",
+    f"stages.base.budget.sample_every={STEPS}",
 ]
 SECRETS = [*CANARIES.values(), KEYS["AWS_SECRET_ACCESS_KEY"], "canary-of-postgres"]
 
@@ -74,16 +77,28 @@ class Done(NamedTuple):
     """Digest of the cascade that painted it."""
 
 
-def ddiff(on: TestCluster, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def on_laptop(on: TestCluster, *words: str) -> subprocess.CompletedProcess[str]:
     """The command, as somebody gives it on a laptop, in an empty folder."""
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *words],
         cwd=on.directory / "laptop",
-        env=on.outside() | {"PYTHONPATH": str(ROOT)} | environment,
+        env=on.outside() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def ddiff(on: TestCluster, *words: str, **environment: str) -> Result:
+    """The same in this process, which has imported what a command takes seconds to import."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - {"PATH"}:
+            if name.startswith(("AWS_", "RAY_", "MLFLOW_", "DDIFF_")):
+                patch.delenv(name)
+        for name, value in (on.outside() | environment).items():
+            patch.setenv(name, value)
+        patch.chdir(on.directory / "laptop")
+        return CliRunner().invoke(main, words)
 
 
 def ended(on: TestCluster, job: str) -> bool:
@@ -93,7 +108,7 @@ def ended(on: TestCluster, job: str) -> bool:
         return bool(json.load(answer)["end_time"])
 
 
-def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 600) -> None:
+def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 1200) -> None:
     """Until something is so; the job's last words if it never is."""
     end = time.monotonic() + seconds
     while not truth():
@@ -153,7 +168,7 @@ def run() -> Iterator[Done]:
         home = Home.of("s3://bucket/runs/smoke")
         words = ["submit", "smoke", *(word for change in CHANGES for word in ("--set", change))]
         began = time.monotonic()
-        first = ddiff(on, *words)
+        first = on_laptop(on, *words)
         accepted = time.monotonic() - began
         assert first.returncode == 0, first.stderr
         again = ddiff(on, *words)
@@ -183,8 +198,8 @@ def put_on_air(on: TestCluster) -> dict[str, str]:
     where = {"host": on.head.ip, "port": free_port(on.head.ip), "hop.num_cpus": 0.2}
     settings = [word for name, value in where.items() for word in ("--set", f"{name}={value}")]
     done = ddiff(on, "submit", "deploy", "smoke@current", *settings, "--follow")
-    assert done.returncode == 0, done.stderr
-    return dict(re.findall(r"^(endpoint|digest|config): (\S+)$", done.stderr, re.MULTILINE))
+    assert done.exit_code == 0, done.stderr
+    return dict(re.findall(r"^(endpoint|digest|code|config): (\S+)$", done.stderr, re.MULTILINE))
 
 
 def painted(endpoint: str) -> tuple[Image.Image, str]:
@@ -207,7 +222,10 @@ def client_of(run: Done) -> Any:
     return MlflowClient(run.on.mlflow, registry_uri=run.on.mlflow)
 
 
-def test_a_driver_and_a_node_are_lost_and_the_run_is_finished(run: Done) -> None:
+def test_a_driver_and_a_node_are_lost_and_the_run_is_finished(
+    run: Done, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("accepted_s", round(run.accepted_s, 1))  # the goal is 5 s, of a quiet box
     assert run.status["status"] == "SUCCEEDED", run.log[-4000:]
     assert (run.id, run.again) == ("smoke.1", "smoke.1")
     assert "the driver was killed by SIGKILL; starting it again, attempt 2 of 3" in run.log
@@ -221,6 +239,7 @@ def test_a_driver_and_a_node_are_lost_and_the_run_is_finished(run: Done) -> None
 
 
 def test_the_cascade_is_served_where_it_was_trained(run: Done) -> None:
+    assert run.deployed["code"] == code.digest()  # out of the store, whatever the nodes have
     digest = json.loads(run.home.text("summary.json"))["digest"]
     assert run.deployed["digest"] == run.painted_by == digest
     assert (run.picture.size, run.picture.mode) == ((256, 256), "RGB")
@@ -282,28 +301,39 @@ def test_a_node_keeps_nothing_that_another_would_need(run: Done) -> None:
     assert [len(re.findall(rf"\b{name}: done before", log)) for name in STAGES] == [1] * len(STAGES)
 
 
+def test_its_scores_are_kept_with_the_cascade_and_with_the_run(run: Done) -> None:
+    judged = ddiff(run.on, "submit", "evaluate", run.deployed["endpoint"], "--set", "captions=8", "--follow")
+    assert judged.exit_code == 0, judged.stderr
+    right = re.search(r"^all: ([\d.]+)$", judged.stderr, re.MULTILINE)
+    assert right is not None
+    summary = json.loads(run.home.text("summary.json"))  # it was asked what the run itself asks
+    assert (summary["oracle"]["all"], summary["oracle"]["n"]) == (float(right[1]), 8)
+    assert "00007.png" in run.home.at("evaluation").names()
+    client = client_of(run)
+    version = client.get_model_version_by_alias("smoke", "current")
+    assert float(version.tags["score.all"]) == float(right[1])
+    assert client.get_run(version.run_id).data.metrics["oracle/all"] == float(right[1])
+
+
 def test_the_others_of_the_family(run: Done) -> None:
     wrong = ddiff(run.on, "list", RAY_AUTH_TOKEN="x" * 40)
-    assert wrong.returncode == 2
+    assert wrong.exit_code == 2
     assert re.fullmatch(
         r"ddiff: \S+ answers 403: the token from RAY_AUTH_TOKEN is wrong; set RAY_AUTH_TOKEN, .*\n",
         wrong.stderr,
     )
     escape = ddiff(run.on, "submit", "smoke", "--set", "name=../../x")
-    assert (escape.returncode, escape.stdout) == (2, "")
+    assert (escape.exit_code, escape.stdout) == (2, "")
     assert "name: String should match pattern" in escape.stderr
     jobs = json.loads(ddiff(run.on, "list", "--json").stdout)["jobs"]
     assert {"smoke.1"} <= {job["id"] for job in jobs}
     assert json.loads(ddiff(run.on, "stop", "smoke.1", "--json").stdout)["status"] == "SUCCEEDED"
     assert ddiff(run.on, "delete", "smoke.1").stdout == "deleted smoke.1\n"
     gone = ddiff(run.on, "status", "smoke.1")
-    assert (gone.returncode, "has no job and no run 'smoke.1'" in gone.stderr) == (2, True)
+    assert (gone.exit_code, "has no job and no run 'smoke.1'" in gone.stderr) == (2, True)
     bad = ddiff(run.on, "submit", "evaluate", "http://127.0.0.1:9")
     ended = ddiff(run.on, "logs", "-f", bad.stdout.strip())
-    assert ended.returncode != 0
+    assert ended.exit_code != 0
     told = ended.stderr.split("the first error:")[1].splitlines()
     assert len(told) <= 17
     assert "http://127.0.0.1:9 does not answer" in "".join(told)
-    judged = ddiff(run.on, "submit", "evaluate", run.deployed["endpoint"], "--set", "captions=4", "--follow")
-    assert judged.returncode == 0, judged.stderr
-    assert re.search(r"^n: 4$", judged.stderr, re.MULTILINE)

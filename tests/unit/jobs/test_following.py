@@ -2,10 +2,15 @@
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from jobs.cli import main
+from jobs.dashboard import Dashboard, DashboardError
+from jobs.failures import line_of
 from jobs.following import MOST_LINES, Cluster, ClusterError, facts_of, first_error, merged, reason
 
 PREFIX = "\x1b[36m(Worker pid=8, ip=10.0.0.3)\x1b[0m "
@@ -128,3 +133,35 @@ def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("text", ["Request failed: 123", "Request failed: {}", "Request failed: [1]"])
 def test_a_server_that_says_other_json_is_quoted_as_it_is(text: str) -> None:
     assert reason(text) == text
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("x" * 40, "answers 403: the token from RAY_AUTH_TOKEN is wrong; set RAY_AUTH_TOKEN, or"),
+        ("", "answers 401: no token was shown; set RAY_AUTH_TOKEN, or"),
+    ],
+)
+def test_a_wrong_token_and_a_missing_one_are_told_apart_in_one_line_with_the_fix(
+    token: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401 if "Authorization" not in self.headers else 403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        done = CliRunner().invoke(main, ["list", "--address", address])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"ddiff: {address} {said}"), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        with Dashboard(address) as dashboard, pytest.raises(DashboardError) as refused:  # what `deploy` asks
+            dashboard.get("/")
+        assert f"ddiff: {line_of(refused.value)}\n" == done.stderr
+        server.shutdown()
