@@ -1,28 +1,30 @@
 """What a worker trains on: its share of the run, read ahead by Ray Data, as tensors on its device."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
 from ray.data.block import BlockMetadata
-from ray.data.dataset import MaterializedDataset
 
 from dd_core.stage import PairBatch
 from workflows import feed
+from workflows.mailbox import Leg
 from workflows.train_spec import TrainSpec
 
 LEG_BYTES = 2 * 2**30
-"""Decoded images, or embeddings, of one leg at most; two legs are in memory at a time."""
+"""Decoded images, or embeddings, of one leg of all ranks at most; two legs are in memory at a time."""
 
 
 class Reads(ray.data.Datasource):
-    """The read tasks of one rank for a stretch of the run, in order."""
+    """The read tasks of a stretch of the run, in order."""
 
     def __init__(self, tasks: list[list[feed.Pick]], wanted: feed.Wanted) -> None:
         super().__init__()
@@ -45,70 +47,122 @@ class Reads(ray.data.Datasource):
         ]
 
 
-def batches(
-    spec: TrainSpec,
-    order: feed.Order,
-    wanted: feed.Wanted,
-    *,
-    first_step: int,
-    rank: int,
-    device: torch.device,
-) -> Iterator[PairBatch]:
+class Reader(NamedTuple):
+    """Who reads what, in a training of one or more workers."""
+
+    spec: TrainSpec
+    order: feed.Order
+    wanted: feed.Wanted
+    rank: int
+    mailbox: Any = None
+    """Where the first worker leaves what it reads for all of them; None: it is the only one."""
+
+
+def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterator[PairBatch]:
     """A worker's share of a run from a step on, a micro batch at a time."""
+    spec, wanted = reader.spec, reader.wanted
     rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
-    for share, leg in read_ahead(order, legs(spec, wanted, first_step, rank), wanted):
+    for leg in read_ahead(reader, first_step):
+        share = feed.Share(leg.first_step, leg.steps, spec.batch_size, reader.rank, spec.num_workers)
         expected, taken = share.positions(), 0
-        for table in leg.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
+        for table in portions(leg.rows, partial(got, leg.tables), share, rows):
             check_positions(table, expected[taken : taken + len(table)])
             taken += len(table)
             yield paired(table, wanted, device)
 
 
-def legs(spec: TrainSpec, wanted: feed.Wanted, first_step: int, rank: int) -> Iterator[feed.Share]:
-    """The stretches of a run that are read at once: short at first, so that training begins soon."""
-    own = spec.batch_size // spec.num_workers
-    store = ray.cluster_resources().get("object_store_memory", 0) / spec.num_workers
-    steps = max(1, feed.table_rows(wanted) // own)  # about a table
-    most = max(steps, int(min(LEG_BYTES, store / 8)) // (own * wanted.row_bytes))
+def portions(
+    lengths: Sequence[int], get: Callable[[int], pa.Table], share: feed.Share, rows: int
+) -> Iterator[pa.Table]:
+    """What one rank trains on, out of tables that together hold the rows of all ranks, in order.
+
+    Args:
+        lengths: Rows of each table.
+        get: Fetches the table of a number; asked once for each that has rows of this rank, in their order.
+        share: Of the rank.
+        rows: Of what is handed out at once; they divide those of a step.
+    """
+    stops = share.first_step * share.batch_size + np.cumsum(lengths)
+    starts, held = stops - lengths, dict[int, pa.Table]()
+    for start in share.positions()[::rows].tolist():
+        first = int(np.searchsorted(stops, start, side="right"))
+        last = int(np.searchsorted(starts, start + rows, side="left"))
+        held = {number: held[number] if number in held else get(number) for number in range(first, last)}
+        yield pa.concat_tables(held.values()).slice(start - int(starts[first]), rows)
+
+
+def got(tables: Sequence[Any], number: int) -> pa.Table:
+    """A table out of Ray's object store; those behind it are brought to this machine meanwhile."""
+    if behind := list(tables[number + 1 : number + 3]):
+        ray.wait(behind, num_returns=len(behind), timeout=0)
+    return ray.get(tables[number])
+
+
+def stretches(spec: TrainSpec, wanted: feed.Wanted, first_step: int) -> Iterator[feed.Share]:
+    """What is read at once, for all ranks: little at first, so that training begins soon."""
+    store = ray.cluster_resources().get("object_store_memory", 0)
+    steps = max(1, feed.table_rows(wanted) // spec.batch_size)  # about a table
+    most = max(steps, int(min(LEG_BYTES, store / 8)) // (spec.batch_size * wanted.row_bytes))
     while first_step < spec.budget.steps:
         now = min(steps, spec.budget.steps - first_step)
-        yield feed.Share(first_step, now, spec.batch_size, rank, spec.num_workers)
+        yield feed.Share(first_step, now, spec.batch_size, 0, 1)
         first_step, steps = first_step + now, min(2 * steps, most)
 
 
-def read_ahead(
-    order: feed.Order, shares: Iterator[feed.Share], wanted: feed.Wanted
-) -> Iterator[tuple[feed.Share, MaterializedDataset]]:
-    """Every leg, read to its end while the one before it is trained on.
+def read_ahead(reader: Reader, first_step: int) -> Iterator[Leg]:
+    """Every leg, read to its end while the one before it is trained on: by the first worker, for all.
+
+    A mix is read as a whole, and every rank trains on some of it: if each read its own, all would be read
+    by each.
 
     Ray Data's executor is not left waiting for the training: with all its outputs full it asks in a
     loop whether that has changed, and holds the interpreter's lock while it does (Ray 2.60: training
     on two cores went at a third of its rate).  A leg that has been read to its end has no executor.
     """
-    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    coming = theirs(reader, first_step) if reader.rank else ours(reader, first_step)
+    ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
-        share = next(shares, None)
-        reading = share and reader.submit(read_leg, order, share, wanted)
-        while share is not None and reading is not None:
-            leg, after = reading.result(), next(shares, None)
-            reading = after and reader.submit(read_leg, order, after, wanted)
-            yield share, leg
-            share = after
+        reading = ahead.submit(next, coming, None)
+        while (leg := reading.result()) is not None:
+            reading = ahead.submit(next, coming, None)
+            yield leg
     finally:
-        reader.shutdown(wait=False, cancel_futures=True)
+        ahead.shutdown(wait=False, cancel_futures=True)
 
 
-def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> MaterializedDataset:
+def ours(reader: Reader, first_step: int) -> Iterator[Leg]:
+    """Read every leg, and leave it for the other ranks."""
+    for number, share in enumerate(stretches(reader.spec, reader.wanted, first_step)):
+        leg = read_leg(reader.order, share, reader.wanted)
+        if reader.mailbox is not None:
+            ray.get(reader.mailbox.put.remote(number, leg))
+        yield leg
+
+
+def theirs(reader: Reader, first_step: int) -> Iterator[Leg]:
+    """Every leg that the first rank reads."""
+    for number in itertools.count():
+        if first_step >= reader.spec.budget.steps:
+            return
+        leg: Leg = ray.get(reader.mailbox.take.remote(number))
+        yield leg
+        first_step = leg.first_step + leg.steps
+
+
+def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> Leg:
     """The rows of one leg, in order, in Ray's object store."""
     tasks = feed.tasks(order, share, wanted)
-    readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // (2 * share.ranks))
+    readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
     dataset = ray.data.read_datasource(
         Reads(tasks, wanted), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
     )  # or Ray cuts what few tasks deliver into 200 blocks
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
     dataset.context.enable_progress_bars = False
-    return dataset.materialize()
+    rows = tuple(sum(len(pick.rows) for pick in task) for task in tasks)
+    tables = dataset.materialize().to_arrow_refs()
+    assert len(tables) == len(rows), (len(tables), len(rows))
+    return Leg(share.first_step, share.steps, tuple(tables), rows)
 
 
 def check_positions(table: pa.Table, expected: NDArray[np.int64]) -> None:

@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
@@ -25,11 +26,11 @@ from dd_core import bundle, checkpoint, sealed
 from dd_core.stage import Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train
-from workflows import feed, samples
+from workflows import feed, mailbox, samples
 from workflows.again import Again, Sending
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
-from workflows.reading import batches, paired
+from workflows.reading import Reader, batches, paired
 from workflows.stopping import STOP
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec
@@ -114,12 +115,22 @@ def trained_to_the_end(job: Job) -> Outcome:
     if who.rank == 0:
         job.home.rejoin(JOURNAL)
     state, seconds = started(job, who, parents)
-    order = feed.Order(job.pieces, spec.seed)
-    supply = batches(spec, order, job.wanted, first_step=state.step, rank=who.rank, device=device)
+    reader = Reader(spec, feed.Order(job.pieces, spec.seed), job.wanted, who.rank, shared(who))
+    supply = batches(reader, first_step=state.step, device=device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
     with StopSign(job, who) as sign, Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ()))):
         return stepped(job, who, steps, recorder, sign)
+
+
+def shared(who: Position) -> Any:
+    """Where the first worker leaves what it reads for the others; None if there are none."""
+    if who.ranks == 1:
+        return None
+    name = f"legs-{uuid.uuid4().hex}"
+    box = mailbox.opened(name, others=who.ranks - 1) if who.rank == 0 else None
+    name = ray.train.collective.broadcast_from_rank_zero(name)
+    return box or ray.get_actor(name)
 
 
 def threads(local_workers: int, at_once: int) -> int:

@@ -1,0 +1,53 @@
+"""Where the first worker of a training leaves what it has read, for the others.
+
+An actor, since references to Ray's objects may travel only in its calls: what is pickled otherwise stays in
+the object store for ever.  Without torch, so that its process starts at once.
+"""
+
+import asyncio
+from collections import Counter
+from typing import Any, NamedTuple
+
+import ray
+
+
+class Leg(NamedTuple):
+    """The rows of a stretch of a run, those of all ranks, in order, in Ray's object store."""
+
+    first_step: int
+    steps: int
+    tables: tuple[Any, ...]
+    """References."""
+    rows: tuple[int, ...]
+    """Of each."""
+
+
+class Mailbox:
+    """Keeps each leg until all have taken it.
+
+    Args:
+        others: How many will.
+    """
+
+    def __init__(self, others: int) -> None:
+        self.others, self.news = others, asyncio.Condition()
+        self.legs: dict[int, Leg] = {}
+        self.taken: Counter[int] = Counter()
+
+    async def put(self, number: int, leg: Leg) -> None:
+        """Leave the leg of this number, counted from 0."""
+        async with self.news:
+            self.legs[number] = leg
+            self.news.notify_all()
+
+    async def take(self, number: int) -> Leg:
+        """The leg of this number, as soon as it is there; once for each of the others."""
+        async with self.news:
+            await self.news.wait_for(lambda: number in self.legs)
+            self.taken[number] += 1
+            return self.legs[number] if self.taken[number] < self.others else self.legs.pop(number)
+
+
+def opened(name: str, *, others: int) -> Any:
+    """A new mailbox of this name, which ends with the process that opened it."""
+    return ray.remote(Mailbox).options(name=name, num_cpus=0).remote(others)
