@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dd_core import consistency, losses
-from dd_core.consistency import Cut, following
-from dd_core.denoiser import Denoised
+from dd_core.consistency import Cut, ended, following, heun_down
+from dd_core.denoiser import (
+    Conditioning,
+    Denoised,
+    NetworkDenoiser,
+    Parameterization,
+    Tell,
+    consistency_time,
+    input_scale,
+    output_from,
+)
 from dd_core.noise import SeededNoise, karras_sigmas, spread
-from dd_core.samplers import ddim, sample
+from dd_core.samplers import ddim, heun, sample
+from dd_core.schedules import Clock, ScheduleSpec
+from dd_core.stages.consistency import bound
 
 STD = 0.5
 
@@ -131,6 +142,113 @@ def test_jumps_from_end_to_end_of_segments_follow_the_exact_path() -> None:
     x = 10 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = sample(ddim(x, ends, SeededNoise([0] * 5)), perfect)
     torch.testing.assert_close(found, flow_end(x, ends[:1].expand(5)).x0)
+
+
+class Gains(nn.Module):
+    """A network that can do nothing but multiply what has unit variance, by another number at every level."""
+
+    def __init__(self, grid: Tensor) -> None:
+        super().__init__()
+        self.grid, self.gain = grid, nn.Parameter(torch.ones_like(grid))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Denoised:
+        place = (self.grid - sigma[:, None]).abs().argmin(1)
+        return Denoised(spread(self.gain[place] / (STD**2 + sigma**2).sqrt(), x) * x)
+
+
+class Exact(nn.Module):
+    """The network of N(0, STD**2) that answers what `predicts` says, told `tell` of sigma."""
+
+    def __init__(self, predicts: Parameterization, tell: Tell) -> None:
+        super().__init__()
+        self.predicts, self.sigmas = predicts, torch.logspace(-2.3, 2.3, 4000, dtype=torch.float64)
+        self.told = tell(self.sigmas).double()
+
+    def forward(self, scaled: Tensor, told: Tensor, cond: Conditioning) -> Tensor:
+        place = torch.searchsorted(self.told, told.double()).clamp(1, len(self.told) - 1)
+        low, high = self.told[place - 1], self.told[place]
+        sigma = torch.lerp(self.sigmas[place - 1], self.sigmas[place], (told - low) / (high - low))
+        x = scaled / spread(input_scale(self.predicts, sigma), scaled)
+        return output_from(self.predicts, posterior(x, sigma).x0, x, spread(sigma, x))
+
+
+TEACHERS: dict[str, tuple[Parameterization, Tell]] = {
+    "edm": ("edm", consistency_time),
+    "eps on timesteps": ("eps", Clock(ScheduleSpec())),
+    "v on timesteps": ("v", Clock(ScheduleSpec(betas="cosine"))),
+}
+
+
+@pytest.mark.parametrize(("name", "segments"), [*((name, 1) for name in TEACHERS), ("edm", 3)])
+def test_distilling_the_exact_teacher_of_a_gaussian_gives_its_exact_consistency_function(
+    name: str, segments: int
+) -> None:
+    """Where the path through x ends: at level 0 x STD / sqrt(STD**2 + sigma**2), or at its segment's end."""
+    torch.manual_seed(0)
+    predicts, tell = TEACHERS[name]
+    teacher = bound(NetworkDenoiser(Exact(predicts, tell), predicts, tell=tell), Conditioning())
+    count, low, high = 25, 0.05, 10.0
+    grid = karras_sigmas(count - 1, sigma_min=low, sigma_max=high)[:-1]
+    student, target = Gains(grid), Gains(grid)
+    optimizer = torch.optim.SGD(student.parameters(), lr=8.0)
+    cut, path = Cut(count, low, high, to_zero=True, segments=segments), following(teacher)
+    for _ in range(250):
+        x0 = STD * torch.randn(256, 4, dtype=torch.float64)
+        pair = consistency.draw_pair(x0, cut)
+        gap = consistency.distillation(student, ended(target), path, x0, pair, consistency.l2)
+        optimizer.zero_grad()
+        gap.mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            target.gain.lerp_(student.gain, 0.5)
+    each = len(grid) // segments
+    ends = torch.cat([grid, torch.zeros(1)])[::each][1:].repeat_interleave(each)
+    unit, left = (STD**2 + grid**2).sqrt(), ends / grid
+    exact = unit * ((STD**2 + ends**2).sqrt() / unit - left) / (1 - left)
+    torch.testing.assert_close(student.gain.detach(), exact, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "edm"])
+def test_at_level_zero_the_answer_is_what_was_shown(predicts: Parameterization) -> None:
+    class Waves(nn.Module):
+        def forward(self, x: Tensor, told: Tensor, cond: Conditioning) -> Tensor:
+            return torch.sin(3 * x) + told[:, None] / 10
+
+    denoise = NetworkDenoiser(Waves(), predicts)
+    x = torch.randn(3, 5)
+
+    def answer(x: Tensor, sigma: Tensor) -> Denoised:
+        return denoise(x, sigma, Conditioning())
+
+    assert torch.equal(ended(answer)(x, torch.zeros(3)).x0, x)
+    some = torch.tensor([0.0, 0.3, 2.0])
+    assert torch.equal(ended(answer)(x, some).x0[1:], answer(x[1:], some[1:]).x0)
+    near = (answer(x, torch.full((3,), 1e-5)).x0 - x).abs().max()
+    assert (near < 1e-3) == (predicts != "x0")  # the other parameterisations tend to it by themselves
+
+
+def test_the_teachers_steps_are_those_of_the_heun_sampler_down_to_zero() -> None:
+    grid = karras_sigmas(6, sigma_min=0.1, sigma_max=10.0)
+    x = walked = 10 * torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for high, low in pairwise(grid):
+        walked = sample(heun_down(walked, high.expand(2, 1), low.expand(2, 1)), posterior)
+    torch.testing.assert_close(walked, sample(heun(x, grid), posterior))
+
+
+@pytest.mark.parametrize("solver", ["heun", "ddim"])
+def test_a_teacher_of_several_steps_walks_them_as_its_sampler(solver: consistency.Solver) -> None:
+    grid = karras_sigmas(6, sigma_min=0.1, sigma_max=10.0)
+    x = 10 * torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampler = heun(x, grid) if solver == "heun" else ddim(x, grid, SeededNoise([0, 1]))
+    walked = following(posterior, solver)(x, grid.expand(2, -1))
+    torch.testing.assert_close(walked, sample(sampler, posterior))
+
+
+def test_levels_to_zero_are_as_many_and_their_last_is_zero() -> None:
+    x = torch.zeros(500, 1, dtype=torch.float64)
+    pair = consistency.draw_pair(x, Cut(5, sigma_min=0.1, sigma_max=10.0, to_zero=True))
+    grid = karras_sigmas(4, sigma_min=0.1, sigma_max=10.0).tolist()
+    assert set(zip(pair.high.tolist(), pair.low.tolist(), strict=True)) == set(pairwise(grid))
 
 
 def test_without_a_teacher_the_noise_is_the_same_at_both_levels() -> None:

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dd_core import bundle, sealed
 from dd_core.cascade import CascadeSpec, HopSpec, requested, run
@@ -34,6 +35,7 @@ from dd_core.vocabulary import ENCODER, read_vocabulary
 from jobs import exchange, export
 from jobs.cli import main
 from jobs.recipes import glide
+from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core import test_vocabulary
 
 WHERE = "diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -60,6 +62,15 @@ TINY = Published(
 )
 
 
+def ldm_file(unet: dict[str, Tensor], first: Autoencoder) -> dict[str, Tensor]:
+    """What a file of latent diffusion holds: a UNet under its published names, and an autoencoder."""
+    kept = {name: t for name, t in first.state_dict().items() if name not in ("moments", "observed")}
+    theirs = outward(kept, ldm.autoencoder_moves(first))
+    return {ldm.UNET + name: t for name, t in unet.items()} | {
+        ldm.AUTOENCODER + name: t for name, t in theirs.items()
+    }
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of latent diffusion, very small, declared as a source of its own."""
@@ -68,18 +79,18 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     unet, first = build(TINY.net), Autoencoder(FIRST)
     assert isinstance(unet, UNet)
     moves = ldm.ldm_unet_moves(unet, AdmLayout())
-    state = {ldm.UNET + name: tensor for name, tensor in outward(unet.state_dict(), moves).items()}
-    kept = {name: t for name, t in first.state_dict().items() if name not in ("moments", "observed")}
-    state |= {ldm.AUTOENCODER + name: t for name, t in outward(kept, ldm.autoencoder_moves(first)).items()}
+    state = ldm_file(outward(unet.state_dict(), moves), first)
     state |= {"cond_stage_model.transformer.weight": torch.ones(2), "betas": torch.ones(1000)}
-    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "model.ckpt")
-    return tmp_path / "model.ckpt"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
 
 
 def test_a_file_becomes_bundles_and_these_folders_and_these_bundles_again(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    facts = exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
+    pickled = tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(checkpoint), "global_step": 3}, pickled)
+    facts = exchange.import_weights("tiny", [pickled], tmp_path / "tiny", averaged=True)
     assert facts["not taken"] == {"readers": 1, "averaged": 0, "schedule": 1}
     unet, first = (bundle.load(Path(made["path"])) for made in facts["bundles"])
     assert unet.trained.spec == NetworkSpec(source="tiny", net=TINY.net, process=TINY.process)
@@ -115,9 +126,7 @@ def test_latents_are_scaled_as_was_measured_in_their_training(
     monkeypatch.setattr(exchange, "published", lambda: {"tiny": TINY._replace(latent_scale=None)})
     with pytest.raises(LayoutError, match="nothing says the scale of these latents"):
         exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
-    file = torch.load(checkpoint)
-    file["state_dict"]["scale_factor"] = torch.tensor(0.25)
-    torch.save(file, checkpoint)
+    save_file(load_file(checkpoint) | {"scale_factor": torch.tensor(0.25)}, checkpoint)
     exchange.import_weights("tiny", [checkpoint], tmp_path / "tiny", averaged=True)
     assert first_of(tmp_path / "tiny" / "autoencoder").scale().item() == pytest.approx(0.25)
     assert published.published()["ldm-churches256"].latent_scale is None
@@ -159,9 +168,7 @@ def test_an_upscaler_comes_with_its_autoencoder_and_leaves_its_noise_behind(
     theirs = outward(net.state_dict(), importing.moves_of(net, "ldm-linear"))
     shape = theirs["input_blocks.3.1.transformer_blocks.0.attn1.to_k.weight"].shape
     assert shape == (64, 24)  # the first attention looks at the caption
-    state = {ldm.UNET + name: tensor for name, tensor in theirs.items()}
-    kept = {name: t for name, t in first.state_dict().items() if name not in ("moments", "observed")}
-    state |= {ldm.AUTOENCODER + name: t for name, t in outward(kept, ldm.autoencoder_moves(first)).items()}
+    state = ldm_file(theirs, first)
     state |= {"low_scale_model.betas": torch.ones(1000), "betas": torch.ones(1000)}
     save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "x4.safetensors")
     facts = exchange.import_weights("tiny-x4", [tmp_path / "x4.safetensors"], tmp_path / "x4", averaged=False)
@@ -285,14 +292,6 @@ def test_the_towers_of_clip_become_a_stage(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(found.towers.text_projection, towers.text_projection.half().float())
 
 
-def test_every_source_has_a_layout_that_fits_its_network() -> None:
-    for name, source in published.published().items():
-        with torch.device("meta"):
-            net = build(source.net)
-        ours = {move.ours for move in importing.moves_of(net, source.layout)}
-        assert ours == net.state_dict().keys() - {"mean", "std"}, name
-
-
 def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refused() -> None:
     process = published.published()["improved-upsampler-64-256"].process
     config = diffusers_scheduler.config_of(process)
@@ -316,16 +315,7 @@ def glides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     place = tmp_path_factory.mktemp("glide")
     encoder, merges = test_vocabulary.written(place, 50_000)
     text = TextSpec(width=16, layers=1, heads=2, context_length=LENGTH)
-    unet = UNetSpec(
-        width=16,
-        channel_mult=(1, 2),
-        blocks_per_level=1,
-        attention_at=(2,),
-        head_width=8,
-        groups=4,
-        level_scale=1,
-        text_width=16,
-    )
+    unet = chains.UNET.but(text_width=16)
     known, whole = published.published(), glide.paper()
     stages, files = [], {"encoder": encoder, "merges": merges}
     torch.manual_seed(0)

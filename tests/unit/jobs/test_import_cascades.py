@@ -16,13 +16,13 @@ from dd_core import bundle, schedules
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeState, requested, run
 from dd_core.denoiser import Conditioning
-from dd_core.layouts import importing, ldm
+from dd_core.layouts import importing
 from dd_core.layouts.moves import outward
 from dd_core.layouts.published import Published, published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.classifier import ClassifierSpec
 from dd_core.nets.network import PlainSpec, build
-from dd_core.nets.unet import UNet, UNetSpec
+from dd_core.nets.unet import UNet
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages import build_stage
 from dd_core.stages.chain_hop import ChainHop
@@ -31,18 +31,11 @@ from dd_core.stages.consistency_hop import ConsistencyHop
 from jobs import exchange
 from jobs.cli import main
 from jobs.recipes import glide
+from tests.unit.dd_core import test_chain as chains
+from tests.unit.jobs.test_exchange import ldm_file
 
 CLASSES = 3
-UNET = UNetSpec(
-    width=16,
-    channel_mult=(1, 2),
-    blocks_per_level=1,
-    attention_at=(2,),
-    head_width=8,
-    groups=4,
-    level_scale=1,
-    labels=CLASSES,
-)
+UNET = chains.UNET.but(labels=CLASSES)
 FIRST = AutoencoderNetSpec(width=16, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=3, codes=8)
 COSINE = ScheduleSpec(betas="cosine")
 
@@ -99,11 +92,7 @@ def file_of(source: Published, path: Path) -> nn.Module:
     net = awake(build(source.net))
     state = outward(net.state_dict(), importing.moves_of(net, source.layout))
     if source.layout == "ldm":
-        first = Autoencoder(FIRST)
-        kept = {name: t for name, t in first.state_dict().items() if name not in ("moments", "observed")}
-        theirs = outward(kept, ldm.autoencoder_moves(first))
-        state = {ldm.UNET + name: t for name, t in state.items()}
-        state |= {ldm.AUTOENCODER + name: t for name, t in theirs.items()}
+        state = ldm_file(state, Autoencoder(FIRST))
     save_file({name: t.contiguous() for name, t in state.items()}, path)
     return net.eval()
 
