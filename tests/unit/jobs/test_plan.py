@@ -53,6 +53,18 @@ def plan() -> Plan:
     return plan_of(smoke.run(), [ROOMY], run="runs/smoke")
 
 
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    """Where it would run is not known yet."""
+    return plan_of(with_base(), [], run="runs/x")
+
+
+def otherwise(small: Plan, nodes: list[Node], **changes: object) -> Plan:
+    """The small plan elsewhere, its base on other workers or resources, which shape no tensor."""
+    clip, base = small.stages
+    return on(small._replace(stages=(clip, base._replace(spec=base.spec.but(**changes)))), nodes)
+
+
 def test_a_plan_says_parameters_memory_steps_images_checkpoints_and_disk(plan: Plan) -> None:
     clip = plan.facts()["stages"]["clip"]
     assert (clip["steps"], clip["images"], clip["workers"], clip["gpus_per_worker"]) == (12, 192, 1, 0)
@@ -76,29 +88,28 @@ def test_embeddings_of_one_clip_and_size_count_once_whatever_pictures_their_read
     assert embedding_bytes([larger, prior], 10) == 2 * 10 * 32 * 4
 
 
-def test_less_memory_than_needed_is_refused_with_the_sum(plan: Plan) -> None:
+def test_less_memory_than_needed_is_refused_with_the_sum(plan: Plan, small: Plan) -> None:
     tight = plan._replace(nodes=(ROOMY._replace(memory_bytes=2**30),))
     with pytest.raises(
         PlanError, match=r"clip: 1 workers of 1 CPU and 1\.5 GiB each; there is room for 0 on"
     ):
         refuse(tight)
-    (base,) = refusals(plan_of(with_base(resources=ResourcesSpec(memory_gib=1)), [ROOMY], run="runs/x"))
+    (base,) = refusals(otherwise(small, [ROOMY], resources=ResourcesSpec(memory_gib=1)))
     assert "1.1 GiB process + 4.3 MiB weights, optimizer and averages + 1.1 MiB gradients" in base
     assert "more than resources.memory_gib 1; raise it or set micro_batch_size" in base
-    unstated = plan_of(with_base(resources=ResourcesSpec()), [ROOMY], run="runs/x")
-    assert "process + " in refusals(unstated._replace(nodes=tight.nodes))[1]
+    unstated = otherwise(small, list(tight.nodes), resources=ResourcesSpec())
+    assert "process + " in refusals(unstated)[1]
 
 
-def test_workers_without_their_gpu_or_their_labels_are_refused() -> None:
-    wanted = with_base(num_workers=4, use_gpu=True)
-    (line,) = refusals(plan_of(wanted, [ROOMY, GPU], run="runs/x"))
+def test_workers_without_their_gpu_or_their_labels_are_refused(small: Plan) -> None:
+    both = [ROOMY, GPU]
+    (line,) = refusals(otherwise(small, both, num_workers=4, use_gpu=True))
     assert "base: 4 workers of 1 CPU, 1 GPU and 1.5 GiB each; there is room for 2 on roomy: 8 CPU, " in line
-    assert not refusals(plan_of(with_base(num_workers=2, use_gpu=True), [ROOMY, GPU], run="runs/x"))
-    there = with_base(resources=ResourcesSpec(labels={"ray.io/accelerator-type": "A100"}))
-    (line,) = refusals(plan_of(there, [ROOMY, GPU], run="runs/x"))
+    assert not refusals(otherwise(small, both, num_workers=2, use_gpu=True))
+    there = ResourcesSpec(labels={"ray.io/accelerator-type": "A100"})
+    (line,) = refusals(otherwise(small, both, resources=there))
     assert "room for 0 on no node with labels {'ray.io/accelerator-type': 'A100'} of 2" in line
-    small = with_base(use_gpu=True, resources=ResourcesSpec(gpu_memory_gib=0.01))
-    (line,) = refusals(plan_of(small, [ROOMY, GPU], run="runs/x"))
+    (line,) = refusals(otherwise(small, both, use_gpu=True, resources=ResourcesSpec(gpu_memory_gib=0.01)))
     assert "of its GPU = 4.3 MiB weights, optimizer and averages" in line
 
 
@@ -130,18 +141,18 @@ def test_stages_side_by_side_leave_a_cpu_for_who_reads_and_take_turns_on_a_gpu(p
     assert not refusals(on(two, [GPU._replace(gpus=1)]))
 
 
-def test_a_stage_that_leaves_no_cpu_for_who_reads_is_refused(plan: Plan) -> None:
+def test_a_stage_that_leaves_no_cpu_for_who_reads_is_refused(small: Plan) -> None:
     """Its read tasks would never start, and it would wait for them for ever."""
     two = ROOMY._replace(cpus=2)
-    greedy = with_base(resources=ResourcesSpec(cpus=2))
-    (line,) = refusals(plan_of(greedy, [two], run="runs/x"))
+    greedy = ResourcesSpec(cpus=2)
+    (line,) = refusals(otherwise(small, [two], resources=greedy))
     assert line.startswith("base: 1 workers of 2 CPU each leave no 0.25 CPU for who reads on roomy: 2 CPU, ")
     assert line.endswith("; lower resources.cpus or num_workers, or bring larger nodes")
-    assert not refusals(plan_of(greedy, [two, two], run="runs/x"))
-    assert not refusals(plan_of(with_base(resources=ResourcesSpec(cpus=1.75)), [two], run="runs/x"))
+    assert not refusals(otherwise(small, [two, two], resources=greedy))
+    assert not refusals(otherwise(small, [two], resources=ResourcesSpec(cpus=1.75)))
 
 
-def test_memory_of_a_gpu_is_planned_in_bfloat16(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_gpu_is_planned_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     unknown = plan_of(with_base(), [], run="runs/x")
     (_, base), (_, moved) = unknown.stages, on(unknown, [GPU]).stages

@@ -48,7 +48,7 @@ def test_the_oracle_reads_back_what_was_drawn(
     degrade: Callable[[Picture, int], Picture], least: float
 ) -> None:
     right: Counter[str] = Counter()
-    drawn_scenes = scenes(250)
+    drawn_scenes = scenes(150)
     for number, scene in enumerate(drawn_scenes):
         right.update(oracle.judged(degrade(drawn(scene), number), everything(scene)))
     assert set(right) == {"count", "background", "colour", "shape", "place", "size", "all"}
