@@ -8,7 +8,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.stages.asking import hears_negative, led_away
 from dd_core.stages.chain_hop import ChainHop
 from tests.unit.dd_core import test_chain as chains
-from tests.unit.dd_core.test_consistency_stage import JUMPING, SPEC
+from tests.unit.dd_core.students import JUMPING, SPEC
 from tests.unit.serve.tiny import STAGES
 
 

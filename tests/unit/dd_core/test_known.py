@@ -12,7 +12,7 @@ from dd_core.stage import Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.consistency_hop import ConsistencyHop
 from tests.unit.dd_core import test_chain as chains
-from tests.unit.dd_core.test_consistency_stage import EDM, JUMPING, JUMPS, random_weights
+from tests.unit.dd_core.students import EDM, JUMPING, JUMPS, random_weights
 from tests.unit.serve.tiny import STAGES
 
 LUMA = torch.tensor(edits.LUMA).view(1, 3, 1, 1)

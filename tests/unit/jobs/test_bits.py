@@ -24,7 +24,7 @@ from jobs.cli import main
 from tests.own_data import own_data
 from tests.prepared import write_prepared
 from tests.unit.dd_core import test_chain as chains
-from tests.unit.dd_core.test_consistency_stage import SPEC as CONSISTENCY
+from tests.unit.dd_core.students import SPEC as CONSISTENCY
 from tests.unit.serve.tiny import STAGES
 from workflows.held_out import pairs_to_measure_by
 from workflows.labels import LabelSpec
