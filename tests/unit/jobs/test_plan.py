@@ -291,8 +291,15 @@ def test_the_published_consistency_model_is_planned_at_any_size_of_its_unet() ->
     changes = [f"{net}.unet.{change}" for net in nets for change in small]
     spec = resolve("consistency.paper", None, [*changes, "stages.consistency.stage.distance=pseudo_huber"])
     assert isinstance(spec, RunSpec)
-    plan = plan_of(spec, [GPU._replace(gpus=8, cpus=16, memory_bytes=2**40)], run="runs/consistency_paper")
+    node = GPU._replace(gpus=8, cpus=96, memory_bytes=2**40, labels={"ray.io/accelerator-type": "H100"})
+    plan = plan_of(spec, [node], run="runs/consistency_paper")
     refuse(plan)
+    for wrong, room in (
+        (node._replace(labels={}), "0 on no node with labels"),
+        (node._replace(cpus=16), "2 on"),
+    ):
+        with pytest.raises(PlanError, match=rf"8 workers of 8 CPU, 1 GPU and 64\.0 GiB .* room for {room}"):
+            refuse(on(plan, [wrong]))
     needs = {stage.spec.name: stage.need for stage in plan.stages}
     assert needs["base"].parameters == needs["consistency"].parameters
     one = needs["base"].bundle
