@@ -67,7 +67,7 @@ def test_a_network_has_the_published_number_of_weights_and_keys_and_a_layout_tha
     source = published()[name]
     with torch.device("meta"):
         net = build(source.net)
-    moves = moves_of(net, source.layout)
+    moves = list(moves_of(net, source.layout))
     assert {move.ours for move in moves} == net.state_dict().keys() - {"mean", "std"}
     keys = [key for move in moves for key in move.theirs]
     assert len(set(keys)) == len(keys)
