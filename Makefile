@@ -28,9 +28,10 @@ demo: $(RUNTIME)  ## from nothing to a served cascade: data, seven stages, evalu
 stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
 	$(BIN)/ddiff stop --run runs/demo
 
+test: export PYTHONDONTWRITEBYTECODE :=  # a hundred processes would compile our modules anew
 test: lint browser servers  ## the whole suite, as CI runs it
-	code=0; $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not alone" tests/unit tests/parity || code=1; \
-	$(BIN)/pytest -m alone || code=1; exit $$code
+	code=0; $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not ray" || code=1; \
+	$(BIN)/pytest -m ray --ignore=tests/parity || code=1; exit $$code
 
 lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
 	$(BIN)/ruff check .

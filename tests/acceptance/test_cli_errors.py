@@ -1,7 +1,6 @@
 """Bad input, one by one: a line that says what, where and what to do, the agreed exit code, no traceback."""
 
 import json
-import os
 import socket
 import struct
 import subprocess
@@ -15,7 +14,7 @@ from click.testing import CliRunner, Result
 from dd_core import sealed
 from jobs.cli import main
 from jobs.failures import Code, code_of, line_of
-from tests.conftest import jpg, write_shard
+from tests.conftest import jpg, needs_ray, write_shard
 
 
 @pytest.fixture(autouse=True)
@@ -172,24 +171,21 @@ def test_help_is_instant_because_it_imports_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.ray
+@needs_ray
 @pytest.mark.fault
-def test_too_many_rejects_stop_the_job_and_leave_no_manifest(tmp_path: Path) -> None:
+def test_too_many_rejects_stop_the_job_and_leave_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     files = {f"{key}.jpg": jpg(64, 64) for key in "abc"} | {"a.txt": b"one", "b.txt": b"two"}
     write_shard(tmp_path / "bad.tar", dict(sorted(files.items())))
-    command = [sys.executable, "-m", "jobs.cli", "data", "prepare", "--shards", "bad.tar", "--out"]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    strict = subprocess.run(
-        [*command, "strict"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert strict.returncode == 3
+    strict = ddiff("data", "prepare", "--shards", "bad.tar", "--out", "strict")
+    assert strict.exit_code == 3
     assert "1 of 3 samples rejected" in strict.stderr.strip().splitlines()[-1]
     assert "Traceback" not in strict.stderr
     assert not (tmp_path / "strict" / "manifest.json").exists()
-    lenient = [*command, "lenient", "--max-rejected", "0.5"]
-    done = subprocess.run(lenient, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = ddiff("data", "prepare", "--shards", "bad.tar", "--out", "lenient", "--max-rejected", "0.5")
+    assert done.exit_code == 0, done.stderr
     manifest = json.loads((tmp_path / "lenient" / "manifest.json").read_text())
     assert (manifest["kept"], manifest["rejected"], sum(manifest["rejects"].values())) == (2, 1, 1)
     assert manifest["damaged_shards"] == []

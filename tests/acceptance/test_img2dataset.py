@@ -19,7 +19,7 @@ from tests.conftest import RAY_MARKS, file_of, photo
 from tests.faults.flaky_store import flaky_store
 from workflows.pairs import PairsSpec
 from workflows.parts import resumed, write_part
-from workflows.prepare import prepare_pairs
+from workflows.prepare import prepare_pairs, prepared
 from workflows.tracking import curves
 from workflows.training import train_stage
 
@@ -101,46 +101,42 @@ def crawl(tmp_path_factory: pytest.TempPathFactory) -> Crawl:
     return img2dataset_shards(tmp_path_factory.mktemp("crawl"))
 
 
-def test_every_pair_that_came_is_kept_or_counted(local_ray: None, crawl: Crawl, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pairs(local_ray: None, crawl: Crawl, tmp_path_factory: pytest.TempPathFactory) -> PairsSpec:
+    """How its pairs have been prepared."""
     spec = PairsSpec(
-        shards=(crawl.shards,), destination=str(tmp_path / "out"), sizes=(32, 64), max_reject_fraction=0.2
+        shards=(crawl.shards,),
+        destination=str(tmp_path_factory.mktemp("prepared") / "out"),
+        sizes=(32, 64),
+        context_length=smoke.CONTEXT,
+        max_reject_fraction=0.2,
     )
-    found = prepare_pairs(spec, progress=False).facts
+    prepare_pairs(spec, progress=False)
+    return spec
+
+
+def test_every_pair_that_came_is_kept_or_counted(crawl: Crawl, pairs: PairsSpec, tmp_path: Path) -> None:
+    out = Path(pairs.destination)
+    found = prepared(out).facts
     assert (found["kept"], found["rejected"]) == (crawl.good, crawl.broken)
     assert set(found["rejects"]) <= {"image-broken", "image-format"}
     assert found["damaged_shards"] == []
     stats = [json.loads((path).read_text()) for path in Path(crawl.shards).parent.glob("*_stats.json")]
     assert sum(shard["successes"] for shard in stats) == found["kept"] + found["rejected"]
     assert sum(shard["failed_to_download"] for shard in stats) == crawl.dead
-    rows = [
-        row
-        for path in sorted((tmp_path / "out").glob("*.parquet"))
-        for row in pq.read_table(path).to_pylist()
-    ]
+    rows = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     kept = {row["caption"]: json.loads(row["meta"]) for row in rows if not row["reject"]}
     assert set(kept) == {f"a photo of number {number}, somewhere" for number in range(crawl.good)}
     assert all(meta["caption"] == caption and meta["status"] == "success" for caption, meta in kept.items())
-    assert (
-        prepare_pairs(
-            spec.but(caption="json:caption", destination=str(tmp_path / "j")), progress=False
-        ).facts["kept"]
-        == crawl.good
-    )
+    by_json = pairs.but(caption="json:caption", destination=str(tmp_path / "j"))
+    assert prepare_pairs(by_json, progress=False).facts["kept"] == crawl.good
 
 
-def test_a_stage_learns_from_them(local_ray: None, crawl: Crawl, tmp_path: Path) -> None:
-    pairs = PairsSpec(
-        shards=(crawl.shards,),
-        destination=str(tmp_path / "data"),
-        sizes=(64,),
-        context_length=smoke.CONTEXT,
-        max_reject_fraction=0.2,
-    )
-    data = prepare_pairs(pairs, progress=False).directory
+def test_a_stage_learns_from_them(crawl: Crawl, pairs: PairsSpec, tmp_path: Path) -> None:
     spec = smoke.clip().but(
         batch_size=crawl.good, budget=Budget(steps=12, checkpoint_every=12, report_every=1)
     )
-    made = sealed.verify(train_stage(spec, run=tmp_path / "run", data=data))
+    made = sealed.verify(train_stage(spec, run=tmp_path / "run", data=Path(pairs.destination)))
     assert made.facts["images"] == 12 * crawl.good
     loss = curves(tmp_path / "run" / "clip" / "metrics.jsonl")["train/loss"]
     assert loss[12] < 0.8 * loss[1]  # two dozen pairs, seen a dozen times, tell each other apart

@@ -10,6 +10,7 @@ import pytest
 
 from dd_core import sealed
 from dd_core.stage import Budget
+from tests.conftest import small_ray
 from tests.faults.test_resume import SPEC, assert_same, clip_in, embed_for, kill_a_worker, when_step
 from tests.prepared import write_prepared
 from tests.s3 import s3_server
@@ -28,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 address, before Ray starts, so that its workers know the way."""
+    """An S3 address, in the environment."""
     with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -40,7 +41,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def data(store: str, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Home:
+def ray_of_store(store: str) -> Iterator[None]:
+    """A Ray of our own: its workers know the way to the store."""
+    with small_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(store: str, tmp_path_factory: pytest.TempPathFactory) -> Home:
     made = write_prepared(tmp_path_factory.mktemp("d") / "prepared", files=3, size=32)
     home = Home.of(f"{store}/data")
     shutil.copytree(made, home.here)
@@ -99,7 +107,7 @@ def test_a_journal_that_goes_on_elsewhere_is_not_mixed_with_what_was_never_sent(
 
 
 def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
-    store: str, data: Home, local_ray: None, tmp_path: Path
+    store: str, data: Home, ray_of_store: None, tmp_path: Path
 ) -> None:
     # long enough for a sign in the store to be seen: it is looked for once in a while
     budget = Budget(steps=600, checkpoint_every=50, report_every=1)

@@ -90,64 +90,48 @@ def test_sigterm_that_rays_own_handler_hears_is_told_as_any_other() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-HEARD = """
-import os, signal
+OF_OUR_OWN = """
+import os, signal, socket
 from jobs.environment import ray_cluster
 
 def heard(number, frame):
     raise InterruptedError
 
-signal.signal(signal.SIGTERM, heard)
-with ray_cluster():
+def sent(where):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except InterruptedError:
-        print("beside Ray")
-try:
-    os.kill(os.getpid(), signal.SIGTERM)
-except InterruptedError:
-    print("after Ray")
-"""
+        print("heard", where, "Ray")
 
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_sigterm_is_heard_beside_ray_and_after_it() -> None:
-    environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    words = [sys.executable, "-c", HEARD]
-    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["beside Ray", "after Ray"]
-
-
-REACHED = """
-import socket
-from jobs.environment import ray_cluster
-
+signal.signal(signal.SIGTERM, heard)
 with ray_cluster():
     import ray
 
+    sent("beside")
     port = int(ray.get_runtime_context().gcs_address.rpartition(":")[2])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("203.0.113.1", 9))  # nothing is sent
         outside = probe.getsockname()[0]
-    for host in ("127.0.0.1", outside):
+    for name, host in (("this machine", "127.0.0.1"), ("others", outside)):
         with socket.socket() as probe:
-            print(probe.connect_ex((host, port)) == 0)
+            print("open to", name, probe.connect_ex((host, port)) == 0)
+sent("after")
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_of_our_own_starts_beside_one_that_is_left_here_and_listens_on_this_machine_alone() -> None:
+def test_a_ray_of_our_own_starts_beside_one_left_here_listens_here_alone_and_sigterm_is_heard() -> None:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # sockets need short paths
         left = Path(short) / "ray" / "ray_current_cluster"  # as `ray start` writes it
         left.parent.mkdir()
         left.write_text("127.0.0.1:1")
         environ = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": short, "RAY_ADDRESS": ""}
         environ.pop(environment.LOOPBACK, None)
-        words = [sys.executable, "-c", REACHED]
+        words = [sys.executable, "-c", OF_OUR_OWN]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["True", "False"], done.stderr
+    said = ["heard beside Ray", "open to this machine True", "open to others False", "heard after Ray"]
+    assert done.stdout.splitlines() == said, done.stderr
 
 
 def test_addresses_come_from_the_environment_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch) -> None:
