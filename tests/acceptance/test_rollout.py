@@ -22,11 +22,13 @@ from jobs.cli import main
 from serve import code
 from tests.ray_head import Head, free_ports, ray_head
 from tests.s3 import s3_server
-from tests.unit.serve.tiny import tiny_cascade
+from tests.unit.serve import tiny
 from workflows.journal import Entry
 from workflows.tracking import Book
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's and Ray's
+TWO_HOPS = tiny.CASCADE.but(hops=tiny.CASCADE.hops[1:])
+"""So that two parts must change together; each part more takes seconds to start, at every deployment."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def here(head: Head, s3: dict[str, str], store: Path, monkeypatch: pytest.Monkey
 
 def register(store: Path, run: Path, score: float, *, asked: str = "a", seed: int = 0) -> str:
     """Train nothing, and register the cascade as a run does when it has been judged."""
-    digest = tiny_cascade(run, seed=seed)
+    digest = tiny.tiny_cascade(run, seed=seed, cascade=TWO_HOPS)
     tags = {
         "bundle_sha256": digest,
         "score.all": str(score),
@@ -199,7 +201,7 @@ def test_what_cannot_be_deployed_is_said_in_one_line(
     refused(ddiff("deploy", "tiny", "--address", "head:6379"), 2, "http://HEAD:8265")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     refused(ddiff("deploy", "tiny"), 2, "answers 403: the token from RAY_AUTH_TOKEN is wrong; set")
-    tiny_cascade(tmp_path / "run", seed=5)  # trained again, not registered
+    tiny.tiny_cascade(tmp_path / "run", seed=5, cascade=TWO_HOPS)  # trained again, not registered
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "other"))
     refused(ddiff("deploy", "tiny", "--publish"), 4, "holds cascade", "deploy a newer version")
 

@@ -47,6 +47,10 @@ class Finished(NamedTuple):
         return self.here / "runs" / "smoke"
 
 
+RUN = (
+    *("run", "--recipe", "smoke", "--set", "at_once=2"),
+    *("--set", "shapes.pairs=96", "--set", "shapes.pairs_per_shard=48"),
+)
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled"}
 DDIFF = [sys.executable, "-m", "jobs.cli"]
 
@@ -62,7 +66,7 @@ def killed_at_the_second_stage(here: Path) -> int:
     """Start the run, and take everything of it away at once when the second stage has saved itself."""
     with (here / "killed.log").open("w") as log:
         run = subprocess.Popen(
-            [*DDIFF, "run", "--recipe", "smoke"],
+            [*DDIFF, *RUN],
             cwd=here,
             env=ENVIRONMENT,
             stdout=log,
@@ -84,12 +88,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     saved = killed_at_the_second_stage(here)
-    done = ddiff(here, "run", "--recipe", "smoke", "--serve", "--port", str(port))
+    done = ddiff(here, *RUN, "--serve", "--port", str(port))
     try:
         assert done.returncode == 0, done.stderr
         yield Finished(here, f"http://127.0.0.1:{port}", port, done, saved)
     finally:
-        ddiff(here, "stop", "--run", "runs/smoke")
+        CliRunner().invoke(main, ["stop", "--run", str(here / "runs" / "smoke")])
 
 
 def test_the_chain_runs_to_its_end_and_says_where_everything_is(run: Finished) -> None:
@@ -135,10 +139,10 @@ def test_the_endpoint_paints_the_prompt_and_repeats_a_seed_to_the_byte(run: Fini
 
 
 def test_a_sample_without_a_server_is_the_same_however_many_are_asked_for(run: Finished) -> None:
-    cascade = str(run.directory / "cascade")
-    some = ["sample", "a red circle", "--cascade", cascade]
-    assert ddiff(run.here, *some, "--seed", "1", "-n", "3", "--out", "three").returncode == 0
-    assert ddiff(run.here, *some, "--seed", "2", "--out", "one").returncode == 0
+    for seed, count, out in ((1, 3, "three"), (2, 1, "one")):
+        words = ["--cascade", str(run.directory / "cascade"), "--seed", str(seed), "-n", str(count)]
+        done = CliRunner().invoke(main, ["sample", "a red circle", *words, "--out", str(run.here / out)])
+        assert done.exit_code == 0, done.stderr
     names = [path.name for path in sorted((run.here / "three").iterdir())]
     assert names == ["00000001.png", "00000002.png", "00000003.png"]
     one = (run.here / "one" / "00000002.png").read_bytes()
@@ -148,23 +152,22 @@ def test_a_sample_without_a_server_is_the_same_however_many_are_asked_for(run: F
     assert text["cascade"] == sealed.verify(run.directory / "cascade").digest
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's, of its own dependencies
 def test_mlflow_has_a_run_for_the_pipeline_and_a_child_for_each_stage(run: Finished) -> None:
-    code = (
-        "import sys; from mlflow import MlflowClient; client = MlflowClient(sys.argv[1]);"
-        "ids = [e.experiment_id for e in client.search_experiments()];"
-        "runs = client.search_runs(ids);"
-        "print(sum('mlflow.parentRunId' in r.data.tags for r in runs), len(runs),"
-        " [v.name for v in client.search_model_versions()], [*client.search_registered_models()[0].aliases])"
-    )
-    store = f"sqlite:///{run.directory / 'mlflow.db'}"
-    done = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{len(STAGES)} {len(STAGES) + 1} ['smoke'] ['current']")
+    from mlflow import MlflowClient  # noqa: PLC0415 seconds
+
+    client = MlflowClient(f"sqlite:///{run.directory / 'mlflow.db'}")
+    found = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert len(found) == len(STAGES) + 1
+    assert sum("mlflow.parentRunId" in one.data.tags for one in found) == len(STAGES)
+    assert [version.name for version in client.search_model_versions()] == ["smoke"]
+    assert [*client.search_registered_models()[0].aliases] == ["current"]
 
 
 def test_what_is_done_is_not_done_again(run: Finished) -> None:
     weights = [run.directory / name / "bundle" / "weights.safetensors" for name in STAGES]
     before = [path.stat().st_mtime_ns for path in weights]
-    again = ddiff(run.here, "run", "--recipe", "smoke")
+    again = ddiff(run.here, *RUN)
     assert again.returncode == 0, again.stderr
     assert [path.stat().st_mtime_ns for path in weights] == before
     for name in STAGES:

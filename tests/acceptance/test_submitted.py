@@ -23,7 +23,7 @@ pytestmark = [
 ]
 STEPS = 200
 TRAIN = (
-    "submit", "train", "upsampler", "--recipe", "smoke",
+    "submit", "train", "upsampler", "--recipe", "smoke", "--set", "shapes.pairs=32",
     "--set", f"stages.upsampler.budget.steps={STEPS}",
     "--set", "stages.upsampler.budget.report_every=5",
     "--set", "stages.upsampler.budget.checkpoint_every=1000",

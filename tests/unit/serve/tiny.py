@@ -79,8 +79,8 @@ CASCADE = CascadeSpec(
 )
 
 
-def tiny_cascade(directory: Path, *, seed: int = 0) -> str:
-    """Write the cascade to directory/cascade and return its digest; another seed is another training."""
+def tiny_cascade(directory: Path, *, seed: int = 0, cascade: CascadeSpec = CASCADE) -> str:
+    """Write a cascade to directory/cascade and return its digest; another seed is another training."""
     torch.manual_seed(seed)
     trained: dict[str, Trained] = {}
     digests: dict[str, str] = {}
@@ -97,5 +97,7 @@ def tiny_cascade(directory: Path, *, seed: int = 0) -> str:
             parents={role: digests[role] for role in parents},
             facts={},
         )
-    bundles = {name: directory / name for name in STAGES}
-    return bundle.save_cascade(directory / "cascade", CASCADE, bundles, card="tiny")
+    hops = {hop.stage for hop in cascade.hops}
+    needed = hops.union(*(PARENTS.get(name, ()) for name in hops))
+    bundles = {name: directory / name for name in STAGES if name in needed}
+    return bundle.save_cascade(directory / "cascade", cascade, bundles, card="tiny")
