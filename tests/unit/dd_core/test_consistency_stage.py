@@ -357,7 +357,8 @@ def test_answers_are_compared_by_what_a_network_sees_of_them(
     plain = made(SPEC, parents)
     stage = made(SPEC.but(distance=distance, lpips_weights=weights), parents)
     assert stage.state_dict().keys() == plain.state_dict().keys()  # what sees is not trained and not saved
-    batch = next(squares(8 if distance == "clip" else 1))
+    batch = next(squares(8 if distance == "clip" else 2))
+    torch.manual_seed(1)  # by which what is told is dropped for none of the few
     stage(batch).total.backward()
     lacking = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert lacking == []

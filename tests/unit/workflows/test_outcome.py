@@ -78,6 +78,7 @@ def test_an_outcome_travels_as_an_error() -> None:
     assert error.outcome == Outcome("data", "damaged")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray copies its own old fields
 def test_ray_train_starts_nothing_for_datasets_and_placement_groups() -> None:
     def asked(kind: type) -> set[str]:
         made = kind(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=1))
