@@ -15,11 +15,10 @@ from torch import Tensor
 
 from dd_core import images
 from dd_core.nets.autoencoder import AutoencoderNetSpec
-from dd_core.nets.clip import ClipNetSpec
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.clip import ClipSpec
 from tests.own_data import own_data, picture
-from tests.unit.workflows.tiny_run import saved
+from tests.unit.workflows.tiny_run import CLIP, saved
 from workflows import clip_judge
 from workflows.clip_judge import Judge, OwnData, clip_digest, evaluate_own, judge_of
 from workflows.evaluation_spec import EvaluationSpec
@@ -138,18 +137,7 @@ def test_what_is_missing_or_torn_counts_as_wrong_and_is_told(endpoint: Endpoint,
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundles")
-    net = ClipNetSpec(
-        embedding_width=16,
-        image_size=32,
-        patch_size=16,
-        image_width=32,
-        image_layers=1,
-        context_length=16,
-        text_width=32,
-        text_layers=1,
-        head_width=16,
-    )
-    saved(directory, "clip", ClipSpec(net=net), {})
+    saved(directory, "clip", ClipSpec(net=CLIP), {})
     small = AutoencoderNetSpec(width=8, channel_mult=(1, 1), blocks=1, groups=4, stem=4, mid_attention=False)
     saved(
         directory,

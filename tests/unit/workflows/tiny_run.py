@@ -23,21 +23,22 @@ from workflows.pairs import PairsSpec, prepared_tables
 from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.tracking import Journal
 
+CLIP = ClipNetSpec(
+    embedding_width=16,
+    image_size=32,
+    patch_size=16,
+    image_width=32,
+    image_layers=1,
+    context_length=16,
+    text_width=32,
+    text_layers=1,
+    head_width=16,
+)
+
 
 def make_run(directory: Path) -> Path:
     """Data, a cascade of random weights, an autoencoder, a journal and scores."""
     prepared(directory)
-    clip = ClipNetSpec(
-        embedding_width=16,
-        image_size=32,
-        patch_size=16,
-        image_width=32,
-        image_layers=1,
-        context_length=16,
-        text_width=32,
-        text_layers=1,
-        head_width=16,
-    )
     net = DiTSpec(
         image_size=16, conv_width=16, conv_blocks=1, width=32, layers=1, head_width=16, text_width=32
     )
@@ -53,7 +54,7 @@ def make_run(directory: Path) -> Path:
     autoencoder = AutoencoderNetSpec(
         width=8, channel_mult=(1, 1), blocks=1, groups=4, stem=4, mid_attention=False
     )
-    trained = {"clip": saved(directory, "clip", ClipSpec(net=clip), {})}
+    trained = {"clip": saved(directory, "clip", ClipSpec(net=CLIP), {})}
     saved(directory, "base", BaseSpec(net=net, image_size=16), trained)
     saved(directory, "upsampler", UpsamplerSpec(net=small, image_size=64, crop=16), {})
     saved(
