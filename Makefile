@@ -16,7 +16,8 @@ BIN := .venv/bin
 LOCK := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 RUNTIME := .venv/ddiff-runtime-$(LOCK)
 TESTS := .venv/ddiff-test-$(LOCK)
-# where PYTHONDONTWRITEBYTECODE is set, every process would compile torch and ray anew: 8 to 25 s each
+# where PYTHONDONTWRITEBYTECODE is set, every process would compile torch and ray anew: 8 to 25 s each; pip
+# compiles on one core
 COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 
 help:  ## say what there is
@@ -76,11 +77,11 @@ clean:  ## remove .venv and everything that was run
 	$(PYTHON) -m venv .venv
 
 $(RUNTIME): | .venv/bin/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e .
 	$(COMPILE)
 	@touch $@
 
 $(TESTS): | .venv/bin/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(COMPILE)
 	@touch $(RUNTIME) $@

@@ -22,9 +22,11 @@ from workflows.grammar import training_caption
 from workflows.shapes import drawn, facts_of, scene_rng
 from workflows.storage import Home
 
-WORLD = 1
+WORLD = 2
 """Changes when the same spec would give other tars."""
 ABOUT = "shapes.json"
+QUICK_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+"""A third of the time of OpenCV's own choice, and the same size for scenes that are mostly flat."""
 
 
 class ShapesSpec(Spec):
@@ -42,9 +44,7 @@ def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
     """The key and the members of one training pair."""
     scene, caption, says = training_caption(scene_rng(spec.seed, number))
     picture = cv2.cvtColor(drawn(scene, spec.image_size), cv2.COLOR_RGB2BGR)
-    quality = (
-        [cv2.IMWRITE_PNG_COMPRESSION, 3] if spec.image_format == "png" else [cv2.IMWRITE_JPEG_QUALITY, 95]
-    )
+    quality = QUICK_PNG if spec.image_format == "png" else [cv2.IMWRITE_JPEG_QUALITY, 95]
     _, data = cv2.imencode(f".{spec.image_format}", picture, quality)
     about = facts_of(scene) | {"caption": caption, "says": says}
     members = {spec.image_format: data.tobytes(), "txt": caption.encode(), "json": json.dumps(about).encode()}

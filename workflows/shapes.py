@@ -145,8 +145,9 @@ def arrange(rng: np.random.Generator, count: int) -> tuple[Arrangement, list[tup
 
 def drawn(scene: Scene, size: int = 256) -> NDArray[np.uint8]:
     """The picture of a scene, [size, size, 3], edges anti-aliased by exact distance."""
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = GROUNDS[scene.background]
+    image = np.empty((size, size, 3), np.uint8)
+    image[0] = GROUNDS[scene.background]
+    image[1:] = image[0]  # by rows: three bytes at a time take ten times as long
     for thing in scene.things:
         reach = thing.radius * size + 2
         left, right = span(thing.x * size, reach, size)
@@ -154,9 +155,10 @@ def drawn(scene: Scene, size: int = 256) -> NDArray[np.uint8]:
         inside = coverage(
             thing.shape, (left, right, top, bottom), (thing.x * size, thing.y * size), thing.radius * size
         )
-        part = image[top:bottom, left:right]
+        part = image[top:bottom, left:right].astype(np.float32)
         part += inside[..., None] * (np.array(COLOURS[thing.colour], np.float32) - part)
-    return np.rint(image).astype(np.uint8)
+        image[top:bottom, left:right] = np.rint(part)
+    return image
 
 
 def span(centre: float, reach: float, size: int) -> tuple[int, int]:
@@ -210,14 +212,16 @@ def polygon_distance(
     corners: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Signed distance to a polygon: the nearest edge, negative where a ray crosses an odd number of edges."""
-    nearest = np.full(np.broadcast_shapes(x.shape, y.shape), np.inf, np.float32)
+    nearest = np.full(np.broadcast_shapes(x.shape, y.shape), np.inf, np.float32)  # squared
     odd = np.zeros(nearest.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         ex, ey = bx - ax, by - ay
-        along = np.clip(((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey), 0, 1)
-        np.minimum(nearest, np.hypot(x - ax - along * ex, y - ay - along * ey), out=nearest)
+        right, down = x - ax, y - ay
+        along = np.clip((right * ex + down * ey) / (ex * ex + ey * ey), 0, 1)
+        np.minimum(nearest, (right - along * ex) ** 2 + (down - along * ey) ** 2, out=nearest)
         if ey != 0:
-            odd ^= ((y < ay) != (y < by)) & (x < ax + (y - ay) * ex / ey)
+            odd ^= ((y < ay) != (y < by)) & (x < ax + down * ex / ey)
+    nearest = np.sqrt(nearest)
     return np.where(odd, -nearest, nearest)
 
 
