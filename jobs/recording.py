@@ -14,7 +14,7 @@ import httpx
 
 from jobs import environment
 from jobs.evaluate import Way, judge_endpoint, score_tags, verdict_of, way_in, whole
-from workflows.evaluation import EndpointError
+from workflows.evaluation import EndpointError, client_of
 from workflows.registry import Registry, Version
 from workflows.storage import Home
 
@@ -77,7 +77,8 @@ def served(url: str) -> str:
         EndpointError: None of ours does.
     """
     try:
-        digest = httpx.get(f"{url.rstrip('/')}/health/ready", timeout=20).headers.get("x-model-version", "")
+        with client_of(url, 20) as client:
+            digest = client.get("/health/ready").headers.get("x-model-version", "")
     except httpx.HTTPError as error:
         raise EndpointError(f"{url} does not answer ({type(error).__name__}: {error})") from None
     if not re.fullmatch("[0-9a-f]{64}", digest):

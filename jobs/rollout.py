@@ -246,7 +246,8 @@ def kept(config: Config, storage: str) -> str:
 def deploy(config: Config, address: str) -> dict[str, Any]:
     """Put a config on the air and wait until its cascade answers.
 
-    What was on the air answers until the new replicas have drawn an image; other applications stay.
+    What was on the air answers until the new replicas have drawn an image, and is put back where they do not
+    come to it: Serve replaces hop by hop, and some of the new ones may be there.  Other applications stay.
 
     Args:
         config: What.
@@ -267,10 +268,35 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
         back = kept(former, storage) if former and former.fields != config.fields else ""
         if back:
             log.info("what is on the air now comes back with: ddiff deploy --config %s", back)
-        dashboard.put(SERVE, beside_others(config, details))
-        url = await_running(dashboard, config.spec, back)
+        failed = details.get("applications", {}).get(app.APPLICATION, {}).get("status") == "DEPLOY_FAILED"
+        again = failed and former is not None and former.fields == config.fields
+        dashboard.put(SERVE, beside_others(renewed(config) if again else config, details))
+        try:
+            url = await_running(dashboard, config.spec, back)
+        except DeployError:
+            if back and former:
+                put_back(dashboard, former)
+            raise
     spec = config.spec
     return {"endpoint": url, "digest": spec.digest, "code": spec.code, "config": path, "former": back}
+
+
+def renewed(config: Config) -> Config:
+    """The same, and another to Serve, which starts nothing anew that has failed as often as it may."""
+    ours, *others = config.fields["applications"]
+    around = ours.get("runtime_env", {})
+    around = around | {"env_vars": around.get("env_vars", {}) | {"DDIFF_ATTEMPT": uuid.uuid4().hex}}
+    return config._replace(fields=config.fields | {"applications": [ours | {"runtime_env": around}, *others]})
+
+
+def put_back(dashboard: Dashboard, former: Config) -> None:
+    """On the air again; whether it comes is not waited for."""
+    try:
+        dashboard.put(SERVE, beside_others(former, dashboard.get(SERVE)))
+    except DashboardError as error:
+        log.warning("%s could not be put back: %s", former.spec.digest[:12], error)
+    else:
+        log.warning("%s is put back on the air", former.spec.digest[:12])
 
 
 def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,8 @@ from serve.replicas import HopReplica, opened
 
 log = logging.getLogger(__name__)
 APPLICATION = "ddiff"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""To what is served here, past the proxies of the environment, to which this machine is another."""
 GRACE_S = 5.0
 """Beyond the longest time for one request: only then is a replica that is replaced stopped at its work."""
 
@@ -232,8 +234,14 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
     )
     placed = on_gpus(spec, cascade, ray.cluster_resources().get("GPU", 0))
     target = ray.serve.RunTarget(build(placed.model_dump()), name=APPLICATION, route_prefix="/")
+    fresh = APPLICATION not in ray.serve.status().applications
     ray.serve.run_many([target], wait_for_applications_running=False)
-    await_ready(url, digest, spec.startup_s)
+    try:
+        await_ready(url, digest, spec.startup_s)
+    except BaseException:
+        if fresh:  # it would go on the air later, with nobody there to stop it
+            leave()
+        raise
     log.info("serving %s at %s", digest[:12], url)
     if blocking:
         wait(spec.timeout_s)
@@ -303,7 +311,7 @@ def leave() -> None:
 def serving(url: str) -> bool:
     """Whether one of ours answers there already: this run will replace what it serves."""
     try:
-        with urllib.request.urlopen(f"{url}/health/live", timeout=2) as response:  # noqa: S310 - http only
+        with DIRECT.open(f"{url}/health/live", timeout=2) as response:
             return bool(json.load(response) == {"status": "live"})
     except (OSError, ValueError):
         return False
@@ -345,7 +353,7 @@ def await_ready(url: str, digest: str, timeout_s: float) -> None:
 def missing(url: str, digest: str) -> str:
     """Why the cascade with this digest does not answer there yet, or nothing."""
     try:
-        with urllib.request.urlopen(f"{url}/health/ready", timeout=10) as response:  # noqa: S310
+        with DIRECT.open(f"{url}/health/ready", timeout=10) as response:
             found = str(response.headers.get("x-model-version"))
     except urllib.error.HTTPError as error:
         return error.read().decode(errors="replace")[:300]

@@ -71,9 +71,10 @@ def in_a_store(address: str) -> bool:
 def cache() -> Path:
     """Where fetched cascades lie; only their owner may look into it."""
     base = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}" / "cascades"
-    base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if base.stat().st_uid != os.getuid():
-        raise OSError(f"{base} belongs to somebody else; set TMPDIR to a directory of your own")
+    for place in (base.parent, base):  # a mode is of the last directory that is made alone
+        place.mkdir(mode=0o700, exist_ok=True)
+        if place.stat().st_uid != os.getuid():
+            raise OSError(f"{place} belongs to somebody else; set TMPDIR to a directory of your own")
     return base
 
 

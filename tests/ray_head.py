@@ -135,12 +135,15 @@ def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """The head, then whatever of its session is left: workers have sessions, but die with their raylet."""
+    """The head, then whatever of its session is left: workers have sessions, but die with their raylet.
+
+    Ray's own end after a SIGTERM takes more than half a minute, in which nothing is asked of it any more.
+    """
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=30)
+        process.wait(timeout=2)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -36,7 +36,7 @@ class Again:
             try:
                 self.act()
                 self.complained = False
-            except StorageError as error:
+            except (StorageError, OSError) as error:  # a full disk here is no reason to be silent ever after
                 if not self.complained:
                     log.warning("storage: %s; it is tried again", error)
                 self.complained = True

@@ -31,7 +31,7 @@ from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
 from workflows.side_by_side import side_by_side
 from workflows.stopping import Stopping, stopped_by_signals
-from workflows.storage import Home
+from workflows.storage import Home, StorageError
 from workflows.tracking import Tracked, curves
 from workflows.train_spec import TrainSpec
 
@@ -185,8 +185,11 @@ def made(stage: TrainSpec, making: Making) -> Path:
         with timed(run, stage.name), watched(stage, making):
             path = loaded_or_trained(stage, found, making)
     except BaseException as error:
-        journal.status("KILLED" if isinstance(error, training.PreemptedError) else "FAILED")
-        home.send(JOURNAL)
+        try:
+            journal.status("KILLED" if isinstance(error, training.PreemptedError) else "FAILED")
+            home.send(JOURNAL)
+        except (StorageError, OSError) as lost:
+            log.warning("%s: how it ended is not written down: %s", stage.name, lost)
         raise
     told_finished(home, journal, path)
     log.info("%s: done in %s", stage.name, clock(seconds_of(run)[stage.name]))

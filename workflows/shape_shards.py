@@ -6,7 +6,6 @@
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
@@ -18,6 +17,7 @@ import cv2
 from pydantic import Field
 
 from dd_core.spec import Spec
+from workflows import cpus
 from workflows.grammar import training_caption
 from workflows.shapes import drawn, facts_of, scene_rng
 from workflows.storage import Home
@@ -93,12 +93,14 @@ def drop_others(spec: ShapesSpec, home: Home) -> None:
 
 def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterator[Path]:
     """Each of these tars, as soon as it and those before it are whole."""
-    processes = min(len(shards), len(os.sched_getaffinity(0)))
+    processes = min(len(shards), cpus.available())
     write = partial(write_shard, spec, directory)
     if processes < 2:
         yield from map(write, shards)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["webdataset", __name__])  # which bring torch: once, not for each process
+    with ProcessPoolExecutor(processes, context) as pool:
         yield from pool.map(write, shards)
 
 

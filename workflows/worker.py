@@ -6,7 +6,6 @@ connection) is an error, so that the workers are started anew.
 """
 
 import logging
-import os
 import resource
 import shutil
 import time
@@ -26,7 +25,7 @@ from dd_core import bundle, checkpoint, sealed
 from dd_core.stage import Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train
-from workflows import feed, mailbox, samples
+from workflows import cpus, feed, mailbox, samples
 from workflows.again import Again, Sending
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
@@ -135,7 +134,7 @@ def shared(who: Position) -> Any:
 
 def threads(local_workers: int, at_once: int) -> int:
     """Of this worker: its share of the CPUs it may run on, whoever is there now to use the rest."""
-    return max(1, len(os.sched_getaffinity(0)) // (local_workers * at_once))
+    return max(1, cpus.available() // (local_workers * at_once))
 
 
 def stepped(

@@ -171,10 +171,10 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(served))
     failed = ddiff("deploy", "--config", str(tmp_path / "bad.yaml"))
     assert failed.exit_code == 70
-    before, error = failed.stderr.strip().splitlines()  # the way back is told before it is needed
+    before, restored, error = failed.stderr.strip().splitlines()  # the way back is told before it is needed
     for line in (before, error):
         assert f"ddiff deploy --config {back['config']}" in line
-    assert "ffffffffffff is not served" in error
+    assert ("ffffffffffff is not served" in error, f"{first[:12]} is put back" in restored) == (True, True)
     assert painted_by(back["endpoint"]) == first  # what was on the air still is
 
 

@@ -132,7 +132,7 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
 ) -> None:
     spec = SPEC.but(name="cut")
     stage = run / "cut"
-    when_step(stage, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    when_step(stage, 10, lambda: os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C, of which Ray would hear first
     with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 120; run the same command"):
         train_stage(spec, run=run, data=data)
     stopped = max(steps_of(stage))

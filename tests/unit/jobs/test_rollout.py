@@ -48,6 +48,8 @@ class Serve:
         before = CONFIG.fields["applications"][0]
         self.former = before | {"args": before["args"] | {"digest": "b" * 64}}
         self.status, self.log, self.said_before, self.away = "RUNNING", log, "", 0
+        self.told: list[dict[str, Any]] = []
+        """The fields of ours, from time to time."""
 
     def __enter__(self) -> "Serve":
         return self
@@ -65,8 +67,9 @@ class Serve:
             "applications": {"ddiff": ours},
         }
 
-    def put(self, _: str, __: object) -> None:
-        self.said_before, self.status = self.log.text, "DEPLOY_FAILED"
+    def put(self, _: str, fields: dict[str, Any]) -> None:
+        self.told.append(fields["applications"][0])
+        self.said_before, self.status = self.said_before or self.log.text, "DEPLOY_FAILED"
 
 
 def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_and_at_the_end(
@@ -82,6 +85,26 @@ def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_a
     way = f"ddiff deploy --config {former}"
     assert way in serve.said_before
     assert way in line_of(failed.value)
+    assert serve.told == [CONFIG.fields["applications"][0], serve.former]  # some hops may be new by now
+
+
+def test_what_has_failed_is_another_to_serve_when_it_is_deployed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve, asked = Serve(caplog), CONFIG.fields["applications"][0]
+    serve.former, serve.status = asked, "DEPLOY_FAILED"
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    for _ in range(2):
+        with pytest.raises(rollout.DeployError):
+            rollout.deploy(CONFIG, serve.address)
+        serve.former = serve.told[-1]
+    first, second = serve.told
+    assert asked != first != second
+    assert first | {"runtime_env": asked.get("runtime_env")} == asked | {
+        "runtime_env": asked.get("runtime_env")
+    }
+    ray.serve.schema.ServeDeploySchema.model_validate(CONFIG.fields | {"applications": [second]})
 
 
 @pytest.mark.parametrize(("away", "why"), [(2, "no memory"), (99, "no answer in 20 s")])

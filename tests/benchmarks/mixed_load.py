@@ -1,0 +1,177 @@
+"""Seconds that requests take under mixed load: batched at every denoising step, and as Ray Serve batches.
+
+    python -m tests.benchmarks.mixed_load CASCADE [--load .7] [--seconds 120] [--json FILE]
+
+One replica of the cascade's base has one thread.  Requests of 4 to 50 steps arrive at random (Poisson), at
+`load` of what Ray Serve's own batching finishes when it is never idle, and at the same moments to each of:
+
+    requests    `@ray.serve.batch`: up to eight at a time, each number of steps in a sampling of its own
+    steps       the engine: whoever waits joins at the next step, one call of the network for all
+    own calls   the engine as it works on a CPU by default: a call for each request
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dd_core import bundle
+from dd_core.cascade import CascadeState, requested, run
+from dd_core.samplers import SamplingSpec
+
+STAGE = "base"
+STEPS = (4, 8, 15, 25, 50)
+AT_ONCE = 8
+PROMPTS = ("a red circle above a small blue square", "a yellow triangle", "a pink star in the middle")
+PATIENCE_S = 600.0
+Ask = Callable[[CascadeState, SamplingSpec], Awaitable[Any]]
+
+
+def states_of(cascade: Path) -> list[CascadeState]:
+    """What the base is handed: captions, and embeddings that the prior has drawn for them."""
+    spec = bundle.load_cascade(cascade).spec
+    link = next(link for link in spec.hops if link.stage == "prior")
+    prior = bundle.open_hop(cascade, "prior", "cpu")
+    asked = [requested([prompt], [seed], spec.context_length) for seed, prompt in enumerate(PROMPTS)]
+    return [run(prior, state, link.how) for state in asked]
+
+
+def together(states: Sequence[CascadeState]) -> CascadeState:
+    """One state of several."""
+    embeddings = [state.image_embedding for state in states if state.image_embedding is not None]
+    return CascadeState(
+        [seed for state in states for seed in state.seeds],
+        torch.cat([state.tokens for state in states]),
+        image_embedding=torch.cat(embeddings),
+    )
+
+
+def by_requests(cascade: Path) -> Ask:
+    """The hop behind Ray Serve's batching."""
+    import ray.serve  # noqa: PLC0415 after the environment is set
+
+    @ray.serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1})
+    class Batched:
+        def __init__(self) -> None:
+            torch.set_num_threads(1)
+            self.hop = bundle.open_hop(cascade, STAGE, "cpu")
+
+        @ray.serve.batch(max_batch_size=AT_ONCE, batch_wait_timeout_s=0.01)
+        async def advance(self, asked: list[tuple[CascadeState, SamplingSpec]]) -> list[int]:
+            return await asyncio.to_thread(self.painted, asked)
+
+        def painted(self, asked: list[tuple[CascadeState, SamplingSpec]]) -> list[int]:
+            for steps in {how.num_steps for _, how in asked}:
+                alike = [(state, how) for state, how in asked if how.num_steps == steps]
+                run(self.hop, together([state for state, _ in alike]), alike[0][1])
+            return [how.num_steps for _, how in asked]
+
+    handle = ray.serve.run(Batched.bind(), name="requests", route_prefix=None)
+    return lambda state, how: handle.advance.remote((state, how))
+
+
+def by_steps(cascade: Path, name: str, *, shared: bool) -> Ask:
+    """The hop in the engine, as it is served."""
+    import ray.serve  # noqa: PLC0415
+
+    from dd_core import sealed  # noqa: PLC0415
+    from serve.replicas import HopReplica  # noqa: PLC0415
+
+    digest = sealed.verify(cascade).digest
+    told = {"digest": digest, "max_rows": AT_ONCE, "max_waiting": 1000, "shared": shared, "threads": 1}
+    options = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 1}}
+    app = HopReplica.options(**options).bind(str(cascade), STAGE, **told)
+    handle = ray.serve.run(app, name=name, route_prefix=None)
+    return lambda state, how: handle.advance.remote(state, how, PATIENCE_S, digest)
+
+
+async def saturated(ask: Ask, states: Sequence[CascadeState], how: SamplingSpec, seconds: float) -> float:
+    """Requests a second, when two batches of clients ask again as soon as they are answered."""
+    rng, finished = np.random.default_rng(0), 0
+    end = time.perf_counter() + seconds
+
+    async def client() -> None:
+        nonlocal finished
+        while time.perf_counter() < end:
+            await ask(states[finished % len(states)], how.but(num_steps=int(rng.choice(STEPS))))
+            finished += 1
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(2 * AT_ONCE)))
+    return finished / (time.perf_counter() - began)
+
+
+async def waits(
+    ask: Ask, states: Sequence[CascadeState], how: SamplingSpec, arrivals: Sequence[tuple[float, int]]
+) -> list[tuple[int, float]]:
+    """Steps of each request, and the seconds that it took, waiting included."""
+    began = time.perf_counter()
+
+    async def one(number: int, at: float, steps: int) -> tuple[int, float]:
+        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+        await ask(states[number % len(states)], how.but(num_steps=steps))
+        return steps, time.perf_counter() - began - at
+
+    return list(await asyncio.gather(*(one(i, at, steps) for i, (at, steps) in enumerate(arrivals))))
+
+
+def summary(took: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Median and 99th percentile of all, medians by steps."""
+    seconds = [one for _, one in took]
+    found = {f"p{share}": float(np.percentile(seconds, share)) for share in (50, 90, 99)}
+    by = {steps: [one for number, one in took if number == steps] for steps in STEPS}
+    return found | {f"{steps} steps": float(np.median(some)) for steps, some in by.items() if some}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cascade", type=Path)
+    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    cascade = options.cascade.absolute()
+    torch.set_num_threads(1)
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray.serve  # noqa: PLC0415
+
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.serve.start(logging_config={"enable_access_log": False})
+    states = states_of(cascade)
+    hops = bundle.load_cascade(cascade).spec.hops
+    how = next(link.how for link in hops if link.stage == STAGE)
+    figures: dict[str, Any] = {}
+    try:
+        asks = {
+            "requests": by_requests(cascade),
+            "steps": by_steps(cascade, "steps", shared=True),
+            "own calls": by_steps(cascade, "own-calls", shared=False),
+        }
+        capacity = asyncio.run(saturated(asks["requests"], states, how, options.seconds / 4))
+        rng = np.random.default_rng(1)
+        moments = np.cumsum(rng.exponential(1 / (options.load * capacity), 10_000))
+        arrivals = [(float(at), int(rng.choice(STEPS))) for at in moments if at < options.seconds]
+        figures = {"requests a second, saturated": capacity, "arrivals": len(arrivals)}
+        for name, ask in asks.items():
+            figures[name] = summary(asyncio.run(waits(ask, states, how, arrivals)))
+            sys.stdout.write(f"{name}: {figures[name]}\n")
+            sys.stdout.flush()
+    finally:
+        ray.shutdown()
+    text = json.dumps(figures, indent=2)
+    if options.json:
+        options.json.write_text(text)
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""How many CPUs are ours: those that this process may run on, and no more than its container is given."""
+
+import math
+import os
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available(own_group: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> int:
+    """CPUs that this process can keep busy, at least 1: affinity, and the quotas of control groups.
+
+    Args:
+        own_group: Where the kernel says which group the process is in.
+        root: Where it shows the groups, of version 2 or 1.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(quota(own_group, root))))
+
+
+def quota(own_group: Path, root: Path) -> float:
+    """CPUs' worth of time in each period, by the strictest of the groups around this process."""
+    lines = own_group.read_text().splitlines() if own_group.exists() else []
+    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    groups = [root / own.strip("/"), *(root / own.strip("/")).parents]
+    found = [share(text) for group in groups if (text := text_of(group / "cpu.max"))]
+    older = text_of(root / "cpu" / "cpu.cfs_quota_us"), text_of(root / "cpu" / "cpu.cfs_period_us")
+    if all(older) and int(older[0]) > 0:
+        found.append(int(older[0]) / int(older[1]))
+    return min(found, default=math.inf)
+
+
+def share(text: str) -> float:
+    """Of a `cpu.max`: microseconds, or max, in each period."""
+    limit, period = text.split()
+    return math.inf if limit == "max" else int(limit) / int(period)
+
+
+def text_of(path: Path) -> str:
+    """Of a file, or nothing."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
