@@ -2,7 +2,7 @@
 
 import math
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -14,15 +14,16 @@ def available(own_group: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS)
         own_group: Where the kernel says which group the process is in.
         root: Where it shows the groups, of version 2 or 1.
     """
-    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(quota(own_group, root))))
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota(own_group, root))))
 
 
 def quota(own_group: Path, root: Path) -> float:
     """CPUs' worth of time in each period, by the strictest of the groups around this process."""
     lines = own_group.read_text().splitlines() if own_group.exists() else []
     own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    groups = [root / own.strip("/"), *(root / own.strip("/")).parents]
-    found = [share(text) for group in groups if (text := text_of(group / "cpu.max"))]
+    places = [PurePosixPath(own), *PurePosixPath(own).parents]
+    texts = [text_of(root / str(place).strip("/") / "cpu.max") for place in places]
+    found = [share(text) for text in texts if text]
     older = text_of(root / "cpu" / "cpu.cfs_quota_us"), text_of(root / "cpu" / "cpu.cfs_period_us")
     if all(older) and int(older[0]) > 0:
         found.append(int(older[0]) / int(older[1]))

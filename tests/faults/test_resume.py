@@ -22,7 +22,7 @@ from tests.unit.workflows.tiny_run import saved
 from workflows.embeddings import embed
 from workflows.journal import curves
 from workflows.storage import Home
-from workflows.train_spec import TrainSpec
+from workflows.train_spec import ResourcesSpec, TrainSpec
 from workflows.training import DataError, PreemptedError, embeddings_of, inputs, train_stage
 
 pytestmark = [
@@ -201,3 +201,15 @@ def test_embeddings_that_are_damaged_or_gone_are_refused_by_name_and_made_anew_b
     embed_for(run, data)
     assert beside.read_bytes() == good
     assert sealed.verify(train_stage(spec, run=run, data=data)).facts["step"] == 4
+
+
+def test_a_stop_is_heard_while_workers_are_waited_for(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    spec = SPEC.but(name="waiting", resources=ResourcesSpec(cpus=64))  # which no node here will ever have
+    sign = threading.Timer(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    sign.start()
+    with pytest.raises(PreemptedError, match="waiting: stopped while it waited for workers; run the same"):
+        train_stage(spec, run=run, data=data)
+    sign.join()

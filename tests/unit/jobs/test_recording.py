@@ -103,7 +103,7 @@ def test_what_serves_no_cascade_of_ours_is_not_judged(monkeypatch: pytest.Monkey
     def answers(*_: Any, **__: Any) -> httpx.Response:
         return httpx.Response(200, headers={"x-model-version": "' or 1=1"})
 
-    monkeypatch.setattr(httpx, "get", answers)
+    monkeypatch.setattr(httpx.Client, "get", answers)
     with pytest.raises(EndpointError, match="is no endpoint of ddiff"):
         recording.served("http://x")
 

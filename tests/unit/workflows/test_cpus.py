@@ -16,7 +16,7 @@ def told(root: Path, group: str, **quotas: str) -> tuple[Path, Path]:
     for place in (Path(group), *Path(group).parents):
         where = root / str(place).strip("/")
         where.mkdir(parents=True, exist_ok=True)
-        if quota := quotas.get(place.name or "root"):
+        if quota := quotas.get(place.name or "top"):
             (where / "cpu.max").write_text(f"{quota}\n")
     return own, root
 
@@ -28,7 +28,7 @@ def told(root: Path, group: str, **quotas: str) -> tuple[Path, Path]:
         ({"pod": "max 100000"}, math.inf),
         ({"pod": "250000 100000"}, 2.5),
         ({"pod": "400000 100000", "slice": "150000 100000"}, 1.5),  # the strictest around it
-        ({"root": "50000 100000"}, 0.5),
+        ({"top": "50000 100000"}, 0.5),
     ],
 )
 def test_the_strictest_quota_of_the_groups_around_a_process_counts(

@@ -18,7 +18,7 @@ from tests.unit.dd_core.test_checkpoint_ranks import NET
 from workflows.outcome import DecidedError, Outcome, decided
 from workflows.storage import StorageError
 from workflows.train_spec import TrainSpec
-from workflows.training import UNUSED, Trainer, error_of, may_lose_nodes
+from workflows.training import NOT_STARTED, UNUSED, Trainer, error_of, may_lose_nodes, not_started
 
 STAGE = UpsamplerSpec(net=NET, image_size=16, factor=2, crop=16)
 SPEC = TrainSpec(
@@ -87,6 +87,17 @@ def test_ray_train_starts_nothing_for_datasets_and_placement_groups() -> None:
     theirs = asked(ray.train.torch.TorchTrainer)
     assert theirs >= UNUSED  # another Ray may call them otherwise
     assert asked(Trainer) == theirs - UNUSED
+
+
+def test_workers_that_do_not_start_are_told_from_other_failures_by_the_names_that_ray_has_for_them() -> None:
+    for name in NOT_STARTED:
+        assert issubclass(
+            getattr(ray.train.v2._internal.exceptions, name), Exception
+        )  # or Ray has renamed it
+    waited = ray.train.ControllerError(ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError(2))
+    assert not_started(waited)
+    assert not not_started(ray.train.ControllerError(ValueError("a bug")))
+    assert not not_started(ray.train.WorkerGroupError("lost", {}))
 
 
 @pytest.mark.parametrize(
