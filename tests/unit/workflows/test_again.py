@@ -1,5 +1,8 @@
 """What is done again and again: it is done once more at the end, and never hides why the end came."""
 
+import errno
+import threading
+
 import pytest
 
 from workflows.again import Again
@@ -31,3 +34,16 @@ def test_the_last_time_comes_after_all_that_was_done_inside() -> None:
     with Again(lambda: sent.append("".join(written)), every_s=SELDOM_S):
         written += ["a", "b"]
     assert sent == ["ab"]
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_end_it() -> None:
+    tried, again = list[int](), threading.Event()
+
+    def act() -> None:
+        tried.append(len(tried))
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        again.set()
+
+    with Again(act, every_s=0.01, at_end=False):
+        assert again.wait(30)

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,13 +16,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from serve import app
 from workflows.evaluation import (
     Answer,
     EndpointError,
+    client_of,
     evaluate_endpoint,
     scores,
     verdict,
     wilson,
+    write_down,
 )
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case, training_caption
@@ -119,6 +123,23 @@ def moody_url() -> Iterator[str]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def test_an_endpoint_here_is_asked_past_the_proxies_of_the_environment(
+    moody_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    with client_of(moody_url, 20) as client:
+        assert client.get("/health/live").json() == {"status": "live"}
+    assert app.serving(moody_url)
+
+
+def test_a_picture_that_did_not_come_is_not_that_of_the_cascade_judged_before(tmp_path: Path) -> None:
+    write_down(tmp_path, [{}, {}], [Answer(b"first"), Answer(b"second")])
+    write_down(tmp_path, [{}, {}], [Answer(b"", "HTTP 500"), Answer(b"other")])
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == {"00001.png": b"other"}
 
 
 def test_what_fails_is_asked_again_and_a_refusal_counts_as_wrong_at_once(
