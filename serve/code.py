@@ -8,7 +8,7 @@ from dd_core.sealed import digest_of, sha256
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dd_core", "jobs", "serve", "workflows")
-KINDS = (".py", ".typed", ".css")
+KINDS = (".py", ".typed", ".css", ".c")
 """What is installed of them; the rest is for people and builders."""
 
 

@@ -8,10 +8,8 @@ of it, so it is verified again before it is opened, and fetched anew if it is da
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import fsspec
 
 from dd_core import sealed
+from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -40,7 +39,7 @@ def on_this_machine(address: str, digest: str) -> Path:
         return Path(address.removeprefix("file://")).resolve()
     if not DIGEST.fullmatch(digest):
         raise ValueError(f"{address} is fetched by its digest; set digest, as `ddiff deploy` does")
-    place = cache() / digest
+    place = scratch_directory("cascades") / digest
     if not whole(place):
         fetch(address, digest, place)
     return place
@@ -66,16 +65,6 @@ def whole(place: Path) -> bool:
 def in_a_store(address: str) -> bool:
     """Whether it has to be fetched."""
     return "://" in address and not address.startswith("file://")
-
-
-def cache() -> Path:
-    """Where fetched cascades lie; only their owner may look into it."""
-    base = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}" / "cascades"
-    for place in (base.parent, base):  # a mode is of the last directory that is made alone
-        place.mkdir(mode=0o700, exist_ok=True)
-        if place.stat().st_uid != os.getuid():
-            raise OSError(f"{place} belongs to somebody else; set TMPDIR to a directory of your own")
-    return base
 
 
 def fetch(address: str, digest: str, place: Path) -> None:

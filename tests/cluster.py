@@ -122,6 +122,7 @@ def mlflow_server(database: str, host: str, directory: Path) -> Iterator[Mlflow]
         f"database_uri = {database}/users\nadmin_username = trainer\n"
         f"admin_password = {CANARIES['MLFLOW_TRACKING_PASSWORD']}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        "auth_cache_ttl_seconds = 300\n"  # a password is hashed once, not with every request
     )
     users.chmod(0o600)
     environment = os.environ | {

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from dd_core import sealed
+from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 FETCHES = 2
@@ -315,11 +315,11 @@ def said(address: str) -> Iterator[None]:
 
 def scratch(root: str) -> Path:
     """This machine's own directory for a run in a store; only its owner may look into it."""
-    base = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}"
-    base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if base.stat().st_uid != os.getuid():
-        raise AddressError(f"{base} belongs to somebody else; set TMPDIR to a directory of your own")
-    return base / hashlib.sha256(root.encode()).hexdigest()[:16]
+    try:
+        mine = scratch_directory()
+    except PermissionError as error:
+        raise AddressError(str(error)) from None
+    return mine / hashlib.sha256(root.encode()).hexdigest()[:16]
 
 
 def send_directory(fs: Any, path: Path, address: str) -> None:

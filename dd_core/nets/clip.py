@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dd_core.nets.packed import Packing, packing, upto_end
 from dd_core.nets.places import grid_waves
 from dd_core.spec import Spec
+from dd_core.towers import open_clip
 
 
 class ClipNetSpec(Spec):
@@ -109,23 +110,22 @@ class Clip(nn.Module):
     def __init__(self, spec: ClipNetSpec) -> None:
         super().__init__()
         self.spec = spec
-        import open_clip.model  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
-
-        vision = open_clip.model.CLIPVisionCfg(
+        model = open_clip().model
+        vision = model.CLIPVisionCfg(
             layers=spec.image_layers,
             width=spec.image_width,
             head_width=spec.head_width,
             patch_size=spec.patch_size,
             image_size=spec.image_size,
         )
-        text = open_clip.model.CLIPTextCfg(
+        text = model.CLIPTextCfg(
             context_length=spec.context_length,
             vocab_size=spec.vocab_size,
             width=spec.text_width,
             heads=spec.text_heads or spec.text_width // spec.head_width,
             layers=spec.text_layers,
         )
-        self.towers = open_clip.model.CLIP(spec.embedding_width, vision, text, quick_gelu=spec.quick_gelu)
+        self.towers = model.CLIP(spec.embedding_width, vision, text, quick_gelu=spec.quick_gelu)
         if spec.stem == "convolutions":
             self.towers.visual.conv1 = convolutions(spec)
         self.begin_places()

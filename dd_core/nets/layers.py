@@ -1,27 +1,21 @@
-"""What image networks are made of: normalisation told the noise level, residual blocks, attention.
+"""What image networks are made of: residual blocks told the noise level, attention, changes of size.
 
 Every block maps features `b c h w` to features `b c h w`, kept in memory with channels innermost
 (channels_last), and is told the same two things: the noise level and, if it attends, the caption.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeVar, assert_never
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dd_core.nets.attention import attend
+from dd_core.nets.norm import Norm
 
 Resample = Literal["same", "down", "up"]
-EPSILON = 1e-5
-CACHED = 2**18
-"""Elements that passes over a few samples work on at a time: 1 MiB of float32."""
-LARGE = 1024
-"""Pixels of a map from which on PyTorch's GroupNorm is fast with channels innermost."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -63,146 +57,6 @@ def sinusoids(values: Float[Tensor, " b"], width: int) -> Float[Tensor, " b w"]:
     exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
     angles = values.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def modulated_norm(
-    x: Float[Tensor, " b c h w"],
-    gain: Float[Tensor, " b c"],
-    offset: Float[Tensor, " b c"],
-    *,
-    groups: int,
-    silu: bool,
-) -> Float[Tensor, " b c h w"]:
-    """SiLU(GroupNorm(x) * gain + offset), in the dtype of x, its statistics in float32.
-
-    PyTorch's own GroupNorm on the CPU takes 28 times as long backwards with channels innermost as
-    with pixels innermost, while convolutions want the opposite; so the CPU, when it is not
-    compiling, gets a pair of passes of its own.  Elsewhere the three library calls are the best, and
-    so they are on the CPU for small maps in float32 that need no gradient.
-
-    Source: Wu & He 2018 (arXiv:1803.08494); gain and offset per sample as in Dhariwal & Nichol 2021
-    (arXiv:2105.05233), section 3, "AdaGN".
-    """
-    plainly = not torch.is_grad_enabled() and x.dtype == torch.float32 and x[0, 0].numel() < LARGE
-    if x.device.type == "cpu" and not plainly and not torch.compiler.is_compiling():
-        return _ModulatedNorm.apply(x, gain.float(), offset.float(), groups, silu)
-    return plain_modulated_norm(x, gain, offset, groups=groups, silu=silu)
-
-
-def plain_modulated_norm(
-    x: Float[Tensor, " b c h w"],
-    gain: Float[Tensor, " b c"],
-    offset: Float[Tensor, " b c"],
-    *,
-    groups: int,
-    silu: bool,
-) -> Float[Tensor, " b c h w"]:
-    """`modulated_norm` as its formula reads, out of library calls."""
-    with torch.autocast("cuda", enabled=False):  # there it would write the norm out in float32
-        unit = F.group_norm(x, groups, eps=EPSILON)
-        z = torch.addcmul(offset.to(x)[:, :, None, None], unit, gain.to(x)[:, :, None, None])
-        return F.silu(z) if silu else z
-
-
-class _ModulatedNorm(torch.autograd.Function):
-    """Works on `b n c`, n pixels of c channels: everything is a row operation there.
-
-    What happens between reading x and writing the result is in float32 even if x is not: element by
-    element bfloat16 costs the CPU up to eight times as much, a conversion a third of one pass.  It
-    happens to a few samples at a time, so that it stays in the cache and asks for no new memory.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> Tensor:
-        unit, scale = _normalized(x, groups)
-        gain, offset = gain[:, None], offset[:, None]
-        ctx.save_for_backward(unit, scale, gain, offset)
-        ctx.silu, ctx.groups = silu, groups  # type: ignore[attr-defined]
-        learning = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        out = torch.empty_like(unit) if learning else unit
-        for y, u, g, o in _samples(out, unit, gain, offset):
-            z = torch.addcmul(o, u, g, out=y if y.dtype == torch.float32 else None)
-            z = F.silu(z, inplace=True) if silu else z
-            if z is not y:
-                y.copy_(z)
-        return _as_image(out, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        unit, scale, gain, offset = ctx.saved_tensors  # type: ignore[attr-defined]
-        silu, groups = ctx.silu, ctx.groups  # type: ignore[attr-defined]
-        rows = _as_rows(grad)
-        d_x, d_affine = torch.empty_like(rows), gain.new_empty(len(rows), 2, gain.shape[2])
-        for d_u, d_a, dy, u, s, g, o in _samples(d_x, d_affine, rows, unit, scale, gain, offset):
-            dz = dy.float()
-            if silu:
-                dz = torch.ops.aten.silu_backward(dz, torch.addcmul(o, u, g))
-            torch.cat([dz.sum(1, keepdim=True), (dz * u).sum(1, keepdim=True)], dim=1, out=d_a)
-            lean, turn = (_group_mean(g * d_a, groups) * (s / -rows.shape[1])).split(1, dim=1)
-            d_u.copy_(torch.addcmul(lean, u, turn).addcmul_(dz, s * g))
-        d_offset, d_gain = d_affine.unbind(1)
-        return _as_image(d_x, grad), d_gain, d_offset, None, None
-
-
-def _samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All of these, as many samples at a time as stay in the cache."""
-    few = max(1, CACHED // rows[0].numel())
-    if few >= len(rows):
-        return iter([(rows, *parts)])
-    return zip(*(part.split(few) for part in (rows, *parts)), strict=True)
-
-
-def _normalized(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Rows of zero mean and unit variance in each group, and 1 / standard deviation as `b 1 c`."""
-    batch, channels, height, width = x.shape
-    pixels = height * width
-    if pixels >= LARGE:
-        one, zero = torch.ones(channels), torch.zeros(channels)
-        unit, _, rstd = torch.native_group_norm(x, one, zero, batch, channels, pixels, groups, EPSILON)
-        return _as_rows(unit), rstd.repeat_interleave(channels // groups, dim=1)[:, None]
-    rows = _as_rows(x).float()  # the library's loop over small maps is not vectorised: 10 times slower
-    sums = torch.cat([rows.sum(1, keepdim=True), (rows * rows).sum(1, keepdim=True)], dim=1)
-    mean, square = (_group_mean(sums, groups) / pixels).split(1, dim=1)
-    scale = torch.rsqrt((square - mean**2).clamp_min(0) + EPSILON)
-    return torch.addcmul(-mean * scale, rows, scale).to(x.dtype), scale
-
-
-def _group_mean(values: Tensor, groups: int) -> Tensor:
-    """Mean over the channels of each group, given back to each of its channels: `b n c` to `b n c`."""
-    parts = values.unflatten(2, (groups, -1))
-    return parts.mean(3, keepdim=True).expand_as(parts).flatten(2)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-def _as_image(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
-
-
-class Norm(nn.Module):
-    """Group normalisation with an affine map per channel, a further one per sample, and SiLU."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(
-        self,
-        x: Float[Tensor, " b c h w"],
-        scale_shift: Float[Tensor, " b 2*c"] | None = None,
-        *,
-        silu: bool = True,
-    ) -> Float[Tensor, " b c h w"]:
-        gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
-        if scale_shift is not None:
-            scale, shift = scale_shift.float().chunk(2, dim=1)
-            gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
-        return modulated_norm(x, gain, offset, groups=self.groups, silu=silu)
 
 
 class ResBlock(nn.Module):

@@ -15,6 +15,7 @@ from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.ranks import gathered
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.towers import open_clip
 
 
 class ClipSpec(LearnedSpec):
@@ -145,12 +146,10 @@ def published(spec: ClipSpec) -> Trained:
         raise ValueError(f"clip.pretrained: there is no file {file!r}")
     quick_gelu = net.quick_gelu or tag == "openai"
     try:
-        import open_clip  # noqa: PLC0415 seconds, which nobody waits for who only reads specs
-
-        towers = open_clip.create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
+        towers = open_clip().create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
-    preprocess = open_clip.get_model_preprocess_cfg(towers)
+    preprocess = open_clip().get_model_preprocess_cfg(towers)
     net = net.but(quick_gelu=quick_gelu, mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]))
     clip = Clip(net)
     clip.towers.load_state_dict(towers.state_dict())

@@ -23,6 +23,7 @@ from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
 from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.clip import clip_of, embedding_of
+from dd_core.towers import open_clip
 
 LEVEL_WIDTH = 128
 """Sinusoids that describe a noise level."""
@@ -68,13 +69,8 @@ class NoisedClip(nn.Module):
     def __init__(self, spec: ClipNetSpec) -> None:
         super().__init__()
         self.spec = spec
-        from open_clip.transformer import (  # noqa: PLC0415 seconds, which a spec need not cost
-            LayerNorm,
-            QuickGELU,
-            VisionTransformer,
-        )
-
-        self.visual = VisionTransformer(
+        parts = open_clip().transformer
+        self.visual = parts.VisionTransformer(
             image_size=spec.image_size,
             patch_size=spec.patch_size,
             width=spec.image_width,
@@ -82,8 +78,8 @@ class NoisedClip(nn.Module):
             heads=spec.image_width // spec.head_width,
             mlp_ratio=4.0,
             output_dim=spec.embedding_width,
-            act_layer=QuickGELU if spec.quick_gelu else nn.GELU,
-            norm_layer=LayerNorm,
+            act_layer=parts.QuickGELU if spec.quick_gelu else nn.GELU,
+            norm_layer=parts.LayerNorm,
         )
         if spec.stem == "convolutions":
             self.visual.conv1 = convolutions(spec)

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),  # Ray's and MLflow's, of themselves
 ]
-STEPS = 200
+STEPS = 120
 TRAIN = (
     "submit", "train", "upsampler", "--recipe", "smoke", "--set", "shapes.pairs=32",
     "--set", f"stages.upsampler.budget.steps={STEPS}",

@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-STEPS = 150
+STEPS = 60
 
 
 def stage(name: str, seed: int, **more: object) -> TrainSpec:
@@ -45,7 +45,7 @@ def stage(name: str, seed: int, **more: object) -> TrainSpec:
         name=name,
         stage=UpsamplerSpec(net=NET, image_size=32, factor=2, crop=16),
         optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
-        budget=Budget(steps=STEPS, checkpoint_every=50, report_every=1),
+        budget=Budget(steps=STEPS, checkpoint_every=20, report_every=1),
         batch_size=8,
         seed=seed,
     ).but(**more)

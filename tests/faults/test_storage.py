@@ -110,7 +110,7 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     store: str, data: Home, ray_of_store: None, tmp_path: Path
 ) -> None:
     # long enough for a sign in the store to be seen: it is looked for once in a while
-    budget = Budget(steps=600, checkpoint_every=50, report_every=1)
+    budget = Budget(steps=400, checkpoint_every=50, report_every=1)
     spec = SPEC.but(name="cut", restarts=2, budget=budget)
     local = tmp_path / "data"
     data.fetch(*data.names())
@@ -128,19 +128,19 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     assert beside == ["manifest.json", *(f"part-{number:05d}.parquet" for number in range(3))]
     stage = run.at("cut")
     when_step(stage.here, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 600"):
+    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 400"):
         train_stage(spec, run=run, data=data)
     assert [name for name in stage.names() if name in ("checkpoints", "stop")] == ["checkpoints"]
     forgotten(run)
-    when_step(stage.here, 500, kill_a_worker)
+    when_step(stage.here, 300, kill_a_worker)
     made = train_stage(spec, run=run, data=data)
     assert_same(made / "weights.safetensors", whole / "weights.safetensors")
     forgotten(run)
     stage.fetch(JOURNAL)
     lines = (stage.here / JOURNAL).read_text().splitlines()
     steps = [line for line in lines if '"train/loss"' in line]
-    assert len(steps) == 600  # none lost, none twice
-    assert list(curves(stage.here / JOURNAL)["train/loss"]) == list(range(1, 601))
+    assert len(steps) == 400  # none lost, none twice
+    assert list(curves(stage.here / JOURNAL)["train/loss"]) == list(range(1, 401))
     assert len(stage.at("checkpoints").names()) == spec.checkpoints_kept
     before = storage.store(run.root).info(stage.at("bundle/manifest.json").address)["ETag"]
     assert train_stage(spec, run=run, data=data).name == "bundle"

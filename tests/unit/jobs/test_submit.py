@@ -74,8 +74,8 @@ def test_the_pack_is_our_code_and_the_whole_configuration(
     with packed(order, {"DDIFF_STORAGE": "s3://bucket/runs"}) as (directory, pack):
         files = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
         ours = {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-        assert ours | {Path(CONFIG), Path("workflows/report.css")} <= files
-        assert {path.suffix for path in files} <= {".py", ".css", ".yaml", ".typed"}
+        assert ours | {Path(CONFIG), Path("workflows/report.css"), Path("dd_core/nets/norm.c")} <= files
+        assert {path.suffix for path in files} <= {".py", ".css", ".c", ".yaml", ".typed"}
         assert (pack.files, pack.bytes) == (
             len(files),
             sum((directory / file).stat().st_size for file in files),

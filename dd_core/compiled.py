@@ -1,0 +1,62 @@
+"""Loops in C, compiled by the machine that runs them: for its own processor, in a second, once.
+
+PyTorch's operations work on whole tensors; where a CPU passes over memory ten times for what one loop does,
+the loop is written out.  Whoever calls has the same in PyTorch's operations, for machines without gcc.
+"""
+
+import ctypes
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import uuid
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dd_core.scratch import scratch_directory
+
+log = logging.getLogger(__name__)
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+
+
+@cache
+def compiled(source: Path) -> ctypes.CDLL | None:
+    """The library made of a C file, or None, said once, where there is no gcc or it fails.
+
+    OpenMP's threads are PyTorch's own: on Linux both ask for libgomp.so.1, which PyTorch has loaded.
+    """
+    gcc = shutil.which("gcc")
+    if gcc is None or sys.platform != "linux":
+        log.warning(
+            "%s needs gcc on Linux (Debian: apt-get install gcc libc6-dev); slower without", source.name
+        )
+        return None
+    try:
+        return ctypes.CDLL(str(library(gcc, source)))
+    except subprocess.CalledProcessError as error:
+        log.warning("%s did not compile, slower without: %s", source.name, error.stderr.decode().strip())
+    except OSError as error:
+        log.warning("%s could not be loaded, slower without: %s", source.name, error)
+    return None
+
+
+def library(gcc: str, source: Path) -> Path:
+    """The compiled file, made unless it is there for this source, these flags and this processor.
+
+    Raises:
+        subprocess.CalledProcessError: gcc fails.
+        OSError: Of the directory it is kept in.
+    """
+    processor = repr(sorted(torch.cpu.get_capabilities().items()))
+    key = hashlib.sha256("\0".join([source.read_text(), *FLAGS, processor]).encode()).hexdigest()[:16]
+    made = scratch_directory("compiled") / f"{source.stem}-{key}.so"
+    if not made.exists():
+        draft = made.with_suffix(f".{uuid.uuid4().hex}")  # several may be at it; the last one's stays
+        subprocess.run(  # noqa: S603 our own source
+            [gcc, *FLAGS, source, "-o", draft, "-lm"], check=True, capture_output=True
+        )
+        draft.rename(made)
+    return made
