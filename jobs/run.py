@@ -90,7 +90,7 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
                 plan = announce(spec, joined())
                 spec = as_planned(spec, plan) if node_groups() else spec
             made = run_pipeline(spec, run=home, tracked=tracking)
-        before, url = judged_before(home, made, way), ""
+        shown, before, url = home.facts("summary.json"), judged_before(home, made, way), ""
         if joins_cluster():  # its Serve is one for all: what is on the air there stays
             scores = before or {}
         elif address or (way.possible and not before):
@@ -99,7 +99,8 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
         else:
             scores = before or {}
         facts = write_summary(home, spec, made, way, scores)
-        if not before or not home.has("report.html") or not told_scores(tracking, facts, way):
+        known = all(shown.get(name) == facts[name] for name in ("digest", way.by))
+        if not known or not home.has("report.html") or not told_scores(tracking, facts, way):
             report(home, spec, tracking, facts, way)
             facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
         if not whole(scores):
@@ -231,6 +232,7 @@ def judged_before(home: Home, made: RunResult, way: Way) -> dict[str, Any] | Non
 def judged(home: Home, url: str, way: Way) -> dict[str, Any]:
     """The scores of the cascade served there; the pictures stay in the run directory."""
     log.info("judging %d pictures painted by %s", way.spec.captions, url)
+    home.drop("evaluation")  # of a cascade before
     with timed(home, "evaluation", "total"):
         scores = judge_endpoint(url, way, keep=home.here / "evaluation")
     home.send("evaluation")

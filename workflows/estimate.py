@@ -7,8 +7,7 @@ taken.  A check that costs a second, not a model of memory that must be kept tru
 """
 
 import math
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dd_core.nets import attention
+from dd_core.devices import imagined
 from dd_core.precision import autocast
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import build_stage
@@ -176,23 +175,18 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu:
         return tensor
 
     stage.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), numbers(spec, gpu=gpu):
+    kept_by = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with kept_by, numbers(spec, gpu=gpu), imagined("cuda" if gpu else "cpu"):
         stage(batch, phase)
     return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)
 
 
-@contextmanager
-def numbers(spec: TrainSpec, *, gpu: bool) -> Iterator[None]:
-    """What forward computes in on such a device; on a GPU no attention is written out."""
+def numbers(spec: TrainSpec, *, gpu: bool) -> torch.autocast:
+    """What forward computes in on such a device."""
     precision = spec.optimizer.precision
     if gpu and precision == "auto":
         precision = "bf16"
-    few, attention.FEW = attention.FEW, 0 if gpu else attention.FEW
-    try:
-        with autocast(torch.device("cpu"), precision):
-            yield
-    finally:
-        attention.FEW = few
+    return autocast(torch.device("cpu"), precision)
 
 
 def size(tensor: Tensor) -> int:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dd_core.devices import kind_of
+
 FEW = 512
 """Keys up to which the products are written out: their square is held in memory."""
 
@@ -21,7 +23,7 @@ def attend(
     four times backward as the products written out (2-core AVX512-bf16 box, 64 queries, 96 keys, torch
     2.15), so there they are written out while keys are few.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > FEW:
+    if kind_of(q) != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > FEW:
         return F.scaled_dot_product_attention(q, k, v, mask)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:

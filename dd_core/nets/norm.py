@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dd_core.compiled import compiled
+from dd_core.devices import kind_of
 
 EPSILON = 1e-5
 CACHED = 2**18
@@ -61,7 +62,7 @@ def modulated_norm(
     Source: Wu & He 2018 (arXiv:1803.08494); gain and offset per sample as in Dhariwal & Nichol 2021
     (arXiv:2105.05233), section 3, "AdaGN".
     """
-    plainly = x.device.type != "cpu" or x.dtype not in KINDS or not x.numel()
+    plainly = kind_of(x) != "cpu" or x.dtype not in KINDS or not x.numel()
     if not plainly and not torch.compiler.is_compiling():
         rows = x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
         gain, offset = gain.float().contiguous(), offset.float().contiguous()

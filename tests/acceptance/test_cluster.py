@@ -294,11 +294,13 @@ def test_a_node_keeps_nothing_that_another_would_need(run: Done) -> None:
     for node in (run.on.head, *run.on.nodes):
         for path in node.home.glob("ddiff-*"):
             shutil.rmtree(path)
+    page = storage.store(run.home.root).info(run.home.at("report.html").address)["ETag"]
     again = ddiff(run.on, "submit", "smoke", *(word for change in CHANGES for word in ("--set", change)))
     assert again.stdout.strip() == "smoke.2"
     assert wait_for_end(run.on, "smoke.2")["status"] == "SUCCEEDED"
     log = ddiff(run.on, "logs", "smoke.2").stdout
     assert [len(re.findall(rf"\b{name}: done before", log)) for name in STAGES] == [1] * len(STAGES)
+    assert storage.store(run.home.root).info(run.home.at("report.html").address)["ETag"] == page
 
 
 def test_its_scores_are_kept_with_the_cascade_and_with_the_run(run: Done) -> None:

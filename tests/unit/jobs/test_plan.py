@@ -27,6 +27,7 @@ from jobs.plan import (
     written,
 )
 from jobs.recipes import smoke
+from workflows.estimate import needs
 from workflows.made_of import MadeOf
 from workflows.prepare import how
 from workflows.run_spec import RunSpec
@@ -314,6 +315,18 @@ def test_the_recipes_for_a_laptop_are_planned_and_fit(name: str) -> None:
     spec = recipe_spec(name)
     assert isinstance(spec, RunSpec)
     refuse(plan_of(spec, [ROOMY._replace(cpus=2, memory_bytes=16 * 2**30)], run=f"runs/{name}"))
+
+
+@pytest.mark.parametrize("name", ["adm", "glide.paper", "consistency.paper", "latent.paper", "unclip.large"])
+def test_the_published_sizes_fit_the_gpus_that_they_ask_for(name: str) -> None:
+    spec = recipe_spec(name)
+    assert isinstance(spec, RunSpec)
+    assert spec.pairs is not None
+    found = needs(spec.stages, context_length=spec.pairs.context_length, run=Path("nowhere"), gpus=8)
+    asked = {stage.name: stage.resources.gpu_memory_gib for stage in spec.stages}
+    full = {stage: found[stage].total_on_gpu / 2**30 / gib for stage, gib in asked.items() if gib}
+    assert full
+    assert {stage: share for stage, share in full.items() if share > 0.9} == {}
 
 
 def left(stage: Path, made_of: MadeOf, *, bundle_too: bool) -> str:
