@@ -302,8 +302,16 @@ def gpu() -> Iterator[Finding]:
     """Whether torch can use the GPU that is here."""
     import torch  # noqa: PLC0415 the other checks do not need it
 
+    from dd_core.compiled import compiled  # noqa: PLC0415 nor torch
+    from dd_core.nets import norm  # noqa: PLC0415
+
     if not DRIVER.exists():
-        yield Finding("gpu", "ok", "no NVIDIA driver on this machine: what runs here runs on the CPU")
+        says = "no NVIDIA driver on this machine: what runs here runs on the CPU"
+        if compiled(norm.SOURCE):
+            yield Finding("gpu", "ok", says)
+        else:
+            fix = "apt-get install gcc libc6-dev"
+            yield Finding("gpu", "warn", f"{says}, where training takes half as long again without gcc", fix)
         return
     driver = DRIVER.read_text().splitlines()[0].split("  ")
     version = next((part.strip() for part in driver[1:] if part.strip()), "?")

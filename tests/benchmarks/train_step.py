@@ -1,6 +1,6 @@
 """Samples per second of a training step: our UNet against diffusers' of equal width and blocks.
 
-    python -m tests.benchmarks.train_step [--rounds 7] [--batch 16] [--compile] [--one-thread] [--json FILE]
+    python -m tests.benchmarks.train_step [--rounds 7] [--batch 16] [--compile] [--who ours,same]
 
 A step is forward, backward and a fused AdamW step at 64 px with captions.  Two peers: `same`,
 diffusers' UNet2DConditionModel with exactly our blocks and our weights, whose loss in float32 is
@@ -203,14 +203,15 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = batch_of(options.batch, device)
     difference = same_loss(batch)
-    gflop = {who: gflop_of(network_of(who)) for who in WHO}
+    whom = options.who.split(",")
+    gflop = {who: gflop_of(network_of(who)) for who in whom}
     modes = modes_on(device)
     if options.compile:  # the faster numbers, in both layouts
         modes = tuple(f"{mode} compiled" for mode in modes[-2:])
     if options.modes:
         modes = tuple(options.modes.split(","))
     contestants = [
-        contestant(who, mode, network_of(who).to(device), batch, gflop[who]) for mode in modes for who in WHO
+        contestant(who, mode, network_of(who).to(device), batch, gflop[who]) for mode in modes for who in whom
     ]
     rows = []
     for one, seconds in zip(contestants, race(contestants, options.rounds), strict=True):
@@ -219,17 +220,17 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             {"who": one.who, "mode": one.mode, "samples_per_s": rate, "gflops": rate * one.gflop}
             | {"seconds": [round(value, 4) for value in seconds]}
         )
-    best = {who: max(row["samples_per_s"] for row in rows if row["who"] == who) for who in WHO}
+    best = {who: max(row["samples_per_s"] for row in rows if row["who"] == who) for who in whom}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "load": os.getloadavg(),
         "loss_difference": difference,
-        "parameters": {who: sum(p.numel() for p in network_of(who).parameters()) for who in WHO},
+        "parameters": {who: sum(p.numel() for p in network_of(who).parameters()) for who in whom},
         "gflop_per_sample": gflop,
         "ceiling_gflops": ceiling(device),
         "rows": rows,
-        "ratios": {f"ours / {who}": best["ours"] / best[who] for who in ("same", "default")},
+        "ratios": {f"ours / {who}": best["ours"] / best[who] for who in whom[1:]},
     }
 
 
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--compile", action="store_true", help="compare the compiled networks instead")
     parser.add_argument("--modes", help="only these, joined by commas")
+    parser.add_argument("--who", default=",".join(WHO), help="ours first, and some of the others")
     parser.add_argument("--one-thread", action="store_true", help="see above, on a busy box")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from jobs import environment
 from jobs.cli import main
-from jobs.doctor import cluster, findings, installed, resources
+from jobs.doctor import cluster, findings, gpu, installed, resources
 from jobs.nodes import UNSTARTED
 from jobs.plan import plan_of
 from jobs.recipes import smoke
@@ -47,6 +47,16 @@ def doctor(*words: str, code: int) -> dict[str, list[dict[str, Any]]]:
         assert one["state"] == "ok" or one["fix"], one
         found.setdefault(one["check"], []).append(one)
     return found
+
+
+@pytest.mark.parametrize(("library", "state"), [(None, "warn"), (object(), "ok")])
+def test_a_cpu_without_a_compiler_is_told_how_to_be_faster(
+    library: object, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.doctor.DRIVER", tmp_path / "none")
+    monkeypatch.setattr("dd_core.compiled.compiled", lambda source: library)
+    (found,) = gpu()
+    assert (found.state, found.fix) == (state, "" if library else "apt-get install gcc libc6-dev")
 
 
 def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
