@@ -7,6 +7,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
         else:
             scores = before or {}
         facts = write_summary(home, spec, made, way, scores)
-        known = all(shown.get(name) == facts[name] for name in ("digest", way.by))
+        known = all(shown.get(name) == facts[name] for name in ("digest", "evaluation", way.by))
         if not known or not home.has("report.html") or not told_scores(tracking, facts, way):
             report(home, spec, tracking, facts, way)
             facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
@@ -232,9 +233,12 @@ def judged_before(home: Home, made: RunResult, way: Way) -> dict[str, Any] | Non
 def judged(home: Home, url: str, way: Way) -> dict[str, Any]:
     """The scores of the cascade served there; the pictures stay in the run directory."""
     log.info("judging %d pictures painted by %s", way.spec.captions, url)
-    home.drop("evaluation")  # of a cascade before
     with timed(home, "evaluation", "total"):
-        scores = judge_endpoint(url, way, keep=home.here / "evaluation")
+        fresh = home.here / "evaluation.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        scores = judge_endpoint(url, way, keep=fresh)
+        home.drop("evaluation")  # of a cascade before
+        fresh.rename(home.here / "evaluation")
     home.send("evaluation")
     return scores
 

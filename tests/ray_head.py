@@ -17,7 +17,9 @@ from typing import NamedTuple
 import httpx
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = iter(range(7000 + os.getpid() % 1000, 10_000))
+SHARE = 3000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+FIRST = 7000 + SHARE * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+NUMBERS = iter(range(FIRST + os.getpid() % (SHARE // 3), FIRST + SHARE))
 
 
 class Head(NamedTuple):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from PIL import Image
 
 from dd_core import bundle, sealed
 from jobs.cli import main
+from tests.ray_head import free_ports
 from workflows.tracking import curves
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -84,9 +84,7 @@ def killed_at_the_second_stage(here: Path) -> int:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     here = tmp_path_factory.mktemp("here")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)  # not one that is given to another while this is trained
     saved = killed_at_the_second_stage(here)
     done = ddiff(here, *RUN, "--serve", "--port", str(port))
     try:

@@ -132,8 +132,10 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
         train_stage(spec, run=run, data=data)
     assert [name for name in stage.names() if name in ("checkpoints", "stop")] == ["checkpoints"]
     forgotten(run)
-    when_step(stage.here, 300, kill_a_worker)
+    killed: list[int] = []
+    when_step(stage.here, 300, lambda: killed.append(kill_a_worker()))
     made = train_stage(spec, run=run, data=data)
+    assert killed
     assert_same(made / "weights.safetensors", whole / "weights.safetensors")
     forgotten(run)
     stage.fetch(JOURNAL)
