@@ -232,8 +232,9 @@ def test_a_driver_and_a_node_are_lost_and_the_run_is_finished(
     summary = json.loads(run.home.text("summary.json"))
     assert summary["bundle"] == "s3://bucket/runs/smoke/cascade"
     assert set(summary["stages"]) == set(STAGES)
-    for name in STAGES:  # each was done once, and not again by the second driver
-        assert len(re.findall(rf"\b{name}: done in ", run.log)) == 1
+    for name in STAGES:  # each once, and not again by the second driver; the first may die before it says so
+        done = len(re.findall(rf"\b{name}: done in ", run.log))
+        assert done == 1 or (done == 0 and f"{name}: done before" in run.log), name
     assert len(re.findall(r"clip: continues at step [1-9]", run.log)) >= 1
     assert len(re.findall(r"base: continues at step [1-9]", run.log)) >= 1
 

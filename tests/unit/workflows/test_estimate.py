@@ -140,7 +140,7 @@ def test_a_stage_on_a_gpu_is_planned_in_bfloat16_whatever_this_machine_has(
     assert 0.5 * cpu.activations <= gpu.activations < 0.8 * cpu.activations
     assert both.total - both.total_on_gpu == cpu.activations - gpu.activations
     exact = clip.but(optimizer=clip.optimizer.but(precision="fp32"))
-    assert told(exact, 1).activations == cpu.activations
+    assert 0.9 * cpu.activations < told(exact, 1).activations < cpu.activations  # attention is fused there
     assert told(clip.but(use_gpu=True), 0).activations == gpu.activations
 
 
