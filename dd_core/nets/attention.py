@@ -19,11 +19,12 @@ def attend(
 ) -> Float[Tensor, " b h n d"]:
     """softmax(q k / sqrt(d)) v, over the keys where `mask` is True.
 
-    On a CPU in bfloat16 the fused kernel, made for long sequences, takes three times as long forward and
-    four times backward as the products written out (2-core AVX512-bf16 box, 64 queries, 96 keys, torch
-    2.15), so there they are written out while keys are few.
+    On a CPU in bfloat16 the fused kernel, made for long sequences, takes four times as long backward as the
+    products written out (2-core AVX512-bf16 box, 64 queries, 96 keys, torch 2.15), so there they are written
+    out while keys are few; but where nothing is differentiated it takes .9 to .3 of their time (with AMX).
     """
-    if kind_of(q) != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > FEW:
+    trained = q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if kind_of(q) != "cpu" or not trained or k.shape[2] > FEW:
         return F.scaled_dot_product_attention(q, k, v, mask)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:

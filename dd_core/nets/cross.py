@@ -6,7 +6,7 @@ so here they are linear.
 """
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dd_core.nets.attention import attend
@@ -36,10 +36,9 @@ class CrossTransformer(nn.Module):
         self.leave = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h w"]:
-        assert told.text is not None
         rows = self.enter(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
         for layer in self.layers:
-            rows = layer(rows, told.text, told.heard)
+            rows = layer(rows, told)
         return x + self.leave(rows).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -55,18 +54,17 @@ class Layer(nn.Module):
         self.alone_in = nn.Linear(width, 8 * width)
         self.alone_out = nn.Linear(4 * width, width)
 
-    def forward(
-        self,
-        rows: Float[Tensor, " b n c"],
-        text: Float[Tensor, " b l d"],
-        heard: Bool[Tensor, " b l"] | None,
-    ) -> Float[Tensor, " b n c"]:
+    def forward(self, rows: Float[Tensor, " b n c"], told: Told) -> Float[Tensor, " b n c"]:
         normed = self.norm_self(rows)
-        seen = (text, heard) if self.text_only else (normed, None)
-        rows = rows + self.to_self(normed, *seen)
-        rows = rows + self.to_text(self.norm_text(rows), text, heard)
+        rows = rows + (self.to_self.asked(normed, told) if self.text_only else self.to_self(normed, normed))
+        rows = rows + self.to_text.asked(self.norm_text(rows), told)
         value, gate = self.alone_in(self.norm_alone(rows)).chunk(2, dim=-1)  # GEGLU, arXiv:2002.05202
         return rows + self.alone_out(value * F.gelu(gate))
+
+    def hears(self) -> tuple[nn.Linear, ...]:
+        """The layers that hear the caption."""
+        asking = (self.to_self, self.to_text) if self.text_only else (self.to_text,)
+        return tuple(layer for attention in asking for layer in (attention.key, attention.value))
 
 
 class CrossAttention(nn.Module):
@@ -81,12 +79,16 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self,
-        rows: Float[Tensor, " b n c"],
-        seen: Float[Tensor, " b m d"],
-        heard: Bool[Tensor, " b m"] | None,
+        self, rows: Float[Tensor, " b n c"], seen: Float[Tensor, " b m d"]
     ) -> Float[Tensor, " b n c"]:
-        parts = (self.query(rows), self.key(seen), self.value(seen))
+        return self._looked(rows, self.key(seen), self.value(seen), None)
+
+    def asked(self, rows: Float[Tensor, " b n c"], told: Told) -> Float[Tensor, " b n c"]:
+        """The same at the caption, whose keys and values are known."""
+        return self._looked(rows, told.answers[self.key], told.answers[self.value], told.heard)
+
+    def _looked(self, rows: Tensor, key: Tensor, value: Tensor, heard: Tensor | None) -> Tensor:
+        parts = (self.query(rows), key, value)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         mask = None if heard is None else heard[:, None, None]
         return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
 from dd_core.nets.clip import ReadCaption
+from dd_core.nets.layers import Told, apart, together
 from dd_core.nets.places import grid_waves, wave
 from dd_core.spec import Spec
 
@@ -56,8 +57,13 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, told: Float[Tensor, " b t"]) -> tuple[Tensor, ...]:
-        return self.linear(told)[:, None].chunk(self.count, dim=-1)
+    def forward(self, told: Told) -> tuple[Tensor, ...]:
+        return told.answers[self.linear][:, None].chunk(self.count, dim=-1)
+
+
+def level_layers(network: nn.Module) -> tuple[nn.Linear, ...]:
+    """The layers of a network that hear what its blocks are told."""
+    return tuple(part.linear for part in network.modules() if isinstance(part, Modulation))
 
 
 class Attention(nn.Module):
@@ -70,12 +76,10 @@ class Attention(nn.Module):
         self.context = nn.Linear(context_width, 2 * width) if context_width else None
         self.out = nn.Linear(width, width)
 
-    def forward(
-        self, x: Float[Tensor, " b n d"], context: Float[Tensor, " b l c"] | None = None
-    ) -> Float[Tensor, " b n d"]:
+    def forward(self, x: Float[Tensor, " b n d"], told: Told | None = None) -> Float[Tensor, " b n d"]:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.context is not None and context is not None:
-            more_k, more_v = self.context(context).chunk(2, dim=-1)
+        if self.context is not None and told is not None:
+            more_k, more_v = told.answers[self.context].chunk(2, dim=-1)
             k, v = torch.cat([more_k, k], 1), torch.cat([more_v, v], 1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
@@ -97,11 +101,9 @@ class Block(nn.Module):
         for out in (self.attention.out, last):
             out.weight.data.mul_(depth**-0.5)
 
-    def forward(
-        self, x: Float[Tensor, " b n d"], told: Float[Tensor, " b t"], context: Float[Tensor, " b l c"] | None
-    ) -> Float[Tensor, " b n d"]:
+    def forward(self, x: Float[Tensor, " b n d"], told: Told) -> Float[Tensor, " b n d"]:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(told)
-        x = x + (1 + gate) * self.attention(self.norms[0](x) * (1 + scale) + shift, context)
+        x = x + (1 + gate) * self.attention(self.norms[0](x) * (1 + scale) + shift, told)
         return x + (1 + gate_mlp) * self.mlp(self.norms[1](x) * (1 + scale_mlp) + shift_mlp)
 
 
@@ -131,7 +133,7 @@ class ConvBlock(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Float[Tensor, " b c h w"], told: Float[Tensor, " b t"]) -> Float[Tensor, " b c h w"]:
+    def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h w"]:
         shift, scale = (part[:, 0, :, None, None] for part in self.modulation(told))
         return x + self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
@@ -167,6 +169,16 @@ class DiT(nn.Module):
             self.caption_told = nn.Linear(spec.width, spec.width)
         if spec.embedding_width:
             self.embedding = nn.Linear(spec.embedding_width, spec.width)
+        attending = [part.context for part in self.modules() if isinstance(part, Attention)]
+        self.told_text = tuple(layer for layer in attending if layer is not None)
+        self.told_level = level_layers(self)
+
+    def prepared(self, cond: Conditioning) -> Conditioning:
+        """The same with the keys and values of its caption, for all calls to come."""
+        if not self.told_text or cond.read is not None:
+            return cond
+        assert cond.text is not None
+        return cond._replace(read=together(self.told_text, cond.text))
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
@@ -192,15 +204,20 @@ class DiT(nn.Module):
     ) -> Float[Tensor, " b o h w"]:
         if cond.image is not None:
             x = torch.cat([x, cond.image], 1)
-        told = F.silu(self.told(wave(log_sigma / 4, 256)) + self.heard(cond))
+        cond = self.prepared(cond)
+        level = F.silu(self.told(wave(log_sigma / 4, 256)) + self.heard(cond))
         h = self.enter(self.fold(x))
+        answers = apart(self.told_level, together(self.told_level, level))
+        if cond.read is not None:
+            answers |= apart(self.told_text, cond.read.to(h.dtype))
+        told = Told(answers)
         for block in self.down:
             h = block(h, told)
         skip, tokens = h, self.to_grid(h)
         size = tokens.shape[-2:]
         tokens = tokens.flatten(2).transpose(1, 2) + self.places
         for block in self.blocks:
-            tokens = block(tokens, told, cond.text)
+            tokens = block(tokens, told)
         h = self.from_grid(tokens).transpose(1, 2).unflatten(2, size)
         h = self.join(torch.cat([F.pixel_shuffle(h, 2), skip], 1))
         for block in self.up:

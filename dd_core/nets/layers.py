@@ -5,6 +5,7 @@ Every block maps features `b c h w` to features `b c h w`, kept in memory with c
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar, assert_never
 
 import torch
@@ -20,13 +21,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Told(NamedTuple):
-    """What every block of one network hears; the same for all of them."""
+    """What the blocks of one network hear."""
 
-    level: Float[Tensor, " b e"]
-    """SiLU of the embedded noise level, with all that is added to it."""
-    text: Float[Tensor, " b l d"] | None = None
+    answers: Mapping[nn.Linear, Tensor]
+    """What each layer that hears the noise level, `b c`, or the caption, `b l c`, makes of it."""
     heard: Bool[Tensor, " b l"] | None = None
-    """Which tokens of the text count; None: all of them."""
+    """Which tokens of the caption count; None: all of them."""
+
+
+def together(layers: Sequence[nn.Linear], x: Float[Tensor, " *b d"]) -> Float[Tensor, " *b k"]:
+    """What several layers make of the same, side by side: one product in place of many small ones."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias)
+
+
+def apart(layers: Sequence[nn.Linear], made: Float[Tensor, " *b k"]) -> dict[nn.Linear, Tensor]:
+    """What each layer made, out of `together`."""
+    parts = made.split([layer.out_features for layer in layers], dim=-1)
+    return dict(zip(layers, parts, strict=True))
 
 
 class Shared(NamedTuple):
@@ -85,7 +98,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b o h2 w2"]:
         h = self.conv_in(resampled(self.norm_in(x), self.resample))
-        level = self.level(told.level)
+        level = told.answers[self.level]
         h = self.norm_out(h, level) if self.scale_shift else self.norm_out(h + level[:, :, None, None])
         return self.shortcut(resampled(x, self.resample)) + self.conv_out(self.dropout(h))
 
@@ -109,8 +122,8 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h w"]:
         rows = self.norm(x, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
         query, key, value = self._heads(self.qkv(rows), 3)
-        if self.text is not None and told.text is not None:
-            text_key, text_value = self._heads(self.text(told.text), 2)
+        if self.text is not None:
+            text_key, text_value = self._heads(told.answers[self.text], 2)
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
         heard = None if told.heard is None else F.pad(told.heard, (0, rows.shape[1]), value=True)
         seen = attend(query, key, value, None if heard is None else heard[:, None, None])

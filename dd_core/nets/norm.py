@@ -6,6 +6,7 @@ a pass over memory costs it as much as a convolution.  Elsewhere, and compiled, 
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,183 +37,230 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(
-        self,
-        x: Float[Tensor, " b c h w"],
-        scale_shift: Float[Tensor, " b 2*c"] | None = None,
-        *,
-        silu: bool = True,
+        self, x: Float[Tensor, " b c h w"], told: Float[Tensor, " b 2*c"] | None = None, *, silu: bool = True
     ) -> Float[Tensor, " b c h w"]:
-        gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
-        if scale_shift is not None:
-            scale, shift = scale_shift.float().chunk(2, dim=1)
-            gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
-        return modulated_norm(x, gain, offset, groups=self.groups, silu=silu)
+        return modulated_norm(x, self.weight, self.bias, told, groups=self.groups, silu=silu)
 
 
 def modulated_norm(
     x: Float[Tensor, " b c h w"],
-    gain: Float[Tensor, " b c"],
-    offset: Float[Tensor, " b c"],
+    weight: Float[Tensor, " c"],
+    bias: Float[Tensor, " c"],
+    told: Float[Tensor, " b 2*c"] | None,
     *,
     groups: int,
     silu: bool,
 ) -> Float[Tensor, " b c h w"]:
-    """SiLU(GroupNorm(x) * gain + offset), in the dtype of x, its statistics in float32.
+    """SiLU((GroupNorm(x) * weight + bias) * (1 + scale) + shift), in the dtype of x, computed in float32.
 
-    Source: Wu & He 2018 (arXiv:1803.08494); gain and offset per sample as in Dhariwal & Nichol 2021
+    Args:
+        x: Features.
+        weight: Of each channel.
+        bias: Likewise.
+        told: Scales of a sample, then its shifts; None: no such map.
+        groups: Divides the channels.
+        silu: Whether SiLU follows.
+
+    Source: Wu & He 2018 (arXiv:1803.08494); scale and shift as in Dhariwal & Nichol 2021
     (arXiv:2105.05233), section 3, "AdaGN".
     """
     plainly = kind_of(x) != "cpu" or x.dtype not in KINDS or not x.numel()
-    if not plainly and not torch.compiler.is_compiling():
-        rows = x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        gain, offset = gain.float().contiguous(), offset.float().contiguous()
-        out = _ModulatedNorm.apply(rows, gain, offset, groups, silu)
-        return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-    return plain_modulated_norm(x, gain, offset, groups=groups, silu=silu)
+    if plainly or torch.compiler.is_compiling():
+        return plain_modulated_norm(x, weight, bias, told, groups=groups, silu=silu)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias, told = known(weight), known(bias), None if told is None else known(told)
+    if torch.is_grad_enabled():
+        return _ModulatedNorm.apply(groups, silu, x, weight, bias, told)
+    out, _ = torch.ops.ddiff.norm(x, weight, bias, told, groups, silu)
+    return out
+
+
+def known(tensor: Tensor) -> Tensor:
+    """The same in numbers that norm.c knows, one after the other."""
+    return (tensor if tensor.dtype in KINDS else tensor.float()).contiguous()
 
 
 def plain_modulated_norm(
     x: Float[Tensor, " b c h w"],
-    gain: Float[Tensor, " b c"],
-    offset: Float[Tensor, " b c"],
+    weight: Float[Tensor, " c"],
+    bias: Float[Tensor, " c"],
+    told: Float[Tensor, " b 2*c"] | None,
     *,
     groups: int,
     silu: bool,
 ) -> Float[Tensor, " b c h w"]:
     """`modulated_norm` as its formula reads, out of library calls."""
+    gain, offset = gain_and_offset(weight, bias, told)
     with torch.autocast("cuda", enabled=False):  # there it would write the norm out in float32
         unit = F.group_norm(x, groups, eps=EPSILON)
         z = torch.addcmul(offset.to(x)[:, :, None, None], unit, gain.to(x)[:, :, None, None])
         return F.silu(z) if silu else z
 
 
+def gain_and_offset(weight: Tensor, bias: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What each channel is multiplied with and what is added, at last; `b c`, or `1 c` for all samples."""
+    gain, offset = weight.float()[None], bias.float()[None]
+    if told is None:
+        return gain, offset
+    scale, shift = told.float().chunk(2, dim=1)
+    return gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+
+
 class _ModulatedNorm(torch.autograd.Function):
-    """`modulated_norm` of rows `b n c`: n pixels of c channels, which is how norm.c wants them."""
+    """`modulated_norm` of features in channels_last, which is how norm.c wants them."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool
-    ) -> Tensor:
-        out, moments = torch.ops.ddiff.norm(rows, gain, offset, groups, silu)
-        ctx.save_for_backward(rows, moments, gain, offset)
+    def forward(ctx: FunctionCtx, groups: int, silu: bool, x: Tensor, *affine: Tensor | None) -> Tensor:
+        out, moments = torch.ops.ddiff.norm(x, *affine, groups, silu)
+        ctx.save_for_backward(x, moments, *affine)  # type: ignore[arg-type]
         ctx.silu = silu  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        known, silu = ctx.saved_tensors, ctx.silu  # type: ignore[attr-defined]
-        return *torch.ops.ddiff.norm_backward(grad.contiguous(), *known, silu), None, None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, moments, weight, bias, told = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        silu = ctx.silu  # type: ignore[attr-defined]
+        d_x, d_affine, d_told = torch.ops.ddiff.norm_backward(grad, x, moments, silu, weight, bias, told)
+        d_weight, d_bias = d_affine.sum(1).to(weight).unbind()
+        return None, None, d_x, d_weight, d_bias, None if told is None else d_told.to(told)
 
 
 class Task(ctypes.Structure):
-    """The struct of norm.c: sizes, threads, and whether SiLU follows and numbers are bfloat16."""
+    """The struct of norm.c: sizes, threads, whether SiLU follows, and whose numbers are bfloat16."""
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("batch", "pixels", "channels", "groups")),
-        *((name, ctypes.c_int) for name in ("threads", "silu", "half")),
+        *((name, ctypes.c_int) for name in ("threads", "silu", "half", "half_affine", "half_told")),
     )
 
 
-def room(rows: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor]:
-    """Room for rows that are normalised, and for their moments `2 b groups`: mean, 1 / standard deviation."""
-    return torch.empty_like(rows), gain.new_empty(2, len(rows), groups)
+def room(
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Room for what is normalised, and for its moments `2 b groups`: mean, 1 / standard deviation."""
+    return torch.empty_like(x), x.new_empty((2, len(x), groups), dtype=torch.float32)
 
 
-def norm(rows: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor]:
-    """Rows normalised, and their moments.
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Features normalised, and their moments.
 
     Raises:
         ValueError: Sizes that do not go together, for which the loop would read beyond its tensors.
     """
-    if gain.shape != (rows.shape[0], rows.shape[2]) or offset.shape != gain.shape or rows.shape[2] % groups:
+    batch, channels = x.shape[:2]
+    fits = weight.shape == bias.shape == (channels,) and weight.dtype == bias.dtype and not channels % groups
+    if not fits or (told is not None and told.shape != (batch, 2 * channels)):
         raise ValueError(
-            f"rows {tuple(rows.shape)} want gain and offset of (b, c) and groups that divide c;"
-            f" got {tuple(gain.shape)}, {tuple(offset.shape)} and {groups}"
+            f"features {tuple(x.shape)} want weight and bias of (c,) in one dtype, to be told (b, 2 c), and"
+            f" groups that divide c; got {tuple(weight.shape)}, {tuple(bias.shape)},"
+            f" {None if told is None else tuple(told.shape)} and {groups}"
         )
     loops = compiled(SOURCE)
     if loops is None:
-        return norm_by_passes(rows, gain, offset, groups, silu)
-    out, moments = room(rows, gain, offset, groups, silu)
-    task = task_of(rows, groups, silu)
-    loops.norm_forward(*pointers(rows, out, moments, gain, offset), ctypes.c_double(EPSILON), task)
+        return norm_by_passes(x, weight, bias, told, groups, silu)
+    out, moments = room(x, weight, bias, told, groups, silu)
+    task = task_of(x, weight, told, groups, silu)
+    loops.norm_forward(*pointers(x, out, moments, weight, bias, told), ctypes.c_double(EPSILON), task)
     return out, moments
 
 
 def room_backward(
-    grad: Tensor, rows: Tensor, moments: Tensor, gain: Tensor, offset: Tensor, silu: bool
+    grad: Tensor, x: Tensor, moments: Tensor, silu: bool, *affine: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of rows, gain and offset."""
-    return torch.empty_like(rows), torch.empty_like(gain), torch.empty_like(offset)
+    """Room for gradients: of x; of weight and bias, for each sample, `2 b c`; of what it is told, `b 2c`."""
+    (batch, channels), (_, _, told) = x.shape[:2], affine
+    of_told = moments.new_empty((0 if told is None else batch, 2 * channels))
+    return torch.empty_like(x), moments.new_empty((2, batch, channels)), of_told
 
 
 def norm_backward(
-    grad: Tensor, rows: Tensor, moments: Tensor, gain: Tensor, offset: Tensor, silu: bool
+    grad: Tensor, x: Tensor, moments: Tensor, silu: bool, *affine: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of rows, gain and offset."""
+    """The gradients of x, of weight and bias, and of what samples are told; `affine` are these three."""
     loops = compiled(SOURCE)
     if loops is None:
-        return norm_backward_by_passes(grad, rows, moments, gain, offset, silu)
-    made = room_backward(grad, rows, moments, gain, offset, silu)
-    task = task_of(rows, moments.shape[2], silu)
-    loops.norm_backward(*pointers(grad, rows, *made, moments, gain, offset), task)
+        return norm_backward_by_passes(grad, x, moments, silu, *affine)
+    made = room_backward(grad, x, moments, silu, *affine)
+    weight, _, told = affine
+    task = task_of(x, weight, told, moments.shape[2], silu)
+    loops.norm_backward(*pointers(grad, x, *made, moments, *affine), task)
     return made
 
 
-def task_of(rows: Tensor, groups: int, silu: bool) -> Task:
+def task_of(x: Tensor, weight: Tensor | None, told: Tensor | None, groups: int, silu: bool) -> Task:
     """What a loop has to know beside its tensors."""
-    return Task(*rows.shape, groups, torch.get_num_threads(), silu, rows.dtype == torch.bfloat16)
+    half = [tensor is not None and tensor.dtype == torch.bfloat16 for tensor in (x, weight, told)]
+    batch, channels, *sides = x.shape
+    return Task(batch, math.prod(sides), channels, groups, torch.get_num_threads(), silu, *half)
 
 
-def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    """Where each begins; all of them are contiguous."""
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Where each begins."""
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Features as `b n c`: n pixels of c channels."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def norm_by_passes(
-    rows: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """`norm` without norm.c.
 
-    What happens between reading and writing is in float32 even if rows are not: element by element
+    What happens between reading and writing is in float32 even if x is not: element by element
     bfloat16 costs the CPU up to eight times as much, a conversion a third of one pass.  It happens to a
     few samples at a time, so that it stays in the cache and asks for no new memory.
     """
-    out, moments = room(rows, gain, offset, groups, silu)
-    wide = rows.shape[2] // groups
-    for y, x, m, s, g, o in samples(out, rows, *moments, gain, offset):
-        pivot = x[:, :1].float()
-        v = x - pivot
-        first, second = v.mean(1), v.square_().mean(1)
+    out, moments = room(x, weight, bias, told, groups, silu)
+    gain, offset = (of.expand(len(x), -1) for of in gain_and_offset(weight, bias, told))
+    wide = x.shape[1] // groups
+    for y, v, m, s, g, o in samples(rows_of(out), rows_of(x), *moments, gain, offset):
+        pivot = v[:, :1].float()
+        apart = v - pivot
+        first, second = apart.mean(1), apart.square_().mean(1)
         centre = (pivot[:, 0] + first).unflatten(1, (groups, -1))
         own = (second - first.square()).unflatten(1, (groups, -1))
         m.copy_(centre.mean(2))
         variance = (own + (centre - m[..., None]).square()).mean(2)
         s.copy_(variance.clamp_min(0).add(EPSILON).rsqrt())
         factor = g * s.repeat_interleave(wide, 1)
-        z = torch.addcmul((o - m.repeat_interleave(wide, 1) * factor)[:, None], x, factor[:, None])
+        z = torch.addcmul((o - m.repeat_interleave(wide, 1) * factor)[:, None], v, factor[:, None])
         y.copy_(F.silu(z, inplace=True) if silu else z)
     return out, moments
 
 
 def norm_backward_by_passes(
-    grad: Tensor, rows: Tensor, moments: Tensor, gain: Tensor, offset: Tensor, silu: bool
+    grad: Tensor, x: Tensor, moments: Tensor, silu: bool, *affine: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`norm_backward` without norm.c."""
-    d_rows, d_gain, d_offset = room_backward(grad, rows, moments, gain, offset, silu)
-    wide = rows.shape[2] // moments.shape[2]
+    weight, bias, told = affine
+    assert weight is not None
+    assert bias is not None
+    d_x, d_affine, d_told = room_backward(grad, x, moments, silu, *affine)
+    gain, offset = (of.expand(len(x), -1) for of in gain_and_offset(weight, bias, told))
+    wide = x.shape[1] // moments.shape[2]
     mean, scale = moments.repeat_interleave(wide, 2)
-    per_channel = (of[:, None] for of in (d_gain, d_offset, mean, scale, gain, offset))
-    for d_x, dy, x, d_g, d_o, m, s, g, o in samples(d_rows, grad, rows, *per_channel):
-        u, dz = torch.addcmul(-m * s, x, s), dy.float()
+    per_channel = (of[:, None] for of in (*d_affine, mean, scale, gain, offset))
+    for d_v, dy, v, d_g, d_o, m, s, g, o in samples(rows_of(d_x), rows_of(grad), rows_of(x), *per_channel):
+        u, dz = torch.addcmul(-m * s, v, s), dy.float()
         if silu:
             dz = torch.ops.aten.silu_backward(dz, torch.addcmul(o, u, g))
         torch.sum(dz, 1, keepdim=True, out=d_o)
         torch.sum(dz * u, 1, keepdim=True, out=d_g)
         both = (g * torch.cat([d_o, d_g], dim=1)).unflatten(2, (-1, wide)).mean(3).repeat_interleave(wide, 2)
-        lean, turn = (both * (s / -x.shape[1])).split(1, dim=1)
-        d_x.copy_(torch.addcmul(lean, u, turn).addcmul_(dz, s * g))
-    return d_rows, d_gain, d_offset
+        lean, turn = (both * (s / -v.shape[1])).split(1, dim=1)
+        d_v.copy_(torch.addcmul(lean, u, turn).addcmul_(dz, s * g))
+    if told is not None:
+        d_gain, d_offset = d_affine
+        torch.cat([torch.addcmul(d_gain * weight, d_offset, bias), d_offset], dim=1, out=d_told)
+        d_affine.mul_(1 + told[:, : x.shape[1]].float())
+    return d_x, d_affine, d_told
 
 
 def samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -223,12 +271,14 @@ def samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 OPERATIONS = torch.library.Library("ddiff", "FRAGMENT")
 """Known to PyTorch by name, so that it also knows what they make of sizes alone (FakeTensorMode)."""
-OPERATIONS.define("norm(Tensor rows, Tensor gain, Tensor offset, int groups, bool silu) -> (Tensor, Tensor)")
+OPERATIONS.define(
+    "norm(Tensor x, Tensor weight, Tensor bias, Tensor? told, int groups, bool silu) -> (Tensor, Tensor)"
+)
 OPERATIONS.impl("norm", norm, "CPU")
 torch.library.register_fake("ddiff::norm", room, lib=OPERATIONS)
 OPERATIONS.define(
-    "norm_backward(Tensor grad, Tensor rows, Tensor moments, Tensor gain, Tensor offset, bool silu)"
-    " -> (Tensor, Tensor, Tensor)"
+    "norm_backward(Tensor grad, Tensor x, Tensor moments, bool silu,"
+    " Tensor weight, Tensor bias, Tensor? told) -> (Tensor, Tensor, Tensor)"
 )
 OPERATIONS.impl("norm_backward", norm_backward, "CPU")
 torch.library.register_fake("ddiff::norm_backward", room_backward, lib=OPERATIONS)

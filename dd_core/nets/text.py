@@ -138,7 +138,7 @@ class CaptionedUNet(nn.Module):
 
     def read(self, tokens: Int[Tensor, " b l"], heard: Bool[Tensor, " b l"]) -> Conditioning:
         """The caption as the UNet is told it; padding speaks too, so every token counts there."""
-        return Conditioning(text=self.text(tokens, heard))
+        return self.unet.prepared(Conditioning(text=self.text(tokens, heard)))
 
     def forward(
         self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
@@ -192,7 +192,8 @@ class UnclipUNet(nn.Module):
         if image_embedding is None:
             image_embedding = self.no_embedding.expand(len(states), -1)
         text, level = self.norm(self.states(states)), self.caption(caption)
-        return Conditioning(text=text, image_embedding=image_embedding, level=level, heard=heard)
+        cond = Conditioning(text=text, image_embedding=image_embedding, level=level, heard=heard)
+        return self.unet.prepared(cond)
 
     def forward(
         self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning

@@ -66,7 +66,7 @@ def told(
                 caption = clip.read(heard.tokens)
             upto = upto_end(heard.tokens)
             return network.read(caption.states, caption.embedding, upto, embedding)._replace(image=picture)
-        case DiT() | UNet():
+        case DiT() | UNet() as plain:
             text: Tensor | None = None
             if spec.text_width:
                 assert clip is not None
@@ -77,7 +77,8 @@ def told(
             if isinstance(network, UNet) and spec.labels:
                 label = torch.where(heard.label == UNLABELLED, spec.labels - 1, heard.label)
                 level = network.of_class(label)
-            return Conditioning(text=text, image_embedding=embedding, level=level, image=picture)
+            cond = Conditioning(text=text, image_embedding=embedding, level=level, image=picture)
+            return plain.prepared(cond)
     raise AssertionError(type(network))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.guidance import Rows, classifier_free
+from dd_core.nets.unet import UNet
 from dd_core.noise import SeededNoise
 from dd_core.samplers import ddim, sample
 from tests.benchmarks.train_step import LENGTH, SIDE, SPEC, modes_on, network_of, now
@@ -69,14 +70,17 @@ def ours(mode: str, noise: Tensor, text: Tensor) -> Paint:
     """The way of this library; `text` is the caption's states, then the empty caption's."""
     sigmas = all_sigmas()
     network = in_mode(network_of("ours"), mode, str(noise.device))
+    assert isinstance(network, UNet)
     model = NetworkDenoiser(ToldTimesteps(network, sigmas.to(noise.device)), "eps").eval()
     levels = torch.cat([sigmas[scheduler().timesteps], torch.zeros(1)])
     cond, null = text.chunk(2)
-    rows = Rows(Conditioning(cond), Conditioning(null), scale=torch.full((len(noise),), SCALE))
+    scale = torch.full((len(noise),), SCALE)
     start = noise * (1 + levels[0] ** 2).sqrt()
     unused = SeededNoise(range(len(noise)))
 
+    @torch.no_grad()
     def paint() -> Tensor:
+        rows = Rows(network.prepared(Conditioning(cond)), network.prepared(Conditioning(null)), scale=scale)
         return sample(ddim(start, levels, unused), classifier_free(model, rows))
 
     return paint

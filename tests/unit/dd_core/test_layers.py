@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dd_core.nets import layers
-from dd_core.nets.layers import Attention, ResBlock, Shared, Told, sinusoids
+from dd_core.nets.layers import Attention, ResBlock, Shared, Told, apart, sinusoids, together
 
 SHARED = Shared(level_width=12, groups=4, head_width=8, text_width=6)
 
@@ -12,7 +12,8 @@ SHARED = Shared(level_width=12, groups=4, head_width=8, text_width=6)
 @pytest.mark.parametrize("resample", ["same", "down", "up"])
 def test_a_new_block_passes_its_input_on_resampled(resample: layers.Resample) -> None:
     x = torch.randn(2, 16, 8, 8)
-    out = ResBlock(16, 16, SHARED, resample=resample)(x, Told(torch.randn(2, 12)))
+    block = ResBlock(16, 16, SHARED, resample=resample)
+    out = block(x, Told({block.level: block.level(torch.randn(2, 12))}))
     torch.testing.assert_close(out, layers.resampled(x, resample))
 
 
@@ -23,18 +24,29 @@ def test_halving_undoes_doubling() -> None:
 
 def test_new_attention_passes_its_input_on() -> None:
     x = torch.randn(2, 16, 4, 4)
-    out = Attention(16, SHARED)(x, Told(torch.randn(2, 12), torch.randn(2, 5, 6)))
+    attention = Attention(16, SHARED)
+    assert attention.text is not None
+    out = attention(x, Told({attention.text: attention.text(torch.randn(2, 5, 6))}))
     torch.testing.assert_close(out, x)
 
 
 def test_attention_does_not_care_about_the_order_of_the_tokens_of_a_caption() -> None:
     torch.manual_seed(0)
     attention = Attention(16, SHARED)
+    assert attention.text is not None
     torch.nn.init.normal_(attention.out.weight)
     x, text = torch.randn(2, 16, 4, 4), torch.randn(2, 5, 6)
-    level = torch.randn(2, 12)
-    turned = attention(x, Told(level, text.flip(1)))
-    torch.testing.assert_close(attention(x, Told(level, text)), turned, rtol=1e-5, atol=1e-5)
+    seen, turned = (attention(x, Told({attention.text: attention.text(of)})) for of in (text, text.flip(1)))
+    torch.testing.assert_close(seen, turned, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_asked_together_answer_as_alone(bias: bool) -> None:
+    torch.manual_seed(0)
+    asked = [torch.nn.Linear(6, width, bias=bias) for width in (4, 8, 2)]
+    x = torch.randn(2, 5, 6)
+    for layer, answer in apart(asked, together(asked, x)).items():
+        torch.testing.assert_close(answer, layer(x))
 
 
 def test_sinusoids_turn_a_shift_of_the_level_into_a_rotation() -> None:

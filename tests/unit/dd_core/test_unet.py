@@ -1,5 +1,7 @@
 """Laws of the UNet: what it is told reaches it, what it is not told is refused, sizes are what they say."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,29 @@ def told(batch: int) -> Conditioning:
 
 def level(batch: int) -> Tensor:
     return torch.linspace(-2, 2, batch)
+
+
+@pytest.mark.parametrize("attention", ["joint", "cross"])
+@pytest.mark.parametrize("some", [True, False])
+def test_a_caption_read_before_is_heard_as_one_read_at_every_call(
+    attention: Literal["joint", "cross"], some: bool
+) -> None:
+    network = awake(TOLD.but(attention=attention))
+    x, cond = torch.randn(3, 3, 8, 8), told(3)
+    if some:
+        cond = cond._replace(heard=torch.arange(4) < torch.tensor([[1], [3], [4]]))
+    before = network.prepared(cond)
+    assert before.read is not None
+    assert network.prepared(before) is before
+    expected = network(x, level(3), cond)
+    torch.testing.assert_close(network(x, level(3), before), expected)
+    rows = torch.tensor([2, 0])
+    picked = network(x[rows], level(3)[rows], before.pick(rows))
+    torch.testing.assert_close(picked, expected[rows], rtol=1e-4, atol=1e-5)
+    assert cond.text is not None
+    other = cond.text.clone()
+    other[:, :-1] += 1  # the last state is heard with the level
+    assert torch.equal(network(x, level(3), before._replace(text=other)), network(x, level(3), before))
 
 
 def test_a_new_network_answers_zero() -> None:

@@ -17,20 +17,26 @@ from dd_core.nets.norm import modulated_norm
 WAYS = ("loops", "passes")
 
 
-def by_formula(x: Tensor, gain: Tensor, offset: Tensor, groups: int, *, silu: bool) -> Tensor:
-    """GroupNorm, gain, offset and SiLU, written out."""
+def by_formula(
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None = None, *, groups: int, silu: bool
+) -> Tensor:
+    """GroupNorm, its affine map, that of what a sample is told, and SiLU, written out."""
     parts = x.unflatten(1, (groups, -1))
     mean = parts.mean((2, 3, 4), keepdim=True)
     variance = (parts - mean).square().mean((2, 3, 4), keepdim=True)
     unit = ((parts - mean) / (variance + norm.EPSILON).sqrt()).flatten(1, 2)
-    z = unit * gain[:, :, None, None] + offset[:, :, None, None]
+    z = unit * weight[:, None, None] + bias[:, None, None]
+    if told is not None:
+        scale, shift = told[:, :, None, None].chunk(2, dim=1)
+        z = z * (1 + scale) + shift
     return z * torch.sigmoid(z) if silu else z
 
 
 def inputs(side: int, dtype: torch.dtype, *, channels: int = 24, mean: float = 0.5) -> list[Tensor]:
-    """x, gain and offset, with channels innermost as in the network."""
+    """x, weight, bias and what is told, with channels innermost as in the network."""
     x = (mean + torch.randn(3, channels, side, side)).to(dtype).contiguous(memory_format=torch.channels_last)
-    return [x, 1 + torch.randn(3, channels) / 2, torch.randn(3, channels)]
+    told = torch.randn(3, 2 * channels).to(dtype) / 2
+    return [x, 1 + torch.randn(channels) / 2, torch.randn(channels), told]
 
 
 @pytest.fixture(params=WAYS)
@@ -50,14 +56,16 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(("side", "channels"), [(1, 24), (6, 24), (40, 24), (12, 64), (5, 20)])
 def test_the_norm_and_its_gradients_are_those_of_the_formula(
-    way: str, side: int, channels: int, silu: bool
+    way: str, side: int, channels: int, silu: bool, told: bool
 ) -> None:
     torch.manual_seed(side)
     leaves = [leaf.requires_grad_() for leaf in inputs(side, torch.float32, channels=channels)]
-    ours = modulated_norm(*leaves, groups=4, silu=silu)
+    leaves = leaves if told else leaves[:3]
+    ours = modulated_norm(*leaves, *[None] * (not told), groups=4, silu=silu)
     formula = by_formula(*leaves, groups=4, silu=silu)
     torch.testing.assert_close(ours, formula, rtol=0, atol=1e-5)
     grad = torch.randn_like(ours) / side
@@ -70,9 +78,9 @@ def test_the_norm_and_its_gradients_are_those_of_the_formula(
 @pytest.mark.parametrize("side", [6, 40])
 def test_the_library_calls_used_off_the_cpu_give_the_same(way: str, side: int) -> None:
     torch.manual_seed(0)
-    x, gain, offset = inputs(side, torch.float32)
-    expected = modulated_norm(x, gain, offset, groups=4, silu=True)
-    found = norm.plain_modulated_norm(x, gain, offset, groups=4, silu=True)
+    leaves = inputs(side, torch.float32)
+    expected = modulated_norm(*leaves, groups=4, silu=True)
+    found = norm.plain_modulated_norm(*leaves, groups=4, silu=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -94,10 +102,10 @@ def test_in_bfloat16_only_reading_and_writing_round(way: str, side: int) -> None
 
 def test_a_level_far_from_zero_costs_no_digits(way: str) -> None:
     torch.manual_seed(0)
-    x, gain, offset = inputs(32, torch.float32)
+    x, *affine = inputs(32, torch.float32)
     x = x + 1000 * torch.randn(1, 24, 1, 1)  # every channel has a level of its own
-    expected = by_formula(x.double(), gain.double(), offset.double(), 24, silu=True)
-    found = modulated_norm(x, gain, offset, groups=24, silu=True)
+    expected = by_formula(x.double(), *(of.double() for of in affine), groups=24, silu=True)
+    found = modulated_norm(x, *affine, groups=24, silu=True)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3)  # x itself has 1e-4 of them
 
 
@@ -110,7 +118,7 @@ def test_what_is_not_finite_spoils_its_own_sample_alone(way: str, value: float) 
     out = modulated_norm(*leaves, groups=1, silu=True)
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()
-    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    grads = torch.autograd.grad(out, leaves[::3], torch.ones_like(out))  # those of each sample
     assert grads[0][1].isnan().all()
     assert all(grad[[0, 2]].isfinite().all() for grad in grads)
 
@@ -120,13 +128,13 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_threads(threads: None,
     if norm.compiled(norm.SOURCE) is None:
         pytest.skip("no gcc here: norm.c is not compiled")
     torch.manual_seed(0)
-    x, gain, offset = torch.randn(9, 32, 48, 48).to(dtype), torch.randn(9, 32), torch.randn(9, 32)
+    x, told, weight, bias = torch.randn(9, 32, 48, 48).to(dtype), torch.randn(9, 64), *torch.randn(2, 32)
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         for first, last in ((0, 9), (7, 8), (6, 8)):
-            leaves = [of[first:last].clone().requires_grad_() for of in (x, gain, offset)]
-            out = modulated_norm(*leaves, groups=4, silu=True)
+            leaves = [of[first:last].clone().requires_grad_() for of in (x, told)]
+            out = modulated_norm(leaves[0], weight, bias, leaves[1], groups=4, silu=True)
             grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
             found.append([of[7 - first] for of in (out, *grads)])
     for other in found[1:]:
@@ -173,16 +181,33 @@ def test_what_was_compiled_is_taken_by_the_next_process(
 
 
 @pytest.mark.parametrize(
-    ("told", "groups"), [((1, 8), 4), ((2, 6), 4), ((2, 8), 3)], ids=["batch", "channels", "groups"]
+    ("weight", "told", "groups"),
+    [(8, (1, 16), 4), (8, (2, 12), 4), (6, (2, 16), 4), (8, (2, 16), 3)],
+    ids=["batch", "told", "channels", "groups"],
 )
-def test_sizes_that_do_not_go_together_are_refused(way: str, told: tuple[int, ...], groups: int) -> None:
-    with pytest.raises(ValueError, match=r"rows \(2, 16, 8\) want gain and offset of \(b, c\) and groups"):
-        norm.norm(torch.randn(2, 16, 8), torch.ones(told), torch.zeros(told), groups, True)
+def test_sizes_that_do_not_go_together_are_refused(
+    way: str, weight: int, told: tuple[int, ...], groups: int
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"features \(2, 8, 4, 4\) want weight and bias of \(c,\) in one dtype"
+    ):
+        norm.norm(torch.randn(2, 8, 4, 4), *torch.ones(2, weight), torch.zeros(told), groups, True)
 
 
 def test_no_sample_gives_none_and_no_pixel_is_refused_as_by_pytorch(way: str) -> None:
-    told = torch.ones(2, 8)
-    none = modulated_norm(torch.zeros(0, 8, 4, 4), told[:0], told[:0], groups=4, silu=True)
+    weight, bias, told = torch.ones(8), torch.ones(8), torch.ones(2, 16)
+    none = modulated_norm(torch.zeros(0, 8, 4, 4), weight, bias, told[:0], groups=4, silu=True)
     assert none.shape == (0, 8, 4, 4)
     with pytest.raises(RuntimeError, match="greater than 0"):
-        modulated_norm(torch.zeros(2, 8, 0, 4), told, told, groups=4, silu=True)
+        modulated_norm(torch.zeros(2, 8, 0, 4), weight, bias, told, groups=4, silu=True)
+
+
+def test_weights_in_bfloat16_are_read_as_they_are(way: str) -> None:
+    torch.manual_seed(0)
+    x, weight, bias, told = (leaf.bfloat16() for leaf in inputs(6, torch.bfloat16))
+    with torch.no_grad():
+        found = modulated_norm(x, weight, bias, told, groups=4, silu=True)
+        expected = modulated_norm(x, weight.float(), bias.float(), told.float(), groups=4, silu=True)
+    assert torch.equal(found, expected)
+    exact = by_formula(*(of.double() for of in (x, weight, bias, told)), groups=4, silu=True)
+    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()
