@@ -1,0 +1,82 @@
+"""PyTorch's process group of a training, made by its workers: Ray's own way, but for where torch is imported.
+
+Ray's TorchConfig takes torch along to Ray's controller, a process beside every group of workers that computes
+nothing: half a GiB and three seconds for each stage.  This config names its functions, and the workers, which
+have torch, import them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ray
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+
+LEAVING_S = 30
+"""How long workers that are ending, or lost, are waited for; Ray's default."""
+
+
+class ProcessGroup(BackendConfig):
+    """In place of ray.train.torch.TorchConfig."""
+
+    backend: Literal["gloo", "nccl"] | None = None
+    """Set by Ray's TorchTrainer: what the workers' devices speak."""
+    timeout_s = 1800
+    """After which an exchange between workers has failed; Ray's default."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Joining
+
+    @property
+    def train_func_context(self) -> Callable[[], Any]:
+        from ray.train.torch import config  # noqa: PLC0415 the driver, which asks, has torch
+
+        return config.TorchConfigContextManager
+
+    @property
+    def framework(self) -> object:
+        from ray.train.v2._internal.util import TrainingFramework  # noqa: PLC0415 as private as it is
+
+        return TrainingFramework.TORCH
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"backend": self.backend, "init_method": "tcp", "timeout_s": self.timeout_s}
+
+
+class Joining(Backend):
+    """What Ray's controller has the workers do."""
+
+    share_cuda_visible_devices = True
+    """NCCL wants to see all of a node's."""
+
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: ProcessGroup) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        how = {
+            "backend": backend_config.backend,
+            "init_method": f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
+            "timeout_s": backend_config.timeout_s,
+            "world_size": len(worker_group),
+        }
+        ranks = range(len(worker_group))
+        ray.get([worker_group.execute_single_async(rank, join, how | {"world_rank": rank}) for rank in ranks])
+
+    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: ProcessGroup) -> None:
+        leaving = worker_group.execute_async(leave, len(worker_group) > 1)
+        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVING_S)
+
+
+def join(how: dict[str, Any]) -> None:
+    """In a worker: the process group, and the variables that torch's own launcher sets."""
+    from ray.train.torch import config  # noqa: PLC0415 see above
+
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(**how)
+
+
+def leave(destroy: bool) -> None:
+    """In a worker, at the end."""
+    from ray.train.torch import config  # noqa: PLC0415 see above
+
+    config._shutdown_torch(destroy_process_group=destroy)
