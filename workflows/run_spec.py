@@ -73,10 +73,12 @@ class RunSpec(Spec):
             )
 
     def check_embeddings(self) -> None:
-        """What a prior draws is what those after it have heard: CLIP says of a thumbnail something else.
+        """What a prior draws is what those after it have heard: another CLIP says something else.
+
+        So does the same one of a thumbnail.
 
         Raises:
-            ValueError: They were told embeddings of images of another size.
+            ValueError: They were told embeddings by another CLIP, or of images of another size.
         """
         prior: TrainSpec | None = None
         for hop in self.cascade.hops:
@@ -84,7 +86,7 @@ class RunSpec(Spec):
             if isinstance(stage.stage, LearnsEmbeddings):
                 prior = stage
             elif prior is not None and stage.stage.embedded_by is not None:
-                refuse_other_images(f"hop {stage.name}", stage, prior)
+                refuse_other_embeddings(f"hop {stage.name}", stage, prior)
 
     def check_hop(self, hop: HopSpec) -> None:
         """What a hop asks, its stage and its guides can do; said before anything is trained.
@@ -128,17 +130,9 @@ class RunSpec(Spec):
         Raises:
             ValueError: The draft that judges a prior's draws has heard others.
         """
-        if (draft := prior.guides.get("draft")) is None:
-            return
-        theirs, own = (self.stage(name).parents.get("clip") for name in (draft, prior.stage))
-        if theirs != own:
-            raise ValueError(
-                f"hop {prior.stage}: its guide {draft!r} stands on clip {theirs!r}, the prior on {own!r}; "
-                "train both on one"
-            )
-        refuse_other_images(
-            f"hop {prior.stage}: its guide {draft!r}", self.stage(draft), self.stage(prior.stage)
-        )
+        if (draft := prior.guides.get("draft")) is not None:
+            what = f"hop {prior.stage}: its guide {draft!r}"
+            refuse_other_embeddings(what, self.stage(draft), self.stage(prior.stage))
 
     def check_tower(self, hop: HopSpec) -> None:
         """A noised CLIP is told captions by the CLIP that it was trained with.
@@ -168,10 +162,17 @@ class RunSpec(Spec):
         )
 
 
-def refuse_other_images(what: str, told: TrainSpec, prior: TrainSpec) -> None:
-    """Raises ValueError unless a stage is told embeddings of images of the size that the prior learns."""
+def refuse_other_embeddings(what: str, told: TrainSpec, prior: TrainSpec) -> None:
+    """Raises ValueError unless a stage is told the embeddings that the prior learns.
+
+    They are of one CLIP and of images of one size.
+    """
     theirs, own = told.stage.embedded_by, prior.stage.embedded_by
-    if theirs is not None and own is not None and theirs.size != own.size:
+    if theirs is None or own is None:
+        return
+    if (heard := told.parents.get(theirs.role)) != (learned := prior.parents.get(own.role)):
+        raise ValueError(f"{what} stands on clip {heard!r}, {prior.name!r} on {learned!r}; train both on one")
+    if theirs.size != own.size:
         raise ValueError(
             f"{what} was told embeddings of images of {theirs.size} px, and {prior.name!r} draws those of "
             f"{own.size} px; make embedded_at of {told.name!r} and image_size of {prior.name!r} equal"

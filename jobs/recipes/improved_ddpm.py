@@ -19,7 +19,7 @@ from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
 LABEL = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
-SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=1.5)
+SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=3.0)
 
 
 def run() -> RunSpec:

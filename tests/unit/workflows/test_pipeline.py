@@ -82,6 +82,7 @@ def test_a_parent_that_is_nowhere_is_named_before_any_work(tmp_path: Path) -> No
 
 def sealed_bundle(directory: Path, parents: dict[str, str]) -> str:
     directory.mkdir(parents=True)
+    (directory / "spec.json").write_text(stage("a").stage.model_dump_json())
     (directory / "w").write_text(directory.parent.name)
     facts = {"step": 1, "images": 4, "seconds": 1.0, "parents": parents}
     return sealed.seal(directory, sealed.digests(directory), facts)
