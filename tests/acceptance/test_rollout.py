@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def painted_by(url: str) -> str:
     return reply.headers["x-model-version"]
 
 
+def await_painter(url: str, digest: str) -> None:
+    """Until a cascade paints again; while Serve replaces a hop the endpoint may answer 503."""
+    body = {"prompt": "a red circle", "seed": 1}
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+        if reply.status_code == 200:
+            assert reply.headers["x-model-version"] == digest
+            return
+        assert reply.status_code == 503, reply.text
+        time.sleep(0.5)
+    pytest.fail(f"{digest[:12]} does not paint again")
+
+
 @contextlib.contextmanager
 def asked_all_the_while(url: str) -> Iterator[set[tuple[str, str]]]:
     """Who painted the same order, and what, from request to request."""
@@ -124,13 +139,22 @@ def asked_all_the_while(url: str) -> Iterator[set[tuple[str, str]]]:
         asking.result()
 
 
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Serve on the cluster keeps the one it was started with."""
+    return free_ports(1)[0]
+
+
+@pytest.fixture
+def settings(port: int) -> list[str]:
+    where = {"port": port, "hop.threads": 1, "hop.num_cpus": 0.2, "startup_s": 900}  # of a busy machine
+    return [word for name, value in where.items() for word in ("--set", f"{name}={value}")]
+
+
 @pytest.mark.usefixtures("here")
 def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_back(
-    store: Path, tmp_path: Path
+    store: Path, tmp_path: Path, port: int, settings: list[str]
 ) -> None:
-    (port,) = free_ports(1)
-    patience = ["--set", "startup_s=900"]  # of a busy machine
-    settings = ["--set", f"port={port}", "--set", "hop.threads=1", "--set", "hop.num_cpus=0.2", *patience]
     first = register(store, tmp_path / "run", 0.5)
     assert done("promote", "tiny")["was"] == "nobody"
     shown = ddiff("deploy", "tiny@production", *settings, "--dry-run")
@@ -176,6 +200,26 @@ def test_a_cascade_goes_on_air_by_its_alias_is_replaced_by_another_and_comes_bac
         assert f"ddiff deploy --config {back['config']}" in line
     assert ("ffffffffffff is not served" in error, f"{first[:12]} is put back" in restored) == (True, True)
     assert painted_by(back["endpoint"]) == first  # what was on the air still is
+
+
+@pytest.mark.usefixtures("here")
+def test_where_one_hop_does_not_come_up_the_hop_that_did_is_put_back_too(
+    store: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    first = register(store, tmp_path / "run", 0.5)
+    on_air = done("deploy", "tiny", *settings)
+    second = register(store, tmp_path / "run", 0.4, seed=1)
+    too_large = [f"hops.{TWO_HOPS.hops[-1].stage}.num_cpus=1000", "startup_s=20"]
+    with asked_all_the_while(on_air["endpoint"]) as found:
+        failed = ddiff("deploy", "tiny", *settings, *(word for one in too_large for word in ("--set", one)))
+        assert failed.exit_code == 70
+        assert f"{second[:12]} is not ready after 20 s" in failed.stderr
+        assert f"{first[:12]} is put back" in failed.stderr
+        await_painter(on_air["endpoint"], first)
+        assert done("deploy", "--config", on_air["config"])["digest"] == first
+    assert painted_by(on_air["endpoint"]) == first
+    assert {digest for digest, _ in found} == {first}
+    assert len(found) == 1  # no picture of the new base and the old upsampler
 
 
 @pytest.mark.usefixtures("here")
