@@ -288,9 +288,10 @@ def cluster() -> Iterator[TestCluster]:
             "REPORTER_UPDATE_INTERVAL_MS": "60000",
             "METRICS_RECORD_INTERVAL_S": "60",
             "RAY_health_check_initial_delay_ms": "1000",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "4000",
-            "RAY_health_check_failure_threshold": "5",
+            "RAY_health_check_period_ms": "500",
+            "RAY_health_check_timeout_ms": "12000",  # a lost node refuses at once, a starved one is slow
+            "RAY_health_check_failure_threshold": "2",
+            "RAY_worker_maximum_startup_concurrency": "4",  # not one after the other
         }
         port, dashboard, agent, client = (free_port(ips[0]) for _ in range(4))
         words = [
@@ -302,6 +303,7 @@ def cluster() -> Iterator[TestCluster]:
             "--dashboard-port",
             str(dashboard),
         ]
+        words += ["--no-monitor"]  # nothing is autoscaled
         words += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
         head = start_node(Place("head", ips[0], directory, False), environment, words, cpus=0)
         stack.callback(lambda: kill_node(head) if head.process.poll() is None else None)

@@ -53,6 +53,8 @@ PROCESS_BYTES = 1_500_000_000
 """Of a task before it has a model: Python, torch, Ray."""
 PROCESS_IMAGES = 1_000
 """A process starts for some ten seconds: fewer images than this are embedded in that time."""
+SMALL = 100_000_000
+"""Bytes of a CLIP that need no process of its own to be gone from memory."""
 
 
 class Embeddings(NamedTuple):
@@ -188,6 +190,30 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
     if not todo:
         return
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    few = what.images < PROCESS_IMAGES and weight_of(what) < SMALL
+    for report in reported_here(what, todo) if few and not gpus else reported_by_tasks(what, todo, gpus):
+        if report["damage"]:
+            raise DataError(report["damage"])
+        if report["error"]:
+            raise refusal(what.home, report["errno"], report["error"])
+        if report["away"]:
+            raise StorageError(report["away"])
+        yield Part.model_validate_json(report["part"])
+
+
+def reported_here(what: Embeddings, todo: list[dict[str, int]]) -> Iterator[dict[str, Any]]:
+    """The reports, made in this process: before another one has started it is done."""
+    threads = torch.get_num_threads()
+    try:
+        numbers = np.array([one["file"] for one in todo])
+        for report in reported({"file": numbers}, what=what, device="cpu"):
+            yield {name: column.item() for name, column in report.items()}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def reported_by_tasks(what: Embeddings, todo: list[dict[str, int]], gpus: int) -> Iterator[dict[str, Any]]:
+    """The reports of many tasks."""
     most = at_once(what, gpus)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -200,21 +226,19 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
             num_gpus=1 if gpus else None,
             compute=ray.data.TaskPoolStrategy(size=min(len(todo), most)),
         )
-    for report in reports.iter_rows():
-        if report["damage"]:
-            raise DataError(report["damage"])
-        if report["error"]:
-            raise refusal(what.home, report["errno"], report["error"])
-        if report["away"]:
-            raise StorageError(report["away"])
-        yield Part.model_validate_json(report["part"])
+    yield from reports.iter_rows()
+
+
+def weight_of(what: Embeddings) -> int:
+    """Bytes of the CLIP's weights."""
+    return (what.clip.fetched() / "weights.safetensors").stat().st_size
 
 
 def at_once(what: Embeddings, gpus: int) -> int:
     """As many tasks as there are CPUs or GPUs, memory and work for."""
     there = ray.cluster_resources()
     worthwhile = -(-what.images // PROCESS_IMAGES)
-    each = PROCESS_BYTES + 3 * (what.clip.fetched() / "weights.safetensors").stat().st_size
+    each = PROCESS_BYTES + 3 * weight_of(what)
     room = int(there.get("memory", each) // each)
     return max(1, min(gpus or int(there.get("CPU", 1)), room, worthwhile))
 
@@ -222,7 +246,7 @@ def at_once(what: Embeddings, gpus: int) -> int:
 def reported(
     batch: dict[str, NDArray[Any]], *, what: Embeddings, device: str
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """What a task runs: a report for each of its files.
+    """A report for each of these files.
 
     A task and no actor: the CLIP is gone from the memory when it ends, and the process is there for the next.
     """

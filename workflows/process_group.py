@@ -5,16 +5,20 @@ nothing: half a GiB and three seconds for each stage.  This config names its fun
 have torch, import them.
 """
 
+import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 import ray
+import ray.exceptions
 from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 
+log = logging.getLogger(__name__)
 LEAVING_S = 30
-"""How long workers that are ending, or lost, are waited for; Ray's default."""
+"""How long workers that are ending are waited for; Ray's default."""
 
 
 class ProcessGroup(BackendConfig):
@@ -42,7 +46,7 @@ class ProcessGroup(BackendConfig):
         return TrainingFramework.TORCH
 
     def to_dict(self) -> dict[str, Any]:
-        return {"backend": self.backend, "init_method": "tcp", "timeout_s": self.timeout_s}
+        return {"backend": self.backend, "init_method": "env", "timeout_s": self.timeout_s}
 
 
 class Joining(Backend):
@@ -53,24 +57,31 @@ class Joining(Backend):
 
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: ProcessGroup) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
+        where = {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
         how = {
             "backend": backend_config.backend,
-            "init_method": f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
+            "init_method": "env://",
             "timeout_s": backend_config.timeout_s,
             "world_size": len(worker_group),
         }
         ranks = range(len(worker_group))
-        ray.get([worker_group.execute_single_async(rank, join, how | {"world_rank": rank}) for rank in ranks])
+        joining = [
+            worker_group.execute_single_async(rank, join, where, how | {"world_rank": rank}) for rank in ranks
+        ]
+        ray.get(joining)
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: ProcessGroup) -> None:
-        leaving = worker_group.execute_async(leave, len(worker_group) > 1)
-        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVING_S)
+        try:
+            ray.get(worker_group.execute_async(leave, len(worker_group) > 1), timeout=LEAVING_S)
+        except ray.exceptions.GetTimeoutError:
+            log.warning("workers did not leave their process group within %d s", LEAVING_S)
 
 
-def join(how: dict[str, Any]) -> None:
+def join(where: dict[str, str], how: dict[str, Any]) -> None:
     """In a worker: the process group, and the variables that torch's own launcher sets."""
     from ray.train.torch import config  # noqa: PLC0415 see above
 
+    os.environ.update(where)
     config._set_torch_distributed_env_vars()
     config._setup_torch_process_group(**how)
 

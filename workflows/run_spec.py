@@ -73,20 +73,33 @@ class RunSpec(Spec):
             )
 
     def check_embeddings(self) -> None:
-        """What a prior draws is what those after it have heard: another CLIP says something else.
+        """All of a cascade speak of embeddings of one CLIP, and what a prior draws is what is heard after it.
 
-        So does the same one of a thumbnail.
+        Of a thumbnail a CLIP says something else.
 
         Raises:
-            ValueError: They were told embeddings by another CLIP, or of images of another size.
+            ValueError: Some were told embeddings by another CLIP, or of images of another size.
         """
+        told = [stage for stage in self.standing() if stage.stage.embedded_by is not None]
+        for stage in told[1:]:
+            refuse_other_clip(stage, told[0])
         prior: TrainSpec | None = None
         for hop in self.cascade.hops:
             stage = self.stage(hop.stage)
             if isinstance(stage.stage, LearnsEmbeddings):
                 prior = stage
-            elif prior is not None and stage.stage.embedded_by is not None:
-                refuse_other_embeddings(f"hop {stage.name}", stage, prior)
+            elif prior is not None:
+                refuse_other_images(f"hop {stage.name}", stage, prior)
+
+    def standing(self) -> list[TrainSpec]:
+        """The stages of the run that the cascade is made of: hops, guides, and what these stand on."""
+        names = [name for hop in self.cascade.hops for name in (hop.stage, *hop.guides.values())]
+        known = {stage.name: stage for stage in self.stages}
+        for name in names:  # which grow
+            parents = known[name].parents
+            wanted = [parent for role, parent in parents.items() if role != "start" and parent in known]
+            names += [parent for parent in wanted if parent not in names]
+        return [known[name] for name in dict.fromkeys(names)]
 
     def check_hop(self, hop: HopSpec) -> None:
         """What a hop asks, its stage and its guides can do; said before anything is trained.
@@ -125,14 +138,14 @@ class RunSpec(Spec):
             )
 
     def check_draft(self, prior: HopSpec) -> None:
-        """A draft paints the embeddings that it has heard: of its own CLIP, of images of one size.
+        """A draft paints the embeddings that it has heard: of images of one size.
 
         Raises:
             ValueError: The draft that judges a prior's draws has heard others.
         """
         if (draft := prior.guides.get("draft")) is not None:
             what = f"hop {prior.stage}: its guide {draft!r}"
-            refuse_other_embeddings(what, self.stage(draft), self.stage(prior.stage))
+            refuse_other_images(what, self.stage(draft), self.stage(prior.stage))
 
     def check_tower(self, hop: HopSpec) -> None:
         """A noised CLIP is told captions by the CLIP that it was trained with.
@@ -162,17 +175,22 @@ class RunSpec(Spec):
         )
 
 
-def refuse_other_embeddings(what: str, told: TrainSpec, prior: TrainSpec) -> None:
-    """Raises ValueError unless a stage is told the embeddings that the prior learns.
+def refuse_other_clip(told: TrainSpec, first: TrainSpec) -> None:
+    """Raises ValueError unless two stages that are told embeddings are so by one CLIP."""
+    theirs, own = told.stage.embedded_by, first.stage.embedded_by
+    assert theirs is not None
+    assert own is not None
+    if (heard := told.parents.get(theirs.role)) != (known := first.parents.get(own.role)):
+        raise ValueError(
+            f"{told.name!r} stands on clip {heard!r}, {first.name!r} on {known!r}; train both on one, "
+            "named alike"
+        )
 
-    They are of one CLIP and of images of one size.
-    """
+
+def refuse_other_images(what: str, told: TrainSpec, prior: TrainSpec) -> None:
+    """Raises ValueError unless a stage is told embeddings of images of the size that the prior learns."""
     theirs, own = told.stage.embedded_by, prior.stage.embedded_by
-    if theirs is None or own is None:
-        return
-    if (heard := told.parents.get(theirs.role)) != (learned := prior.parents.get(own.role)):
-        raise ValueError(f"{what} stands on clip {heard!r}, {prior.name!r} on {learned!r}; train both on one")
-    if theirs.size != own.size:
+    if theirs is not None and own is not None and theirs.size != own.size:
         raise ValueError(
             f"{what} was told embeddings of images of {theirs.size} px, and {prior.name!r} draws those of "
             f"{own.size} px; make embedded_at of {told.name!r} and image_size of {prior.name!r} equal"

@@ -25,6 +25,8 @@ from workflows.storage import Home
 WORLD = 2
 """Changes when the same spec would give other tars."""
 ABOUT = "shapes.json"
+PROCESS_PAIRS = 1_000
+"""Pairs that are drawn while a process starts."""
 QUICK_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
 """A third of the time of OpenCV's own choice, and the same size for scenes that are mostly flat."""
 
@@ -93,7 +95,8 @@ def drop_others(spec: ShapesSpec, home: Home) -> None:
 
 def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterator[Path]:
     """Each of these tars, as soon as it and those before it are whole."""
-    processes = min(len(shards), cpus.available())
+    pairs = sum(len(numbers(spec, shard)) for shard in shards)
+    processes = min(len(shards), cpus.available(), pairs // PROCESS_PAIRS)
     write = partial(write_shard, spec, directory)
     if processes < 2:
         yield from map(write, shards)
@@ -118,7 +121,7 @@ def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:
     return path
 
 
-def numbers(spec: ShapesSpec, shard: int) -> Iterator[int]:
+def numbers(spec: ShapesSpec, shard: int) -> range:
     """The pairs of a shard."""
     start = shard * spec.pairs_per_shard
-    yield from range(start, min(start + spec.pairs_per_shard, spec.pairs))
+    return range(start, min(start + spec.pairs_per_shard, spec.pairs))

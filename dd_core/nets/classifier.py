@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
-from dd_core.nets.layers import ResBlock, Told, apart, together
+from dd_core.nets.layers import ResBlock, Told
 from dd_core.nets.norm import Norm
-from dd_core.nets.unet import Block, Hearing, UNetSpec, check_told, level_layers, way_down
+from dd_core.nets.unet import Block, Hearing, UNetSpec, check_told, way_down
 from dd_core.spec import Spec
 
 
@@ -50,7 +50,6 @@ class Classifier(nn.Module):
         self.down = way_down(unet)
         self.middle = Block(channels[-1], channels[-1], unet.shared(), attend=unet.attention_in_middle)
         self.middle_out = ResBlock(channels[-1], channels[-1], unet.shared())
-        self.told_level = level_layers(self)
         self.norm = Norm(channels[-1], unet.groups)
         side = spec.image_size // unet.factors()[-1]
         self.pool = AttentionPool(channels[-1], unet.shared().heads_of(channels[-1]), side**2, spec.classes)
@@ -65,8 +64,7 @@ class Classifier(nn.Module):
             log_sigma: Noise level of each, or another number that tells it; see `UNetSpec.level_scale`.
         """
         check_told(self.spec.unet, x, Conditioning())
-        level = self.hearing(log_sigma, Conditioning())
-        told = Told(apart(self.told_level, together(self.told_level, level)))
+        told = Told(self.hearing(log_sigma, Conditioning()))
         h = self.stem(x.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last))
         for level in self.down:
             h = level(h, told)[-1]

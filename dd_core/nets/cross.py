@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
 
     def asked(self, rows: Float[Tensor, " b n c"], told: Told) -> Float[Tensor, " b n c"]:
         """The same at the caption, whose keys and values are known."""
-        return self._looked(rows, told.answers[self.key], told.answers[self.value], told.heard)
+        return self._looked(rows, told.keys[self.key], told.keys[self.value], told.heard)
 
     def _looked(self, rows: Tensor, key: Tensor, value: Tensor, heard: Tensor | None) -> Tensor:
         parts = (self.query(rows), key, value)

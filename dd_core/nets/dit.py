@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
 from dd_core.nets.clip import ReadCaption
-from dd_core.nets.layers import Told, apart, together
+from dd_core.nets.layers import Told, apart, read_by
 from dd_core.nets.places import grid_waves, wave
 from dd_core.spec import Spec
 
@@ -57,13 +57,8 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, told: Told) -> tuple[Tensor, ...]:
-        return told.answers[self.linear][:, None].chunk(self.count, dim=-1)
-
-
-def level_layers(network: nn.Module) -> tuple[nn.Linear, ...]:
-    """The layers of a network that hear what its blocks are told."""
-    return tuple(part.linear for part in network.modules() if isinstance(part, Modulation))
+    def forward(self, told: Float[Tensor, " b t"]) -> tuple[Tensor, ...]:
+        return self.linear(told)[:, None].chunk(self.count, dim=-1)
 
 
 class Attention(nn.Module):
@@ -79,7 +74,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, " b n d"], told: Told | None = None) -> Float[Tensor, " b n d"]:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.context is not None and told is not None:
-            more_k, more_v = told.answers[self.context].chunk(2, dim=-1)
+            more_k, more_v = told.keys[self.context].chunk(2, dim=-1)
             k, v = torch.cat([more_k, k], 1), torch.cat([more_v, v], 1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
@@ -102,7 +97,7 @@ class Block(nn.Module):
             out.weight.data.mul_(depth**-0.5)
 
     def forward(self, x: Float[Tensor, " b n d"], told: Told) -> Float[Tensor, " b n d"]:
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(told)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(told.level)
         x = x + (1 + gate) * self.attention(self.norms[0](x) * (1 + scale) + shift, told)
         return x + (1 + gate_mlp) * self.mlp(self.norms[1](x) * (1 + scale_mlp) + shift_mlp)
 
@@ -134,7 +129,7 @@ class ConvBlock(nn.Module):
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h w"]:
-        shift, scale = (part[:, 0, :, None, None] for part in self.modulation(told))
+        shift, scale = (part[:, 0, :, None, None] for part in self.modulation(told.level))
         return x + self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
 
@@ -170,15 +165,15 @@ class DiT(nn.Module):
         if spec.embedding_width:
             self.embedding = nn.Linear(spec.embedding_width, spec.width)
         attending = [part.context for part in self.modules() if isinstance(part, Attention)]
-        self.told_text = tuple(layer for layer in attending if layer is not None)
-        self.told_level = level_layers(self)
+        self.reading = tuple(layer for layer in attending if layer is not None)
 
     def prepared(self, cond: Conditioning) -> Conditioning:
         """The same with the keys and values of its caption, for all calls to come."""
-        if not self.told_text or cond.read is not None:
+        if not self.reading or cond.read is not None:
             return cond
-        assert cond.text is not None
-        return cond._replace(read=together(self.told_text, cond.text))
+        if cond.text is None:
+            raise ValueError("this network is told text, but Conditioning.text is None")
+        return cond._replace(read=read_by(self.reading, cond.text))
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
@@ -207,10 +202,7 @@ class DiT(nn.Module):
         cond = self.prepared(cond)
         level = F.silu(self.told(wave(log_sigma / 4, 256)) + self.heard(cond))
         h = self.enter(self.fold(x))
-        answers = apart(self.told_level, together(self.told_level, level))
-        if cond.read is not None:
-            answers |= apart(self.told_text, cond.read.to(h.dtype))
-        told = Told(answers)
+        told = Told(level, {} if cond.read is None else apart(self.reading, cond.read.to(h.dtype)))
         for block in self.down:
             h = block(h, told)
         skip, tokens = h, self.to_grid(h)

@@ -1,11 +1,12 @@
 """What image networks are made of: residual blocks told the noise level, attention, changes of size.
 
 Every block maps features `b c h w` to features `b c h w`, kept in memory with channels innermost
-(channels_last), and is told the same two things: the noise level and, if it attends, the caption.
+(channels_last), and is told the noise level and, if it attends, what its layers make of the caption.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeVar, assert_never
 
 import torch
@@ -21,24 +22,24 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Told(NamedTuple):
-    """What the blocks of one network hear."""
+    """What every block of one network hears; the same for all of them."""
 
-    answers: Mapping[nn.Linear, Tensor]
-    """What each layer that hears the noise level, `b c`, or the caption, `b l c`, makes of it."""
+    level: Float[Tensor, " b e"]
+    """SiLU of the embedded noise level, with all that is added to it."""
+    keys: Mapping[nn.Linear, Float[Tensor, " b l k"]] = MappingProxyType({})
+    """What each layer that looks at the caption makes of it: keys, values or both."""
     heard: Bool[Tensor, " b l"] | None = None
     """Which tokens of the caption count; None: all of them."""
 
 
-def together(layers: Sequence[nn.Linear], x: Float[Tensor, " *b d"]) -> Float[Tensor, " *b k"]:
-    """What several layers make of the same, side by side: one product in place of many small ones."""
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias)
+def read_by(layers: Sequence[nn.Linear], text: Float[Tensor, " b l d"]) -> Float[Tensor, " b l k"]:
+    """What several layers make of a caption, side by side: `Conditioning.read`."""
+    return torch.cat([layer(text) for layer in layers], dim=-1)
 
 
-def apart(layers: Sequence[nn.Linear], made: Float[Tensor, " *b k"]) -> dict[nn.Linear, Tensor]:
-    """What each layer made, out of `together`."""
-    parts = made.split([layer.out_features for layer in layers], dim=-1)
+def apart(layers: Sequence[nn.Linear], read: Float[Tensor, " b l k"]) -> dict[nn.Linear, Tensor]:
+    """What each layer made, out of `read_by`."""
+    parts = read.split([layer.out_features for layer in layers], dim=-1)
     return dict(zip(layers, parts, strict=True))
 
 
@@ -98,7 +99,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b o h2 w2"]:
         h = self.conv_in(resampled(self.norm_in(x), self.resample))
-        level = told.answers[self.level]
+        level = self.level(told.level)
         h = self.norm_out(h, level) if self.scale_shift else self.norm_out(h + level[:, :, None, None])
         return self.shortcut(resampled(x, self.resample)) + self.conv_out(self.dropout(h))
 
@@ -123,7 +124,7 @@ class Attention(nn.Module):
         rows = self.norm(x, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
         query, key, value = self._heads(self.qkv(rows), 3)
         if self.text is not None:
-            text_key, text_value = self._heads(told.answers[self.text], 2)
+            text_key, text_value = self._heads(told.keys[self.text], 2)
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
         heard = None if told.heard is None else F.pad(told.heard, (0, rows.shape[1]), value=True)
         seen = attend(query, key, value, None if heard is None else heard[:, None, None])

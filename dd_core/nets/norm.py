@@ -51,7 +51,7 @@ def modulated_norm(
     groups: int,
     silu: bool,
 ) -> Float[Tensor, " b c h w"]:
-    """SiLU((GroupNorm(x) * weight + bias) * (1 + scale) + shift), in the dtype of x, computed in float32.
+    """SiLU((GroupNorm(x) * weight + bias) * (1 + scale) + shift), in the dtype of x; statistics in float32.
 
     Args:
         x: Features.
@@ -99,11 +99,16 @@ def plain_modulated_norm(
 
 def gain_and_offset(weight: Tensor, bias: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
     """What each channel is multiplied with and what is added, at last; `b c`, or `1 c` for all samples."""
-    gain, offset = weight.float()[None], bias.float()[None]
+    gain, offset = wide(weight)[None], wide(bias)[None]
     if told is None:
         return gain, offset
-    scale, shift = told.float().chunk(2, dim=1)
+    scale, shift = wide(told).chunk(2, dim=1)
     return gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -219,7 +224,7 @@ def norm_by_passes(
     """
     out, moments = room(x, weight, bias, told, groups, silu)
     gain, offset = (of.expand(len(x), -1) for of in gain_and_offset(weight, bias, told))
-    wide = x.shape[1] // groups
+    each = x.shape[1] // groups
     for y, v, m, s, g, o in samples(rows_of(out), rows_of(x), *moments, gain, offset):
         pivot = v[:, :1].float()
         apart = v - pivot
@@ -229,8 +234,8 @@ def norm_by_passes(
         m.copy_(centre.mean(2))
         variance = (own + (centre - m[..., None]).square()).mean(2)
         s.copy_(variance.clamp_min(0).add(EPSILON).rsqrt())
-        factor = g * s.repeat_interleave(wide, 1)
-        z = torch.addcmul((o - m.repeat_interleave(wide, 1) * factor)[:, None], v, factor[:, None])
+        factor = g * s.repeat_interleave(each, 1)
+        z = torch.addcmul((o - m.repeat_interleave(each, 1) * factor)[:, None], v, factor[:, None])
         y.copy_(F.silu(z, inplace=True) if silu else z)
     return out, moments
 
@@ -244,8 +249,8 @@ def norm_backward_by_passes(
     assert bias is not None
     d_x, d_affine, d_told = room_backward(grad, x, moments, silu, *affine)
     gain, offset = (of.expand(len(x), -1) for of in gain_and_offset(weight, bias, told))
-    wide = x.shape[1] // moments.shape[2]
-    mean, scale = moments.repeat_interleave(wide, 2)
+    each = x.shape[1] // moments.shape[2]
+    mean, scale = moments.repeat_interleave(each, 2)
     per_channel = (of[:, None] for of in (*d_affine, mean, scale, gain, offset))
     for d_v, dy, v, d_g, d_o, m, s, g, o in samples(rows_of(d_x), rows_of(grad), rows_of(x), *per_channel):
         u, dz = torch.addcmul(-m * s, v, s), dy.float()
@@ -253,7 +258,7 @@ def norm_backward_by_passes(
             dz = torch.ops.aten.silu_backward(dz, torch.addcmul(o, u, g))
         torch.sum(dz, 1, keepdim=True, out=d_o)
         torch.sum(dz * u, 1, keepdim=True, out=d_g)
-        both = (g * torch.cat([d_o, d_g], dim=1)).unflatten(2, (-1, wide)).mean(3).repeat_interleave(wide, 2)
+        both = (g * torch.cat([d_o, d_g], dim=1)).unflatten(2, (-1, each)).mean(3).repeat_interleave(each, 2)
         lean, turn = (both * (s / -v.shape[1])).split(1, dim=1)
         d_v.copy_(torch.addcmul(lean, u, turn).addcmul_(dz, s * g))
     if told is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets import dit, text
 from dd_core.nets.clip import PackedCaption
-from dd_core.nets.layers import Told, apart, sinusoids, together
+from dd_core.nets.layers import sinusoids
 from dd_core.nets.packed import Packing, packing
 from dd_core.nets.places import wave
 from dd_core.nets.whitening import Whitening
@@ -54,7 +54,7 @@ class DenoiserBlock(nn.Module):
         self.modulation = dit.Modulation(width, width, 3)
         self.enter, self.leave = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, " b w"], told: Told) -> Float[Tensor, " b w"]:
+    def forward(self, x: Float[Tensor, " b w"], told: Float[Tensor, " b w"]) -> Float[Tensor, " b w"]:
         shift, scale, gate = (part[:, 0] for part in self.modulation(told))
         return x + (1 + gate) * self.leave(F.silu(self.enter(self.norm(x) * (1 + scale) + shift)))
 
@@ -99,7 +99,6 @@ class PriorNet(nn.Module):
         self.blocks = nn.ModuleList(DenoiserBlock(hidden) for _ in range(spec.denoiser_blocks))
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(2 * hidden, spec.embedding_width)
-        self.told_level = dit.level_layers(self)
 
     def read(self, caption: PackedCaption) -> Float[Tensor, " b 1 w"]:
         """The caption as the denoiser is told it; once a request."""
@@ -121,11 +120,11 @@ class PriorNet(nn.Module):
     ) -> Float[Tensor, " b d"]:
         if cond.text is None:
             raise ValueError("the prior is told a caption, but Conditioning.text is None")
-        level = F.silu(self.sigma_in(wave(log_sigma / 4, 256)) + cond.text[:, 0])
-        told, h = Told(apart(self.told_level, together(self.told_level, level))), self.noised_in(x)
+        told = F.silu(self.sigma_in(wave(log_sigma / 4, 256)) + cond.text[:, 0])
+        h = self.noised_in(x)
         for block in self.blocks:
             h = block(h, told)
-        return self.out(torch.cat([self.norm(h), level], -1))
+        return self.out(torch.cat([self.norm(h), told], -1))
 
 
 class CausalPriorSpec(Spec):

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")
 LONG = ("clip", "base")
 """Stages that are long enough to be hit."""
-STEPS, BEFORE, SAVED = 75, 20, 18
+STEPS, BEFORE, SAVED = 60, 20, 18
 """Of such a stage: its budget, how many are done when it is hit, and after how many it is saved."""
 CHANGES = [
     "at_once=2",
@@ -114,7 +114,7 @@ def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 1200) -
     while not truth():
         if time.monotonic() > end or ended(on, "smoke.1"):
             pytest.fail(ddiff(on, "logs", "smoke").stdout[-3000:])
-        time.sleep(1.5)
+        time.sleep(0.5)
 
 
 def wait_for_end(on: TestCluster, job: str) -> dict[str, Any]:

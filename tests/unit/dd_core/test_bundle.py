@@ -89,7 +89,7 @@ def test_hops_that_speak_of_embeddings_by_different_clips_are_refused(tmp_path: 
     other = bundle.save(tmp_path / "other", CLIP, {"w": torch.zeros(1)}, parents={}, facts={})
     named = sealed.verify(found["base"]).facts["parents"] | {"clip": other}
     bundle.save(found["base"], BASE, stage(BASE).model.state_dict(), parents=named, facts={"step": 1})
-    with pytest.raises(ValueError, match=r"hop 'prior' learned embeddings by clip \w{12}, hop 'base' by"):
+    with pytest.raises(ValueError, match=r"prior learned embeddings by clip \w{12}, base by \w{12}; train"):
         bundle.save_cascade(tmp_path / "c", SPEC, found | {"other": tmp_path / "other"}, card="")
     assert not (tmp_path / "c").exists()
 

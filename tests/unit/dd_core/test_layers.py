@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dd_core.nets import layers
-from dd_core.nets.layers import Attention, ResBlock, Shared, Told, apart, sinusoids, together
+from dd_core.nets.layers import Attention, ResBlock, Shared, Told, apart, read_by, sinusoids
 
 SHARED = Shared(level_width=12, groups=4, head_width=8, text_width=6)
 
@@ -13,7 +13,7 @@ SHARED = Shared(level_width=12, groups=4, head_width=8, text_width=6)
 def test_a_new_block_passes_its_input_on_resampled(resample: layers.Resample) -> None:
     x = torch.randn(2, 16, 8, 8)
     block = ResBlock(16, 16, SHARED, resample=resample)
-    out = block(x, Told({block.level: block.level(torch.randn(2, 12))}))
+    out = block(x, Told(torch.randn(2, 12)))
     torch.testing.assert_close(out, layers.resampled(x, resample))
 
 
@@ -26,7 +26,7 @@ def test_new_attention_passes_its_input_on() -> None:
     x = torch.randn(2, 16, 4, 4)
     attention = Attention(16, SHARED)
     assert attention.text is not None
-    out = attention(x, Told({attention.text: attention.text(torch.randn(2, 5, 6))}))
+    out = attention(x, Told(torch.randn(2, 12), {attention.text: attention.text(torch.randn(2, 5, 6))}))
     torch.testing.assert_close(out, x)
 
 
@@ -35,17 +35,19 @@ def test_attention_does_not_care_about_the_order_of_the_tokens_of_a_caption() ->
     attention = Attention(16, SHARED)
     assert attention.text is not None
     torch.nn.init.normal_(attention.out.weight)
-    x, text = torch.randn(2, 16, 4, 4), torch.randn(2, 5, 6)
-    seen, turned = (attention(x, Told({attention.text: attention.text(of)})) for of in (text, text.flip(1)))
+    x, text, level = torch.randn(2, 16, 4, 4), torch.randn(2, 5, 6), torch.randn(2, 12)
+    seen, turned = (
+        attention(x, Told(level, {attention.text: attention.text(of)})) for of in (text, text.flip(1))
+    )
     torch.testing.assert_close(seen, turned, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_layers_asked_together_answer_as_alone(bias: bool) -> None:
+def test_what_layers_have_read_is_what_each_makes_of_the_caption(bias: bool) -> None:
     torch.manual_seed(0)
     asked = [torch.nn.Linear(6, width, bias=bias) for width in (4, 8, 2)]
     x = torch.randn(2, 5, 6)
-    for layer, answer in apart(asked, together(asked, x)).items():
+    for layer, answer in apart(asked, read_by(asked, x)).items():
         torch.testing.assert_close(answer, layer(x))
 
 

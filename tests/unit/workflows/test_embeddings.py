@@ -29,7 +29,7 @@ from dd_core.training import TrainState
 from tests.conftest import needs_ray
 from tests.prepared import png, write_prepared
 from tests.unit.workflows.tiny_run import saved
-from workflows import feed, training
+from workflows import embeddings, feed, training
 from workflows.embeddings import Embeddings, at_once, embed, home_of, require, write_sidecar
 from workflows.feed import DataError, Order, Wanted
 from workflows.parts import UNFINISHED, DestinationError
@@ -133,6 +133,18 @@ def test_every_row_has_the_embedding_of_its_image_and_rejected_ones_none(
     for number in range(FILES):
         write_sidecar(inputs.what, number, WIDTH, telling(inputs.clip))
     assert digests(home) == others_one_at_a_time  # whoever does the work, the same bytes
+
+
+def test_few_images_are_embedded_in_this_process_to_the_same_bytes(
+    inputs: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    embed(inputs.what._replace(images=embeddings.PROCESS_IMAGES - 1))  # no Ray is there to ask
+    mine = digests(inputs.what.home)
+    shutil.rmtree(inputs.what.home.here)
+    for number in range(FILES):
+        write_sidecar(inputs.what, number, WIDTH, telling(inputs.clip))
+    assert digests(inputs.what.home) == mine
 
 
 @needs_ray

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from workflows import grammar, oracle, shapes, storage
+from workflows import grammar, oracle, shape_shards, shapes, storage
 from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.shapes import UNSEEN, Scene, drawn, place_of, scene_rng
 from workflows.storage import Home
@@ -93,10 +93,15 @@ def test_the_two_orders_of_a_relation_say_the_same() -> None:
     )
 
 
-def test_shards_are_a_function_of_the_seed_and_never_hold_an_unseen_pair(tmp_path: Path) -> None:
+def test_shards_are_a_function_of_the_seed_and_never_hold_an_unseen_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = ShapesSpec(pairs=25, seed=3, pairs_per_shard=10)
     first = [Path(path) for path in write_shards(spec, tmp_path / "a")]
-    again = [Path(path) for path in write_shards(spec, tmp_path / "b")]
+    with monkeypatch.context() as patch:  # drawn by several processes
+        patch.setattr(shape_shards, "PROCESS_PAIRS", 1)
+        patch.setattr(shape_shards.cpus, "available", lambda: 2)
+        again = [Path(path) for path in write_shards(spec, tmp_path / "b")]
     other = [Path(path) for path in write_shards(spec.but(seed=4), tmp_path / "c")]
     assert [path.name for path in first] == ["shapes-00000.tar", "shapes-00001.tar", "shapes-00002.tar"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
