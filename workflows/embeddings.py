@@ -213,7 +213,10 @@ def reported_here(what: Embeddings, todo: list[dict[str, int]]) -> Iterator[dict
 
 
 def reported_by_tasks(what: Embeddings, todo: list[dict[str, int]], gpus: int) -> Iterator[dict[str, Any]]:
-    """The reports of many tasks."""
+    """The reports of many tasks.
+
+    Tasks and no actors: the CLIP is gone from memory when one ends, and the process is there for the next.
+    """
     most = at_once(what, gpus)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -246,10 +249,7 @@ def at_once(what: Embeddings, gpus: int) -> int:
 def reported(
     batch: dict[str, NDArray[Any]], *, what: Embeddings, device: str
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """A report for each of these files.
-
-    A task and no actor: the CLIP is gone from the memory when it ends, and the process is there for the next.
-    """
+    """A report for each of these files."""
     torch.set_num_threads(1)
     clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
     for number in batch["file"].tolist():

@@ -209,5 +209,13 @@ def test_weights_in_bfloat16_are_read_as_they_are(way: str) -> None:
         found = modulated_norm(x, weight, bias, told, groups=4, silu=True)
         expected = modulated_norm(x, weight.float(), bias.float(), told.float(), groups=4, silu=True)
     assert torch.equal(found, expected)
-    exact = by_formula(*(of.double() for of in (x, weight, bias, told)), groups=4, silu=True)
-    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()
+    halves = [of.requires_grad_() for of in (x, weight, bias, told)]
+    wide = [of.detach().double().requires_grad_() for of in halves]
+    ours, exact = modulated_norm(*halves, groups=4, silu=True), by_formula(*wide, groups=4, silu=True)
+    assert torch.equal(ours, found)
+    assert (ours - exact).abs().max() <= 2**-8 * exact.abs().max()
+    grad = torch.randn_like(ours)
+    expected = torch.autograd.grad(exact, wide, grad.double())
+    for half, double in zip(torch.autograd.grad(ours, halves, grad), expected, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert (half - double).norm() <= 0.003 * double.norm()
