@@ -20,7 +20,13 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Products and convolutions in bfloat16, if that is asked for or, with auto, if the device has it."""
+def dtype_of(device: torch.device, precision: Precision) -> torch.dtype:
+    """bfloat16 if that is asked for or, with auto, if the device has it; float32 otherwise."""
     half = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return torch.bfloat16 if half else torch.float32
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Products and convolutions in these numbers."""
+    half = dtype_of(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=half)

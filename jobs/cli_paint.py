@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from jobs.shell import DIRECTORY, FILE, Group, answer
+from jobs.shell import DIRECTORY, FILE, PRECISION, Group, answer
+
+if TYPE_CHECKING:
+    from dd_core.precision import Precision
 
 painting = Group("painting")
 CASCADE = click.option(
@@ -57,6 +60,7 @@ CASCADE = click.option(
 @click.option(
     "--by", default=0.35, show_default=True, type=click.FloatRange(0, 1), help="How far --instead-of turns."
 )
+@PRECISION
 @click.option("--out", default=Path("samples"), show_default=True, type=DIRECTORY, help="Where the PNGs go.")
 def sample(
     prompt: str,
@@ -80,6 +84,7 @@ def sample(
     between: float | None,
     instead_of: str | None,
     by: float,
+    precision: Precision,
     out: Path,
 ) -> None:
     """Paint PROMPT without a server.  The same seed gives the same picture to the bit.
@@ -112,6 +117,7 @@ def sample(
         colourise=colourise,
         enlarge=enlarge,
         changes=changes,
+        precision=precision,
     )
     made = paint(order, cascade, out)
     lines = [f"{one.path}" if one.score is None else f"{one.path}  {one.score:.4f}" for one in made]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dd_core import sealed
+from dd_core.precision import Precision
 from jobs.environment import joins_cluster, ray_cluster
 from jobs.failures import PortTakenError
 from workflows.storage import Home
@@ -49,8 +50,14 @@ class EndpointError(RuntimeError):
     """The endpoint did not come up."""
 
 
-def serve_here(cascade: Path, address: Address, *, verbose: bool) -> None:
+def serve_here(cascade: Path, address: Address, *, precision: Precision, verbose: bool) -> None:
     """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        cascade: Its directory.
+        address: Where to listen.
+        precision: Of the networks that paint.
+        verbose: Let Ray say all it has to.
 
     Raises:
         SealError: The cascade is damaged or unfinished.
@@ -61,7 +68,9 @@ def serve_here(cascade: Path, address: Address, *, verbose: bool) -> None:
     sealed.verify(cascade)
     if not joins_cluster():
         refuse_taken(address)
-    spec = app.ServeSpec(cascade=str(cascade.resolve()), host=address.host, port=address.port)
+    spec = app.ServeSpec(
+        cascade=str(cascade.resolve()), precision=precision, host=address.host, port=address.port
+    )
     with ray_cluster(verbose=verbose):
         app.run(spec, blocking=True)
 

@@ -5,6 +5,7 @@
     how                                     JSON: how each hop that worked was sampled, in their order
     edit                                    JSON: what was done to given pictures
     pictures                                JSON: sha256 of their files, by option
+    precision                               of the networks that paint; a PNG without it is of float32
     made_with                               versions and device; others may end in other last bits
 
 An endpoint writes the same words; it takes no pictures.
@@ -17,10 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from PIL import Image
+from pydantic import TypeAdapter
 
 from dd_core import sealed
 from dd_core.cascade import as_said
+from dd_core.precision import Precision, dtype_of
 from dd_core.samplers import SamplingSpec
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ EDITS = ("vary", "between", "instead_of", "by", "colourise", "enlarge")
 """Fields of an order that say what is done to given pictures."""
 PICTURES = ("image", "other", "mask", "reference")
 """Fields of an order that are pictures."""
+PRECISION: TypeAdapter[Precision] = TypeAdapter(Precision)
 NEEDED = ("prompt", "seed", "cascade", "how")
 
 
@@ -47,10 +52,11 @@ class Told(NamedTuple):
     made_with: str
 
 
-def facts_of(order: Order, device: str) -> dict[str, str]:
+def facts_of(order: Order, device: torch.device) -> dict[str, str]:
     """What an order says that decides its pictures, but for the seed and how the hops are sampled."""
     usual = type(order)("")
-    facts = {"prompt": order.prompt, "made_with": here(device)}
+    half = dtype_of(device, order.precision) == torch.bfloat16
+    facts = {"prompt": order.prompt, "made_with": here(device), "precision": "bf16" if half else "fp32"}
     if order.negative:
         facts["negative_prompt"] = order.negative
     if order.label is not None:
@@ -66,9 +72,9 @@ def facts_of(order: Order, device: str) -> dict[str, str]:
     return facts
 
 
-def here(device: str) -> str:
+def here(device: torch.device) -> str:
     """What paints here."""
-    return f"ddiff {version('ddiff')}, torch {version('torch')}, {device}"
+    return f"ddiff {version('ddiff')}, torch {version('torch')}, {device.type}"
 
 
 def told_by(picture: Path) -> Told:
@@ -89,15 +95,18 @@ def told_by(picture: Path) -> Told:
             "a program that saved it left its text out"
         )
     try:
-        asked = {"prompt": text["prompt"], "seed": int(text["seed"]), **json.loads(text.get("edit", "{}"))}
+        asked: dict[str, Any] = {"prompt": text["prompt"], "seed": int(text["seed"])}
+        asked |= json.loads(text.get("edit", "{}"))
         if "negative_prompt" in text:
             asked["negative"] = text["negative_prompt"]
         if "label" in text:
             asked["label"] = int(text["label"])
+        precision = PRECISION.validate_python(text.get("precision", "fp32"))
         how = [as_said(SamplingSpec.model_validate(one)) for one in json.loads(text["how"])]
         pictures = dict(json.loads(text.get("pictures", "{}")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{picture}: its text is damaged: {' '.join(str(error).split())}") from None
-    if strange := asked.keys() - {"prompt", "seed", "negative", "label", *EDITS}:
+    asked["precision"] = precision
+    if strange := asked.keys() - {"prompt", "seed", "negative", "label", "precision", *EDITS}:
         raise ValueError(f"{picture}: its text speaks of {min(strange)!r}; another version painted it")
     return Told(asked, text["cascade"], how, pictures, text.get("made_with", "an endpoint"))

@@ -34,7 +34,7 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
     refuse_other_pictures(told, given)
     order = Order(**{**told.asked, **given})
     refuse_order(order)
-    opened = bundle.load_cascade(cascade, device=device())
+    opened = bundle.load_cascade(cascade, device=device(), precision=order.precision)
     if opened.digest != told.cascade:
         raise ValueError(
             f"{picture} was painted by cascade {told.cascade[:12]}, and {cascade} is {opened.digest[:12]}; "
@@ -53,7 +53,7 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
     if away.any():
         raise ValueError(
             f"{picture}: {(away > 0).any(-1).mean():.1%} of the pixels are others now, by up to "
-            f"{away.max()} of 255; it was made with {told.made_with}, here is {here(device().type)}"
+            f"{away.max()} of 255; it was made with {told.made_with}, here is {here(device())}"
         )
     return {"same": True, "seed": order.seed, "cascade": opened.digest}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, requested, run
+from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.asking import hears_negative, led_away
 from dd_core.stages.chain_hop import ChainHop
@@ -70,6 +71,8 @@ class Order(NamedTuple):
     """The picture is small: its pixels are kept as the means of blocks of the one that is made."""
     changes: tuple[str, ...] = ()
     """HOP.FIELD=VALUE, of how the hops are sampled (`settings`)."""
+    precision: Precision = "auto"
+    """Of the networks that paint (`dd_core.stages.load_hop`)."""
 
 
 class Painted(NamedTuple):
@@ -119,7 +122,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         sealed.SealError: The cascade is damaged or unfinished.
     """
     refuse_order(order)
-    opened = bundle.load_cascade(cascade, device=device())
+    opened = bundle.load_cascade(cascade, device=device(), precision=order.precision)
     specs = changed(remake.specs_of(opened, order), order.changes)
     how = [how_of(hop, order) for hop in specs]
     refuse_overruled(order.changes, specs, remake.final(opened, order, how))
@@ -128,7 +131,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     rank = None if order.keep is None else ranking(cascade, opened, asked.tokens)
     plan = begun(order, opened, asked, how)
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"cascade": opened.digest, "how": written(plan.how), **facts_of(order, device().type)}
+    facts = {"cascade": opened.digest, "how": written(plan.how), **facts_of(order, device())}
     seeds = range(order.seed, order.seed + order.images)
     drawn = (Canvas(seed, painted(plan, seed, opened.spec.name)) for seed in seeds)
     if rank is None or order.keep is None:

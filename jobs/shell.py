@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 PORT = click.IntRange(1, 65535)
+PRECISION = click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    help="Of the networks that paint; auto: bf16 where the device multiplies it.",
+)
 
 
 class Manner(NamedTuple):

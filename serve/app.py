@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dd_core import bundle
 from dd_core.cascade import CascadeSpec
+from dd_core.precision import Precision
 from dd_core.sealed import MANIFEST
 from dd_core.spec import SafeName, Spec
 from dd_core.stages import StageSpec
@@ -83,6 +84,9 @@ class ServeSpec(Spec):
     """Serve this cascade only; empty: whatever is in the directory."""
     code: str = ""
     """Be served by this code only, `serve.code.digest()`; empty: by whatever code a node has."""
+    precision: Precision = "auto"
+    """Of the networks that paint (`dd_core.stages.load_hop`); auto: bfloat16 where a replica's device
+    multiplies it."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     timeout_s: float = Field(120, gt=0)
@@ -125,6 +129,7 @@ class Ingress:
             created=created,
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
+            precision=spec.precision,
         )
 
     async def drain(self) -> int:
@@ -159,7 +164,14 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     place = spec.cascade if in_a_store(spec.cascade) else str(directory)  # each replica fetches its own copy
     patience = spec.timeout_s + GRACE_S  # a replica that is replaced finishes what it has begun
     hops = {
-        stage: deployment(spec.hops.get(stage, spec.hop), stage, place, digest, patience_s=patience)
+        stage: deployment(
+            spec.hops.get(stage, spec.hop),
+            stage,
+            place,
+            digest,
+            precision=spec.precision,
+            patience_s=patience,
+        )
         for stage in sorted(stages)
     }
     created = int((directory / MANIFEST).stat().st_mtime)
@@ -177,7 +189,7 @@ def hears_classes(cascade: CascadeSpec, stages: Mapping[str, StageSpec]) -> bool
 
 
 def deployment(
-    spec: ReplicaSpec, stage: str, cascade: str, digest: str, *, patience_s: float
+    spec: ReplicaSpec, stage: str, cascade: str, digest: str, *, precision: Precision, patience_s: float
 ) -> ray.serve.Application:
     """A hop with its own replicas.
 
@@ -207,6 +219,7 @@ def deployment(
         max_waiting=spec.max_waiting,
         shared=spec.shared,
         threads=spec.threads,
+        precision=precision,
     )
 
 

@@ -54,7 +54,7 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
     summary = summary_of(run)
-    cascade = bundle.load_cascade(run / "cascade") if (run / "cascade").exists() else None
+    cascade = bundle.load_cascade(run / "cascade", precision="auto") if (run / "cascade").exists() else None
     data = data_of(run, summary)
     known = prompts or captions(data, 16)
     painted = pictures.painted(cascade, known, seed=seed) if cascade is not None else []

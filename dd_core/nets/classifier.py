@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
+from dd_core.nets.conv import Conv
 from dd_core.nets.layers import ResBlock, Told
 from dd_core.nets.norm import Norm
 from dd_core.nets.unet import Block, Hearing, UNetSpec, check_told, way_down
@@ -46,7 +47,7 @@ class Classifier(nn.Module):
         self.spec = spec
         unet, channels = spec.unet, spec.unet.channels()
         self.hearing = Hearing(unet)
-        self.stem = nn.Conv2d(spec.in_channels, channels[0], 3, padding=1)
+        self.stem = Conv(spec.in_channels, channels[0], 3, padding=1)
         self.down = way_down(unet)
         self.middle = Block(channels[-1], channels[-1], unet.shared(), attend=unet.attention_in_middle)
         self.middle_out = ResBlock(channels[-1], channels[-1], unet.shared())

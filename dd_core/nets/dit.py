@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
 from dd_core.nets.clip import ReadCaption
+from dd_core.nets.conv import Conv
 from dd_core.nets.layers import Told, apart, read_by
 from dd_core.nets.places import grid_waves, wave
 from dd_core.spec import Spec
@@ -122,8 +123,8 @@ class ConvBlock(nn.Module):
     def __init__(self, width: int, told: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(width // 16 or 1, width)
-        self.enter = nn.Conv2d(width, width, 3, padding=1)
-        self.leave = nn.Conv2d(width, width, 3, padding=1)
+        self.enter = Conv(width, width, 3, padding=1)
+        self.leave = Conv(width, width, 3, padding=1)
         self.modulation = Modulation(told, width, 2)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
@@ -134,26 +135,29 @@ class ConvBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Network of a diffusion model: noisy image, log sigma and conditioning -> what it predicts."""
+    """Network of a diffusion model: noisy image, log sigma and conditioning -> what it predicts.
+
+    It answers in the dtype of the image, whatever its weights are kept in.
+    """
 
     def __init__(self, spec: DiTSpec, *, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.spec = spec
         grid, heads = spec.image_size // spec.stem // 2, spec.width // spec.head_width
         self.fold = nn.PixelUnshuffle(spec.stem)
-        self.enter = nn.Conv2d(in_channels * spec.stem**2, spec.conv_width, 3, padding=1)
+        self.enter = Conv(in_channels * spec.stem**2, spec.conv_width, 3, padding=1)
         self.told = nn.Sequential(nn.Linear(256, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
         self.down = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
-        self.to_grid = nn.Conv2d(spec.conv_width, spec.width, 2, stride=2)
+        self.to_grid = Conv(spec.conv_width, spec.width, 2, stride=2)
         self.places = nn.Parameter(grid_waves(grid, spec.width)[None])
         self.blocks = nn.ModuleList(
             Block(spec.width, heads, spec.width, spec.text_width and spec.width, 2 * spec.layers)
             for _ in range(spec.layers)
         )
         self.from_grid = nn.Linear(spec.width, 4 * spec.conv_width)
-        self.join = nn.Conv2d(2 * spec.conv_width, spec.conv_width, 1)
+        self.join = Conv(2 * spec.conv_width, spec.conv_width, 1)
         self.up = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
-        self.leave = nn.Conv2d(spec.conv_width, out_channels * spec.stem**2, 3, padding=1)
+        self.leave = Conv(spec.conv_width, out_channels * spec.stem**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(spec.stem)
         if spec.text_width:
             self.text_in = nn.Linear(spec.text_width, spec.width)
@@ -177,10 +181,11 @@ class DiT(nn.Module):
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
-        x = self.text_in(caption.states)
+        dtype = self.text_in.weight.dtype
+        x = self.text_in(caption.states.to(dtype))
         if self.spec.caption_width:
             whole = caption.embedding * caption.embedding.shape[-1] ** 0.5
-            x = torch.cat([self.caption_in(whole)[:, None], x], 1)
+            x = torch.cat([self.caption_in(whole.to(dtype))[:, None], x], 1)
         for block in self.text_blocks:
             x = block(x)
         return self.text_out(x)
@@ -189,7 +194,8 @@ class DiT(nn.Module):
         """Caption and image embedding as one vector per image; zeros if the network is told neither."""
         heard = self.places.new_zeros(1, self.spec.width)
         if self.spec.embedding_width and cond.image_embedding is not None:
-            heard = heard + self.embedding(cond.image_embedding * self.spec.embedding_width**0.5)
+            unit = cond.image_embedding * self.spec.embedding_width**0.5
+            heard = heard + self.embedding(unit.to(self.places.dtype))
         if self.spec.caption_width and cond.text is not None:
             heard = heard + self.caption_told(cond.text[:, 0])
         return heard
@@ -197,11 +203,10 @@ class DiT(nn.Module):
     def forward(
         self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, " b o h w"]:
-        if cond.image is not None:
-            x = torch.cat([x, cond.image], 1)
-        cond = self.prepared(cond)
-        level = F.silu(self.told(wave(log_sigma / 4, 256)) + self.heard(cond))
-        h = self.enter(self.fold(x))
+        cond, dtype = self.prepared(cond), self.places.dtype
+        level = F.silu(self.told(wave(log_sigma / 4, 256).to(dtype)) + self.heard(cond))
+        h = x if cond.image is None else torch.cat([x, cond.image], 1)
+        h = self.enter(self.fold(h.to(dtype)))
         told = Told(level, {} if cond.read is None else apart(self.reading, cond.read.to(h.dtype)))
         for block in self.down:
             h = block(h, told)
@@ -214,4 +219,4 @@ class DiT(nn.Module):
         h = self.join(torch.cat([F.pixel_shuffle(h, 2), skip], 1))
         for block in self.up:
             h = block(h, told)
-        return self.unfold(self.leave(h))
+        return self.unfold(self.leave(h)).to(x.dtype)

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dd_core.devices import kind_of
 from dd_core.nets.attention import attend
+from dd_core.nets.conv import Conv
 from dd_core.nets.norm import Norm
 
 Resample = Literal["same", "down", "up"]
@@ -30,6 +32,42 @@ class Told(NamedTuple):
     """What each layer that looks at the caption makes of it: keys, values or both."""
     heard: Bool[Tensor, " b l"] | None = None
     """Which tokens of the caption count; None: all of them."""
+    made: Mapping[nn.Linear, Float[Tensor, " b k"]] = MappingProxyType({})
+    """What layers make of the level, where they were asked together (`Together`)."""
+
+    def by(self, layer: nn.Linear) -> Float[Tensor, " b k"]:
+        """What a layer makes of the level."""
+        return self.made[layer] if layer in self.made else layer(self.level)
+
+
+class Together:
+    """Layers that hear the same, asked in one product where they are frozen and a CPU computes.
+
+    For one image a call of each costs more than its product.  Their weights are copied side by side once; to
+    copy them at every call would cost a large network more than it saves.
+
+    Args:
+        layers: Each with a bias, of equal in_features.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self.widths = [layer.out_features for layer in layers]
+        self.made_of: tuple[tuple[int, int], ...] = ()
+        self.side_by_side: tuple[Tensor, ...] = ()
+
+    def __call__(self, x: Float[Tensor, " b e"]) -> dict[nn.Linear, Tensor]:
+        """What each makes of x; nothing where they are to be asked one by one."""
+        parts = [part for layer in self.layers for part in (layer.weight, layer.bias)]
+        alone = torch.is_grad_enabled() or torch.compiler.is_compiling() or kind_of(x) != "cpu"
+        if alone or type(x) is not Tensor or any(part.requires_grad for part in parts):
+            return {}
+        made_of = tuple((part.data_ptr(), part._version) for part in parts)
+        if made_of != self.made_of:
+            self.side_by_side = torch.cat(parts[::2]), torch.cat(parts[1::2])
+            self.made_of = made_of
+        made = F.linear(x, *self.side_by_side).split(self.widths, dim=-1)
+        return dict(zip(self.layers, made, strict=True))
 
 
 def read_by(layers: Sequence[nn.Linear], text: Float[Tensor, " b l d"]) -> Float[Tensor, " b l k"]:
@@ -88,20 +126,20 @@ class ResBlock(nn.Module):
         self.resample: Resample = resample
         self.scale_shift = shared.scale_shift
         self.norm_in = Norm(in_channels, shared.groups)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_in = Conv(in_channels, out_channels, 3, padding=1)
         self.level = nn.Linear(shared.level_width, out_channels * (2 if shared.scale_shift else 1))
         self.norm_out = Norm(out_channels, shared.groups)
         self.dropout = nn.Dropout(shared.dropout)
-        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_out = zeroed(Conv(out_channels, out_channels, 3, padding=1))
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.shortcut = Conv(in_channels, out_channels, 1)
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b o h2 w2"]:
         h = self.conv_in(resampled(self.norm_in(x), self.resample))
-        level = self.level(told.level)
+        level = told.by(self.level)
         h = self.norm_out(h, level) if self.scale_shift else self.norm_out(h + level[:, :, None, None])
-        return self.shortcut(resampled(x, self.resample)) + self.conv_out(self.dropout(h))
+        return self.conv_out(self.dropout(h), onto=self.shortcut(resampled(x, self.resample)))
 
 
 class Attention(nn.Module):
@@ -145,7 +183,7 @@ class Resized(nn.Module):
     def __init__(self, channels: int, how: Resample) -> None:
         super().__init__()
         self.how: Resample = how
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if how == "down" else 1, padding=1)
+        self.conv = Conv(channels, channels, 3, stride=2 if how == "down" else 1, padding=1)
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h2 w2"]:
         return self.conv(resampled(x, "up") if self.how == "up" else x)

@@ -80,7 +80,7 @@ def until(fact: Callable[[], bool]) -> None:
 def offline(directory: Path, prompt: str, seed: int) -> np.ndarray[Any, Any]:
     """The same image painted without Ray, HTTP or engine, [h, w, 3]; with as many threads as a replica."""
     torch.set_num_threads(1)
-    cascade = bundle.load_cascade(directory)
+    cascade = bundle.load_cascade(directory, precision="auto")  # as it is served
     state = CascadeState([seed], torch.tensor(tokens([prompt], cascade.spec.context_length)))
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
         state = run(hop, state, link.how)

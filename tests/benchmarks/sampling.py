@@ -60,7 +60,7 @@ def all_sigmas() -> Tensor:
 
 def in_mode(network: nn.Module, mode: str, device: str) -> nn.Module:
     """The network's weights as the mode says."""
-    network = network.to(device).eval()
+    network = network.to(device).eval().requires_grad_(False)
     if "bf16" in mode:
         network = network.bfloat16()
     return network.to(memory_format=torch.channels_last) if "channels_last" in mode else network

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from dd_core import bundle
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.network import PlainSpec
+from dd_core.precision import has_bf16
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages import build_stage
@@ -75,6 +76,8 @@ GIVEN = {"--image", "--mask", "--reference"}
         ("cascade", ("", "--image", "a.png", "--image", "b.png", "--between", "0.4")),
         ("cascade", ("a box", "--image", "a.png", "--instead-of", "a star", "--by", "0.3")),
         ("classes", ("no caption", "--label", "2", "--guidance", "1.5")),
+        ("cascade", ("a star", "--precision", "bf16")),
+        ("cascade", ("a star", "--precision", "fp32")),
     ],
 )
 def test_what_a_picture_says_of_itself_paints_it_again_to_the_bit(
@@ -104,6 +107,26 @@ def retold(path: Path, out: Path, **text: str | None) -> Path:
     with Image.open(path) as picture:
         picture.save(out, pnginfo=told)
     return out
+
+
+def test_a_picture_says_its_precision_and_one_that_says_none_is_of_float32(
+    place: Path, tmp_path: Path
+) -> None:
+    rest = ("--cascade", str(place / "cascade"))
+    for kind in ("bf16", "fp32", "auto"):
+        out = str(tmp_path / kind)
+        assert run(place, "sample", "a star", *rest, "--precision", kind, "--out", out)[0] == 0
+    name, auto = "00000000.png", "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+    half, full = tmp_path / "bf16" / name, tmp_path / "fp32" / name
+    assert half.read_bytes() != full.read_bytes()
+    assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / auto / name).read_bytes()
+    assert text_of(half)["precision"] == "bf16"
+    silent = retold(full, tmp_path / "silent.png", precision=None)
+    done, said = run(place, "reproduce", str(silent), *rest)
+    assert done == 0, said
+    done, said = run(place, "reproduce", str(retold(full, tmp_path / "odd.png", precision="fp8")), *rest)
+    assert done == 2
+    assert "its text is damaged" in said
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,7 @@ def test_a_png_says_what_paints_it_again(served: Served) -> None:
     text = Image.open(io.BytesIO(pngs(answer)[0])).text  # type: ignore[attr-defined]
     assert text["prompt"] == "ein Kreis, größer als ☃"
     assert (text["negative_prompt"], text["seed"], text["cascade"]) == ("blue", "3", DIGEST)
+    assert text["precision"] == "auto"
     assert [SamplingSpec(**how) for how in json.loads(text["how"])] == [
         BASE.but(num_steps=4, guidance_scale=2.0),
         LAST,
