@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
+from dd_core.denoiser import Conditioning
+from dd_core.devices import imagined
 from dd_core.nets import layers
-from dd_core.nets.layers import Attention, ResBlock, Shared, Told, apart, read_by, sinusoids
+from dd_core.nets.layers import Attention, ResBlock, Shared, Together, Told, apart, read_by, sinusoids
+from dd_core.nets.unet import UNet, UNetSpec
 
 SHARED = Shared(level_width=12, groups=4, head_width=8, text_width=6)
 
@@ -58,3 +62,45 @@ def test_sinusoids_turn_a_shift_of_the_level_into_a_rotation() -> None:
     torch.testing.assert_close(
         cos[0] * cos[1] + sin[0] * sin[1], torch.cos(0.7 * frequency), atol=1e-6, rtol=0
     )
+
+
+def linears(frozen: bool) -> list[nn.Linear]:
+    torch.manual_seed(0)
+    return [nn.Linear(6, wide).requires_grad_(not frozen) for wide in (3, 5, 4)]
+
+
+@torch.no_grad()
+def test_layers_asked_together_say_what_each_says_alone_and_hear_of_changed_weights() -> None:
+    layers, x = linears(frozen=True), torch.randn(2, 6)
+    together = Together(layers)
+    for _ in range(2):
+        made = together(x)
+        assert list(made) == layers
+        for layer in layers:
+            torch.testing.assert_close(made[layer], layer(x), atol=1e-6, rtol=1e-6)
+        layers[1].bias.add_(1)
+        layers[2].load_state_dict({name: 2 * part for name, part in layers[2].state_dict().items()})
+
+
+def test_layers_are_asked_one_by_one_where_they_learn_or_another_device_computes() -> None:
+    x = torch.randn(2, 6)
+    assert Together(linears(frozen=True))(x) == {}  # with gradients
+    with torch.no_grad():
+        assert Together(linears(frozen=False))(x) == {}
+        with imagined("cuda"):
+            assert Together(linears(frozen=True))(x) == {}
+
+
+@torch.no_grad()
+def test_a_network_paints_the_same_with_its_levels_told_together_and_one_by_one() -> None:
+    torch.manual_seed(0)
+    spec = UNetSpec(width=16, channel_mult=(1, 2), blocks_per_level=1, attention_at=(), groups=4)
+    network = UNet(spec.but(attention_in_middle=False), in_channels=3, out_channels=3)
+    for weight in network.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    x, level = torch.randn(2, 3, 8, 8), torch.randn(2)
+    alone = network(x, level, Conditioning())
+    assert network.told(network.hearing(level, Conditioning())) == {}
+    network.requires_grad_(False)
+    assert len(network.told(network.hearing(level, Conditioning()))) == 10
+    torch.testing.assert_close(network(x, level, Conditioning()), alone, atol=1e-4, rtol=1e-4)
