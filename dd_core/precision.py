@@ -27,6 +27,6 @@ def dtype_of(device: torch.device, precision: Precision) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Products and convolutions in these numbers."""
+    """Products and convolutions in numbers of `dtype_of`."""
     half = dtype_of(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=half)

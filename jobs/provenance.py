@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -36,7 +36,7 @@ EDITS = ("vary", "between", "instead_of", "by", "colourise", "enlarge")
 """Fields of an order that say what is done to given pictures."""
 PICTURES = ("image", "other", "mask", "reference")
 """Fields of an order that are pictures."""
-PRECISION: TypeAdapter[Precision] = TypeAdapter(Precision)
+TOLD_PRECISION: TypeAdapter[Precision] = TypeAdapter(Literal["bf16", "fp32"])
 NEEDED = ("prompt", "seed", "cascade", "how")
 
 
@@ -101,7 +101,10 @@ def told_by(picture: Path) -> Told:
             asked["negative"] = text["negative_prompt"]
         if "label" in text:
             asked["label"] = int(text["label"])
-        precision = PRECISION.validate_python(text.get("precision", "fp32"))
+        numbers = text.get("precision", "fp32")
+        if "+" in numbers:
+            raise ValueError(f"its hops computed in {numbers}, on devices of their own; here all do in one")
+        precision = TOLD_PRECISION.validate_python(numbers)
         how = [as_said(SamplingSpec.model_validate(one)) for one in json.loads(text["how"])]
         pictures = dict(json.loads(text.get("pictures", "{}")))
     except (ValueError, TypeError) as error:

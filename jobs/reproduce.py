@@ -53,7 +53,8 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
     if away.any():
         raise ValueError(
             f"{picture}: {(away > 0).any(-1).mean():.1%} of the pixels are others now, by up to "
-            f"{away.max()} of 255; it was made with {told.made_with}, here is {here(device())}"
+            f"{away.max()} of 255; it was made with {told.made_with} in {order.precision}, here is "
+            f"{here(device())}"
         )
     return {"same": True, "seed": order.seed, "cascade": opened.digest}
 

@@ -127,7 +127,7 @@ def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": ENTRY,
                 "args": spec.model_dump(mode="json", exclude_defaults=True)
-                | {"cascade": spec.cascade, "digest": spec.digest},
+                | {"cascade": spec.cascade, "digest": spec.digest, "precision": spec.precision},
                 **({"runtime_env": {"working_dir": code_at}} if code_at else {}),
             }
         ],
@@ -378,7 +378,8 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
 def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
     """What Serve still has to do; nothing if it runs this very cascade."""
     running = (ours.get("deployed_app_config") or {}).get("args", {})
-    if (running.get("digest"), running.get("code", "")) != (spec.digest, spec.code):
+    of = (running.get("digest"), running.get("code", ""), running.get("precision", "auto"))
+    if of != (spec.digest, spec.code, spec.precision):
         return "Serve has not taken the config yet"
     return (
         "" if ours["status"] == "RUNNING" else f"Serve says {ours['status']}: {ours.get('message', '')[:200]}"

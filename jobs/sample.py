@@ -72,7 +72,7 @@ class Order(NamedTuple):
     changes: tuple[str, ...] = ()
     """HOP.FIELD=VALUE, of how the hops are sampled (`settings`)."""
     precision: Precision = "auto"
-    """Of the networks that paint (`dd_core.stages.load_hop`)."""
+    """Of the networks that paint (`dd_core.stages.load_hop`); auto is fp32 where a picture is remade."""
 
 
 class Painted(NamedTuple):
@@ -122,6 +122,8 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         sealed.SealError: The cascade is damaged or unfinished.
     """
     refuse_order(order)
+    if order.precision == "auto" and remake.asked_for(order):
+        order = order._replace(precision="fp32")  # a picture's noise is found by walking exactly back
     opened = bundle.load_cascade(cascade, device=device(), precision=order.precision)
     specs = changed(remake.specs_of(opened, order), order.changes)
     how = [how_of(hop, order) for hop in specs]

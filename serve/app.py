@@ -86,7 +86,7 @@ class ServeSpec(Spec):
     """Be served by this code only, `serve.code.digest()`; empty: by whatever code a node has."""
     precision: Precision = "auto"
     """Of the networks that paint (`dd_core.stages.load_hop`); auto: bfloat16 where a replica's device
-    multiplies it."""
+    multiplies it, so say which where the machines of a cluster differ in that."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     timeout_s: float = Field(120, gt=0)
@@ -119,9 +119,9 @@ class Ingress:
         stages: dict[str, StageSpec],
         hops: dict[str, DeploymentHandle],
     ) -> None:
-        links = {stage: ReplicaLink(stage, handle, digest) for stage, handle in hops.items()}
+        links = {one: ReplicaLink(one, handle, digest, spec.precision) for one, handle in hops.items()}
         by_class = hears_classes(cascade, stages)
-        painter = Painter(cascade, digest, links, by_class=by_class, stages=stages)
+        painter = Painter(cascade, digest, links, by_class=by_class, stages=stages, precision=spec.precision)
         while await painter.replacing(timeout_s=5):  # noqa: ASYNC110 - hops do not tell when they change
             await asyncio.sleep(0.5)
         self.api = Api(
@@ -129,7 +129,6 @@ class Ingress:
             created=created,
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
-            precision=spec.precision,
         )
 
     async def drain(self) -> int:

@@ -7,9 +7,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from dd_core.cascade import CascadeState
+from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from serve.engine import BusyError, DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
-from serve.painter import HopLostError
+from serve.painter import HopLostError, Served
 
 PAUSE_S = 1.0
 """Before a hop is asked again whose replica says that it cannot serve: Serve has to replace that first."""
@@ -25,11 +26,13 @@ class ReplicaLink:
     had failed before it was asked is none, and is asked again until it has been replaced.
 
     While a cascade is replaced by another one each hop changes at its own time, so each request says
-    whose it is: no image is drawn half by the one and half by the other.
+    whose it is, and in which numbers: no image is drawn half by the one and half by the other.
     """
 
-    def __init__(self, stage: str, handle: DeploymentHandle, digest: str) -> None:
-        self.stage, self.handle, self.digest = stage, handle, digest
+    def __init__(
+        self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision = "auto"
+    ) -> None:
+        self.stage, self.handle, self.whose = stage, handle, (digest, precision)
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         clock = asyncio.get_running_loop().time
@@ -52,7 +55,7 @@ class ReplicaLink:
 
     async def asked(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         """The answer of one replica."""
-        response = self.handle.advance.remote(state, how, timeout_s, self.digest)
+        response = self.handle.advance.remote(state, how, timeout_s, *self.whose)
         try:
             return await response
         except asyncio.CancelledError:
@@ -65,7 +68,7 @@ class ReplicaLink:
         except DeploymentUnavailableError as error:
             raise HopLostError(f"no replica of {self.stage} can be started", again=True) from error
 
-    async def ready(self) -> str:
+    async def ready(self) -> Served:
         response = self.handle.ready.remote()
         try:
             return await response

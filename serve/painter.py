@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, followed, requested
+from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
 from dd_core.stages.asking import hears_negative, nearest_steps, refuse_sampling
@@ -30,6 +31,23 @@ class HopLostError(RuntimeError):
         self.again = again
 
 
+class Served(NamedTuple):
+    """What a replica paints with."""
+
+    digest: str
+    """Of the cascade."""
+    precision: Precision = "auto"
+    """As it was told."""
+    computes: Literal["bf16", "fp32"] = "fp32"
+    """What that is on its device."""
+
+    def lacks(self, digest: str, precision: Precision) -> str:
+        """Why it is not what is asked for, or nothing."""
+        if digest != self.digest:
+            return f"serves cascade {self.digest[:12]}, not {digest[:12]}"
+        return "" if precision == self.precision else f"serves it in {self.precision}, not {precision}"
+
+
 class Link(Protocol):
     """One hop as it is reached from here."""
 
@@ -44,8 +62,8 @@ class Link(Protocol):
         """
         ...
 
-    async def ready(self) -> str:
-        """The digest of the cascade that it serves; an error or no answer if it cannot."""
+    async def ready(self) -> Served:
+        """What it serves; an error or no answer if it cannot."""
         ...
 
 
@@ -75,6 +93,7 @@ class Painter:
         by_class: Whether a hop is told, or led to, classes.
         stages: What the hops are, so that what they cannot do is refused, and effort rounded to steps that
             they can take, before one is asked; of a stage that is not there its hop says so itself.
+        precision: In which numbers the links must serve it.
     """
 
     def __init__(
@@ -85,9 +104,10 @@ class Painter:
         *,
         by_class: bool = False,
         stages: Mapping[str, StageSpec] | None = None,
+        precision: Precision = "auto",
     ) -> None:
         self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
-        self.stages = stages or {}
+        self.stages, self.precision = stages or {}, precision
 
     async def paint(self, order: Order, timeout_s: float) -> list[Tensor]:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
@@ -163,20 +183,29 @@ class Painter:
 
     async def replacing(self, timeout_s: float) -> bool:
         """Whether a hop still serves another cascade, which is on the air until none does."""
+        found = await self.served(timeout_s)
+        return any(isinstance(one, Served) and one.lacks(self.digest, self.precision) for one in found)
+
+    async def computes(self, timeout_s: float) -> str:
+        """In which numbers the hops paint: bf16, fp32, bf16+fp32 where devices differ; empty: no answer."""
+        found = await self.served(timeout_s)
+        return "+".join(sorted({one.computes for one in found if isinstance(one, Served)}))
+
+    async def served(self, timeout_s: float) -> list[Served | BaseException]:
+        """What each link serves, or why that is not known."""
         asked = (asyncio.wait_for(link.ready(), timeout_s) for link in self.links.values())
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        return any(isinstance(digest, str) and digest != self.digest for digest in found)
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     async def answer(self, link: Link, timeout_s: float) -> str:
         """Why a link cannot serve now, or nothing."""
         try:
             async with asyncio.timeout(timeout_s):
-                digest = await link.ready()
+                served = await link.ready()
         except TimeoutError:
             return "no answer yet"
         except Exception as error:  # noqa: BLE001 - whatever it is, the hop is not ready
             return type(error).__name__
-        return "" if digest == self.digest else f"serves cascade {digest[:12]}, not {self.digest[:12]}"
+        return served.lacks(self.digest, self.precision)
 
 
 def chosen(hop: HopSpec, order: Order, stage: StageSpec | None = None) -> SamplingSpec:

@@ -79,7 +79,7 @@ def run_alone(
     trained: Trained, parents: Mapping[str, Trained], state: CascadeState, what: SamplesSpec
 ) -> Float[Tensor, " n 3 h w"]:
     """What a stage paints as the only hop."""
-    made = run(load_hop(trained, parents, device=device()), state, what.how).image
+    made = run(load_hop(trained, parents, device=device(), precision="auto"), state, what.how).image
     assert made is not None
     return made
 

@@ -5,6 +5,7 @@ at 8 and 16 px takes as long as the convolution, and reads and writes the answer
 something.  Both can be left to oneDNN by calls that torch.compile makes too.
 """
 
+import platform
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,8 @@ from dd_core.precision import has_bf16
 
 @cache
 def kinds() -> tuple[torch.dtype, ...]:
-    """Of numbers that oneDNN convolves here by instructions of the processor."""
-    if not torch.backends.mkldnn.is_available():
+    """Of numbers that oneDNN convolves here by the processor's instructions; none where untried."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() != "x86_64":
         return ()
     return (torch.float32, torch.bfloat16) if has_bf16(torch.device("cpu")) else (torch.float32,)
 
@@ -33,12 +34,17 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
         and kind_of(x) == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in kinds()
+        and bool(torch.backends.mkldnn.enabled)
         and x.numel() > 0
     )
 
 
 class Conv(nn.Conv2d):
-    """torch.nn.Conv2d of the same parameters, whose answer is added to `onto` if there is one."""
+    """torch.nn.Conv2d around zeros, whose answer is added to `onto` if there is one.
+
+    Frozen weights are laid out for the size of the first call, and anew where they were changed in place or
+    replaced, but not where that was hidden from autograd, through `weight.data`.
+    """
 
     _laid_out: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -48,7 +54,8 @@ class Conv(nn.Conv2d):
         if not by_onednn(x, self.weight):
             out = super().forward(x)
             return out if onto is None else onto + out
-        weight = self.weight if self.weight.requires_grad else self.laid_out(x)
+        learns = self.weight.requires_grad or self.weight.is_inference()  # that one counts no changes
+        weight = self.weight if learns else self.laid_out(x)
         where: tuple[Any, ...] = (self.bias, self.padding, self.stride, self.dilation, self.groups)
         if onto is None:
             return torch.ops.mkldnn._convolution_pointwise(x, weight, *where, "none", [], "")

@@ -177,7 +177,7 @@ class DiT(nn.Module):
             return cond
         if cond.text is None:
             raise ValueError("this network is told text, but Conditioning.text is None")
-        return cond._replace(read=read_by(self.reading, cond.text))
+        return cond._replace(read=read_by(self.reading, cond.text.to(self.places.dtype)))
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
         """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
@@ -197,7 +197,7 @@ class DiT(nn.Module):
             unit = cond.image_embedding * self.spec.embedding_width**0.5
             heard = heard + self.embedding(unit.to(self.places.dtype))
         if self.spec.caption_width and cond.text is not None:
-            heard = heard + self.caption_told(cond.text[:, 0])
+            heard = heard + self.caption_told(cond.text[:, 0].to(self.places.dtype))
         return heard
 
     def forward(

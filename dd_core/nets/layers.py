@@ -7,7 +7,7 @@ Every block maps features `b c h w` to features `b c h w`, kept in memory with c
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple, TypeVar, assert_never
+from typing import Any, Literal, NamedTuple, TypeVar, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ class Told(NamedTuple):
 class Together:
     """Layers that hear the same, asked in one product where they are frozen and a CPU computes.
 
-    For one image a call of each costs more than its product.  Their weights are copied side by side once; to
-    copy them at every call would cost a large network more than it saves.
+    For one image a call of each costs more than its product.  Their weights are copied side by side once, and
+    anew as those of `Conv`; to copy them at every call would cost a large network more than it saves.
 
     Args:
         layers: Each with a bias, of equal in_features.
@@ -58,9 +58,11 @@ class Together:
 
     def __call__(self, x: Float[Tensor, " b e"]) -> dict[nn.Linear, Tensor]:
         """What each makes of x; nothing where they are to be asked one by one."""
-        parts = [part for layer in self.layers for part in (layer.weight, layer.bias)]
         alone = torch.is_grad_enabled() or torch.compiler.is_compiling() or kind_of(x) != "cpu"
-        if alone or type(x) is not Tensor or any(part.requires_grad for part in parts):
+        if alone or type(x) is not Tensor:
+            return {}
+        parts = [part for layer in self.layers for part in (layer.weight, layer.bias)]
+        if any(part.requires_grad or part.is_inference() for part in parts):  # those count no changes
             return {}
         made_of = tuple((part.data_ptr(), part._version) for part in parts)
         if made_of != self.made_of:
@@ -68,6 +70,10 @@ class Together:
             self.made_of = made_of
         made = F.linear(x, *self.side_by_side).split(self.widths, dim=-1)
         return dict(zip(self.layers, made, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be copied side by side again."""
+        return self.__dict__ | {"made_of": (), "side_by_side": ()}
 
 
 def read_by(layers: Sequence[nn.Linear], text: Float[Tensor, " b l d"]) -> Float[Tensor, " b l k"]:

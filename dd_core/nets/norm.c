@@ -62,7 +62,7 @@ INLINE F reciprocal(F d) { return 1 / d; }
 
 /* bfloat16: to the nearest, ties to even; what is not a number stays so. */
 INLINE H narrowed(F v) {
-#ifdef __AVX512BF16__
+#if defined __AVX512DQ__ && defined __AVX512BF16__
     return (H)_mm512_cvtneps_pbh((__m512)v);
 #else
     U bits = (U)v, nan = (U)(v != v);
@@ -84,7 +84,7 @@ INLINE F load(const void *from, long i, int count, int half) {
 }
 
 /* The i-th number alone. */
-static float one(const void *from, long i, int half) {
+static float number_at(const void *from, long i, int half) {
     if (!half) return ((const float *)from)[i];
     uint32_t bits = (uint32_t)((const uint16_t *)from)[i] << 16;
     float v;
@@ -116,8 +116,8 @@ INLINE F sigmoid(F z) {
 }
 
 #ifdef __AVX512DQ__
-/* 1 / (1 + exp(-z)), to 7e-5 of itself: an answer in bfloat16 is rounded by up to thirty times as much.  exp(-z)
-   is 2^x, and what x has above a whole number is raised by a polynomial of 0 to 1, right to 3e-6. */
+/* 1 / (1 + exp(-z)), to 7e-5 of itself: an answer in bfloat16 is rounded by up to 28 to 56 times as much.
+   exp(-z) is 2^x, and what x has above a whole number is raised by a polynomial of 0 to 1, right to 3e-6. */
 INLINE F near_sigmoid(F z) {
     F x = z * -1.44269504f, r = above_whole(x);
     F p = r * 1.34267947e-2f + 5.2242297e-2f;
@@ -255,11 +255,11 @@ static void affine(Affine of, float *gain, float *offset, Task task) {
     for (long c = 0; c < task.channels; c++) {
         float scale = 1, shift = 0;
         if (of.told) {
-            scale += one(of.told, c, task.half_told);
-            shift = one(of.told, task.channels + c, task.half_told);
+            scale += number_at(of.told, c, task.half_told);
+            shift = number_at(of.told, task.channels + c, task.half_told);
         }
-        gain[c] = one(of.weight, c, task.half_affine) * scale;
-        offset[c] = one(of.bias, c, task.half_affine) * scale + shift;
+        gain[c] = number_at(of.weight, c, task.half_affine) * scale;
+        offset[c] = number_at(of.bias, c, task.half_affine) * scale + shift;
     }
 }
 
@@ -274,7 +274,7 @@ static void forward(const void *x, void *y, float *mean, float *scale, Affine of
     long C = task.channels, N = task.pixels, wide = C / task.groups, blocks = (N + BLOCK - 1) / BLOCK;
     float *sums = room((2 * blocks + 3) * C), *pivot = sums + 2 * blocks * C, *g = pivot + C, *o = g + C;
     affine(of, g, o, task);
-    for (long c = 0; c < C; c++) pivot[c] = one(x, c, task.half);
+    for (long c = 0; c < C; c++) pivot[c] = number_at(x, c, task.half);
     BLOCKS(CHANNELS(moments, block(k, task), x, pivot, sums + 2 * k * C));
     for (long q = 0; q < task.groups; q++) {
         double base = pivot[q * wide], m = 0, square = 0; /* both of x - base, at first sums */
@@ -315,12 +315,12 @@ static void backward(const void *dy, const void *x, void *dx, float *d_weight, f
         for (long c = q * wide; c < (q + 1) * wide; c++) {
             double first, second; /* the gradients of offset and gain */
             add_up(sums, c, blocks, C, &first, &second);
-            double told = of.told ? 1 + one(of.told, c, task.half_told) : 1;
+            double told = of.told ? 1 + number_at(of.told, c, task.half_told) : 1;
             d_weight[c] = second * told;
             d_bias[c] = first * told;
             if (of.told) {
-                d_told[c] = second * one(of.weight, c, task.half_affine) +
-                            first * one(of.bias, c, task.half_affine);
+                d_told[c] = second * number_at(of.weight, c, task.half_affine) +
+                            first * number_at(of.bias, c, task.half_affine);
                 d_told[C + c] = first;
             }
             lean += gain[c] * first;

@@ -25,8 +25,11 @@ import torch
 
 from dd_core import bundle
 from dd_core.cascade import CascadeState, requested, run
+from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 
+PRECISION: Precision = "fp32"
+"""Of both; what README says was measured in it."""
 STAGE = "base"
 STEPS = (4, 8, 15, 25, 50)
 AT_ONCE = 8
@@ -62,7 +65,7 @@ def by_requests(cascade: Path) -> Ask:
     class Batched:
         def __init__(self) -> None:
             torch.set_num_threads(1)
-            self.hop = bundle.open_hop(cascade, STAGE, "cpu")
+            self.hop = bundle.open_hop(cascade, STAGE, "cpu", PRECISION)
 
         @ray.serve.batch(max_batch_size=AT_ONCE, batch_wait_timeout_s=0.01)
         async def advance(self, asked: list[tuple[CascadeState, SamplingSpec]]) -> list[int]:
@@ -87,10 +90,11 @@ def by_steps(cascade: Path, name: str, *, shared: bool) -> Ask:
 
     digest = sealed.verify(cascade).digest
     told = {"digest": digest, "max_rows": AT_ONCE, "max_waiting": 1000, "shared": shared, "threads": 1}
+    told["precision"] = PRECISION
     options = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 1}}
     app = HopReplica.options(**options).bind(str(cascade), STAGE, **told)
     handle = ray.serve.run(app, name=name, route_prefix=None)
-    return lambda state, how: handle.advance.remote(state, how, PATIENCE_S, digest)
+    return lambda state, how: handle.advance.remote(state, how, PATIENCE_S, digest, PRECISION)
 
 
 async def saturated(ask: Ask, states: Sequence[CascadeState], how: SamplingSpec, seconds: float) -> float:

@@ -79,7 +79,7 @@ def serve_overhead(images: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         tiny_cascade(Path(directory))
         served = Path(directory) / "cascade"
-        cascade = bundle.load_cascade(served)
+        cascade = bundle.load_cascade(served, precision="auto")  # as it is served
         url = app.run(app.ServeSpec(cascade=str(served), port=free_port(), hop=app.ReplicaSpec(threads=1)))
 
         def here(seed: int) -> None:

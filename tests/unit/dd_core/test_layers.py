@@ -1,5 +1,7 @@
 """Laws of the layers: blocks that start as identities, attention, the embedding of a level."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,18 @@ def test_layers_are_asked_one_by_one_where_they_learn_or_another_device_computes
 
 
 @torch.no_grad()
+def test_what_was_asked_together_is_copied_without_its_copies_of_weights() -> None:
+    layers, x = linears(frozen=True), torch.randn(2, 6)
+    together = Together(layers)
+    made = together(x)
+    assert together.side_by_side
+    other = copy.deepcopy(together)
+    assert not other.side_by_side
+    for one, two in zip(made.values(), other(x).values(), strict=True):
+        assert torch.equal(one, two)
+
+
+@torch.no_grad()
 def test_a_network_paints_the_same_with_its_levels_told_together_and_one_by_one() -> None:
     torch.manual_seed(0)
     spec = UNetSpec(width=16, channel_mult=(1, 2), blocks_per_level=1, attention_at=(), groups=4)
@@ -100,7 +114,8 @@ def test_a_network_paints_the_same_with_its_levels_told_together_and_one_by_one(
         weight.add_(0.1 * torch.randn_like(weight))
     x, level = torch.randn(2, 3, 8, 8), torch.randn(2)
     alone = network(x, level, Conditioning())
-    assert network.told(network.hearing(level, Conditioning())) == {}
+    assert network.levels(network.hearing(level, Conditioning())) == {}
     network.requires_grad_(False)
-    assert len(network.told(network.hearing(level, Conditioning()))) == 10
+    made = network.levels(network.hearing(level, Conditioning()))
+    assert list(made) == [block.level for block in network.modules() if isinstance(block, ResBlock)]
     torch.testing.assert_close(network(x, level, Conditioning()), alone, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,11 +20,13 @@ from PIL import Image
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
 from dd_core.consistency import FixedLevels
 from dd_core.nets.network import PlainSpec
+from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.text import tokens
 from jobs.recipes import consistency, ddpm
+from serve import painter as painting
 from serve.engine import BusyError, Engine, RefusedError
 from serve.ingress import Api
 from serve.openai_api import EFFORT, GenerationRequest
@@ -53,6 +55,8 @@ class EngineLink:
         self.labels: list[torch.Tensor | None] = []
         self.failing: Exception | None = None
         self.digest = DIGEST
+        self.precision: Precision = "auto"
+        self.computes: Literal["bf16", "fp32"] = "bf16"
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         self.running = self.running or asyncio.create_task(self.engine.run())
@@ -62,10 +66,10 @@ class EngineLink:
             raise self.failing
         return await self.engine.submit(state, how, timeout_s=timeout_s)
 
-    async def ready(self) -> str:
+    async def ready(self) -> painting.Served:
         if self.failing:
             raise self.failing
-        return self.digest
+        return painting.Served(self.digest, self.precision, self.computes)
 
 
 class Served:
@@ -131,7 +135,7 @@ def test_a_png_says_what_paints_it_again(served: Served) -> None:
     text = Image.open(io.BytesIO(pngs(answer)[0])).text  # type: ignore[attr-defined]
     assert text["prompt"] == "ein Kreis, größer als ☃"
     assert (text["negative_prompt"], text["seed"], text["cascade"]) == ("blue", "3", DIGEST)
-    assert text["precision"] == "auto"
+    assert text["precision"] == "bf16"
     assert [SamplingSpec(**how) for how in json.loads(text["how"])] == [
         BASE.but(num_steps=4, guidance_scale=2.0),
         LAST,
@@ -443,7 +447,12 @@ def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
     one = Served()
     with one.client:
         ready = one.client.get("/health/ready")
-        assert ready.json() == {"status": "ready", "model": "demo", "version": DIGEST}
+        assert ready.json() == {
+            "status": "ready",
+            "model": "demo",
+            "version": DIGEST,
+            "precision": "bf16",
+        }
         one.links["upsampler"].failing = RuntimeError()
         message = refused(one.client.get("/health/ready"), 503)
         assert message == "not ready: upsampler: RuntimeError"
@@ -475,6 +484,23 @@ def test_a_replica_of_another_cascade_is_not_ready() -> None:
     assert asyncio.run(painter.replacing(1))
     with one.client:
         assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text
+
+
+def test_a_replica_of_the_same_cascade_in_other_numbers_is_not_ready() -> None:
+    one = Served()
+    painted_by = Painter(CASCADE, DIGEST, one.links)
+    one.links["base"].precision = "fp32"
+    assert asyncio.run(painted_by.replacing(1))
+    with one.client:
+        assert "base: serves it in fp32, not auto" in one.client.get("/health/ready").text
+
+
+def test_a_file_says_that_its_hops_computed_in_different_numbers() -> None:
+    one = Served()
+    one.links["base"].computes = "fp32"
+    with one.client:
+        (file,) = pngs(one.post(prompt="a"))
+    assert Image.open(io.BytesIO(file)).info["precision"] == "bf16+fp32"
 
 
 def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_it(served: Served) -> None:

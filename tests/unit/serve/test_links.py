@@ -82,7 +82,7 @@ class Replica(Handle):
         self.digest, self.drawn = digest, 0
 
     def remote(self, state: CascadeState, *asked: Any) -> "asyncio.Future[CascadeState]":
-        self.answers = [] if asked[-1] == self.digest else [OTHER]
+        self.answers = [] if self.digest in asked else [OTHER]
         self.drawn += not self.answers
         return super().remote(state, *asked)
 
@@ -103,10 +103,12 @@ def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
 def test_a_replica_draws_for_its_own_cascade_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", list)
     digest = tiny_cascade(tmp_path)
-    limits = {"max_rows": 8, "max_waiting": 8, "shared": False, "threads": 0}
+    limits = {"max_rows": 8, "max_waiting": 8, "shared": False, "threads": 0, "precision": "fp32"}
     replica = HopReplica.func_or_class(str(tmp_path / "cascade"), "prior", digest=digest, **limits)
     state = requested(["a"], [1], 12)
     how = SamplingSpec(num_steps=2)
-    with pytest.raises(OtherCascadeError, match=f"{digest[:12]} is served here, not {NEW[:12]}"):
-        asyncio.run(replica.advance(state, how, 9, NEW))
-    assert asyncio.run(replica.advance(state, how, 9, digest)).image_embedding is not None
+    with pytest.raises(OtherCascadeError, match=f"prior serves cascade {digest[:12]}, not {NEW[:12]}"):
+        asyncio.run(replica.advance(state, how, 9, NEW, "fp32"))
+    with pytest.raises(OtherCascadeError, match="prior serves it in fp32, not bf16"):
+        asyncio.run(replica.advance(state, how, 9, digest, "bf16"))
+    assert asyncio.run(replica.advance(state, how, 9, digest, "fp32")).image_embedding is not None

@@ -12,6 +12,7 @@ from dd_core.devices import imagined
 from dd_core.nets.conv import Conv, by_onednn, kinds
 from dd_core.nets.layers import ResBlock, Shared, Told
 
+pytestmark = pytest.mark.skipif(not kinds(), reason="Conv leaves all to PyTorch on this machine")
 KINDS = (torch.float32, torch.bfloat16)
 WAYS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -94,6 +95,15 @@ def test_changed_weights_are_heard() -> None:
     near(layer(x), plainly(layer, x), torch.float32)
 
 
+def test_weights_that_count_no_changes_are_never_laid_out() -> None:
+    with torch.inference_mode():
+        layer, x = conv(), features(1, 6, 8, 8)
+        before = layer(x)
+        layer.weight.mul_(2)
+        assert not torch.equal(layer(x), before)
+        near(layer(x), plainly(layer, x), torch.float32)
+
+
 @torch.no_grad()
 def test_what_has_answered_can_be_copied_and_sent() -> None:
     layer, x = conv(), features(1, 6, 8, 8)
@@ -111,6 +121,7 @@ def test_gradients_are_those_of_pytorch() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of what switches oneDNN off
 @torch.no_grad()
 def test_it_is_left_to_pytorch_for_other_devices_dtypes_and_casts() -> None:
     x, weight = features(1, 6, 8, 8), conv().weight
@@ -119,6 +130,8 @@ def test_it_is_left_to_pytorch_for_other_devices_dtypes_and_casts() -> None:
     assert not by_onednn(x, weight.bfloat16())
     assert not by_onednn(x[:0], weight)
     assert not by_onednn(x.to("meta"), weight.to("meta"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not by_onednn(x, weight)
     with imagined("cuda"):
         assert not by_onednn(x, weight)
     with torch.autocast("cpu", torch.bfloat16):

@@ -100,6 +100,20 @@ def test_in_bfloat16_only_reading_and_writing_round(way: str, side: int) -> None
         assert (ours_grad - exact_grad).norm() <= 0.003 * exact_grad.norm()
 
 
+@pytest.mark.parametrize(("dtype", "of"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_silu_is_right_however_far_from_zero(way: str, dtype: torch.dtype, of: float) -> None:
+    far = torch.tensor([0.0, 1e-3, 0.5, 1, 2, 5, 10, 20, 40, 79, 80, 81, 87, 88, 89, 126, 128, 200, 1e3, 1e4])
+    z = torch.cat([far, -far]).requires_grad_()
+    x = torch.randn(1, len(z), 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    ours = modulated_norm(x, torch.zeros(len(z)), z, None, groups=4, silu=True)  # nothing but its bias
+    exact = z.detach().double().requires_grad_()
+    formula = exact * torch.sigmoid(exact)
+    torch.testing.assert_close(ours[0, :, 0, 0].double(), formula, rtol=of, atol=1e-30)
+    (found,) = torch.autograd.grad(ours.float().mean((0, 2, 3)).sum(), z)
+    (expected,) = torch.autograd.grad(formula.sum(), exact)
+    torch.testing.assert_close(found.double(), expected, rtol=max(of, 1e-5), atol=1e-5)
+
+
 def test_a_level_far_from_zero_costs_no_digits(way: str) -> None:
     torch.manual_seed(0)
     x, *affine = inputs(32, torch.float32)
