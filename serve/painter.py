@@ -182,9 +182,12 @@ class Painter:
         return {stage: why for stage, why in zip(self.links, answers, strict=True) if why}
 
     async def replacing(self, timeout_s: float) -> bool:
-        """Whether a hop still serves another cascade, which is on the air until none does."""
-        found = await self.served(timeout_s)
-        return any(isinstance(one, Served) and one.lacks(self.digest, self.precision) for one in found)
+        """Whether a hop still serves another cascade, or in other numbers, which is on the air till then.
+
+        A hop that answers anything else is one of other code, and will be replaced too.
+        """
+        found = [one for one in await self.served(timeout_s) if not isinstance(one, BaseException)]
+        return any(not isinstance(one, Served) or one.lacks(self.digest, self.precision) for one in found)
 
     async def computes(self, timeout_s: float) -> str:
         """In which numbers the hops paint: bf16, fp32, bf16+fp32 where devices differ; empty: no answer."""
@@ -200,12 +203,11 @@ class Painter:
         """Why a link cannot serve now, or nothing."""
         try:
             async with asyncio.timeout(timeout_s):
-                served = await link.ready()
+                return (await link.ready()).lacks(self.digest, self.precision)
         except TimeoutError:
             return "no answer yet"
         except Exception as error:  # noqa: BLE001 - whatever it is, the hop is not ready
             return type(error).__name__
-        return served.lacks(self.digest, self.precision)
 
 
 def chosen(hop: HopSpec, order: Order, stage: StageSpec | None = None) -> SamplingSpec:

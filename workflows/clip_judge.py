@@ -18,7 +18,7 @@ from dd_core import bundle, images, metrics, sealed, text
 from dd_core.layouts.clip import net_of
 from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of, published
-from workflows.evaluation import Answer, answered, missing, pixels, wilson, write_down
+from workflows.evaluation import Answer, answered, computed_in, missing, pixels, wilson, write_down
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.parts import data_digest
 from workflows.storage import Home
@@ -159,7 +159,8 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
         for number, png in enumerate(truth):
             (keep / f"{number:05d}-true.png").write_bytes(png)
     about = {"name": own.clip, "digest": clip_digest(own.clip), "taught": own.taught}
-    return {**scores(verdicts), "among": among(spec, len(captions)), "held_out": held_out, "judge": about}
+    asked = {"among": among(spec, len(captions)), "held_out": held_out, "judge": about}
+    return {**scores(verdicts), **asked, "precision": computed_in(answers)}
 
 
 def readable(answer: Answer) -> Float[Tensor, " 1 3 h w"] | None:

@@ -4,6 +4,7 @@ A user's own captions are judged by a CLIP (workflows.clip_judge).
 """
 
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -70,7 +71,7 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
 
     Returns:
         Share right: all, one_object, two_object, unseen, each attribute; n; failed; intervals: name ->
-        [low, high] at 95 %.
+        [low, high] at 95 %; precision (`computed_in`).
 
     Raises:
         EndpointError: Nothing answers there; nobody has been judged.
@@ -81,7 +82,16 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
     missing(answers)
     if keep is not None:
         write_down(keep, [one._asdict() for one in verdicts], answers)
-    return scores(verdicts)
+    return scores(verdicts) | {"precision": computed_in(answers)}
+
+
+def computed_in(answers: Iterable[Answer]) -> str:
+    """In which numbers the pictures say that they were computed: bf16, fp32, both; empty: they do not say."""
+    told: set[str] = set()
+    for answer in answers:
+        with contextlib.suppress(OSError, SyntaxError), Image.open(io.BytesIO(answer.png)) as picture:
+            told.add(str(picture.info.get("precision", "")))
+    return "+".join(sorted(told - {""}))
 
 
 def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[Answer]:

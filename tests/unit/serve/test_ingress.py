@@ -495,6 +495,17 @@ def test_a_replica_of_the_same_cascade_in_other_numbers_is_not_ready() -> None:
         assert "base: serves it in fp32, not auto" in one.client.get("/health/ready").text
 
 
+def test_a_replica_of_former_code_is_not_ready_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def former() -> str:
+        return DIGEST
+
+    one = Served()
+    monkeypatch.setattr(one.links["base"], "ready", former)
+    assert asyncio.run(Painter(CASCADE, DIGEST, one.links).replacing(1))
+    with one.client:
+        assert "base: AttributeError" in one.client.get("/health/ready").text
+
+
 def test_a_file_says_that_its_hops_computed_in_different_numbers() -> None:
     one = Served()
     one.links["base"].computes = "fp32"

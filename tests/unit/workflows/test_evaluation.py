@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from serve import app
 from workflows.evaluation import (
     Answer,
     EndpointError,
     client_of,
+    computed_in,
     evaluate_endpoint,
     scores,
     verdict,
@@ -140,6 +142,23 @@ def test_a_picture_that_did_not_come_is_not_that_of_the_cascade_judged_before(tm
     write_down(tmp_path, [{}, {}], [Answer(b"first"), Answer(b"second")])
     write_down(tmp_path, [{}, {}], [Answer(b"", "HTTP 500"), Answer(b"other")])
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == {"00001.png": b"other"}
+
+
+def file_told(precision: str | None) -> Answer:
+    told, file = PngInfo(), io.BytesIO()
+    if precision is not None:
+        told.add_text("precision", precision)
+    Image.new("RGB", (1, 1)).save(file, "PNG", pnginfo=told)
+    return Answer(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("precisions", "wanted"),
+    [(["bf16", "bf16"], "bf16"), (["fp32", None, "bf16"], "bf16+fp32"), ([None], ""), ([], "")],
+)
+def test_pictures_say_what_their_cascade_computed_in(precisions: list[str | None], wanted: str) -> None:
+    nothing, torn = Answer(b"", "HTTP 500"), Answer(b"\x89PNG")
+    assert computed_in([nothing, *map(file_told, precisions), torn]) == wanted
 
 
 def test_what_fails_is_asked_again_and_a_refusal_counts_as_wrong_at_once(
