@@ -127,7 +127,7 @@ def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": ENTRY,
                 "args": spec.model_dump(mode="json", exclude_defaults=True)
-                | {"cascade": spec.cascade, "digest": spec.digest, "precision": spec.precision},
+                | {"cascade": spec.cascade, "digest": spec.digest},
                 **({"runtime_env": {"working_dir": code_at}} if code_at else {}),
             }
         ],
