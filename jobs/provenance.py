@@ -16,15 +16,14 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
-from pydantic import TypeAdapter
 
 from dd_core import sealed
 from dd_core.cascade import as_said
-from dd_core.precision import Precision, dtype_of
+from dd_core.precision import dtype_of
 from dd_core.samplers import SamplingSpec
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ EDITS = ("vary", "between", "instead_of", "by", "colourise", "enlarge")
 """Fields of an order that say what is done to given pictures."""
 PICTURES = ("image", "other", "mask", "reference")
 """Fields of an order that are pictures."""
-TOLD_PRECISION: TypeAdapter[Precision] = TypeAdapter(Literal["bf16", "fp32"])
 NEEDED = ("prompt", "seed", "cascade", "how")
 
 
@@ -101,15 +99,15 @@ def told_by(picture: Path) -> Told:
             asked["negative"] = text["negative_prompt"]
         if "label" in text:
             asked["label"] = int(text["label"])
-        numbers = text.get("precision", "fp32")
-        if "+" in numbers:
-            raise ValueError(f"its hops computed in {numbers}, on devices of their own; here all do in one")
-        precision = TOLD_PRECISION.validate_python(numbers)
         how = [as_said(SamplingSpec.model_validate(one)) for one in json.loads(text["how"])]
         pictures = dict(json.loads(text.get("pictures", "{}")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{picture}: its text is damaged: {' '.join(str(error).split())}") from None
-    asked["precision"] = precision
+    asked["precision"] = text.get("precision", "fp32") or "fp32"  # nothing in it was told one
+    if asked["precision"] not in ("bf16", "fp32"):
+        raise ValueError(
+            f"{picture}: its hops computed in {asked['precision']} precision, and here all do in bf16 or fp32"
+        )
     if strange := asked.keys() - {"prompt", "seed", "negative", "label", "precision", *EDITS}:
         raise ValueError(f"{picture}: its text speaks of {min(strange)!r}; another version painted it")
     return Told(asked, text["cascade"], how, pictures, text.get("made_with", "an endpoint"))

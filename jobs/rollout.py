@@ -367,7 +367,8 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             why = app.cause(ours.get("message", ""))
             raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
-        if not (why := state_of(ours, spec) or (app.missing(url, spec.digest) if url else "")):
+        why = state_of(ours, spec) or (app.missing(url, spec.digest, spec.precision) if url else "")
+        if not why:
             return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
         time.sleep(POLL_S)
     raise DeployError(

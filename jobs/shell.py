@@ -25,7 +25,7 @@ PRECISION = click.option(
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "bf16", "fp32"]),
-    help="Of the networks that paint; auto: bf16 where the device multiplies it.",
+    help="Of the networks that paint; auto: bf16 where the device multiplies it, fp32 to remake pictures.",
 )
 
 

@@ -249,7 +249,7 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
     fresh = APPLICATION not in ray.serve.status().applications
     ray.serve.run_many([target], wait_for_applications_running=False)
     try:
-        await_ready(url, digest, spec.startup_s)
+        await_ready(url, digest, spec)
     except BaseException:
         if fresh:  # it would go on the air later, with nobody there to stop it
             leave()
@@ -345,33 +345,36 @@ def refuse_taken_port(host: str, port: int) -> None:
             ) from None
 
 
-def await_ready(url: str, digest: str, timeout_s: float) -> None:
+def await_ready(url: str, digest: str, spec: ServeSpec) -> None:
     """Until the cascade with this digest answers.
 
     Raises:
         ServeError: It cannot, or did not in time; the message says what is missing.
     """
-    until, reason = time.monotonic() + timeout_s, ""
+    until, reason = time.monotonic() + spec.startup_s, ""
     while time.monotonic() < until:
-        if not (reason := missing(url, digest)):
+        if not (reason := missing(url, digest, spec.precision)):
             return
         state = ray.serve.status().applications[APPLICATION]
         if state.status == "DEPLOY_FAILED":
             raise ServeError(f"the cascade cannot be served: {cause(state.message)}")
         time.sleep(0.2)
-    raise ServeError(f"{url} is not ready after {timeout_s:g} s: {reason}; `serve status` says more")
+    raise ServeError(f"{url} is not ready after {spec.startup_s:g} s: {reason}; `serve status` says more")
 
 
-def missing(url: str, digest: str) -> str:
-    """Why the cascade with this digest does not answer there yet, or nothing."""
+def missing(url: str, digest: str, precision: Precision | None = None) -> str:
+    """Why the cascade with this digest does not answer there yet, or nothing; a precision of None is any."""
     try:
         with DIRECT.open(f"{url}/health/ready", timeout=10) as response:
             found = str(response.headers.get("x-model-version"))
+            told = response.headers.get("x-precision", "auto")
     except urllib.error.HTTPError as error:
         return error.read().decode(errors="replace")[:300]
     except OSError as error:
         return str(error)
-    return "" if found == digest else f"cascade {found[:12]} answers, not {digest[:12]}"
+    if found != digest:
+        return f"cascade {found[:12]} answers, not {digest[:12]}"
+    return "" if precision in (None, told) else f"it answers in {told}, not {precision}"
 
 
 def cause(message: str) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,16 +36,17 @@ class Served(NamedTuple):
 
     digest: str
     """Of the cascade."""
-    precision: Precision = "auto"
+    precision: Precision
     """As it was told."""
-    computes: Literal["bf16", "fp32"] = "fp32"
-    """What that is on its device."""
+    computes: str
+    """What that is for its network: bf16 or fp32; empty: it has none that a precision is told to."""
 
-    def lacks(self, digest: str, precision: Precision) -> str:
-        """Why it is not what is asked for, or nothing."""
+    def lacks(self, digest: str, precision: Precision | None) -> str:
+        """Why it is not what is asked for, or nothing; a precision of None is any."""
         if digest != self.digest:
             return f"serves cascade {self.digest[:12]}, not {digest[:12]}"
-        return "" if precision == self.precision else f"serves it in {self.precision}, not {precision}"
+        other = precision not in (None, self.precision)
+        return f"was told precision {self.precision}, not {precision}" if other else ""
 
 
 class Link(Protocol):
@@ -176,38 +177,37 @@ class Painter:
         texts = {"prompt": order.prompt, "negative_prompt": order.negative}
         return [name for name, text in texts.items() if too_long(text, self.cascade.context_length)]
 
-    async def unready(self, timeout_s: float) -> dict[str, str]:
-        """Stage -> why it cannot serve now; empty when all can."""
-        answers = await asyncio.gather(*(self.answer(link, timeout_s) for link in self.links.values()))
-        return {stage: why for stage, why in zip(self.links, answers, strict=True) if why}
-
     async def replacing(self, timeout_s: float) -> bool:
-        """Whether a hop still serves another cascade, or in other numbers, which is on the air till then.
+        """Whether a hop that answers still serves something else, which is on the air until none does."""
+        found = (await self.served(timeout_s)).values()
+        return any(self.lacks(one) for one in found if not isinstance(one, Exception))
 
-        A hop that answers anything else is one of other code, and will be replaced too.
-        """
-        found = [one for one in await self.served(timeout_s) if not isinstance(one, BaseException)]
-        return any(not isinstance(one, Served) or one.lacks(self.digest, self.precision) for one in found)
+    def unready(self, found: Mapping[str, object]) -> dict[str, str]:
+        """Stage -> why it cannot serve now; empty when all can.  `found` is of `served`."""
+        return {stage: why for stage, one in found.items() if (why := self.lacks(one))}
 
-    async def computes(self, timeout_s: float) -> str:
-        """In which numbers the hops paint: bf16, fp32, bf16+fp32 where devices differ; empty: no answer."""
-        found = await self.served(timeout_s)
-        return "+".join(sorted({one.computes for one in found if isinstance(one, Served)}))
+    def computes(self, found: Mapping[str, object]) -> str:
+        """What networks compute in: bf16, fp32, bf16+fp32 where devices differ; unknown until all say."""
+        if self.unready(found):
+            return "unknown"
+        return "+".join(sorted({one.computes for one in found.values() if isinstance(one, Served)} - {""}))
 
-    async def served(self, timeout_s: float) -> list[Served | BaseException]:
-        """What each link serves, or why that is not known."""
+    async def served(self, timeout_s: float) -> dict[str, object]:
+        """What each stage serves, or why that is not known."""
         asked = (asyncio.wait_for(link.ready(), timeout_s) for link in self.links.values())
-        return await asyncio.gather(*asked, return_exceptions=True)
+        return dict(zip(self.links, await asyncio.gather(*asked, return_exceptions=True), strict=True))
 
-    async def answer(self, link: Link, timeout_s: float) -> str:
-        """Why a link cannot serve now, or nothing."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return (await link.ready()).lacks(self.digest, self.precision)
-        except TimeoutError:
-            return "no answer yet"
-        except Exception as error:  # noqa: BLE001 - whatever it is, the hop is not ready
-            return type(error).__name__
+    def lacks(self, found: object) -> str:
+        """Why one of these cannot serve now, or nothing."""
+        match found:
+            case Served():
+                return found.lacks(self.digest, self.precision)
+            case TimeoutError():
+                return "no answer yet"
+            case Exception():
+                return type(found).__name__
+            case _:
+                return "serves by other code"
 
 
 def chosen(hop: HopSpec, order: Order, stage: StageSpec | None = None) -> SamplingSpec:

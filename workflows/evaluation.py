@@ -89,8 +89,11 @@ def computed_in(answers: Iterable[Answer]) -> str:
     """In which numbers the pictures say that they were computed: bf16, fp32, both; empty: they do not say."""
     told: set[str] = set()
     for answer in answers:
-        with contextlib.suppress(OSError, SyntaxError), Image.open(io.BytesIO(answer.png)) as picture:
-            told.add(str(picture.info.get("precision", "")))
+        with (
+            contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+            Image.open(io.BytesIO(answer.png), formats=("PNG",)) as picture,
+        ):
+            told |= set(str(picture.info.get("precision", "")).split("+"))
     return "+".join(sorted(told - {""}))
 
 

@@ -116,7 +116,7 @@ INLINE F sigmoid(F z) {
 }
 
 #ifdef __AVX512DQ__
-/* 1 / (1 + exp(-z)), to 7e-5 of itself: an answer in bfloat16 is rounded by up to 28 to 56 times as much.
+/* 1 / (1 + exp(-z)), to 7e-5 of itself: an answer in bfloat16 is rounded by 28 to 56 times as much.
    exp(-z) is 2^x, and what x has above a whole number is raised by a polynomial of 0 to 1, right to 3e-6. */
 INLINE F near_sigmoid(F z) {
     F x = z * -1.44269504f, r = above_whole(x);

@@ -195,3 +195,7 @@ def test_the_way_back_is_to_the_code_that_was_on_the_air() -> None:
     running = {"deployed_app_config": ours, "status": "RUNNING"}
     assert not rollout.state_of(running, spec)
     assert rollout.state_of(running, spec.but(code="d" * 64)) == "Serve has not taken the config yet"
+    assert rollout.state_of(running, spec.but(precision="fp32")) == "Serve has not taken the config yet"
+    assert "precision" not in ours["args"]  # which code from before precisions would refuse
+    (told,) = serve_fields(spec.but(precision="fp32"), place)["applications"]
+    assert told["args"]["precision"] == "fp32"

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ class EngineLink:
         self.failing: Exception | None = None
         self.digest = DIGEST
         self.precision: Precision = "auto"
-        self.computes: Literal["bf16", "fp32"] = "bf16"
+        self.computes = "bf16"
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         self.running = self.running or asyncio.create_task(self.engine.run())
@@ -492,7 +492,7 @@ def test_a_replica_of_the_same_cascade_in_other_numbers_is_not_ready() -> None:
     one.links["base"].precision = "fp32"
     assert asyncio.run(painted_by.replacing(1))
     with one.client:
-        assert "base: serves it in fp32, not auto" in one.client.get("/health/ready").text
+        assert "base: was told precision fp32, not auto" in one.client.get("/health/ready").text
 
 
 def test_a_replica_of_former_code_is_not_ready_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +503,16 @@ def test_a_replica_of_former_code_is_not_ready_and_is_waited_for(monkeypatch: py
     monkeypatch.setattr(one.links["base"], "ready", former)
     assert asyncio.run(Painter(CASCADE, DIGEST, one.links).replacing(1))
     with one.client:
-        assert "base: AttributeError" in one.client.get("/health/ready").text
+        assert "base: serves by other code" in one.client.get("/health/ready").text
+
+
+def test_a_file_says_unknown_until_every_hop_has_said_what_it_computes_in() -> None:
+    one = Served()
+    whole = asyncio.run(Painter(CASCADE, DIGEST, one.links).served(1))
+    assert Painter(CASCADE, DIGEST, one.links).computes(whole) == "bf16"
+    assert Painter(CASCADE, DIGEST, one.links).computes(whole | {"base": TimeoutError()}) == "unknown"
+    one.links["base"].computes = ""  # as a prior
+    assert Painter(CASCADE, DIGEST, one.links).computes(asyncio.run(one.api.painter.served(1))) == "bf16"
 
 
 def test_a_file_says_that_its_hops_computed_in_different_numbers() -> None:

@@ -82,7 +82,7 @@ class Replica(Handle):
         self.digest, self.drawn = digest, 0
 
     def remote(self, state: CascadeState, *asked: Any) -> "asyncio.Future[CascadeState]":
-        self.answers = [] if self.digest in asked else [OTHER]
+        self.answers = [] if asked[-2:] == (self.digest, "auto") else [OTHER]
         self.drawn += not self.answers
         return super().remote(state, *asked)
 
@@ -109,6 +109,12 @@ def test_a_replica_draws_for_its_own_cascade_alone(tmp_path: Path, monkeypatch: 
     how = SamplingSpec(num_steps=2)
     with pytest.raises(OtherCascadeError, match=f"prior serves cascade {digest[:12]}, not {NEW[:12]}"):
         asyncio.run(replica.advance(state, how, 9, NEW, "fp32"))
-    with pytest.raises(OtherCascadeError, match="prior serves it in fp32, not bf16"):
+    with pytest.raises(OtherCascadeError, match="prior was told precision fp32, not bf16"):
         asyncio.run(replica.advance(state, how, 9, digest, "bf16"))
-    assert asyncio.run(replica.advance(state, how, 9, digest, "fp32")).image_embedding is not None
+    assert asyncio.run(replica.ready()).computes == ""  # a prior is told no precision
+
+    async def both() -> list[CascadeState]:
+        named = replica.advance(state, how, 9, digest, "fp32")
+        return [await named, await replica.advance(state, how, 9, digest)]  # former code names none
+
+    assert all(made.image_embedding is not None for made in asyncio.run(both()))

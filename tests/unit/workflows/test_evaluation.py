@@ -154,7 +154,13 @@ def file_told(precision: str | None) -> Answer:
 
 @pytest.mark.parametrize(
     ("precisions", "wanted"),
-    [(["bf16", "bf16"], "bf16"), (["fp32", None, "bf16"], "bf16+fp32"), ([None], ""), ([], "")],
+    [
+        (["bf16", "bf16"], "bf16"),
+        (["fp32", None, "bf16"], "bf16+fp32"),
+        (["bf16+fp32", "bf16"], "bf16+fp32"),
+        ([None], ""),
+        ([], ""),
+    ],
 )
 def test_pictures_say_what_their_cascade_computed_in(precisions: list[str | None], wanted: str) -> None:
     nothing, torn = Answer(b"", "HTTP 500"), Answer(b"\x89PNG")
