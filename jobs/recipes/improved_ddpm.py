@@ -1,7 +1,8 @@
 """Improved DDPM on the embedded world: cosine schedule of 4000 timesteps, learned variance, told a class.
 
-`bound` trains the same network by the variational bound, its timesteps drawn by their losses.  The class is
-the colour of the first thing in a scene: `ddiff sample x --label 4` paints something purple.
+`bound` trains the same network by the variational bound, its timesteps drawn by their losses; `inpainting`
+finetunes it to fill holes.  The class is the colour of the first thing in a scene: `ddiff sample x --label 4`
+paints something purple.
 Source: Nichol & Dhariwal 2021 (arXiv:2102.09672); sizes are ours.
 """
 
@@ -69,3 +70,19 @@ def bound() -> RunSpec:
     by_bound = trained.but(stage=trained.stage.but(loss="vlb"))
     cascaded = whole.cascade.but(name="improved_ddpm_bound")
     return whole.but(name="improved_ddpm_bound", stages=(by_bound,), cascade=cascaded)
+
+
+def inpainting() -> RunSpec:
+    """`run` and, of its base, a model that fills holes with what has the colour asked for."""
+    before, whole = base(), run()
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, PlainSpec)
+    net = before.stage.net.but(unet=before.stage.net.unet.but(image_channels=4))
+    filling = before.but(
+        name="filling",
+        stage=before.stage.but(net=net, inpaints=True),
+        parents={"start": "base"},
+        optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3),
+    )
+    hop = HopSpec(stage="filling", how=SAMPLED, follows_request=True)
+    return whole.but(stages=(*whole.stages, filling), cascade=whole.cascade.but(hops=(hop,)))
