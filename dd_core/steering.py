@@ -5,7 +5,7 @@ picture at once; the scores themselves are in `scores`, their networks are someb
 classifier and a noised CLIP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,9 +58,23 @@ class GradientSpec(Spec):
         clip = {"noised_clip"} if any(self.weights()[1:]) else set()
         return clip | ({"classifier"} if self.classes else set()) | ({"clip"} if self.caption else set())
 
+    def refuse_lacking(self, there: Collection[str]) -> None:
+        """Raises ValueError if a hop lacks guides that are asked; all of them are named."""
+        if lacking := sorted(self.guides() - set(there)):
+            raise ValueError(
+                f"gradient asks {listed(lacking)}, and this hop has none; name "
+                f"{'it' if len(lacking) == 1 else 'them'} in its guides"
+            )
+
     def looks_at_reference(self) -> bool:
         """Whether it needs a reference picture."""
         return any(self.weights()[2:])
+
+
+def listed(roles: Sequence[str]) -> str:
+    """Roles of guides in a sentence: a classifier, a clip and a noised_clip."""
+    *others, last = (f"a {role}" for role in roles)
+    return " and ".join([", ".join(others), last] if others else [last])
 
 
 class Pull(NamedTuple):

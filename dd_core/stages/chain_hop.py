@@ -230,24 +230,14 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
         ValueError: With what to do about it.
     """
     levels_of(spec, how)
-    wanted = how.gradient.guides() if how.gradient else set()
-    lacking, usual = sorted(wanted - set(guides)), HEARS[spec.kind]
+    usual = HEARS[spec.kind]
     learned = usual._replace(variances=("learned", *usual.variances))
     refuse_unheard(how, spec.kind, hears=learned if spec.learns_variance else usual)
     refuse_guidance(spec, how.guidance_scale)
-    remedies = (
-        (
-            bool(lacking),
-            f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",
-        ),
-        (
-            how.dynamic_threshold is not None and bool(spec.latent_channels),
-            "dynamic_threshold is for pixels, and this model paints latents; leave it out",
-        ),
-    )
-    for wrong, remedy in remedies:
-        if wrong:
-            raise ValueError(remedy)
+    if how.gradient is not None:
+        how.gradient.refuse_lacking(guides)
+    if how.dynamic_threshold is not None and spec.latent_channels:
+        raise ValueError("dynamic_threshold is for pixels, and this model paints latents; leave it out")
 
 
 def refuse_guidance(spec: ChainSpec, scale: float) -> None:

@@ -122,8 +122,7 @@ class Leaders(NamedTuple):
 
     def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:
         """Raises ValueError as `pull` does, and asks no network."""
-        if lacking := sorted(how.guides() - self.roles()):
-            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        how.refuse_lacking(self.roles())
         for role in sorted(how.guides() & set(ROLES)):
             read = self.reads({role})
             if read > side or (read != side and not decoded):
