@@ -229,7 +229,9 @@ def test_guides_that_are_not_there_or_do_not_fit_are_named() -> None:
         HOP.leaders._replace(classifier=None, noised_clip=None, clip=None).refuse(  # type: ignore[attr-defined]
             GradientSpec(classes=1.0, caption=1.0), asked(1), 16
         )
-    with pytest.raises(ValueError, match=r"asks a clip and a noised_clip, .*\{clip: its stage, noised_clip: its"):
+    with pytest.raises(
+        ValueError, match=r"asks a clip and a noised_clip, .*\{clip: its stage, noised_clip: its"
+    ):
         HopSpec(stage="base", how=how_of(caption=1.0))
     small = ClassifierSpec(net=NetSpec(unet=UNetSpec(width=16, channel_mult=(1,), head_width=8, groups=4,
                            attention_at=()), image_size=8, classes=3))  # fmt: skip
