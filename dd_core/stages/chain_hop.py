@@ -263,10 +263,8 @@ def refuse_told(
     Raises:
         ValueError: With what to do about it.
     """
-    label, gradient, length = state.label, how.gradient, spec.context_length
-    by_class = bool(gradient and gradient.classes)
-    lowest = UNLABELLED if spec.has_class_of_nothing else 0
-    unknown = label is not None and bool(((label < lowest) | (label >= spec.classes)).any())
+    length = spec.context_length
+    refuse_label(spec, how, state.label)
     remedies = (
         (
             own_vocabulary and len(state.captions) != len(state.tokens),
@@ -277,22 +275,21 @@ def refuse_told(
             bool(length) and not own_vocabulary and state.tokens.shape[1] != length,
             f"captions of {state.tokens.shape[1]} tokens, but the model reads {length}; prepare with that",
         ),
-        (
-            label is None and (by_class or (spec.labels > 0 and not spec.has_class_of_nothing)),
-            "it paints by class, and the request names none; give a label",
-        ),
-        (
-            bool(spec.labels) and unknown,
-            f"label {label if label is None else label.tolist()}: classes are 0 to {spec.classes - 1}",
-        ),
-        (
-            bool(gradient and gradient.looks_at_reference()) and state.reference is None,
-            "gradient image, style and structure look at a reference picture; give one, or weigh them 0",
-        ),
     )
     for wrong, remedy in remedies:
         if wrong:
             raise ValueError(remedy)
+
+
+def refuse_label(spec: ChainSpec, how: SamplingSpec, label: Int[Tensor, " b"] | None) -> None:
+    """Raises ValueError if a chain that paints by class is given none, or none that it knows."""
+    by_class = bool(how.gradient and how.gradient.classes)
+    lowest = UNLABELLED if spec.has_class_of_nothing else 0
+    if label is None:
+        if by_class or (spec.labels > 0 and not spec.has_class_of_nothing):
+            raise ValueError("it paints by class, and the request names none; give a label")
+    elif spec.labels and bool(((label < lowest) | (label >= spec.classes)).any()):
+        raise ValueError(f"label {label.tolist()}: classes are 0 to {spec.classes - 1}")
 
 
 def refuse_small(spec: ChainSpec, small: Tensor | None) -> None:
