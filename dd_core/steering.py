@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dd_core.devices import carried
 from dd_core.scores import Embed, Features, Score, of_caption, of_class, of_image, of_structure, of_style
 from dd_core.scores import weighted as sum_of
 from dd_core.spec import Spec
@@ -24,9 +25,10 @@ SCORES = ("classes", "caption", "image", "style", "structure")
 class GradientSpec(Spec):
     """Weights of the scores; 0 leaves one out.
 
-    Of `classes`, and of `caption` and `image` where the noised CLIP has learned its scale, 1 is Bayes' rule
-    and more exaggerates.  `style` and `structure` weigh mean squared distances of feature maps, which are
-    small numbers: on the demo's noised CLIP ten million and a thousand (README).
+    Of `classes` 1 is Bayes' rule and more exaggerates; of `caption` and `image`, by the scale that the noised
+    CLIP has learned, as far as a cosine is a likelihood (`scores`).  `style` and `structure` weigh mean
+    squared distances of feature maps, which are small numbers: on the demo's noised CLIP ten million and a
+    thousand (README).
     """
 
     classes: float = Field(0.0, ge=0)
@@ -95,41 +97,43 @@ class Guides(NamedTuple):
     logits: Embed | None = None
     embed: Embed | None = None
     features: Features | None = None
-    scale: float = 1.0
-    """Learned scale of the cosines."""
+    scale: float | Float[Tensor, ""] = 1.0
+    """Learned scale of the cosines; of a network on its device, so that nobody waits to read it."""
 
 
 def score_of(pull: Pull, guides: Guides) -> Score:
     """The sum of what pulls at least one row; rows with weight 0 have no part in it."""
+    kinds = [kind for kind, weight in zip(SCORES, pull.weights.unbind(1), strict=True) if weight.any()]
+    there = carried(*pull)
+
+    def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        here = Pull(*there(x.device))
+        weights = dict(zip(SCORES, here.weights.unbind(1), strict=True))
+        return sum_of(*(weighed(kind, weights[kind], here, guides) for kind in kinds))(x, sigma)
+
+    return score
+
+
+def weighed(kind: str, weight: Float[Tensor, " b"], pull: Pull, guides: Guides) -> tuple[Tensor, Score]:
+    """A score of the one name, and what it is weighed by."""
+    if kind == "classes":
+        assert guides.logits is not None
+        return weight, of_class(guides.logits, pull.label)
+    assert guides.embed is not None
+    assert guides.features is not None
 
     def noise(like: Tensor) -> Tensor:
         return pull.noise.to(like)
 
-    def reference(kind: str, weight: Tensor, device: torch.device) -> tuple[Tensor, Score]:
-        assert guides.embed is not None
-        assert guides.features is not None
-        at = pull.reference.to(device)
-        match kind:
-            case "caption":
-                return guides.scale * weight, of_caption(guides.embed, pull.caption)
-            case "image":
-                return guides.scale * weight, of_image(guides.embed, at, noise)
-            case "style":
-                return weight, of_style(guides.features, at, noise)
-            case _:
-                return weight, of_structure(guides.features, at, noise)
-
-    def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        parts: list[tuple[Tensor, Score]] = []
-        for kind, weight in zip(SCORES, pull.weights.unbind(1), strict=True):
-            if kind == "classes" and weight.any():
-                assert guides.logits is not None
-                parts.append((weight, of_class(guides.logits, pull.label)))
-            elif weight.any():
-                parts.append(reference(kind, weight, x.device))
-        return sum_of(*parts)(x, sigma)
-
-    return score
+    match kind:
+        case "caption":
+            return guides.scale * weight, of_caption(guides.embed, pull.caption)
+        case "image":
+            return guides.scale * weight, of_image(guides.embed, pull.reference, noise)
+        case "style":
+            return weight, of_style(guides.features, pull.reference, noise)
+        case _:
+            return weight, of_structure(guides.features, pull.reference, noise)
 
 
 def stacked(pulls: Sequence[Pull | None], counts: Sequence[int]) -> Pull | None:

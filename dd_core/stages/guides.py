@@ -48,7 +48,7 @@ class Leaders(NamedTuple):
         tower = self.noised_clip
         if tower is None:
             return Guides(logits=self.classifier)
-        return Guides(self.classifier, tower.embed_image, tower.features, float(tower.logit_scale()))
+        return Guides(self.classifier, tower.embed_image, tower.features, tower.logit_scale().detach())
 
     def lead(self, denoise: Denoiser, rows: Rows, decode: Decode | None = None) -> Denoiser:
         """The denoiser, its estimates moved to where the rows are to be led.
