@@ -1,8 +1,10 @@
-"""Which kind of device computes; layers have a way of their own on CPUs."""
+"""Which kind of device computes, for layers have a way of their own on CPUs; and what is carried to it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
+import torch
 from torch import Tensor
 
 _imagined = ""
@@ -22,3 +24,18 @@ def imagined(kind: str) -> Iterator[None]:
         yield
     finally:
         _imagined = before
+
+
+def carry(part: Tensor, device: torch.device) -> Tensor:
+    """`part` on a device; one of the host goes to a GPU without waiting for what that is at work on."""
+    return part.to(device, non_blocking=part.device.type == "cpu" and device.type == "cuda")
+
+
+def carried(*parts: Tensor) -> Callable[[torch.device], tuple[Tensor, ...]]:
+    """What a request says once and every step uses: device -> the parts there, carried at the first call."""
+
+    @cache
+    def there(device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(carry(part, device) for part in parts)
+
+    return there

@@ -1,8 +1,18 @@
-"""Scores: what guidance by gradient climbs, log p(y | x) up to a constant, one value per sample.
+"""Scores: what guidance by gradient climbs, log p(y | x) or what is taken for it, one value per sample.
 
 Each function here returns a score, (noisy images, their levels) -> one number per sample, to be weighted,
 added up and given to `guidance.by_gradient`.  The networks are callables that read noisy images: a noised
 classifier, or the `embed_image` and `features` of a noised CLIP.  No score mixes samples.
+
+Which are likelihoods, so that weight 1 is Bayes' rule:
+
+- class: yes, of the classifier, which is trained to be one at each level.
+- caption, image: not by themselves.  exp(scale * cosine) is the likelihood of a caption up to a constant
+  where its sum over all captions is the same whatever x is, as if they lay evenly on the sphere (von
+  Mises-Fisher), and the scale fits each level.  InfoNCE learns it up to that sum, which the score leaves out.
+- structure: of features that are seen with noise of deviation d at all n values of a map, with weight
+  n / 2 d**2, which grows with the certainty that a level leaves; one weight for all levels is none.
+- style: no; Gram matrices are compared as if noise were added to them.  A distance to climb down, no more.
 
 Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233, class), Nichol et al. 2022 (arXiv:2112.10741, text),
 Liu et al. 2021 (arXiv:2112.05744, section 3: text, image, style, structure).
@@ -93,7 +103,7 @@ def weighted(*parts: tuple[float | Float[Tensor, " b"], Score]) -> Score:
     def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         total = torch.zeros_like(sigma)
         for weight, part in parts:
-            total = total + torch.as_tensor(weight).to(sigma) * part(x, sigma)
+            total = total + (weight.to(sigma) if isinstance(weight, Tensor) else weight) * part(x, sigma)
         return total
 
     return score

@@ -5,7 +5,7 @@ picture at once; the scores themselves are in `scores`, their networks are someb
 classifier and a noised CLIP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dd_core.devices import carried
 from dd_core.scores import Embed, Features, Score, of_caption, of_class, of_image, of_structure, of_style
 from dd_core.scores import weighted as sum_of
 from dd_core.spec import Spec
@@ -24,9 +25,10 @@ SCORES = ("classes", "caption", "image", "style", "structure")
 class GradientSpec(Spec):
     """Weights of the scores; 0 leaves one out.
 
-    Of `classes`, and of `caption` and `image` where the noised CLIP has learned its scale, 1 is Bayes' rule
-    and more exaggerates.  `style` and `structure` weigh mean squared distances of feature maps, which are
-    small numbers: on the demo's noised CLIP ten million and a thousand (README).
+    Of `classes` 1 is Bayes' rule and more exaggerates; of `caption` and `image`, by the scale that the noised
+    CLIP has learned, as far as a cosine is a likelihood (`scores`).  `style` and `structure` weigh mean
+    squared distances of feature maps, which are small numbers: on the demo's noised CLIP ten million and a
+    thousand (README).
     """
 
     classes: float = Field(0.0, ge=0)
@@ -58,9 +60,23 @@ class GradientSpec(Spec):
         clip = {"noised_clip"} if any(self.weights()[1:]) else set()
         return clip | ({"classifier"} if self.classes else set()) | ({"clip"} if self.caption else set())
 
+    def refuse_lacking(self, there: Collection[str]) -> None:
+        """Raises ValueError if a hop lacks guides that are asked; all of them are named."""
+        if lacking := sorted(self.guides() - set(there)):
+            raise ValueError(
+                f"gradient asks {listed(lacking)}, and this hop has none; name "
+                f"{'it' if len(lacking) == 1 else 'them'} in its guides"
+            )
+
     def looks_at_reference(self) -> bool:
         """Whether it needs a reference picture."""
         return any(self.weights()[2:])
+
+
+def listed(roles: Sequence[str]) -> str:
+    """Roles of guides in a sentence: a classifier, a clip and a noised_clip."""
+    *others, last = (f"a {role}" for role in roles)
+    return " and ".join([", ".join(others), last] if others else [last])
 
 
 class Pull(NamedTuple):
@@ -81,41 +97,43 @@ class Guides(NamedTuple):
     logits: Embed | None = None
     embed: Embed | None = None
     features: Features | None = None
-    scale: float = 1.0
-    """Learned scale of the cosines."""
+    scale: float | Float[Tensor, ""] = 1.0
+    """Learned scale of the cosines; of a network on its device, so that nobody waits to read it."""
 
 
 def score_of(pull: Pull, guides: Guides) -> Score:
     """The sum of what pulls at least one row; rows with weight 0 have no part in it."""
+    kinds = [kind for kind, weight in zip(SCORES, pull.weights.unbind(1), strict=True) if weight.any()]
+    there = carried(*pull)
+
+    def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        here = Pull(*there(x.device))
+        weights = dict(zip(SCORES, here.weights.unbind(1), strict=True))
+        return sum_of(*(weighed(kind, weights[kind], here, guides) for kind in kinds))(x, sigma)
+
+    return score
+
+
+def weighed(kind: str, weight: Float[Tensor, " b"], pull: Pull, guides: Guides) -> tuple[Tensor, Score]:
+    """A score of the one name, and what it is weighed by."""
+    if kind == "classes":
+        assert guides.logits is not None
+        return weight, of_class(guides.logits, pull.label)
+    assert guides.embed is not None
+    assert guides.features is not None
 
     def noise(like: Tensor) -> Tensor:
         return pull.noise.to(like)
 
-    def reference(kind: str, weight: Tensor, device: torch.device) -> tuple[Tensor, Score]:
-        assert guides.embed is not None
-        assert guides.features is not None
-        at = pull.reference.to(device)
-        match kind:
-            case "caption":
-                return guides.scale * weight, of_caption(guides.embed, pull.caption)
-            case "image":
-                return guides.scale * weight, of_image(guides.embed, at, noise)
-            case "style":
-                return weight, of_style(guides.features, at, noise)
-            case _:
-                return weight, of_structure(guides.features, at, noise)
-
-    def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        parts: list[tuple[Tensor, Score]] = []
-        for kind, weight in zip(SCORES, pull.weights.unbind(1), strict=True):
-            if kind == "classes" and weight.any():
-                assert guides.logits is not None
-                parts.append((weight, of_class(guides.logits, pull.label)))
-            elif weight.any():
-                parts.append(reference(kind, weight, x.device))
-        return sum_of(*parts)(x, sigma)
-
-    return score
+    match kind:
+        case "caption":
+            return guides.scale * weight, of_caption(guides.embed, pull.caption)
+        case "image":
+            return guides.scale * weight, of_image(guides.embed, pull.reference, noise)
+        case "style":
+            return weight, of_style(guides.features, pull.reference, noise)
+        case _:
+            return weight, of_structure(guides.features, pull.reference, noise)
 
 
 def stacked(pulls: Sequence[Pull | None], counts: Sequence[int]) -> Pull | None:

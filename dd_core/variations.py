@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dd_core.cascade import CascadeState, Draw, Hop
+from dd_core.cascade import CascadeState, Draw, Hop, drawn
 from dd_core.embeddings import slerp, text_difference
 from dd_core.nets.clip import Clip
-from dd_core.samplers import SamplingSpec, sample
+from dd_core.samplers import SamplingSpec
 
 
 class Code(NamedTuple):
@@ -81,7 +81,7 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
     if hop.embedder() is not None:
         embedding = hop.embedded(state.known).float().cpu()
         draw = hop.encode(state._replace(image_embedding=embedding), back)
-    return Code(embedding, sample(draw.sampling, hop.denoiser(draw.rows)).float().cpu())
+    return Code(embedding, drawn(hop.denoiser, draw).float().cpu())
 
 
 def between(a: Code, b: Code, share: float) -> Code:

@@ -177,14 +177,15 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     ingress = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=spec.ingress_replicas, graceful_shutdown_timeout_s=patience
     )
-    specs = {stage: bundle.checked(bundle.SPEC, directory / stage / "spec.json") for stage in stages}
+    judges = {hop.guides["classifier"] for hop in cascade.hops if "classifier" in hop.guides}
+    specs = {stage: bundle.checked(bundle.SPEC, directory / stage / "spec.json") for stage in stages | judges}
     return ingress.bind(spec, cascade, digest, created, specs, hops)
 
 
 def hears_classes(cascade: CascadeSpec, stages: Mapping[str, StageSpec]) -> bool:
     """Whether a hop of a cascade is told classes, or led to them by a classifier."""
     led = any(hop.how.gradient is not None and hop.how.gradient.classes for hop in cascade.hops)
-    return led or any(spec.classes for spec in stages.values())
+    return led or any(stages[hop.stage].classes for hop in cascade.hops)
 
 
 def deployment(

@@ -11,8 +11,9 @@ from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, followed, reques
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
-from dd_core.stages.asking import hears_negative, nearest_steps, refuse_sampling
+from dd_core.stages.asking import hears_negative, nearest_steps, refuse_request, refuse_sampling
 from dd_core.text import tokens
+from serve.engine import RefusedError
 
 MOST_STEPS = 250
 """That effort asks for, but of a hop that takes more by itself."""
@@ -92,8 +93,9 @@ class Painter:
         digest: Which cascade the links must serve.
         links: One per stage.
         by_class: Whether a hop is told, or led to, classes.
-        stages: What the hops are, so that what they cannot do is refused, and effort rounded to steps that
-            they can take, before one is asked; of a stage that is not there its hop says so itself.
+        stages: What the hops and their guides are, so that what they cannot do is refused, and effort rounded
+            to steps that they can take, before one is asked; of a stage that is not there its hop says so
+            itself.
         precision: In which numbers the links must serve it.
     """
 
@@ -114,12 +116,14 @@ class Painter:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
 
         Raises:
-            BusyError, TimeoutError, HopLostError, RefusedError: As the links do.
+            BusyError, TimeoutError, HopLostError, RefusedError: As the links do; the last also before any of
+                them is asked.
         """
         plan = self.plan(order)
         until = asyncio.get_running_loop().time() + timeout_s
         async with asyncio.timeout_at(until):
             asked = await asyncio.to_thread(self.asked, order)  # long texts take long to read
+            self.refuse(asked, plan)
             states = (asked._replace(seeds=[seed]) for seed in order.seeds)
             tasks = [asyncio.create_task(self.image(state, plan, until)) for state in states]
             try:
@@ -133,6 +137,21 @@ class Painter:
         negatives = [order.negative] if order.negative else []
         state = requested([order.prompt], [], self.cascade.context_length, negatives=negatives)
         return state if order.label is None else state._replace(label=torch.tensor([order.label]))
+
+    def refuse(self, state: CascadeState, plan: Sequence[SamplingSpec]) -> None:
+        """What a hop would refuse only when those before it had painted.
+
+        Raises:
+            RefusedError: The request lacks what a hop needs, or names what it does not know.
+        """
+        for hop, how in zip(self.cascade.hops, plan, strict=True):
+            if (stage := self.stages.get(hop.stage)) is None:
+                continue
+            guides = {role: self.stages[name] for role, name in hop.guides.items() if name in self.stages}
+            try:
+                refuse_request(stage, how, guides, state)
+            except ValueError as error:
+                raise RefusedError(f"hop {hop.stage}: {error}") from None
 
     async def image(self, state: CascadeState, plan: Sequence[SamplingSpec], until: float) -> Tensor:
         """One image through every hop."""

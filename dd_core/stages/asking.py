@@ -1,18 +1,20 @@
 """What a stage can be asked to paint, by its spec alone: before it is trained, and without its weights."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
+from dd_core.cascade import CascadeState, Role
 from dd_core.samplers import SamplingSpec, sigmas_of
 from dd_core.schedules import sigma_range
 from dd_core.stages import StageSpec
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.causal_prior import CausalPriorStageSpec
-from dd_core.stages.chain_hop import refuse, refuse_guidance
+from dd_core.stages.chain_hop import refuse, refuse_guidance, refuse_label
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import refuse_jumps
+from dd_core.stages.guides import refuse_aim
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.refusals import HEARS, refuse_unheard
 
@@ -30,6 +32,27 @@ def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str])
     if isinstance(spec, CausalPriorStageSpec):
         low, high = sigma_range(spec.schedule)
         sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
+
+
+def refuse_request(
+    spec: StageSpec, how: SamplingSpec, guides: Mapping[Role, StageSpec], state: CascadeState
+) -> None:
+    """What a request lacks, or names and a hop does not know; as the hop itself refuses it.
+
+    Args:
+        spec: Of the stage.
+        how: The hop is to be sampled, itself possible (`refuse_sampling`).
+        guides: Role -> stage, of those that are known.
+        state: The request before the first hop.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    chain = spec.base if isinstance(spec, ConsistencySpec) else spec
+    if isinstance(chain, ChainSpec):
+        refuse_label(chain, how, state.label)
+    if how.gradient is not None:
+        refuse_aim(how.gradient, state, guides["classifier"].classes if "classifier" in guides else 0)
 
 
 @lru_cache(maxsize=1024)

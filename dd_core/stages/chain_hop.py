@@ -230,24 +230,14 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
         ValueError: With what to do about it.
     """
     levels_of(spec, how)
-    wanted = how.gradient.guides() if how.gradient else set()
-    lacking, usual = sorted(wanted - set(guides)), HEARS[spec.kind]
+    usual = HEARS[spec.kind]
     learned = usual._replace(variances=("learned", *usual.variances))
     refuse_unheard(how, spec.kind, hears=learned if spec.learns_variance else usual)
     refuse_guidance(spec, how.guidance_scale)
-    remedies = (
-        (
-            bool(lacking),
-            f"gradient asks a {lacking[0] if lacking else ''}, and this hop has none; name it in its guides",
-        ),
-        (
-            how.dynamic_threshold is not None and bool(spec.latent_channels),
-            "dynamic_threshold is for pixels, and this model paints latents; leave it out",
-        ),
-    )
-    for wrong, remedy in remedies:
-        if wrong:
-            raise ValueError(remedy)
+    if how.gradient is not None:
+        how.gradient.refuse_lacking(guides)
+    if how.dynamic_threshold is not None and spec.latent_channels:
+        raise ValueError("dynamic_threshold is for pixels, and this model paints latents; leave it out")
 
 
 def refuse_guidance(spec: ChainSpec, scale: float) -> None:
@@ -273,10 +263,8 @@ def refuse_told(
     Raises:
         ValueError: With what to do about it.
     """
-    label, gradient, length = state.label, how.gradient, spec.context_length
-    by_class = bool(gradient and gradient.classes)
-    lowest = UNLABELLED if spec.has_class_of_nothing else 0
-    unknown = label is not None and bool(((label < lowest) | (label >= spec.classes)).any())
+    length = spec.context_length
+    refuse_label(spec, how, state.label)
     remedies = (
         (
             own_vocabulary and len(state.captions) != len(state.tokens),
@@ -287,22 +275,21 @@ def refuse_told(
             bool(length) and not own_vocabulary and state.tokens.shape[1] != length,
             f"captions of {state.tokens.shape[1]} tokens, but the model reads {length}; prepare with that",
         ),
-        (
-            label is None and (by_class or (spec.labels > 0 and not spec.has_class_of_nothing)),
-            "it paints by class, and the request names none; give a label",
-        ),
-        (
-            bool(spec.labels) and unknown,
-            f"label {label if label is None else label.tolist()}: classes are 0 to {spec.classes - 1}",
-        ),
-        (
-            bool(gradient and gradient.looks_at_reference()) and state.reference is None,
-            "gradient image, style and structure look at a reference picture; give one, or weigh them 0",
-        ),
     )
     for wrong, remedy in remedies:
         if wrong:
             raise ValueError(remedy)
+
+
+def refuse_label(spec: ChainSpec, how: SamplingSpec, label: Int[Tensor, " b"] | None) -> None:
+    """Raises ValueError if a chain that paints by class is given none, or none that it knows."""
+    by_class = bool(how.gradient and how.gradient.classes)
+    lowest = UNLABELLED if spec.has_class_of_nothing else 0
+    if label is None:
+        if by_class or (spec.labels > 0 and not spec.has_class_of_nothing):
+            raise ValueError("it paints by class, and the request names none; give a label")
+    elif spec.labels and bool(((label < lowest) | (label >= spec.classes)).any()):
+        raise ValueError(f"label {label.tolist()}: classes are 0 to {spec.classes - 1}")
 
 
 def refuse_small(spec: ChainSpec, small: Tensor | None) -> None:

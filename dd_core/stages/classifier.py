@@ -1,7 +1,7 @@
 """The noised classifier: noisy image -> class, to guide a sampling by its gradient (scores.of_class).
 
-Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4; unless it has a `schedule`, here over the noise
-levels of the model that it guides, in place of uniform timesteps.
+Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4; with a `schedule` at uniform timesteps, as
+published.
 """
 
 from typing import Literal
@@ -9,28 +9,24 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from dd_core import images, schedules
+from dd_core import images
 from dd_core.denoiser import Tell
 from dd_core.labels import UNLABELLED
 from dd_core.nets import classifier as nets
 from dd_core.noise import spread
-from dd_core.schedules import Clock, ScheduleSpec
-from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.schedules import Clock
+from dd_core.stage import Losses, PairBatch, Stage, Trained
+from dd_core.stages.guide_levels import GuideLevels, GuideSpec
 
 
-class ClassifierSpec(LearnedSpec):
-    """Noisy image -> one of net.classes."""
+class ClassifierSpec(GuideSpec):
+    """Noisy image -> one of net.classes.  It is told timesteps where it has a schedule, as published."""
 
     kind: Literal["noised_classifier"] = "noised_classifier"
     net: nets.ClassifierSpec
-    log_sigma_mean: float = 0.0
-    log_sigma_std: float = Field(1.4, gt=0)
-    """Noise levels of training: log sigma is normal, as for the base it guides."""
-    schedule: ScheduleSpec | None = None
-    """Of a chain, as published: it is told timesteps, and trained at all of them alike; None: log sigma."""
 
     @model_validator(mode="after")
     def _is_told(self) -> "ClassifierSpec":
@@ -76,14 +72,11 @@ class ClassifierStage(Stage):
     """Cross-entropy of the labels; an image without one teaches nothing and is counted in `labelled`."""
 
     model: NoisedClassifier
-    table: Float[Tensor, " t"] | None
-    """Noise levels of the timesteps, if it is told these."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
         super().__init__()
         self.spec = spec
-        timed = None if spec.schedule is None else schedules.sigmas(spec.schedule)
-        self.register_buffer("table", timed, persistent=False)
+        self.levels = GuideLevels(spec)
         self.model = NoisedClassifier(spec)
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
@@ -103,14 +96,6 @@ class ClassifierStage(Stage):
             "accuracy_clear": ((logits.argmax(1) == batch.label) & clear).sum() / clear.sum().clamp(min=1),
         }
         return Losses(each.sum() / count, parts)
-
-    def levels(self, like: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
-        """A noise level to learn at for each image."""
-        if self.table is not None:
-            return self.table.to(like)[torch.randint(len(self.table), (len(like),), device=like.device)]
-        spec = self.spec
-        log_sigma = spec.log_sigma_mean + spec.log_sigma_std * torch.randn_like(like[:, 0, 0, 0])
-        return log_sigma.exp()
 
 
 def classifier_of(trained: Trained) -> NoisedClassifier:

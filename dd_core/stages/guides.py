@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Leaders(NamedTuple):
         tower = self.noised_clip
         if tower is None:
             return Guides(logits=self.classifier)
-        return Guides(self.classifier, tower.embed_image, tower.features, float(tower.logit_scale()))
+        return Guides(self.classifier, tower.embed_image, tower.features, tower.logit_scale().detach())
 
     def lead(self, denoise: Denoiser, rows: Rows, decode: Decode | None = None) -> Denoiser:
         """The denoiser, its estimates moved to where the rows are to be led.
@@ -65,7 +66,7 @@ class Leaders(NamedTuple):
         side = self.reads(ROLES)
 
         def of_latents(x0: Float[Tensor, " b c h w"]) -> Float[Tensor, " b"]:
-            picture = torch.nn.functional.adaptive_avg_pool2d(decode(x0), side)
+            picture = F.adaptive_avg_pool2d(decode(x0), side)
             return score(picture, torch.full((len(x0),), CLEAN, device=x0.device))
 
         return by_estimate(denoise, of_latents, scale=scale)
@@ -109,7 +110,8 @@ class Leaders(NamedTuple):
         shape = (count, 3, side, side) if self.noised_clip else (count, 0, 0, 0)
         reference, noise = torch.zeros(shape), torch.zeros(shape)
         if how.looks_at_reference():
-            reference = self.at_size(state.reference, side)
+            assert state.reference is not None
+            reference = F.interpolate(state.reference.float(), (side, side), mode="area")
             noise = SeededNoise([(seed + REFERENCE) % 2**32 for seed in state.seeds])(reference)
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
 
@@ -122,8 +124,7 @@ class Leaders(NamedTuple):
 
     def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:
         """Raises ValueError as `pull` does, and asks no network."""
-        if lacking := sorted(how.guides() - self.roles()):
-            raise ValueError(f"gradient asks a {lacking[0]}, and this hop has none; name it in its guides")
+        how.refuse_lacking(self.roles())
         for role in sorted(how.guides() & set(ROLES)):
             read = self.reads({role})
             if read > side or (read != side and not decoded):
@@ -137,31 +138,37 @@ class Leaders(NamedTuple):
             )
         if decoded:
             self.reads(ROLES)
-        if self.classifier is not None and how.classes:
-            self.check(state.label, self.classifier.network.spec.classes)
-        if how.looks_at_reference():
-            self.at_size(state.reference, self.reads(ROLES) if decoded else side)
-
-    @staticmethod
-    def check(label: Tensor | None, classes: int) -> None:
-        """Every row has a class that the classifier knows."""
-        if label is None or bool(((label < 0) | (label >= classes)).any()):
-            given = None if label is None else label.tolist()
-            raise ValueError(f"label {given} is no class of the classifier; there are 0 to {classes - 1}")
-
-    @staticmethod
-    def at_size(reference: Tensor | None, side: int) -> Tensor:
-        """The reference picture as the guides read it."""
-        if reference is None:
-            raise ValueError(
-                "gradient image, style and structure look at a reference picture; give one, or weigh them 0"
-            )
-        if reference.ndim != 4 or reference.shape[1] != 3:
-            raise ValueError(f"the reference picture is {tuple(reference.shape)}, not RGB; convert it to RGB")
-        return torch.nn.functional.interpolate(reference.float(), (side, side), mode="area")
+        refuse_aim(how, state, 0 if self.classifier is None else self.classifier.network.spec.classes)
 
 
 UNLED = Leaders()
+
+
+def refuse_aim(how: GradientSpec, state: CascadeState, classes: int) -> None:
+    """What a request cannot be led to, whatever the weights of the guides.
+
+    Args:
+        how: What pulls.
+        state: The request.
+        classes: Of the classifier; 0 if there is none.
+
+    Raises:
+        ValueError: A row has no class that the classifier knows, or the reference picture is lacking or is
+            none.
+    """
+    label, reference = state.label, state.reference
+    unknown = label is None or bool(((label < 0) | (label >= classes)).any())
+    if how.classes and classes and unknown:
+        given = None if label is None else label.tolist()
+        raise ValueError(f"label {given} is no class of the classifier; there are 0 to {classes - 1}")
+    if not how.looks_at_reference():
+        return
+    if reference is None:
+        raise ValueError(
+            "gradient image, style and structure look at a reference picture; give one, or weigh them 0"
+        )
+    if reference.ndim != 4 or reference.shape[1] != 3:
+        raise ValueError(f"the reference picture is {tuple(reference.shape)}, not RGB; convert it to RGB")
 
 
 def leaders_of(parents: Mapping[str, Trained], device: torch.device) -> Leaders:

@@ -14,23 +14,23 @@ from typing import Literal, assert_never
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from dd_core import images, losses
 from dd_core.nets.clip import Clip, ClipNetSpec, convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
-from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stage import EmbeddedBy, Losses, PairBatch, Stage, Trained
 from dd_core.stages.clip import clip_of, embedding_of
+from dd_core.stages.guide_levels import GuideLevels, GuideSpec
 from dd_core.towers import open_clip
 
 LEVEL_WIDTH = 128
 """Sinusoids that describe a noise level."""
 
 
-class NoisedClipSpec(LearnedSpec):
-    """Noisy image -> the embedding of what it will become."""
+class NoisedClipSpec(GuideSpec):
+    """Noisy image -> the embedding of what it will become.  It is told log sigma, whatever its levels."""
 
     kind: Literal["noised_clip"] = "noised_clip"
     net: ClipNetSpec = ClipNetSpec()
@@ -39,9 +39,6 @@ class NoisedClipSpec(LearnedSpec):
     """What a noisy image has to find in the batch: its caption, or itself without noise."""
     start: Literal["parent", "random"] = "parent"
     """First weights: the parent's image tower, if it has the same shape, or none."""
-    log_sigma_mean: float = 0.0
-    log_sigma_std: float = Field(1.4, gt=0)
-    """Noise levels of training: log sigma is normal, as for the base it guides."""
 
     @property
     def embedded_by(self) -> EmbeddedBy | None:
@@ -158,6 +155,7 @@ class NoisedClipStage(Stage):
                 f"{parent.spec.embedding_width}; make them equal"
             )
         self.spec = spec
+        self.levels = GuideLevels(spec)
         self.model = NoisedClip(spec.net)
         if spec.start == "parent":
             begin_as(self.model, parent)
@@ -165,8 +163,7 @@ class NoisedClipStage(Stage):
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         x0 = images.to_unit(batch.image)
-        log_sigma = self.spec.log_sigma_mean + self.spec.log_sigma_std * torch.randn_like(x0[:, 0, 0, 0])
-        sigma = log_sigma.exp()
+        sigma = self.levels(x0)
         x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
         image = self.model.embed_image(x, sigma)
         image, target, tokens, clear = map(gathered, (image, self.target(batch), batch.tokens, sigma < 1))

@@ -5,13 +5,13 @@ Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), tables 11, 12 and 14, and the
 
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.layouts.published import published
-from dd_core.nets.classifier import ClassifierSpec as ClassifierNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
+from dd_core.stages.published import stage_of
 from dd_core.steering import GradientSpec
 from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
 from jobs.recipes.glide import paper_stage
@@ -28,8 +28,8 @@ def run() -> RunSpec:
     """554 M weights and a classifier of 54 M, for tars of ImageNet: set pairs.shards and pairs.destination.
 
     Hardware and time: V100s, in days of training by the paper's table 10; none was measured here.
-    Departures: bf16 for fp16; the classifier learns at normal log noise levels where the published one draws
-    timesteps evenly, and its rate falls as half a cosine, not linearly.
+    Departures: bf16 for fp16; the classifier's rate falls as half a cosine, not linearly, and it sees whole
+    pictures, not random crops.
     """
     how = SamplingSpec(
         sampler="ddpm",
@@ -57,13 +57,12 @@ def base() -> TrainSpec:
 
 
 def classifier() -> TrainSpec:
-    """Depth 2, width 128; batch 256, 3e-4, weight decay .05, 500,000 steps."""
-    net = published()["adm-classifier256"].net
-    assert isinstance(net, ClassifierNetSpec)
-    told = net.but(unet=net.unet.but(level_scale=100.0))  # ours is told log sigma, not timesteps
+    """Depth 2, width 128, at all timesteps alike; batch 256, 3e-4, weight decay .05, 500,000 steps."""
+    stage = stage_of(published()["adm-classifier256"])
+    assert isinstance(stage, ClassifierSpec)
     return TrainSpec(
         name="classifier",
-        stage=ClassifierSpec(net=told),
+        stage=stage,
         label=CLASSES,
         optimizer=OptimizerSpec(learning_rate=3e-4, weight_decay=0.05, warmup_steps=0, betas=(0.9, 0.999)),
         budget=Budget(steps=500_000, checkpoint_every=5_000, report_every=100),

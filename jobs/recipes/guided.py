@@ -21,16 +21,18 @@ from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
+COSINE = ScheduleSpec(betas="cosine", num_timesteps=1000)
+"""Of the base, and so the levels at which its guides learn: a step in 25 lies above sigma 16."""
 WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
 
 
 def run() -> RunSpec:
-    """The demo's pairs, CLIP, noised CLIP, base; 64 captions judged.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo's pairs and CLIP, noised CLIP, base; 64 captions judged.  Two CPUs, no GPU, up to 8 GB."""
     led = ddpm.ANCESTRAL.but(gradient=GradientSpec(caption=3.0))
     guides = {"noised_clip": "noised_clip", "clip": "clip"}
     return ddpm.run().but(
         name="guided",
-        stages=(demo.clip(), demo.noised_clip(), base()),
+        stages=(demo.clip(), noised_clip(), base()),
         cascade=cascade("guided", HopSpec(stage="base", how=led, guides=guides, follows_request=True)),
         evaluation=EvaluationSpec(captions=64),
     )
@@ -53,7 +55,7 @@ def base() -> TrainSpec:
     """64 px, cosine schedule, learned variance, told nothing."""
     stage = ChainSpec(
         net=PlainSpec(unet=ddpm.UNET, out_channels=6),
-        schedule=ScheduleSpec(betas="cosine", num_timesteps=1000),
+        schedule=COSINE,
         loss="hybrid",
         predicts=ddpm.PREDICTS,
         told_dropout=0.0,
@@ -70,15 +72,27 @@ def base() -> TrainSpec:
     )
 
 
+def noised_clip() -> TrainSpec:
+    """The demo's, at the noise levels of the base."""
+    before = demo.noised_clip()
+    return before.but(stage=before.stage.but(schedule=COSINE))
+
+
 def classifier() -> TrainSpec:
-    """Noisy 64 px -> the colour of the first thing."""
+    """Noisy 64 px -> the colour of the first thing; told the timesteps of the base."""
     unet = UNetSpec(
-        width=32, channel_mult=(1, 2, 3, 4), blocks_per_level=1, attention_at=(8,), head_width=32, groups=16
+        width=32,
+        channel_mult=(1, 2, 3, 4),
+        blocks_per_level=1,
+        attention_at=(8,),
+        head_width=32,
+        groups=16,
+        level_scale=1.0,
     )
     net = ClassifierNetSpec(unet=unet, image_size=64, classes=len(LABEL.classes))
     return TrainSpec(
         name="classifier",
-        stage=ClassifierSpec(net=net),
+        stage=ClassifierSpec(net=net, schedule=COSINE),
         label=LABEL,
         optimizer=OptimizerSpec(learning_rate=1e-3, weight_decay=0.05),
         budget=Budget(steps=600, checkpoint_every=300, report_every=25),

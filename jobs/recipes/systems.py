@@ -8,9 +8,12 @@ from jobs.recipes import autoregressive, consistency, ddpm, demo, glide, guided,
 from workflows.run_spec import RunSpec
 from workflows.train_spec import TrainSpec
 
+GUIDING = "guiding_clip"
+"""The noised CLIP that leads `untold`, at whose noise levels it has learned; the demo's knows others."""
+
 
 def run() -> RunSpec:
-    """The demo's seven stages and twelve more, some 50 minutes of two CPUs; no GPU, up to 8 GB."""
+    """The demo's seven stages and thirteen more, some 50 minutes of two CPUs; no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, *others()))
 
@@ -23,6 +26,7 @@ def others() -> tuple[TrainSpec, ...]:
         improved_ddpm.base().but(name="improved_ddpm"),
         guided.base().but(name="untold"),
         unclip.small().stage("decoder"),
+        guided.noised_clip().but(name=GUIDING),
         guided.classifier(),
         glide.base().but(name="glide_base"),
         latent.base().but(name="latent"),

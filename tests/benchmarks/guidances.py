@@ -34,6 +34,7 @@ from dd_core.cascade import CascadeState, run
 from dd_core.images import to_bytes, to_unit
 from dd_core.nets.clip import Clip
 from dd_core.samplers import SamplingSpec
+from dd_core.stage import Trained
 from dd_core.stages import load_hop
 from dd_core.stages.clip import clip_of
 from dd_core.stages.guides import CLEAN
@@ -41,6 +42,7 @@ from dd_core.stages.noised_clip import NoisedClip, noised_clip_of
 from dd_core.steering import GradientSpec
 from dd_core.text import tokens
 from jobs.recipes import demo
+from jobs.recipes.systems import GUIDING
 from tests.benchmarks.systems import NAMES
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.oracle import read
@@ -96,11 +98,17 @@ def way(guidance: str, weight: float, steps: int) -> SamplingSpec:
     return plain.but(guidance_scale=0.0 if guidance == "classes" else 1.0, gradient=gradient)
 
 
+def loaded(directory: Path, name: str) -> Trained:
+    """What a run has trained; as noised CLIP the one that knows the noise levels of a chain."""
+    stage = GUIDING if name == "noised_clip" else name
+    return bundle.load(directory / stage / "bundle").trained
+
+
 def painted(directory: Path, wanted: Asked, guidance: str, how: SamplingSpec) -> Tensor:
     """Pictures [n 3 h w] in [-1, 1]; picture i has seed i."""
     parents = {"free": (), "classes": ("classifier",)}.get(guidance, ("noised_clip", "clip"))
-    trained = {name: bundle.load(directory / name / "bundle").trained for name in ("improved_ddpm", *parents)}
-    hop = load_hop(trained["improved_ddpm"], {name: trained[name] for name in parents}, device="cpu")
+    base, *guides = (loaded(directory, name) for name in ("improved_ddpm", *parents))
+    hop = load_hop(base, dict(zip(parents, guides, strict=True)), device="cpu")
     found = []
     for rows in torch.arange(len(wanted.label)).split(BATCH):
         state = CascadeState(
@@ -196,7 +204,7 @@ def main() -> None:
     only = options.only.split(",") if options.only else list(WEIGHTS)
     if odd := set(only) - set(WEIGHTS):
         parser.error(f"--only: there is no {', '.join(sorted(odd))}; there are {', '.join(WEIGHTS)}")
-    clip, noised = (bundle.load(options.run / name / "bundle").trained for name in ("clip", "noised_clip"))
+    clip, noised = (loaded(options.run, name) for name in ("clip", "noised_clip"))
     judges = Judges(clip_of(clip), noised_clip_of(noised))
     table = {guidance: measured(guidance, options, judges) for guidance in only}
     if options.json:

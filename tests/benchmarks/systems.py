@@ -87,6 +87,8 @@ def led(score: str, *weights: float) -> Ways:
 def all_systems() -> dict[str, System]:
     """Every row."""
     classes = guided.classes().cascade.hops
+    (led_hop,) = renamed(guided.run().cascade.hops, base="untold")
+    led_hop = led_hop.but(guides=led_hop.guides | {"noised_clip": systems.GUIDING})
     return {
         "demo": System(demo.cascade().hops, "base", {"15 steps": {}}),
         "consistency": System(
@@ -100,7 +102,7 @@ def all_systems() -> dict[str, System]:
             scaled(1, 3),
         ),
         "latent": System(renamed(latent.run().cascade.hops, base="latent"), "latent", scaled(1, 3)),
-        "guided": System(renamed(guided.run().cascade.hops, base="untold"), "untold", led("caption", 3, 30)),
+        "guided": System((led_hop,), "untold", led("caption", 3, 30)),
         "guided.classes": System(
             renamed(classes, base="untold"), "untold", led("classes", 3, 10), labels=True
         ),

@@ -1,13 +1,20 @@
-"""Who hears a negative prompt: whoever reads captions and has learned to guide itself."""
+"""What specs alone can say: who hears a negative prompt, and what of a request a hop would refuse."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from dd_core.cascade import CascadeState, requested
+from dd_core.cascade import CascadeState, Hop, Role, requested
 from dd_core.samplers import SamplingSpec
-from dd_core.stages.asking import hears_negative, led_away
+from dd_core.stage import Trained
+from dd_core.stages import StageSpec, load_hop
+from dd_core.stages.asking import hears_negative, led_away, refuse_request
 from dd_core.stages.chain_hop import ChainHop
+from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
+from dd_core.steering import GradientSpec
 from tests.unit.dd_core import test_chain as chains
+from tests.unit.dd_core import test_guides as led
 from tests.unit.dd_core.students import JUMPING, SPEC
 from tests.unit.serve.tiny import STAGES
 
@@ -46,3 +53,40 @@ def test_bases_priors_and_what_is_distilled_from_them_hear_it_and_upsamplers_do_
     assert hears_negative(SPEC)
     assert not hears_negative(JUMPING)
     assert not led_away(SPEC, SamplingSpec(guidance_scale=1.0))
+
+
+def said(hop: Hop, spec: StageSpec, how: SamplingSpec, state: CascadeState) -> tuple[str, str]:
+    """What the hop says of a request, and what its spec alone says; empty if nothing is refused."""
+    guides: dict[Role, StageSpec] = {"classifier": led.CLASSIFIER}
+
+    def told(refuse: Callable[[], None]) -> str:
+        try:
+            refuse()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return (
+        told(lambda: hop.refuse(state, how)),
+        told(lambda: refuse_request(spec, how, guides, state._replace(image=None, image_embedding=None))),
+    )
+
+
+@pytest.mark.parametrize("label", [None, -1, 0, 2, 3, 8])
+def test_what_a_spec_says_of_a_request_is_what_its_hop_says(label: int | None) -> None:
+    classes, edm = chains.CLASSES, chains.EDM
+    jumping = ConsistencySpec(base=edm, teacher=TeacherSpec(guidance_scale=1.0))
+    jumps = SamplingSpec(sampler="consistency", num_steps=1, guidance_scale=1.0)
+    plain = SamplingSpec(guidance_scale=1.0)
+    rows: list[tuple[Hop, StageSpec, SamplingSpec]] = [
+        (chains.hop(classes), classes, plain),
+        (chains.hop(edm), edm, plain),
+        (chains.hop(chains.DDPM), chains.DDPM, plain),
+        (load_hop(Trained(jumping, chains.trained(edm).weights), {}, device="cpu"), jumping, jumps),
+        *((led.HOP, chains.GLIDE, plain.but(gradient=GradientSpec(**{name: 1.0}))) for name in led.SCORES),
+    ]
+    state = requested(["a star"], [1], chains.LENGTH)
+    state = state._replace(label=None if label is None else torch.tensor([label]))
+    found = [said(hop, spec, how, state) for hop, spec, how in rows]
+    assert [by_spec for _, by_spec in found] == [by_hop for by_hop, _ in found]
+    assert any(found[1]) == (label not in (0, 2))

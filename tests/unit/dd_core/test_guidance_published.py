@@ -8,13 +8,13 @@ from torch import Tensor
 
 from dd_core.denoiser import Conditioning, Denoised
 from dd_core.guidance import (
+    Rank,
     Rows,
     bounded,
     by_gradient,
     classifier_free,
     clip_x0,
     dynamic_threshold,
-    quantile,
     rows_of,
     stack,
 )
@@ -123,7 +123,9 @@ def test_guidance_by_two_scores_is_guidance_by_their_sum() -> None:
 @settings(max_examples=60, deadline=None)
 def test_quantiles_are_those_of_torch(share: float, size: int, seed: int) -> None:
     values = torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    torch.testing.assert_close(quantile(values, share), values.quantile(share, dim=1))
+    torch.testing.assert_close(
+        Rank.of(share, *values.shape, values.device).read(values), values.quantile(share, dim=1)
+    )
 
 
 def test_dynamic_threshold_treats_each_sample_by_itself() -> None:

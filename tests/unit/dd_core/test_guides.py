@@ -220,8 +220,19 @@ def test_a_request_that_cannot_be_led_is_refused(
 
 
 def test_guides_that_are_not_there_or_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="gradient asks a classifier, and this hop has none"):
+    with pytest.raises(ValueError, match="gradient asks a classifier, and this hop has none; name it in"):
         hop(GLIDE).start(asked(1), how_of(classes=1.0))
+    three = "a classifier, a clip and a noised_clip, and this hop has none; name them in its guides"
+    with pytest.raises(ValueError, match=three):
+        hop(GLIDE).start(asked(1), how_of(classes=1.0, caption=1.0))
+    with pytest.raises(ValueError, match=three):
+        HOP.leaders._replace(classifier=None, noised_clip=None, clip=None).refuse(  # type: ignore[attr-defined]
+            GradientSpec(classes=1.0, caption=1.0), asked(1), 16
+        )
+    with pytest.raises(
+        ValueError, match=r"asks a clip and a noised_clip, .*\{clip: its stage, noised_clip: its"
+    ):
+        HopSpec(stage="base", how=how_of(caption=1.0))
     small = ClassifierSpec(net=NetSpec(unet=UNetSpec(width=16, channel_mult=(1,), head_width=8, groups=4,
                            attention_at=()), image_size=8, classes=3))  # fmt: skip
     other = PARENTS | {"classifier": Trained(small, made(small, {}).model.state_dict())}

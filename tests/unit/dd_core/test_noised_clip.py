@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from dd_core import bundle
+from dd_core.images import to_unit
+from dd_core.losses import info_nce, same_captions
 from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.schedules import ScheduleSpec, sigmas
 from dd_core.stage import Budget, OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.clip import ClipSpec
@@ -94,6 +97,25 @@ def test_it_learns_to_find_what_noise_hides(target: str) -> None:
     ]
     last = sum(metrics["retrieval"] for metrics in log[-10:]) / 10
     assert last > 0.5  # chance is 1 / 8
+
+
+@pytest.mark.parametrize("schedule", [None, ScheduleSpec()])
+def test_it_learns_at_the_levels_of_its_chain_or_about_sigma_one(schedule: ScheduleSpec | None) -> None:
+    stage, batch = NoisedClipStage(SPEC.but(schedule=schedule), parent()), next(colours())
+    torch.manual_seed(1)
+    loss = stage(batch).total
+    torch.manual_seed(1)
+    x0 = to_unit(batch.image)
+    if schedule is None:  # as it was before there was a choice
+        sigma = (1.4 * torch.randn_like(x0[:, 0, 0, 0])).exp()
+    else:
+        sigma = sigmas(schedule).float()[torch.randint(schedule.num_timesteps, (8,))]
+    x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
+    clip = stage.frozen[0]
+    assert isinstance(clip, Clip)
+    model, target = stage.model, clip.read(batch.tokens).embedding
+    expected = info_nce(model.embed_image(x, sigma), target, model.logit_scale(), same_captions(batch.tokens))
+    torch.testing.assert_close(loss, expected)
 
 
 def test_the_parent_is_not_trained_and_does_not_ship() -> None:

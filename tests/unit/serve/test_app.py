@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
+from dd_core import bundle
 from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.samplers import SamplingSpec
+from dd_core.steering import GradientSpec
 from serve import app
+from tests.unit.dd_core.test_chain import DDPM
+from tests.unit.dd_core.test_chain import trained as trained_chain
+from tests.unit.dd_core.test_guides import PARENTS
 from tests.unit.serve.tiny import tiny_cascade
 
 
@@ -19,6 +25,24 @@ def test_what_is_replaced_may_finish_the_longest_request(tmp_path: Path) -> None
     assert [hop.name for hop in hops] == ["base", "prior", "upsampler"]
     for one in (ingress, *hops):
         assert one._deployment_config.graceful_shutdown_timeout_s > 300
+
+
+def test_the_ingress_knows_the_classes_of_a_classifier_and_hears_no_class_where_it_does_not_lead(
+    tmp_path: Path,
+) -> None:
+    led = SamplingSpec(guidance_scale=1.0, gradient=GradientSpec(classes=2.0))
+    hop = HopSpec(stage="base", how=led, guides={"classifier": "judge"})
+    stages = {"base": trained_chain(DDPM), "judge": PARENTS["classifier"]}
+    for name, one in stages.items():
+        bundle.save(tmp_path / name, one.spec, one.weights, parents={}, facts={})
+    for how, hears in ((led, True), (led.but(gradient=None), False)):
+        spec = CascadeSpec(name="led", hops=(hop.but(how=how),), context_length=12, image_size=16)
+        where = tmp_path / f"cascade_{hears}"
+        bundle.save_cascade(where, spec, {name: tmp_path / name for name in stages}, card="")
+        built = app.build({"cascade": str(where)})._bound_deployment
+        specs = built.init_args[4]
+        assert specs["judge"].classes == 3
+        assert app.hears_classes(spec, specs) == hears
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3, 7])

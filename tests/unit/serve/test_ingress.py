@@ -22,10 +22,12 @@ from dd_core.consistency import FixedLevels
 from dd_core.nets.network import PlainSpec
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
+from dd_core.stages import StageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
+from dd_core.steering import GradientSpec
 from dd_core.text import tokens
-from jobs.recipes import consistency, ddpm
+from jobs.recipes import consistency, ddpm, guided
 from serve import painter as painting
 from serve.engine import BusyError, Engine, RefusedError
 from serve.ingress import Api
@@ -589,6 +591,45 @@ def test_steps_that_a_hop_cannot_take_are_refused_before_any_hop_is_asked() -> N
         told = refused(one.post(num_inference_steps=30), 400)
         assert told == "hop base: ldm_plus_one needs num_steps below 1000 that divides it, got 30"
         assert [link.hows for link in one.links.values()] == [[], []]
+
+
+UNTOLD = ChainSpec(net=PlainSpec(unet=ddpm.UNET), told_dropout=0.0)
+BY_CLASS = ChainSpec(
+    net=PlainSpec(unet=ddpm.UNET.but(labels=4, image_channels=3)), image_size=256, factor=4, told_dropout=0.0
+)
+LED = CASCADE.hops[1].but(
+    how=LAST.but(gradient=GradientSpec(classes=2.0)), guides={"classifier": "classifier"}
+)
+
+
+@pytest.mark.parametrize(
+    ("second", "stages", "lacking", "unknown"),
+    [
+        (
+            CASCADE.hops[1],
+            {"upsampler": BY_CLASS},
+            "hop upsampler: it paints by class, and the request names none; give a label",
+            "hop upsampler: label [8]: classes are 0 to 3",
+        ),
+        (
+            LED,
+            {"upsampler": UNTOLD, "classifier": guided.classifier().stage},
+            "hop upsampler: it paints by class, and the request names none; give a label",
+            "hop upsampler: label [8] is no class of the classifier; there are 0 to 7",
+        ),
+    ],
+    ids=["told", "led"],
+)
+def test_a_class_that_a_later_hop_lacks_or_does_not_know_is_refused_before_any_hop_is_asked(
+    second: HopSpec, stages: dict[str, StageSpec], lacking: str, unknown: str
+) -> None:
+    cascade = CASCADE.but(hops=(CASCADE.hops[0], second))
+    one = Served(cascade=cascade, by_class=True, stages=stages | {"base": UNTOLD})
+    with one.client:
+        assert refused(one.post(), 400) == lacking
+        assert refused(one.post(label=8), 400) == unknown
+        assert [link.hows for link in one.links.values()] == [[], []]
+        assert len(pngs(one.post(label=3))) == 1
 
 
 def test_quality_is_refused_where_steps_are_fixed() -> None:

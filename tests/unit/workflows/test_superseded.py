@@ -18,6 +18,7 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.stages.upsampler import UpsamplerSpec
+from jobs.recipes import demo, guided
 from workflows import storage, superseded
 from workflows.made_of import MadeOf, differences, named_files, same
 from workflows.storage import Home
@@ -200,6 +201,20 @@ def test_memory_is_no_reason_to_train_again_unless_the_loss_compares_samples() -
     for stage in (ClipSpec(), NoisedClipSpec(), LOSSY):
         one, other = (spec_of(stage, micro_batch_size=size) for size in (2, 4))
         assert one.fingerprint("d", {}) != other.fingerprint("d", {})
+
+
+def test_a_noised_clip_of_before_it_could_have_a_schedule_goes_on(tmp_path: Path) -> None:
+    """The demo's is not trained again; that of `guided`, which learns at other levels now, is."""
+    stage = Home.of(tmp_path).at("noised_clip")
+    now, other = (MadeOf(one, "d", {"clip": "p"}, {}) for one in (demo.noised_clip(), guided.noised_clip()))
+    was = now.facts("as it was calculated then")
+    assert was["spec"]["stage"].pop("schedule", "absent") is None
+    stage.write(FINGERPRINT, was["fingerprint"])
+    trained(stage, was)
+    assert same(was, now)
+    assert settled(stage, now) == was["fingerprint"]
+    assert not same(was, other)
+    assert any(line.startswith("stage.schedule") for line in differences(was, other))
 
 
 def test_what_was_trained_under_the_old_fingerprint_goes_on(tmp_path: Path) -> None:
