@@ -132,8 +132,8 @@ def timesteps(
     - sections: the chain cut into equal parts, each with its own number of steps (ADM on LSUN).
     - fast27: sections 10, 10, 3, 2, 2, the last timestep two earlier (GLIDE's upsampler).
     - ldm_plus_one: ddim_leading, one later (latent diffusion).
-    - quad: evenly in sqrt(t) up to 0.8 T (DDIM on CIFAR), in as many steps as repeat no timestep: at most 29
-      of 1000.  DDIM's code takes more, and asks the network again where nothing moves.
+    - quad: evenly in sqrt(t) up to 0.8 T (DDIM on CIFAR), without the repeats that it has from 30 steps of
+      1000 on: there DDIM's code asks the network again and moves nothing.
     - trailing: evenly from the last timestep backwards (Lin et al. 2023, arXiv:2305.08891, table 2).
     """
     if not 1 <= num_steps <= num_timesteps:
@@ -197,23 +197,12 @@ def plus_one(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def squares(num_timesteps: int, num_steps: int) -> list[int]:
-    """Evenly in sqrt(t) from 0 to 0.8 of the chain, where that is num_steps different timesteps.
+    """Evenly in sqrt(t) from 0 to 0.8 of the chain, each timestep once.
 
     Source: Song et al. 2021 (arXiv:2010.02502), appendix D.2, and the published code.
     """
-
-    def of(count: int) -> list[int]:
-        roots = np.linspace(0, math.sqrt(0.8 * num_timesteps), count)
-        return sorted({int(t) for t in roots**2})  # rounded as published: 16 steps of 1000 depend on it
-
-    if len(found := of(num_steps)) == num_steps:
-        return found
-    nearest = next((count for count in range(num_steps - 1, 1, -1) if len(of(count)) == count), 0)
-    instead = f"set num_steps: {nearest}, the nearest number that it can give, or" if nearest else ""
-    raise ValueError(
-        f"{num_steps} steps of quad are {len(found)} of {num_timesteps} timesteps, for the lowest repeat; "
-        f"{instead} use linspace"
-    )
+    roots = np.linspace(0, math.sqrt(0.8 * num_timesteps), num_steps)
+    return sorted({int(t) for t in roots**2})  # rounded as published: 16 steps of 1000 depend on it
 
 
 def in_sections(num_timesteps: int, num_steps: int, sections: tuple[int, ...]) -> list[int]:

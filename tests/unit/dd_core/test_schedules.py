@@ -106,14 +106,9 @@ def test_spacings_are_the_published_ones() -> None:
 
 @given(num_steps=st.integers(2, 1000))
 @settings(max_examples=40, deadline=None)
-def test_quad_takes_as_many_steps_as_are_asked_for_or_names_the_nearest_number(num_steps: int) -> None:
-    published = [int(t) for t in np.linspace(0, np.sqrt(800), num_steps) ** 2]  # as DDIM's code has it
-    if len(set(published)) == num_steps:
-        assert timesteps("quad", 1000, num_steps).tolist() == published
-        return
-    with pytest.raises(ValueError, match="set num_steps: 29, the nearest number that it can give, or use"):
-        timesteps("quad", 1000, num_steps)
-    assert len(timesteps("quad", 1000, 29)) == 29
+def test_quad_is_that_of_the_published_code_without_steps_that_change_nothing(num_steps: int) -> None:
+    published = [int(t) for t in np.linspace(0, np.sqrt(800), num_steps) ** 2]
+    assert timesteps("quad", 1000, num_steps).tolist() == sorted(set(published))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +118,6 @@ def test_quad_takes_as_many_steps_as_are_asked_for_or_names_the_nearest_number(n
         ("ldm_plus_one", 30, (), "divides it, got 30"),
         ("ldm_plus_one", 1000, (), "below 1000"),
         ("linspace", 1, (), "use trailing"),
-        ("quad", 100, (), "100 steps of quad are 96 of 1000 timesteps, .* set num_steps: 29"),
         ("trailing", 1001, (), "from 1 to the 1000"),
         ("sections", 50, (20, 20), "sum num_steps, 50"),
         ("sections", 980, (490, 290, 200), "section 0 takes 490 steps of its 334"),
@@ -139,13 +133,12 @@ def test_an_impossible_spacing_says_what_to_do(
 @given(num_steps=st.integers(2, 1000), spacing=st.sampled_from(["linspace", "trailing", "quad"]))
 @settings(max_examples=60, deadline=None)
 def test_a_walk_falls_and_ends_where_the_chain_says(num_steps: int, spacing: Spacing) -> None:
-    num_steps = min(num_steps, 29) if spacing == "quad" else num_steps
     for spec in (ScheduleSpec(), ScheduleSpec(last="first")):
         way = walk(spec, spacing, num_steps)
         assert (way.timesteps.diff() < 0).all()
         assert (way.sigmas.diff() < 0)[:-1].all()
         assert way.sigmas[-1] == (0 if spec.last == "clean" else sigmas(spec)[0])
-        assert len(way.sigmas) == len(way.timesteps) + 1 == num_steps + 1
+        assert len(way.sigmas) == len(way.timesteps) + 1 <= num_steps + 1
 
 
 @pytest.mark.parametrize("spec", CHAINS)
