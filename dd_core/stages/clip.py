@@ -134,7 +134,8 @@ def published(spec: ClipSpec) -> Trained:
 
     Args:
         spec: `pretrained` says which: `ViT-B-32/openai` (downloaded by open_clip into its cache) or
-            `ViT-B-32:path/to/weights.safetensors`; the rest of the spec is replaced by what it is.
+            `ViT-B-32:path/to/weights.safetensors`.  How captions are read for others, `net.states` and
+            `net.pads_with`, stays as the spec has it; the rest is replaced by what the model is.
 
     Raises:
         ValueError: open_clip does not know the model, or the file is missing or does not fit.
@@ -150,7 +151,13 @@ def published(spec: ClipSpec) -> Trained:
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
     preprocess = open_clip().get_model_preprocess_cfg(towers)
-    net = net.but(quick_gelu=quick_gelu, mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]))
+    net = net.but(
+        quick_gelu=quick_gelu,
+        states=spec.net.states,
+        pads_with=spec.net.pads_with,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )
     clip = Clip(net)
     clip.towers.load_state_dict(towers.state_dict())
     weights: dict[str, Tensor] = clip.state_dict()
