@@ -15,6 +15,8 @@ from dd_core.towers import open_clip
 
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """OpenAI's files say these beside the weights."""
+MASK = "attn_mask"
+"""Archives may hold it, and it follows from the length of captions."""
 UNLIKE = ("timm_model_name", "hf_model_name", "mlp_ratio", "ls_init_value", "pool_type", "no_ln_pre")
 """What makes a model of open_clip another than CLIP's."""
 
@@ -66,5 +68,5 @@ def clip_weights(spec: ClipNetSpec, state: Mapping[str, Tensor]) -> dict[str, Te
         )
     with torch.device("meta"):
         net = Clip(spec)
-    kept = {name: weight for name, weight in state.items() if name not in NUMBERS}
+    kept = {name: weight for name, weight in state.items() if name not in NUMBERS and MASK not in name}
     return fitted(net, inward(kept, clip_moves(net)))
