@@ -83,7 +83,7 @@ def statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_ldm(source: Published, net: nn.Module, state: Mapping[str, Tensor], *, averaged: bool) -> Imported:
     """UNet, autoencoder and text tower of a whole file; another text model stays behind and is counted."""
     left = ldm.left_over(state)
-    averaged = averaged and left["averaged"] > 0
+    averaged = averaged and ldm.has_averaged(state)
     weights = weights_for(net, source.layout, ldm.unet_part(state, averaged=averaged))
     assert source.autoencoder is not None
     first = autoencoder(source.autoencoder, state, scale=source.latent_scale)

@@ -20,6 +20,8 @@ from dd_core.stages.clip import ClipSpec, clip_of
 from jobs import exchange
 from jobs.cli import main
 from tests.unit.jobs import tiny_stable
+from workflows.parents import outline
+from workflows.storage import Home
 
 SOURCES = ("sd1", "sd2-base", "sd2")
 
@@ -34,7 +36,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 def imported(source: str, place: Path) -> Path:
     """The cascade of a source, by the command."""
     tiny_stable.file_of(source, place / "model.safetensors")
-    words = ["import", source, str(place / "model.safetensors"), "--raw", "--out", str(place / "cascade")]
+    words = ["import", source, str(place / "model.safetensors"), "--out", str(place / "cascade")]
     done = CliRunner().invoke(main, [*words, "--json", "-q"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
@@ -91,6 +93,7 @@ def test_a_training_starts_from_it_where_captions_are_read_alike(tmp_path: Path)
     other = reader._replace(spec=reader.spec.but(net=reader.spec.net.but(pads_with="zero")))
     with pytest.raises(ValueError, match=r"net\.pads_with of its CLIP is 'end' and 'zero' here"):
         build_stage(start.spec, {"clip": other, "autoencoder": first, "start": start})
+    assert outline(Home.of(place / "unet")).source == start.source == "sd1"  # a plan refuses it as well
     fresh = build_stage(start.spec, {"clip": reader, "autoencoder": first})
     assert fresh.model.state_dict().keys() == start.weights.keys()
 
