@@ -39,6 +39,11 @@ exchanged = Group("exchanged")
     type=click.Path(path_type=Path),
     help="Of glide: image and text tower of its noised CLIP, which leads the base.",
 )
+@click.option(
+    "--reads-for",
+    metavar="SOURCE",
+    help="Of a CLIP: it reads captions as that network hears them, such as sd1 or sd2.",
+)
 def bring_in(
     source: str,
     paths: tuple[Path, ...],
@@ -49,6 +54,7 @@ def bring_in(
     classifier: Path | None,
     upsampler: Path | None,
     clip: tuple[Path, Path] | None,
+    reads_for: str | None,
 ) -> None:
     """Make a bundle of published weights, or a cascade that paints.
 
@@ -57,12 +63,13 @@ def bring_in(
     PATHS are its files, or the folder of one component of diffusers.
 
     What paints from noise, told no more than a class (ADM, Improved DDPM, EDM, consistency models, latent
-    diffusion of faces, bedrooms and churches), becomes a cascade; sources glide and glide-inpaint, base and
+    diffusion of faces, bedrooms and churches), becomes a cascade; so does Stable Diffusion (sd1, sd2-base,
+    sd2: the one file of UNet, autoencoder and text tower); sources glide and glide-inpaint, base and
     upsampler, too, with their --tokenizer.
     """
     from jobs.exchange import More, import_weights
 
-    more = More(tokenizer, scale, classifier, upsampler, clip)
+    more = More(tokenizer, scale, classifier, upsampler, clip, reads_for)
     answer(import_weights(source, paths, out, averaged=averaged, more=more))
 
 

@@ -25,6 +25,7 @@ from dd_core.layouts.files import WEIGHTS, weights_in, weights_in_folder
 from dd_core.layouts.moves import LayoutError, fitted, inward
 from dd_core.layouts.published import AUTOENCODERS, Published, published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
+from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.text import CaptionedSpec
 from dd_core.nets.unet import UNet
 from dd_core.spec import Spec
@@ -69,6 +70,8 @@ class More(NamedTuple):
     """Of a class-conditional base at 64 or 128 px: the file of what is to enlarge its pictures."""
     clip: tuple[Path, Path] | None = None
     """Of glide: the files of the noised CLIP that is to lead it, those of its image and its text tower."""
+    reads_for: str | None = None
+    """Of a CLIP: the network that is to hear captions as it reads them, such as sd1; None: as CLIP does."""
 
 
 NOTHING_MORE = More()
@@ -105,11 +108,14 @@ def import_weights(
         raise ValueError("--scale is for autoencoders that come by themselves (ldm-kl-f8); leave it out")
     beside = beside_of(source, more)
     name, _, model = source.partition(":")
+    if more.reads_for is not None and name not in CLIPS:
+        raise ValueError(f"--reads-for is for {' and '.join(CLIPS)}, not {source}; leave it out")
     if source == "diffusers":
         return {"bundles": import_folder(the_only(paths, source), out)}
     if name in CLIPS and model:
         net = clip.net_of(model)
         net = net.but(quick_gelu=True) if name == "openai-clip" else net
+        net = net if more.reads_for is None else read_for(more.reads_for, net)
         weights = clip.clip_weights(net, weights_in(the_only(paths, source)))
         return {"bundles": [written(out, ClipSpec(net=net), weights, source)]}
     if source in AUTOENCODERS:
@@ -119,6 +125,25 @@ def import_weights(
         found = importing.autoencoder(net_spec, weights, scale=more.scale or assumed)
         return {"bundles": [written(out, stage_of(net_spec), found, source)]}
     return import_network(source, paths, out, averaged=averaged, beside=beside)
+
+
+def read_for(source: str, net: ClipNetSpec) -> ClipNetSpec:
+    """A CLIP that reads captions as the one that a published network was told by.
+
+    Raises:
+        ValueError: That network is told by no CLIP, or by another.
+    """
+    readers = {name: network.reader for name, network in published().items() if network.reader}
+    reader = readers.get(source)
+    if reader is None:
+        raise ValueError(f"--reads-for {source}: there are {', '.join(readers)}; or leave it out")
+    for field in ("text_width", "text_layers", "quick_gelu"):
+        if (mine := getattr(net, field)) != (theirs := getattr(reader, field)):
+            raise ValueError(
+                f"--reads-for {source}: its CLIP has {field} {theirs}, this one {mine}; take "
+                f"{'openai-clip:ViT-L-14' if source.startswith('sd1') else 'open-clip:ViT-H-14'}"
+            )
+    return net.but(states=reader.states, pads_with=reader.pads_with)
 
 
 def beside_of(source: str, more: More) -> dict[str, tuple[str, Path]]:
@@ -173,12 +198,12 @@ def import_network(
     if stage is not None:
         return {"bundles": [written(out, stage, inner(found.weights), source, left=found.left)]} | left
     spec = NetworkSpec(source=source, net=network.net, process=network.process)
-    if found.autoencoder is None or network.autoencoder is None:
+    if not (parents := known_parents(source, found)):
         return {"bundles": [written(out, spec, found.weights, source, left=found.left)]} | left
     facts = {"left": found.left, "averaged": found.averaged}
-    first = written(out / "unet", spec, found.weights, source, **facts)
-    second = written(out / "autoencoder", stage_of(network.autoencoder), found.autoencoder, source)
-    return {"bundles": [first, second]} | left
+    bundles = [written(out / "unet", spec, found.weights, source, **facts)]
+    bundles += [written(out / role, part.spec, part.weights, source) for role, part in parents.items()]
+    return {"bundles": bundles} | left
 
 
 def import_painter(
@@ -189,21 +214,20 @@ def import_painter(
     *,
     beside: Mapping[str, tuple[str, Path]],
 ) -> Facts:
-    """Write the cascade of a network that paints from noise, told no more than a class."""
+    """Write the cascade of a network that paints from noise, told a class or what its own CLIP reads."""
     if out.exists():
         raise ValueError(f"{out} exists; name another --out")
-    known, first = published(), known_autoencoder(source, found)
+    known, stands_on = published(), known_parents(source, found)
     specs = {name: published_stages.stage_of(known[other]) for name, (other, _) in beside.items()}
     enlarged = specs.get("upsampler")
     assert enlarged is None or isinstance(enlarged, ChainSpec)
-    name, led = "base" if first is None else "unet", "classifier" in beside
+    name, led = "unet" if stands_on else "base", "classifier" in beside
     cascade = cascade_of(source, stage, name=name, led=led, enlarged=enlarged)
 
     def parts() -> Iterator[tuple[str, Part]]:
-        if first is not None:
-            yield "autoencoder", first
+        yield from stands_on.items()
         facts = {"left": found.left, "averaged": found.averaged}
-        parents = {} if first is None else {"autoencoder": "autoencoder"}
+        parents = {role: role for role in stands_on}
         yield name, Part(source, stage, inner(found.weights), parents, facts=facts)
         for role, (other, path) in beside.items():
             weights = importing.imported(known[other], [weights_in(path)], averaged=False).weights
@@ -214,11 +238,14 @@ def import_painter(
     return assembled(out, cascade, parts(), card=card_of(source, stage, led=led))
 
 
-def known_autoencoder(source: str, found: importing.Imported) -> Part | None:
-    """The autoencoder that came in the file of a network, as a stage."""
-    if found.autoencoder is None:
-        return None
-    return Part(source, stage_of(published()[source].autoencoder), found.autoencoder, {})
+def known_parents(source: str, found: importing.Imported) -> dict[str, Part]:
+    """Role -> stage: the autoencoder and the reader of captions that came in the file of a network."""
+    network, parts = published()[source], dict[str, Part]()
+    if found.autoencoder is not None:
+        parts["autoencoder"] = Part(source, stage_of(network.autoencoder), found.autoencoder, {})
+    if found.reader is not None and network.reader is not None:
+        parts["clip"] = Part(source, ClipSpec(net=network.reader), found.reader, {})
+    return parts
 
 
 def inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ EULER_HEUN = SamplingSpec(sampler="heun", num_steps=40, guidance_scale=1.0)
 JUMP = SamplingSpec(sampler="consistency", num_steps=1, guidance_scale=1.0)
 LATENT = SamplingSpec(sampler="ddim", num_steps=200, eta=1.0, spacing="ldm_plus_one", guidance_scale=1.0)
 
+STABLE = {"sd1": 7.5, "sd2-base": 9.0, "sd2": 9.0}
+"""Guidance of what hears captions, in 50 steps of DDIM: as the scripts beside the published code ask."""
 CLASSIFIERS = {
     "adm-imagenet64": ("adm-classifier64", 1.0),
     "adm-imagenet128": ("adm-classifier128", 0.5),
@@ -33,7 +35,7 @@ UPSAMPLERS = {
 }
 """Base -> what enlarges its pictures four times."""
 CONTEXT = 77
-"""Tokens of the captions that these hear nothing of."""
+"""Tokens of a caption; most of these hear nothing of it."""
 
 
 def cascade_of(
@@ -57,7 +59,8 @@ def cascade_of(
     if led:
         how = how.but(gradient=GradientSpec(classes=CLASSIFIERS[source][1]))
         guides["classifier"] = "classifier"
-    hops = [HopSpec(stage=name, how=how, guides=guides, follows_request=how.takes_any_steps())]
+    follows = how.takes_any_steps() or source in STABLE  # of which steps that do not divide 1000 are refused
+    hops = [HopSpec(stage=name, how=how, guides=guides, follows_request=follows)]
     if enlarged is not None:
         hops.append(HopSpec(stage="upsampler", how=ANCESTRAL))
     side = stage.image_size if enlarged is None else enlarged.image_size
@@ -68,6 +71,8 @@ def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec
     """How its authors drew its pictures."""
     if isinstance(stage, ConsistencySpec):
         return JUMP
+    if source in STABLE:
+        return LATENT.but(num_steps=50, eta=0.0, guidance_scale=STABLE[source])
     if stage.latent_channels:
         return LATENT
     if stage.predicts == "edm":
@@ -99,6 +104,12 @@ def led_by_clip(cascade: CascadeSpec) -> CascadeSpec:
 
 def card_of(source: str, stage: ChainSpec | ConsistencySpec, *, led: bool) -> str:
     """The README of such a cascade."""
+    if source in STABLE:
+        return (
+            f"# {source}\n\nPublished weights: imported, not trained here.  Captions are read by the CLIP of "
+            'the same file:\n\n    ddiff sample "an astronaut riding a horse" --cascade DIR\n\n'
+            "Sampled as published: see cascade.json.\n"
+        )
     told = "is told a class" if stage.classes else "is told nothing"
     asked = "--label 0 " if stage.classes or led else ""
     return (

@@ -54,7 +54,8 @@ def outline(home: Home) -> Trained:
         sealed.verify(home.here)
     home.fetch("spec.json", ENCODER, MERGES)
     spec = bundle.checked(bundle.SPEC, home.here / "spec.json")
-    return Trained(spec, outlines(home), bundle.vocabulary_in(home.here))
+    source = home.facts(sealed.MANIFEST).get("imported", "")
+    return Trained(spec, outlines(home), bundle.vocabulary_in(home.here), source)
 
 
 def outlines(home: Home) -> dict[str, Tensor]:

@@ -9,12 +9,18 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dd_core.layouts.moves import LayoutError, Move, fitted, inward, tensor
+from dd_core.layouts.moves import SAME, LayoutError, Move, fitted, inward, layer, tensor, within
 from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.towers import open_clip
 
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """OpenAI's files say these beside the weights."""
+MASK = "attn_mask"
+"""Archives may hold it, and it follows from the length of captions."""
+TRANSFORMERS, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+"""Where the text tower lies in the files of Stable Diffusion 1 and 2."""
+UNHEARD = ("embeddings.position_ids", "text_projection", "logit_scale", MASK)
+"""Beside it: a table, and what makes an embedding of states."""
 UNLIKE = ("timm_model_name", "hf_model_name", "mlp_ratio", "ls_init_value", "pool_type", "no_ln_pre")
 """What makes a model of open_clip another than CLIP's."""
 
@@ -54,6 +60,50 @@ def clip_moves(net: Clip) -> Iterator[Move]:
         yield tensor(name.removeprefix("towers."), name)
 
 
+def transformers_moves(net: Clip) -> Iterator[Move]:
+    """The text tower as transformers names it: `CLIPTextModel`, in the files of Stable Diffusion 1."""
+    yield tensor("embeddings.token_embedding.weight", "token_embedding.weight")
+    yield tensor("embeddings.position_embedding.weight", "positional_embedding")
+    yield from layer("final_layer_norm", "ln_final")
+    for number in range(net.spec.text_layers):
+        theirs, ours = f"encoder.layers.{number}", f"transformer.resblocks.{number}"
+        for part in ("weight", "bias"):
+            names = tuple(f"{theirs}.self_attn.{one}_proj.{part}" for one in "qkv")
+            yield Move(names, f"{ours}.attn.in_proj_{part}", SAME)
+        yield from layer(f"{theirs}.self_attn.out_proj", f"{ours}.attn.out_proj")
+        yield from layer(f"{theirs}.layer_norm1", f"{ours}.ln_1")
+        yield from layer(f"{theirs}.layer_norm2", f"{ours}.ln_2")
+        yield from layer(f"{theirs}.mlp.fc1", f"{ours}.mlp.c_fc")
+        yield from layer(f"{theirs}.mlp.fc2", f"{ours}.mlp.c_proj")
+
+
+def reader_part(state: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
+    """The text tower in a file of Stable Diffusion 1 (first) or 2, under its full names."""
+    prefix = TRANSFORMERS if first else OPEN_CLIP
+    unheard = {prefix + name for name in UNHEARD}
+    return {name: t for name, t in state.items() if name.startswith(prefix) and name not in unheard}
+
+
+def reader_weights(spec: ClipNetSpec, part: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
+    """The weights of such a tower, float32.
+
+    Args:
+        spec: Its size.
+        part: As `reader_part` found it.
+        first: It is laid out as in Stable Diffusion 1, by transformers; else as in 2, by open_clip.
+
+    Raises:
+        LayoutError: It is not so; the key is named.
+    """
+    with torch.device("meta"):
+        net = Clip(spec)
+    if first:
+        moves = within(transformers_moves(net), theirs=TRANSFORMERS, ours="towers.")
+    else:
+        moves = within(clip_moves(net), theirs=OPEN_CLIP)
+    return fitted(net, inward(part, moves))
+
+
 def clip_weights(spec: ClipNetSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of both towers, float32.
 
@@ -66,5 +116,5 @@ def clip_weights(spec: ClipNetSpec, state: Mapping[str, Tensor]) -> dict[str, Te
         )
     with torch.device("meta"):
         net = Clip(spec)
-    kept = {name: weight for name, weight in state.items() if name not in NUMBERS}
+    kept = {name: weight for name, weight in state.items() if name not in NUMBERS and MASK not in name}
     return fitted(net, inward(kept, clip_moves(net)))

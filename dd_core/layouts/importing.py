@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dd_core.layouts import glide, karlo, ldm
+from dd_core.layouts import clip, glide, karlo, ldm
 from dd_core.layouts.adm import AdmLayout, classifier_moves, unet_moves
 from dd_core.layouts.moves import LayoutError, Move, fitted, inward
 from dd_core.layouts.published import Layout, Published
@@ -26,6 +26,8 @@ class Imported(NamedTuple):
     autoencoder: dict[str, Tensor] | None = None
     left: dict[str, int] | None = None
     """What else is in them, by kind: how many weights."""
+    reader: dict[str, Tensor] | None = None
+    """Of the CLIP that reads captions for it."""
     averaged: bool = False
     """Whether they are the averaged ones of a file that holds both."""
 
@@ -79,13 +81,19 @@ def statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ldm(source: Published, net: nn.Module, state: Mapping[str, Tensor], *, averaged: bool) -> Imported:
-    """UNet and autoencoder of a whole file; the text model stays behind and is counted."""
+    """UNet, autoencoder and text tower of a whole file; another text model stays behind and is counted."""
     left = ldm.left_over(state)
-    averaged = averaged and left["averaged"] > 0
+    averaged = averaged and ldm.has_averaged(state)
     weights = weights_for(net, source.layout, ldm.unet_part(state, averaged=averaged))
     assert source.autoencoder is not None
     first = autoencoder(source.autoencoder, state, scale=source.latent_scale)
-    return Imported(weights, first, left, averaged)
+    if source.reader is None:
+        return Imported(weights, first, left, averaged=averaged)
+    as_first = source.layout == "ldm"
+    part = clip.reader_part(state, first=as_first)
+    reader = clip.reader_weights(source.reader, part, first=as_first)
+    left["readers"] -= len(part)
+    return Imported(weights, first, left, reader, averaged)
 
 
 def autoencoder(

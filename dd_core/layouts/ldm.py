@@ -73,8 +73,11 @@ def measured_scale(state: Mapping[str, Tensor]) -> float | None:
 
 
 def has_averaged(state: Mapping[str, Tensor]) -> bool:
-    """Whether averaged weights are in the file, too."""
-    return any(name.startswith(AVERAGED) for name in state)
+    """Whether averaged weights of the UNet are in the file, too.
+
+    Files whose only UNet is the averaged one (emaonly) may keep the horizon, `model_ema.decay`, all the same.
+    """
+    return any(name.startswith(f"{AVERAGED}diffusion_model") for name in state)
 
 
 def left_over(state: Mapping[str, Tensor]) -> dict[str, int]:

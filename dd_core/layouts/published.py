@@ -13,6 +13,7 @@ from pydantic import Field
 from dd_core.denoiser import Parameterization
 from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.nets.classifier import ClassifierSpec
+from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import DenoiserSpec, PlainSpec
 from dd_core.nets.noised_clip import GlideClipSpec
 from dd_core.nets.prior import CausalPriorSpec
@@ -55,6 +56,8 @@ class Published(NamedTuple):
     """In the same file, if it paints latents."""
     latent_scale: float | None = 1.0
     """What its latents are multiplied by; None: what was measured in its training, which its file says."""
+    reader: ClipNetSpec | None = None
+    """The CLIP that tells it the states of captions: its text tower, in the same file."""
 
 
 LADDERS: dict[int, tuple[float, ...]] = {
@@ -99,6 +102,26 @@ ADM = Process(learned_variance=True)
 EDM = Process(schedule="karras", predicts="edm")
 LDM = Process(schedule="sqrt_linear", beta_range=(0.0015, 0.0195))
 SD = Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012))
+FIRST_READER = ClipNetSpec(
+    towers="text",
+    embedding_width=768,
+    text_width=768,
+    text_layers=12,
+    quick_gelu=True,
+    states="last",
+    pads_with="end",
+)
+"""OpenAI's ViT-L/14, as Stable Diffusion 1 hears it: through transformers, whose tokenizer pads with END."""
+SECOND_READER = ClipNetSpec(
+    towers="text",
+    embedding_width=1024,
+    text_width=1024,
+    text_layers=24,
+    quick_gelu=False,
+    states="penultimate",
+    pads_with="zero",
+)
+"""open_clip's ViT-H/14, as Stable Diffusion 2 hears it."""
 LEARNED = {"in_channels": 3, "out_channels": 6}
 F4 = AutoencoderNetSpec(channel_mult=(1, 2, 4), latent_channels=3)
 F8 = AutoencoderNetSpec()
@@ -249,7 +272,8 @@ def of_ldm() -> dict[str, Published]:
         ("sd2-unclip-l", unclip.but(embedding_width=1536), "ldm-linear", v768),
     )
     for name, unet, layout, process in named:
-        found[name] = Published(PlainSpec(unet=unet, **latent), layout, process, F8, 0.18215)
+        reader = FIRST_READER if name.startswith("sd1") else SECOND_READER
+        found[name] = Published(PlainSpec(unet=unet, **latent), layout, process, F8, 0.18215, reader)
     enlarging = crossed(ldm_unet(256, (1, 2, 2, 4), (2, 4, 8)).but(heads=8), 1024)
     enlarging = enlarging.but(text_only_at=(2, 4), image_channels=3, labels=1000)  # labels: levels of noise
     found["sd-x4-upscaler"] = Published(
@@ -258,6 +282,7 @@ def of_ldm() -> dict[str, Published]:
         SD.but(predicts="v", beta_range=(1e-4, 0.02), image_size=128),
         F4.but(latent_channels=4),
         0.08333,
+        SECOND_READER,
     )
     return found
 

@@ -1,7 +1,8 @@
 """Reads a pickled file of weights in a process of its own: `python -m dd_core.layouts.unpickle FILE OUT`.
 
-PyTorch's restricted unpickler builds tensors and plain containers only, so nothing in the file can run
-code; the process has a limit of memory and of time besides, and brings back safetensors.
+PyTorch's restricted unpickler, or that of `scripted` for TorchScript archives, builds tensors and plain
+containers only, so nothing in the file can run code; the process has a limit of memory and of time besides,
+and brings back safetensors.
 """
 
 import resource
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dd_core.layouts.scripted import is_scripted, scripted_tensors
 
 ADDRESS_BYTES = 16 * 2**30
 """Address space beside the file itself; PyTorch takes several GiB of it before it does anything."""
@@ -45,12 +48,17 @@ def main(source: Path, target: Path) -> None:
     limit = ADDRESS_BYTES + 4 * source.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    found = scripted_tensors(source) if is_scripted(source) else dict(tensors(pickled(source)))
+    save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, target)
+
+
+def pickled(source: Path) -> Any:
+    """What torch.save wrote; of a training's checkpoint the weights."""
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
     safe: list[Any] = [(Nothing, known) for known in foreign if known.startswith(FOREIGN)]
     with torch.serialization.safe_globals(safe):
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=False)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors(state)}, target)
+    return content.get("state_dict", content) if isinstance(content, Mapping) else content
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ tokens of open_clip's tokenizer.  Embeddings have unit length.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,10 @@ from dd_core.towers import open_clip
 
 class ClipNetSpec(Spec):
     """Size of the two towers."""
+
+    towers: Literal["both", "text"] = "both"
+    """text: the one that reads captions, for its states alone, as it lies in files of Stable Diffusion, with
+    no embedding and nothing of images; what is said of the image tower means nothing then."""
 
     embedding_width: int = Field(512, ge=1)
     image_size: int = Field(224, ge=8)
@@ -78,6 +82,7 @@ class ReadCaption(NamedTuple):
     states: Float[Tensor, " b l w"]
     """One per token, after the final norm; see `ClipNetSpec.states`."""
     embedding: Float[Tensor, " b d"]
+    """Unit vectors; of width 0 where there is the text tower alone."""
 
 
 def quick_attention(like: Tensor) -> AbstractContextManager[None]:
@@ -102,6 +107,19 @@ def convolutions(spec: ClipNetSpec) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(channels, width, 1), nn.GroupNorm(1, width))
 
 
+def vision_of(spec: ClipNetSpec) -> Any:
+    """The image tower as open_clip is told it; if there is none, the least that it builds, to be left out."""
+    if spec.towers == "text":
+        return open_clip().model.CLIPVisionCfg(layers=1, width=8, head_width=8, patch_size=8, image_size=8)
+    return open_clip().model.CLIPVisionCfg(
+        layers=spec.image_layers,
+        width=spec.image_width,
+        head_width=spec.head_width,
+        patch_size=spec.patch_size,
+        image_size=spec.image_size,
+    )
+
+
 class Clip(nn.Module):
     """An image tower and a text tower.  Source: Radford et al. 2021 (arXiv:2103.00020), section 2."""
 
@@ -112,13 +130,7 @@ class Clip(nn.Module):
         super().__init__()
         self.spec = spec
         model = open_clip().model
-        vision = model.CLIPVisionCfg(
-            layers=spec.image_layers,
-            width=spec.image_width,
-            head_width=spec.head_width,
-            patch_size=spec.patch_size,
-            image_size=spec.image_size,
-        )
+        vision = vision_of(spec)
         text = model.CLIPTextCfg(
             context_length=spec.context_length,
             vocab_size=spec.vocab_size,
@@ -127,7 +139,10 @@ class Clip(nn.Module):
             layers=spec.text_layers,
         )
         self.towers = model.CLIP(spec.embedding_width, vision, text, quick_gelu=spec.quick_gelu)
-        if spec.stem == "convolutions":
+        if spec.towers == "text":
+            del self.towers.visual, self.towers.logit_scale
+            self.towers.text_projection = None
+        elif spec.stem == "convolutions":
             self.towers.visual.conv1 = convolutions(spec)
         self.begin_places()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
@@ -136,8 +151,10 @@ class Clip(nn.Module):
     @torch.no_grad()
     def begin_places(self) -> None:
         """Positions and words of a new CLIP as loud as patches, where open_clip begins with whispers."""
-        visual, spec = self.towers.visual, self.spec
-        visual.positional_embedding[1:] = grid_waves(spec.image_size // spec.patch_size, spec.image_width)
+        spec = self.spec
+        if spec.towers == "both":
+            waves = grid_waves(spec.image_size // spec.patch_size, spec.image_width)
+            self.towers.visual.positional_embedding[1:] = waves
         nn.init.normal_(self.towers.positional_embedding, std=0.5)
         nn.init.normal_(self.towers.token_embedding.weight, std=0.5)
 
@@ -161,6 +178,8 @@ class Clip(nn.Module):
                 before, x = x, block(x, attn_mask=towers.attn_mask)
         last = towers.ln_final(x)
         states = last if self.spec.states == "last" else towers.ln_final(before)
+        if self.spec.towers == "text":
+            return ReadCaption(states, last.new_zeros(len(tokens), 0, dtype=torch.float32))
         ends = last[torch.arange(len(tokens), device=tokens.device), end]
         return ReadCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1))
 

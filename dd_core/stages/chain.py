@@ -21,6 +21,7 @@ from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
+from dd_core.nets.network import PlainSpec
 from dd_core.nets.text import UnclipSpec
 from dd_core.ranks import gathered
 from dd_core.schedules import LogNormalSpec
@@ -141,7 +142,8 @@ def parents_of(spec: ChainSpec, parents: Mapping[str, Trained]) -> tuple[Clip | 
     """
     for role in spec.needs:
         needed(parents, role, spec.kind)
-    clip = clip_of(parents["clip"]) if "clip" in spec.needs else None
+    states_alone = isinstance(spec.net, PlainSpec) and not spec.embedding_width
+    clip = clip_of(parents["clip"], states_alone=states_alone) if "clip" in spec.needs else None
     autoencoder = autoencoder_of(parents["autoencoder"]) if "autoencoder" in spec.needs else None
     for name, mine, theirs in fits(spec, clip, autoencoder):
         if mine != theirs:

@@ -54,6 +54,7 @@ class ClipStage(Stage):
 
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
+        refuse_text_alone(spec)
         self.spec = spec
         self.model = Clip(spec.net)
         self.captioner = captioner_of(spec)
@@ -88,14 +89,29 @@ def captioner_of(spec: ClipSpec) -> Captioner | None:
     )
 
 
-def clip_of(trained: Trained) -> Clip:
+def refuse_text_alone(spec: ClipSpec) -> None:
+    """Raises ValueError if a CLIP has its text tower alone, and more than states of captions is wanted."""
+    if spec.net.towers == "text":
+        raise ValueError(
+            "this CLIP is a text tower alone, as it lies in files of Stable Diffusion: it tells networks the "
+            "states of captions and embeds nothing; take a CLIP of two towers, or leave out what needs one"
+        )
+
+
+def clip_of(trained: Trained, *, states_alone: bool = False) -> Clip:
     """The towers of a trained CLIP, ready to use.
 
+    Args:
+        trained: The parent.
+        states_alone: Nothing is asked of it but the states of captions.
+
     Raises:
-        ValueError: The parent is not a CLIP.
+        ValueError: The parent is not a CLIP, or has not the towers that are asked.
     """
     if not isinstance(trained.spec, ClipSpec):
         raise ValueError(f"the parent 'clip' is a {type(trained.spec).__name__}, it must be a CLIP")
+    if not states_alone:
+        refuse_text_alone(trained.spec)
     clip = Clip(trained.spec.net)
     clip.load_state_dict(trained.weights)
     return clip.eval().requires_grad_(False)
@@ -134,7 +150,8 @@ def published(spec: ClipSpec) -> Trained:
 
     Args:
         spec: `pretrained` says which: `ViT-B-32/openai` (downloaded by open_clip into its cache) or
-            `ViT-B-32:path/to/weights.safetensors`; the rest of the spec is replaced by what it is.
+            `ViT-B-32:path/to/weights.safetensors`.  How captions are read for others, `net.states` and
+            `net.pads_with`, stays as the spec has it; the rest is replaced by what the model is.
 
     Raises:
         ValueError: open_clip does not know the model, or the file is missing or does not fit.
@@ -150,7 +167,13 @@ def published(spec: ClipSpec) -> Trained:
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
     preprocess = open_clip().get_model_preprocess_cfg(towers)
-    net = net.but(quick_gelu=quick_gelu, mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]))
+    net = net.but(
+        quick_gelu=quick_gelu,
+        states=spec.net.states,
+        pads_with=spec.net.pads_with,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )
     clip = Clip(net)
     clip.towers.load_state_dict(towers.state_dict())
     weights: dict[str, Tensor] = clip.state_dict()

@@ -14,6 +14,8 @@ ENLARGED = 4
 """Times by which every published network that is told a smaller picture enlarges it."""
 PREFIX = "network."
 """Of the weights of a network within the model of a stage."""
+KEPT_BACK = 0.1
+"""Share of the captions that Stable Diffusion was not told, so that it guides itself (its model card)."""
 BICUBIC: tuple[Layout, ...] = ("karlo-sr", "karlo-sr-last")
 """Whose smaller picture is enlarged bicubically; that of the others bilinearly."""
 
@@ -21,8 +23,8 @@ BICUBIC: tuple[Layout, ...] = ("karlo-sr", "karlo-sr-last")
 def stage_of(source: Published) -> ChainSpec | ConsistencySpec | ClassifierSpec | None:
     """What hears and answers just as a published network does; None if no stage of ours does.
 
-    Captions and embeddings are read by others, which do not lie in the same file: a network that is told
-    them is none.  Nor is the last step of Karlo's upsampler, which is no chain by itself.
+    A network that is told captions is a chain if its reader lies in the same file, one that is told
+    embeddings is none.  Nor is the last step of Karlo's upsampler, which is no chain by itself.
     """
     match source.net:
         case PlainSpec() if source.layout != "karlo-sr-last":
@@ -34,11 +36,15 @@ def stage_of(source: Published) -> ChainSpec | ConsistencySpec | ClassifierSpec 
 
 
 def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec | None:
-    """The same of a UNet; one of ADM's family is told no more than class and smaller picture."""
+    """The same of a UNet: of ADM's family told no more than class and smaller picture, of latents captions.
+
+    Stable Diffusion's for holes is none: it hears the mask otherwise than ours do.
+    """
     process, autoencoder, unet = source.process, source.autoencoder, net.unet
     latent = 0 if autoencoder is None else autoencoder.latent_channels
     enlarges = unet.image_channels == net.in_channels
-    if unet.text_width or unet.embedding_width or (unet.image_channels and (latent or not enlarges)):
+    unread = unet.text_width and source.reader is None
+    if unread or unet.embedding_width or (unet.image_channels and (latent or not enlarges)):
         return None
     levels = levels_of(process)
     if isinstance(levels, ScheduleSpec) and latent:
@@ -54,7 +60,7 @@ def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec |
         predicts=process.predicts,
         loss="hybrid" if process.learned_variance else "simple",
         bound_rescaled=process.rescaled_time or process.timesteps == 1000,
-        told_dropout=0.0,
+        told_dropout=KEPT_BACK if unet.text_width else 0.0,
     )
     if process.predicts != "consistency":
         return chain

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd_core.layouts.published import Process
+from dd_core.layouts.published import Process, published
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.prior import CausalPriorSpec
@@ -23,17 +23,8 @@ from dd_core.stages.network import NetworkSpec
 
 FREE = ("image_channels", "in_channels", "out_channels", "dropout")
 """Of a network: what the shapes of weights say, or no weight depends on."""
-FIRST_SD, SECOND_SD = (
-    {"states": "last", "pads_with": "end", "quick_gelu": True, "text_layers": 12},
-    {"states": "penultimate", "pads_with": "zero", "quick_gelu": False, "text_layers": 24},
-)
-"""Which CLIP read captions for Stable Diffusion, and how, in fields of its net: ViT-L/14, ViT-H/14."""
-READ_BY: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("sd1", "sd1-inpaint"), FIRST_SD),
-    **dict.fromkeys(("sd2-base", "sd2", "sd2-inpaint", "sd-x4-upscaler"), SECOND_SD),
-    **dict.fromkeys(("sd2-unclip-h", "sd2-unclip-l"), SECOND_SD),
-}
-"""Published networks that are told the states of a CLIP."""
+AS_READ = ("states", "pads_with", "quick_gelu", "text_layers")
+"""Of a CLIP that tells a network captions: what the width of its states does not show."""
 READ_OTHERWISE = ("ldm-text256", "ldm-cin256")
 """Published networks that are told the states of something else."""
 BETAS = {"linear": "linear", "cosine": "cosine", "sqrt_linear": "scaled_linear"}
@@ -90,13 +81,14 @@ def refuse_readers(kind: str, start: Trained, clip: ClipNetSpec | None) -> None:
     Raises:
         ValueError: The start is one of them; the field of the CLIP is named, with both values.
     """
-    source = start.spec.source if isinstance(start.spec, NetworkSpec) else ""
+    source = start.spec.source if isinstance(start.spec, NetworkSpec) else start.source
+    reader = known[source].reader if source in (known := published()) else None
     if source in READ_OTHERWISE:
         raise ValueError(
             f"{kind}: the parent 'start' is {source}, which was told what no CLIP says; leave start out"
         )
-    for name, theirs in READ_BY.get(source, {}).items():
-        mine = getattr(clip, name, None)
+    for name in AS_READ if reader else ():
+        mine, theirs = getattr(clip, name, None), getattr(reader, name)
         if mine != theirs:
             raise ValueError(
                 f"{kind}: the parent 'start' is {source}, for which captions were read otherwise: net.{name} "

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from dd_core.layouts.clip import clip_moves, transformers_moves
 from dd_core.layouts.importing import moves_of
 from dd_core.layouts.published import AUTOENCODERS, published
 from dd_core.nets.autoencoder import Autoencoder
+from dd_core.nets.clip import Clip
 from dd_core.nets.network import build
 
 WEIGHTS = {
@@ -49,6 +51,8 @@ WEIGHTS = {
     "sd2-base": (865_910_724, 686),
     "sd2": (865_910_724, 686),
     "sd2-inpaint": (865_925_124, 686),
+    "sd2-unclip-h": (870_173_124, 690),
+    "sd2-unclip-l": (869_517_764, 690),
     "sd-x4-upscaler": (473_398_020, 687),
 }
 """Weights, and keys of the published files: without tables and what the file holds beside the network."""
@@ -59,6 +63,10 @@ FIRST_STAGES = {
     "ldm-kl-f16": 69_610_963,
     "ldm-kl-f32": 103_880_131,
     "ldm-vq-f4": 55_322_782,
+    "ldm-vq-f4-noattn": 53_219_486,
+    "ldm-vq-f8": 67_717_295,
+    "ldm-vq-f8-n256": 67_652_783,
+    "ldm-vq-f16": 69_593_371,
 }
 
 
@@ -72,7 +80,7 @@ def test_a_network_has_the_published_number_of_weights_and_keys_and_a_layout_tha
     keys = [key for move in moves for key in move.theirs]
     assert len(set(keys)) == len(keys)
     counts = sum(weight.numel() for weight in net.parameters()), len(keys)
-    assert counts == WEIGHTS.get(name, counts)
+    assert counts == WEIGHTS[name]
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
@@ -90,4 +98,20 @@ def test_the_towers_of_the_noised_clip_have_the_published_numbers_of_weights() -
 
 
 def test_every_source_is_counted() -> None:
-    assert published().keys() - WEIGHTS.keys() == {"sd2-unclip-h", "sd2-unclip-l"}
+    assert published().keys() == WEIGHTS.keys()
+    assert AUTOENCODERS.keys() == FIRST_STAGES.keys()
+
+
+READERS = {"sd1": (123_060_480, 196), "sd2": (352_984_064, 292)}
+"""CLIPTextModel of ViT-L/14, and the text tower of ViT-H/14 without its projection and its scale."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_has_the_published_number_of_weights_and_keys(name: str) -> None:
+    spec = published()[name].reader
+    assert spec is not None
+    with torch.device("meta"):
+        net = Clip(spec)
+    moves = list(transformers_moves(net) if name == "sd1" else clip_moves(net))
+    counts = sum(weight.numel() for weight in net.parameters()), sum(len(move.theirs) for move in moves)
+    assert counts == READERS[name]
