@@ -27,6 +27,7 @@ from workflows.storage import Home
 from workflows.train_spec import TrainSpec
 
 OPS = torch.ops.aten
+COMES_UP_TO = (OPS.ge.Scalar, OPS.gt.Scalar)
 
 
 class Need(NamedTuple):
@@ -63,13 +64,21 @@ class Content(TorchDispatchMode):
     """Answers the questions for values that tensors without content cannot.
 
     One for a fraction, since RAdam divides by what its count of steps makes of it; zero for other numbers;
-    every row of a mask.
+    every row of a mask; and a count has long got where it is waited for, so that a prior has looked enough
+    and learns, and the second player of an autoencoder plays.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived = list[Tensor]()
+        """Answers to the question whether a count is there."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is OPS._local_scalar_dense.default:
+            if any(args[0] is answer for answer in self.arrived):
+                return True
             return 1.0 if args[0].is_floating_point() else 0
         if func is OPS.nonzero.default and args[0].ndim == 1:
             return torch.arange(len(args[0]), device=args[0].device)[:, None]
@@ -78,7 +87,10 @@ class Content(TorchDispatchMode):
         if func is OPS.index.Tensor:
             source, places, *rest = args
             args = (source, [all_rows(place) for place in places], *rest)
-        return func(*args, **(kwargs or {}))
+        answer = func(*args, **(kwargs or {}))
+        if func in COMES_UP_TO and not args[0].ndim and not args[0].is_floating_point():
+            self.arrived.append(answer)
+        return answer
 
 
 def all_rows(place: Tensor | None) -> Tensor | None:
@@ -158,15 +170,7 @@ def need(
 
 def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu: bool) -> int:
     """Bytes that one forward keeps for backward beside the parameters."""
-    rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
-    by = spec.stage.embedded_by
-    side = spec.stage.image_size if by is None or spec.stage.sees_images else 0
-    batch = PairBatch(
-        torch.zeros(rows, 3, side, side, dtype=torch.uint8),
-        torch.zeros(rows, context_length, dtype=torch.long),
-        torch.zeros(rows, dtype=torch.long) if spec.label else None,
-        torch.zeros(rows, by.width) if by else None,
-    )
+    batch = nothing(spec, spec.micro_batch_size or spec.batch_size // spec.num_workers, context_length)
     own = {id(tensor.untyped_storage()) for tensor in stage.state_dict().values()}
     seen: dict[int, Tensor] = {}
 
@@ -179,6 +183,18 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu:
     with kept_by, numbers(spec, gpu=gpu), imagined("cuda" if gpu else "cpu"):
         stage(batch, phase)
     return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)
+
+
+def nothing(spec: TrainSpec, rows: int, context_length: int) -> PairBatch:
+    """A batch of the shapes that a stage is trained on, all zeros."""
+    by = spec.stage.embedded_by
+    side = spec.stage.image_size if by is None or spec.stage.sees_images else 0
+    return PairBatch(
+        torch.zeros(rows, 3, side, side, dtype=torch.uint8),
+        torch.zeros(rows, context_length, dtype=torch.long),
+        torch.zeros(rows, dtype=torch.long) if spec.label else None,
+        torch.zeros(rows, by.width) if by else None,
+    )
 
 
 def numbers(spec: TrainSpec, *, gpu: bool) -> torch.autocast:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from dd_core import bundle, precision, sealed
 from dd_core.nets.network import PlainSpec
+from dd_core.nets.perceptual import PatchGanSpec
 from dd_core.nets.prior import CausalPriorSpec
 from dd_core.nets.text import CaptionedSpec
+from dd_core.nets.whitening import Whitening
 from dd_core.precision import autocast
-from dd_core.stage import PairBatch, Trained
+from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import build_stage
+from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage
 from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
@@ -43,6 +46,15 @@ def real() -> dict[str, TrainState]:
     return made
 
 
+def looked_enough(stage: Stage) -> None:
+    """As most of a training is: nothing is left to measure, and every player plays."""
+    for part in stage.modules():
+        if isinstance(part, Whitening):
+            part.seen.fill_(part.measured)
+    if isinstance(stage, AutoencoderStage):
+        stage.batches.fill_(stage.spec.disc_start)
+
+
 def trained(name: str, made: dict[str, TrainState]) -> Trained:
     spec = next(spec for spec in SPECS if spec.name == name)
     return Trained(spec.stage, made[name].average)
@@ -63,6 +75,7 @@ def test_checkpoints_gradients_and_activations_are_as_large_as_was_said(
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    looked_enough(state.stage)  # type: ignore[arg-type]
     side, most = spec.stage.image_size, 0
     for phase in state.stage.phases:
         kept.clear()
@@ -77,6 +90,19 @@ def test_checkpoints_gradients_and_activations_are_as_large_as_was_said(
             total.backward()
     assert sum(size(p.grad) for p in state.stage.parameters() if p.grad is not None) <= need.gradients
     assert 0.9 * need.activations <= most <= 1.02 * need.activations
+
+
+def test_a_stage_that_looks_before_it_learns_is_planned_as_it_learns(needed: dict[str, Need]) -> None:
+    """Otherwise nothing would seem to be kept by a prior, a draft and the second player."""
+    for spec in SPECS:
+        assert needed[spec.name].activations > 100_000, spec.name
+    (autoencoder,) = (spec for spec in SPECS if isinstance(spec.stage, AutoencoderSpec))
+    parents = [spec for spec in SPECS if spec.name in autoencoder.parents.values()]
+    wider = autoencoder.stage.but(discriminator=PatchGanSpec(width=256))
+    planned = needs(
+        [*parents, autoencoder.but(stage=wider)], context_length=smoke.CONTEXT, run=Path("nowhere")
+    )
+    assert planned["autoencoder"].activations > needed["autoencoder"].activations
 
 
 def test_several_workers_share_the_batch_and_double_the_gradients(needed: dict[str, Need]) -> None:
