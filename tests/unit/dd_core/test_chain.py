@@ -109,6 +109,14 @@ LATENT = DDPM.but(
     schedule=ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first"),
     told_dropout=0.1,
 )
+JOINT = LATENT.but(
+    net=CaptionedSpec(
+        unet=UNET.but(attention="cross", text_width=16, text_at_level=False),
+        text=TextSpec(width=16, layers=1, heads=2, context_length=LENGTH, vocab_size=49408),
+        in_channels=4,
+        out_channels=4,
+    )
+)
 ENLARGING = DDPM.but(net=plain(learned=True, image_channels=3), loss="hybrid", factor=4)
 UNATTENDED = plain(image_channels=3, attention_at=(), attention_in_middle=False)
 FILLING_ENLARGING = ENLARGING.but(net=plain(learned=True, image_channels=7), inpaints=True)
@@ -133,6 +141,7 @@ SPECS = {
     "frozen": FROZEN,
     "transformer": TRANSFORMER,
     "latent": LATENT,
+    "joint": JOINT,
     "enlarging": ENLARGING,
     "blurred": BLURRED,
     "degraded": DEGRADED,
@@ -304,16 +313,23 @@ def test_an_empty_caption_is_all_padding_and_a_long_one_counts_to_its_end() -> N
     assert upto_end(both)[0].sum() == 2
 
 
-def test_what_stands_behind_the_end_of_a_caption_is_not_heard() -> None:
+@pytest.mark.parametrize("spec", [GLIDE, JOINT], ids=["glide", "joint"])
+def test_what_stands_behind_the_end_of_a_caption_is_not_heard(spec: ChainSpec) -> None:
     state = asked([1], "a star")
     changed = state.tokens.clone()
     changed[:, -1] = 7
-    how = how_of(GLIDE)
-    assert torch.equal(drawn(GLIDE, state, how), drawn(GLIDE, state._replace(tokens=changed), how))
-    assert not torch.equal(drawn(GLIDE, state, how), drawn(GLIDE, asked([1], "a cross"), how))
+    how = how_of(spec)
+    assert torch.equal(drawn(spec, state, how), drawn(spec, state._replace(tokens=changed), how))
+    assert not torch.equal(drawn(spec, state, how), drawn(spec, asked([1], "a cross"), how))
 
 
-@pytest.mark.parametrize("name", ["glide", "frozen", "transformer", "classes", "unclip"])
+def test_a_latent_model_that_reads_captions_itself_stands_on_no_clip() -> None:
+    assert JOINT.needs == ("autoencoder",)
+    assert LATENT.needs == ("clip", "autoencoder")
+    build_stage(JOINT, {"autoencoder": PARENTS["autoencoder"]})
+
+
+@pytest.mark.parametrize("name", ["glide", "frozen", "joint", "transformer", "classes", "unclip"])
 def test_at_scale_zero_nothing_told_is_heard_and_at_one_no_negative(name: str) -> None:
     spec = SPECS[name]
     deaf, plain_how = how_of(spec, guidance_scale=0.0), how_of(spec, guidance_scale=1.0)
