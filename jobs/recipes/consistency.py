@@ -2,8 +2,9 @@
 
 It works in the run directory of the demo and adds a stage to it; what the demo has trained is not trained
 again.  `ddiff run --recipe consistency` then makes and judges a cascade of few steps where that of the demo
-was (`ddiff run --recipe demo` brings that back): keep its summary.json to compare.  `paper` and `paper_alone`
-are the published trainings.
+was (`ddiff run --recipe demo` brings that back): keep its summary.json to compare.  `classes` and `edm`
+distil models of classes, `alone` learns without a teacher; `paper` and `paper_alone` are the published
+trainings.
 """
 
 from dd_core.cascade import CascadeSpec, HopSpec
@@ -68,17 +69,82 @@ def student_of_classes(teacher: TrainSpec) -> TrainSpec:
     )
 
 
+def edm() -> RunSpec:
+    """`classes` with a teacher after EDM: all noise levels, its own scaling and weights, Heun's steps.
+
+    Two CPUs, no GPU, up to 8 GB.  Source of the teacher: Karras et al. 2022 (arXiv:2206.00364), table 1;
+    sizes are ours.
+    """
+    before = classes()
+    teacher = edm_teacher()
+    return before.but(
+        name="consistency_edm",
+        stages=(teacher, student_of_classes(teacher)),
+        cascade=before.cascade.but(name="consistency_edm"),
+    )
+
+
+def edm_teacher() -> TrainSpec:
+    """The base of `improved_ddpm`, its variance not learned, at EDM's levels; one class in ten kept back."""
+    before = improved_ddpm.base()
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, PlainSpec)
+    stage = ChainSpec(
+        net=before.stage.net.but(out_channels=3), schedule=LogNormalSpec(), predicts="edm", told_dropout=0.1
+    )
+    how = SamplingSpec(sampler="heun", num_steps=18, guidance_scale=3.0)
+    return before.but(stage=stage, samples=before.samples.but(how=how))
+
+
+def alone() -> RunSpec:
+    """Consistency training without a teacher, at the size of the demo: paints classes in two jumps.
+
+    Levels grow from 2 to 51 while it trains, and the target follows the more slowly; every class is told, for
+    nothing guides it.  Two CPUs, no GPU, up to 8 GB.  Source: Song et al. 2023 (arXiv:2303.01469), algorithm
+    3 and appendix C; sizes, steps and the distance, pseudo-Huber, are ours.
+    """
+    before, teacher = classes(), edm_teacher()
+    assert isinstance(teacher.stage, ChainSpec)
+    assert isinstance(teacher.stage.net, PlainSpec)
+    net = teacher.stage.net.but(unet=teacher.stage.net.unet.but(labels=len(improved_ddpm.LABEL.classes)))
+    steps, twice = 2_000, JUMPS.but(num_steps=2)
+    learner = teacher.but(
+        name="consistency",
+        stage=ConsistencySpec(
+            base=teacher.stage.but(net=net, told_dropout=0.0),
+            teacher=None,
+            levels=GrowingLevels(steps=steps, s1=50),
+        ),
+        budget=teacher.budget.but(steps=steps),
+        samples=teacher.samples.but(how=twice),
+    )
+    hop = HopSpec(stage="consistency", how=twice, follows_request=True)
+    return before.but(
+        name="consistency_alone",
+        stages=(learner,),
+        cascade=before.cascade.but(name="consistency_alone", hops=(hop,)),
+    )
+
+
 def paper() -> RunSpec:
     """Consistency distillation as published for ImageNet 64 x 64: EDM's and the student's UNet of 296 M each.
 
-    Hardware: 64 A100, by the paper; time: not published, none measured here.  As published: ADM's UNet, told
-    the class, which the json beside an image has; N 40, mu .95, RAdam at 8e-6 without decay or schedule,
-    batches of 2048, 600,000 steps, weights averaged by .9999432, no dropout; the teacher with dropout .1, log
-    sigma ~ N(-1.2, 1.2), EDM's weights, RAdam at 1e-4, batches of 4096; levels .002 to 80; two jumps, at the
-    levels 0 and 22 of 40.  Departures: CLIP's features in place of LPIPS (`--set
-    stages.consistency.stage.distance=lpips` and `...lpips_weights=FILE` bring it back); paths end at 0, where
-    EDM's scaling is the one published for students; the teacher takes as many steps as the student (its own
-    are not in the paper); bf16 for fp16; gradients are clipped at 1; images are not mirrored.  Set
+    Hardware: 8 GPUs of 80 GB (`_hardware.py`).  Time, an estimate and not measured: an H100 each, 40 % of its
+    989 TFLOP/s, operations of a sample x batch x steps (tests/benchmarks/recipe_flops.py):
+    base: 658 GFLOP x 4096 x 600,000 = 5.9 days
+    consistency: 1,563 GFLOP x 2048 x 600,000 = 7.0 days
+    Published: 64 A100 for both of these systems; no time.
+
+    As published: ADM's UNet, told the class, which the json beside an image has; N 40, mu .95, RAdam at 8e-6
+    without decay or schedule, batches of 2048, 600,000 steps, weights averaged by .9999432, no dropout; the
+    teacher with dropout .1, log sigma ~ N(-1.2, 1.2), EDM's weights, RAdam at 1e-4, batches of 4096; levels
+    .002 to 80; two jumps, at the levels 0 and 22 of 40.
+
+    Departures: CLIP's features in place of LPIPS (`--set stages.consistency.stage.distance=lpips` and
+    `...lpips_weights=FILE` bring it back); paths end at 0, where EDM's scaling is the one published for
+    students; the teacher takes as many steps as the student (its own are not in the paper); bf16 for fp16;
+    gradients are clipped at norm 1; the average spans a tenth of the run so far until it spans .9999432's
+    17,600 steps, there these from the first step; images are not mirrored, there half of them.  Set
     pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
     Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C, and the published code.
     """
@@ -88,9 +154,14 @@ def paper() -> RunSpec:
 def paper_alone() -> RunSpec:
     """Consistency training without a teacher, as published for the same images; one network of 296 M.
 
-    Hardware and departures: as for `paper`.  As published: N from 2 to 201 over 800,000 steps, mu by the
-    paper's formula from .95 (`--set stages.consistency.stage.levels.form=openai_code` by the code's), RAdam
-    at 8e-6 (the published script: 1e-4), batch 2048; two jumps, at the levels 0 and 106 of 201.
+    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as of `paper`, whose departures are here
+    too:
+    consistency: 1,124 GFLOP x 2048 x 800,000 = 6.7 days
+    Published: 64 A100; no time.
+
+    As published: N from 2 to 201 over 800,000 steps, mu by the paper's formula from .95 (`--set
+    stages.consistency.stage.levels.form=openai_code` by the code's), RAdam at 8e-6 (the published script:
+    1e-4), batch 2048; two jumps, at the levels 0 and 106 of 201.
     Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C, and the published code.
     """
     student, steps = paper_student(paper_teacher()), 800_000

@@ -1,7 +1,7 @@
 """GLIDE: captions read by a transformer of the model's own, classifier-free guidance, an upsampler.
 
-`run` is the system at the size of the demo; `paper` is the published one; `inpainting` finetunes the demo's
-base with four more channels.
+`run` is the system at the size of the demo, `paper` the published one; `inpainting` and `paper_inpainting`
+finetune both their models to fill holes, with four more input channels that begin at zero.
 Source: Nichol et al. 2022 (arXiv:2112.10741).
 """
 
@@ -82,23 +82,32 @@ def guided() -> TrainSpec:
 
 
 def inpainting() -> RunSpec:
-    """`run` and, of its base, a model that fills holes as told."""
-    before, whole = guided(), run()
-    assert isinstance(before.stage, ChainSpec)
-    assert isinstance(before.stage.net, CaptionedSpec)
-    net = before.stage.net.but(unet=before.stage.net.unet.but(image_channels=4))
-    filling = before.but(
-        name="filling", stage=before.stage.but(net=net, inpaints=True), parents={"start": "guided"}
-    )
-    enlarged = FAST27.but(inpainting="projection")
+    """`run`, and of both its models others that fill holes as told.  Two CPUs, no GPU, up to 8 GB."""
+    whole, painter = run(), filling("filling", guided())
+    enlarger = filling("filling_upsampler", upsampler())
+    tuned = enlarger.but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
     hops = (
         HopSpec(stage="filling", how=SMALL, follows_request=True),
-        HopSpec(stage="upsampler", how=enlarged),
+        HopSpec(stage="filling_upsampler", how=FAST27),
     )
     return whole.but(
         name="glide_inpainting",
-        stages=(*whole.stages, filling),
+        stages=(*whole.stages, painter, tuned),
         cascade=whole.cascade.but(name="glide_inpainting", hops=hops),
+    )
+
+
+def filling(name: str, before: TrainSpec) -> TrainSpec:
+    """One that fills holes, made of one that does not: told also what is known of the picture, and where.
+
+    An upsampler is still shown the whole small picture (section 4.2 of the paper).
+    """
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, CaptionedSpec)
+    unet = before.stage.net.unet
+    net = before.stage.net.but(unet=unet.but(image_channels=unet.image_channels + 4))
+    return before.but(
+        name=name, stage=before.stage.but(net=net, inpaints=True), parents={"start": before.name}
     )
 
 
@@ -137,9 +146,19 @@ def upsampler() -> TrainSpec:
 def paper() -> RunSpec:
     """The published sizes (filtered: 385 M and 398 M weights), iterations and batches, for your own tars.
 
-    Hardware and time: the paper gives neither (its compute is about that of DALL-E); none measured here.  Set
-    pairs.shards and pairs.destination.  Departures: CLIP's tokens in place of GLIDE's own, bf16 in place of
-    fp16; the learning rate is ADM's 1e-4 and the finetuning's length ours, as the paper names neither.
+    Set pairs.shards and pairs.destination.
+
+    Hardware: 8 GPUs of 80 GB (`_hardware.py`).  Time, an estimate and not measured: an H100 each, 40 % of its
+    989 TFLOP/s, operations of a sample x batch x steps (tests/benchmarks/recipe_flops.py):
+    base: 715 GFLOP x 2048 x 2,500,000 = 13.4 days
+    guided: 715 GFLOP x 2048 x 250,000 = 1.3 days
+    upsampler: 3,842 GFLOP x 512 x 1,600,000 = 11.5 days
+    Published: neither; the compute of the paper's 3.5 B and 1.5 B weights is about that of DALL-E.
+
+    Departures: iterations and batches are those of the paper's larger models; CLIP's tokens in place of
+    GLIDE's own, bf16 in place of fp16; the learning rate is ADM's 1e-4 and the finetuning's length ours, as
+    the paper names neither; gradients are clipped at norm 1; the average of the weights spans a tenth of the
+    run so far until it spans 10,000 steps, ADM's from the first.
     Source: section 4 and the model card of the published code.
     """
     known = published()
@@ -163,6 +182,32 @@ def paper() -> RunSpec:
         pairs=PairsSpec(shards=("pairs/*.tar",), destination="prepared", context_length=128),
         stages=(start, tuned, found[1]),
         cascade=cascade(128, ANCESTRAL).but(name="glide_paper"),
+    )
+
+
+def paper_inpainting() -> RunSpec:
+    """`paper`, and of both its models those that fill holes, in the sizes of the published ones.
+
+    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as of `paper`, whose departures are here
+    too:
+    filling: 715 GFLOP x 2048 x 250,000 = 1.3 days
+    filling_upsampler: 3,844 GFLOP x 512 x 160,000 = 1.2 days
+    Published: neither, nor for how long and at which rate it was finetuned; both are ours.  Sampled as in the
+    published notebook: guidance 5, both hops ancestral.
+    Source: section 4.2 and the published code (arXiv:2112.10741).
+    """
+    whole = paper()
+    painter = filling("filling", whole.stage("guided"))
+    enlarger = filling("filling_upsampler", whole.stage("upsampler"))
+    tuned = enlarger.but(budget=enlarger.budget.but(steps=160_000))
+    hops = (
+        HopSpec(stage="filling", how=ANCESTRAL.but(guidance_scale=5.0), follows_request=True),
+        HopSpec(stage="filling_upsampler", how=FAST27.but(sampler="ddpm")),
+    )
+    return whole.but(
+        name="glide_paper_inpainting",
+        stages=(*whole.stages, painter, tuned),
+        cascade=whole.cascade.but(name="glide_paper_inpainting", hops=hops),
     )
 
 

@@ -39,7 +39,10 @@ def run() -> RunSpec:
 
 
 def classes() -> RunSpec:
-    """The same base led to classes: `ddiff sample x --label 4` asks for something purple."""
+    """The same base led to classes: `ddiff sample x --label 4` asks for something purple.
+
+    Two CPUs, no GPU, up to 8 GB.
+    """
     led = ddpm.ANCESTRAL.but(gradient=GradientSpec(classes=3.0))
     guides = {"classifier": "classifier"}
     hop = HopSpec(stage="base", how=led, guides=guides, follows_request=True)

@@ -64,7 +64,7 @@ def base() -> TrainSpec:
 
 
 def bound() -> RunSpec:
-    """The same network by L_vlb, for likelihoods."""
+    """The same network by L_vlb, for likelihoods.  Two CPUs, no GPU, up to 8 GB."""
     whole, trained = run(), base()
     assert isinstance(trained.stage, ChainSpec)
     by_bound = trained.but(stage=trained.stage.but(loss="vlb"))
@@ -73,7 +73,10 @@ def bound() -> RunSpec:
 
 
 def inpainting() -> RunSpec:
-    """`run` and, of its base, a model that fills holes with what has the colour asked for."""
+    """`run` and, of its base, a model that fills holes with what has the colour asked for.
+
+    Two CPUs, no GPU, up to 8 GB.
+    """
     before, whole = base(), run()
     assert isinstance(before.stage, ChainSpec)
     assert isinstance(before.stage.net, PlainSpec)

@@ -1,6 +1,7 @@
 """Latent diffusion: the base paints latents of the autoencoder, told the states of the frozen CLIP.
 
-`run` is the system at the size of the demo, 256 px in one hop; `paper` is Stable Diffusion's first training.
+`run` is the system at the size of the demo, 256 px in one hop; `joint` has a text transformer of its own, as
+the paper's text-to-image model; `paper` is Stable Diffusion's first training.
 Source: Rombach et al. 2022 (arXiv:2112.10752), the model card of Stable Diffusion 1.
 """
 
@@ -9,6 +10,7 @@ from dd_core.layouts.published import published
 from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import PlainSpec
+from dd_core.nets.text import CaptionedSpec, TextSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
@@ -44,7 +46,10 @@ def cascade(how: SamplingSpec, context_length: int) -> CascadeSpec:
 
 
 def vq() -> RunSpec:
-    """The same on a codebook of 1,024 vectors, which the decoder keeps: the base paints what goes into it."""
+    """The same on a codebook of 1,024 vectors, which the decoder keeps: the base paints what goes into it.
+
+    Two CPUs, no GPU, up to 8 GB.
+    """
     whole, before = run(), demo.autoencoder()
     assert isinstance(before.stage, AutoencoderSpec)
     book = before.but(stage=before.stage.but(net=before.stage.net.but(codes=1024)))
@@ -84,8 +89,29 @@ def base() -> TrainSpec:
     )
 
 
+def joint() -> RunSpec:
+    """`run` without CLIP's states: captions are read by a transformer that is trained as one with the base.
+
+    As in the paper (section 4.3.1) every token looks at every other and padding is heard too; the published
+    one has 32 layers of 1280 and the tokens of BERT, this one 4 of 128 and CLIP's.  Two CPUs, no GPU, up to
+    8 GB.
+    """
+    before, whole = base(), run()
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, PlainSpec)
+    text = TextSpec(width=128, layers=4, heads=4, context_length=demo.CONTEXT, vocab_size=49_408)
+    unet = before.stage.net.unet.but(text_width=text.width)
+    net = CaptionedSpec(unet=unet, text=text, in_channels=4, out_channels=4)
+    reading = before.but(stage=before.stage.but(net=net), parents={"autoencoder": "autoencoder"})
+    return whole.but(
+        name="latent_joint",
+        stages=(demo.clip(), demo.autoencoder(), reading),
+        cascade=whole.cascade.but(name="latent_joint"),
+    )
+
+
 def inpainting() -> RunSpec:
-    """`run` and, of its base, a model that fills holes as told."""
+    """`run` and, of its base, a model that fills holes as told.  Two CPUs, no GPU, up to 8 GB."""
     before, whole = base(), run()
     assert isinstance(before.stage, ChainSpec)
     assert isinstance(before.stage.net, PlainSpec)
@@ -107,11 +133,19 @@ def inpainting() -> RunSpec:
 def paper() -> RunSpec:
     """Stable Diffusion 1 at 256 px: UNet of 860 M, ViT-L/14, f8 autoencoder of 84 M, for your own tars.
 
-    Hardware, by the model card: 32 x 8 A100, batch 2048, 237,000 steps at 256 px (of about 150,000 A100-hours
-    for all its trainings), AdamW at 1e-4 after 10,000 steps of warm-up.  Set pairs.shards and
-    pairs.destination; `clip` is downloaded by open_clip.  Departures: a tenth of the captions is kept back
-    from the beginning (there from the third training on); the autoencoder is trained on the same tars, with
-    a batch of 12 and a discriminator after 50,000 batches as published, CLIP's features in place of LPIPS.
+    Set pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
+
+    Hardware: 8 GPUs of 80 GB (`_hardware.py`), for the autoencoder one of them.  Time, an estimate and not
+    measured: an H100 each, 40 % of its 989 TFLOP/s, operations of a sample, latents and captions read anew, x
+    batch x steps (tests/benchmarks/recipe_flops.py):
+    autoencoder: 3,877 GFLOP x 24 x 246,803 = 0.7 days
+    base: 823 GFLOP x 2048 x 237,000 = 1.5 days
+    Published: 32 x 8 A100, batch 2048, 237,000 steps at 256 px, AdamW at 1e-4 after 10,000 steps of warm-up;
+    about 150,000 A100-hours for all trainings of Stable Diffusion 1, most of them at 512 px (model card).
+
+    Departures: a tenth of the captions is kept back from the beginning (there from the third training on);
+    gradients are clipped at norm 1; the autoencoder is trained on the same tars (there on OpenImages), with
+    CLIP's features in place of LPIPS, losses that are means where its own are sums, and averaged weights.
     """
     net = published()["sd1"].net
     assert isinstance(net, PlainSpec)
@@ -148,16 +182,21 @@ def paper_clip() -> TrainSpec:
 
 
 def paper_autoencoder() -> TrainSpec:
-    """The published f8 with four channels."""
+    """The published f8 with four channels: two batches of 12 a step, at 4.5e-6 for each of their images.
+
+    246,803 steps, as the published code says of its weights; a discriminator after 50,001 of them, which are
+    100,002 forwards.
+    """
     return TrainSpec(
         name="autoencoder",
-        stage=AutoencoderSpec(net=AutoencoderNetSpec()),
+        stage=AutoencoderSpec(net=AutoencoderNetSpec(), disc_start=100_002),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(
-            learning_rate=4.5e-6 * 12, schedule="constant", warmup_steps=0, betas=(0.5, 0.9)
+            learning_rate=4.5e-6 * 24, schedule="constant", warmup_steps=0, betas=(0.5, 0.9)
         ),
-        budget=Budget(steps=400_000, checkpoint_every=5_000, report_every=100),
-        batch_size=12,
+        budget=Budget(steps=246_803, checkpoint_every=5_000, report_every=100),
+        batch_size=24,
+        micro_batch_size=12,
         num_workers=1,
         use_gpu=True,
         resources=PAPER_WORKER,
