@@ -309,7 +309,20 @@ def test_the_published_consistency_model_is_planned_at_any_size_of_its_unet() ->
 
 
 @pytest.mark.parametrize(
-    "name", ["autoregressive", "consistency", "ddpm", "glide", "guided", "improved_ddpm", "latent"]
+    "name",
+    [
+        "autoregressive",
+        "consistency",
+        "consistency.alone",
+        "consistency.edm",
+        "ddpm",
+        "glide.inpainting",
+        "guided",
+        "improved_ddpm",
+        "latent",
+        "latent.joint",
+        "unclip.small_causal",
+    ],
 )
 def test_the_recipes_for_a_laptop_are_planned_and_fit(name: str) -> None:
     spec = recipe_spec(name)
