@@ -27,9 +27,10 @@ from workflows.journal import JOURNAL, entries
 from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import CURRENT
-from workflows.report import SHEET, write_report
+from workflows.report import SHEETS, write_report
 from workflows.standing import standings
 from workflows.storage import Home
+from workflows.superseded import MADE_OF
 from workflows.tracking import Tracked, tracked
 from workflows.training import PreemptedError
 
@@ -273,9 +274,10 @@ def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any], 
         gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))
     home.send("report.html")
-    if (home.here / SHEET).exists():
-        home.send(SHEET)
-        tracking.journal.picture("prompts", SHEET, 0)
+    for name in SHEETS:
+        if (home.here / f"{name}.png").exists():
+            home.send(f"{name}.png")
+            tracking.journal.picture(name, f"{name}.png", 0)
     if whole(facts[way.by]):
         shares = {f"{way.by}/{name}": it for name, it in facts[way.by].items() if isinstance(it, float)}
         tracking.journal.log(shares, 0)
@@ -315,7 +317,7 @@ def gather(home: Home, spec: RunSpec) -> None:
     home.at("cascade").fetched()
     for stage in spec.stages:
         grids = home.at(f"{stage.name}/samples")
-        home.fetch(f"{stage.name}/{JOURNAL}")
+        home.fetch(f"{stage.name}/{JOURNAL}", f"{stage.name}/{MADE_OF}")
         grids.fetch(*grids.names())
 
 

@@ -19,7 +19,7 @@ from jobs.recipes import ddpm, smoke
 from jobs.run import report
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.pipeline import RunResult
-from workflows.report import SHEET, data_of
+from workflows.report import SHEETS, data_of
 from workflows.storage import Home
 
 
@@ -155,10 +155,13 @@ def test_the_pictures_of_the_page_are_a_picture_of_the_parent_run(
 ) -> None:
     alone.append({"all": 0.5, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}})
     (cluster / "smoke").mkdir()
-    (cluster / "smoke" / SHEET).write_bytes(b"a picture")
+    for name in SHEETS[:3]:
+        (cluster / "smoke" / f"{name}.png").write_bytes(b"a picture")
     run.run_all(smoke.run(), address=None, verbose=False)
     said = [entry for entry in entries(cluster / "smoke" / JOURNAL) if entry.kind == "picture"]
-    assert [(entry.name, entry.value, entry.step) for entry in said] == [("prompts", SHEET, 0)]
+    assert [(entry.name, entry.value, entry.step) for entry in said] == [
+        (name, f"{name}.png", 0) for name in SHEETS[:3]
+    ]
 
 
 def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another(
