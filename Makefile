@@ -41,12 +41,13 @@ lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(TESTS)  ## measure data path, training step, sampling and submission; most figures in runs/bench
+bench: $(TESTS)  ## measure data path, training step, sampling, submission and a whole run; most figures in runs/bench
 	mkdir -p runs/bench
 	$(BIN)/python -m tests.benchmarks.data --json runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.train_step --json runs/bench/train_step.json
 	$(BIN)/python -m tests.benchmarks.sampling --json runs/bench/sampling.json
 	$(BIN)/python -m tests.benchmarks.submission
+	$(BIN)/python -m tests.benchmarks.whole --recipe smoke --json runs/bench/whole.json
 
 install: $(RUNTIME)  ## .venv with what training and serving need
 

@@ -23,14 +23,15 @@ from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from workflows.clip_judge import judge_of
-from workflows.journal import JOURNAL, entries
+from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import CURRENT
-from workflows.report import SHEET, write_report
+from workflows.report import SHEETS, write_report
 from workflows.standing import standings
 from workflows.storage import Home
-from workflows.tracking import Tracked, tracked
+from workflows.superseded import MADE_OF
+from workflows.tracking import tracked
 from workflows.training import PreemptedError
 
 log = logging.getLogger(__name__)
@@ -88,30 +89,59 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     with tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP) as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
-                plan = announce(spec, joined())
-                spec = as_planned(spec, plan) if node_groups() else spec
+                spec = bound(spec, announce(spec, joined()))
             made = run_pipeline(spec, run=home, tracked=tracking)
-        shown, before, url = home.facts("summary.json"), judged_before(home, made, way), ""
-        if joins_cluster():  # its Serve is one for all: what is on the air there stays
-            scores = before or {}
-        elif address or (way.possible and not before):
+        scores, url = judged_before(home, made, way) or {}, ""
+        left = left_to_do(way, scores, stays=address is not None, on_cluster=joins_cluster())
+        if left.serve:
             with endpoint(home.here, made.cascade.fetched(), address) as url:
-                scores = before or (judged(home, url, way) if way.possible else {})
-        else:
-            scores = before or {}
-        facts = write_summary(home, spec, made, way, scores)
-        known = all(shown.get(name) == facts[name] for name in ("digest", "evaluation", way.by))
-        if not known or not home.has("report.html") or not told_scores(tracking, facts, way):
-            report(home, spec, tracking, facts, way)
-            facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
-        if not whole(scores):
-            raise UnjudgedError(
-                f"{scores['failed']} of {scores['n']} pictures did not come, so the cascade is not judged; "
-                f"see {home.at('evaluation').address} and run the same command again to ask for them all"
-            )
+                scores = judged(home, url, way) if left.judge else scores
+        facts = concluded(home, spec, made, way, scores, tracking.journal)
         page = tracking.book.page()
     text = told(home, facts | {"mlflow": page}, way, url if address else "")
     return Summary(facts | {"mlflow": page}, text)
+
+
+class Left(NamedTuple):
+    """What is to be done with a cascade that is made."""
+
+    serve: bool
+    judge: bool
+
+
+def left_to_do(way: Way, before: dict[str, Any], *, stays: bool, on_cluster: bool) -> Left:
+    """Whether to serve and to judge it.
+
+    Args:
+        way: How it is to be judged.
+        before: Its scores by an earlier start; empty: none that count.
+        stays: Whether the endpoint is to be left running.
+        on_cluster: Whether Serve is the one of a cluster: what is on the air there stays.
+    """
+    judge = way.possible and not before and not on_cluster
+    return Left(serve=judge or (stays and not on_cluster), judge=judge)
+
+
+def concluded(
+    home: Home, spec: RunSpec, made: RunResult, way: Way, scores: dict[str, Any], journal: Journal
+) -> dict[str, Any]:
+    """Write down what a run came to, and report what no start before has; returns the facts of summary.json.
+
+    Raises:
+        UnjudgedError: Pictures did not come; everything else is written.
+    """
+    shown = home.facts("summary.json")
+    facts = write_summary(home, spec, made, way, scores)
+    known = all(shown.get(name) == facts[name] for name in ("digest", "evaluation", way.by))
+    if not known or not home.has("report.html") or not told_scores(journal, facts, way):
+        report(home, spec, journal, facts, way)
+        facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
+    if not whole(scores):
+        raise UnjudgedError(
+            f"{scores['failed']} of {scores['n']} pictures did not come, so the cascade is not judged; "
+            f"see {home.at('evaluation').address} and run the same command again to ask for them all"
+        )
+    return facts
 
 
 def look_ahead(spec: RunSpec, way: Way) -> None:
@@ -151,9 +181,8 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
         track = tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP)
         with track as tracking, ray_cluster(verbose=verbose):
             if joins_cluster():
-                plan = announce(one, joined())
-                spec = as_planned(one, plan) if node_groups() else spec
-            run_stage(spec, stage, run=home, tracked=tracking)
+                one = bound(one, announce(one, joined()))
+            run_stage(one, stage, run=home, tracked=tracking)
     bundle = home.at(f"{stage}/bundle").address
     return {"bundle": bundle, "seconds": seconds_of(home).get(stage, 0.0)}
 
@@ -169,6 +198,11 @@ def announce(spec: RunSpec, nodes: list[Node]) -> Plan:
         log.info("%s", line)
     refuse(plan)
     return plan
+
+
+def bound(spec: RunSpec, plan: Plan) -> RunSpec:
+    """A run as it is given to Ray: bound to the plan where nodes are started on demand, else as it is."""
+    return as_planned(spec, plan) if node_groups() else spec
 
 
 def as_planned(spec: RunSpec, plan: Plan) -> RunSpec:
@@ -267,31 +301,28 @@ def data_of(home: Home, spec: RunSpec) -> Home:
     return home.at("data/prepared") if spec.shapes is not None else Home.of(spec.pairs.destination)
 
 
-def report(home: Home, spec: RunSpec, tracking: Tracked, facts: dict[str, Any], way: Way) -> None:
+def report(home: Home, spec: RunSpec, journal: Journal, facts: dict[str, Any], way: Way) -> None:
     """The page, then page and scores to MLflow; the line of the model is the last, see `told_scores`."""
     with timed(home, "report", "total"):
         gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))
     home.send("report.html")
-    if (home.here / SHEET).exists():
-        home.send(SHEET)
-        tracking.journal.picture("prompts", SHEET, 0)
+    for name in SHEETS:
+        if (home.here / f"{name}.png").exists():
+            home.send(f"{name}.png")
+            journal.picture(name, f"{name}.png", 0)
     if whole(facts[way.by]):
         shares = {f"{way.by}/{name}": it for name, it in facts[way.by].items() if isinstance(it, float)}
-        tracking.journal.log(shares, 0)
+        journal.log(shares, 0)
     for file in (path, home.here / "summary.json"):
-        tracking.journal.artifact(file)
-    tracking.journal.model(
-        spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=version_tags(facts, way)
-    )
+        journal.artifact(file)
+    journal.model(spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=version_tags(facts, way))
 
 
-def told_scores(tracking: Tracked, facts: dict[str, Any], way: Way) -> bool:
+def told_scores(journal: Journal, facts: dict[str, Any], way: Way) -> bool:
     """Whether an earlier start has written all of its report into the journal."""
     tags = version_tags(facts, way)
-    return any(
-        entry.kind == "model" and entry.value["tags"] == tags for entry in entries(tracking.journal.path)
-    )
+    return any(entry.kind == "model" and entry.value["tags"] == tags for entry in entries(journal.path))
 
 
 def version_tags(facts: dict[str, Any], way: Way) -> dict[str, str]:
@@ -315,7 +346,7 @@ def gather(home: Home, spec: RunSpec) -> None:
     home.at("cascade").fetched()
     for stage in spec.stages:
         grids = home.at(f"{stage.name}/samples")
-        home.fetch(f"{stage.name}/{JOURNAL}")
+        home.fetch(f"{stage.name}/{JOURNAL}", f"{stage.name}/{MADE_OF}")
         grids.fetch(*grids.names())
 
 

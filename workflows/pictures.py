@@ -56,32 +56,32 @@ class Rebuilt(NamedTuple):
 
 
 @torch.no_grad()
-def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0, batch: int = 8) -> list[Painted]:
-    """Every prompt painted once, the first with `seed`, the next with `seed + 1`, ..."""
+def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0) -> list[Painted]:
+    """Every prompt painted once, the first with `seed`, the next with `seed + 1`, ...
+
+    Each by itself, as `ddiff sample` paints it, so that a seed gives the same picture to the bit whatever
+    else is painted; the PNGs say prompt, seed and the digest of the cascade.
+    """
     result: list[Painted] = []
-    for start in range(0, len(prompts), batch):
-        some = list(prompts[start : start + batch])
-        seeds = [seed + start + number for number in range(len(some))]
-        stages = [state.image for state in states(cascade, some, seeds) if state.image is not None]
-        rows = [tuple(images.png(image[row : row + 1]) for image in stages) for row in range(len(some))]
-        result += [Painted(*one) for one in zip(some, seeds, rows, strict=True)]
+    for own, prompt in enumerate(prompts, seed):
+        facts = {"prompt": prompt, "seed": str(own), "cascade": cascade.digest}
+        found = [state.image for state in states(cascade, [prompt], [own]) if state.image is not None]
+        result.append(Painted(prompt, own, tuple(images.png(image, facts) for image in found)))
     return result
 
 
-def sheet(painted: Sequence[Painted], *, columns: int = 4) -> Image.Image:
-    """Every prompt with its pictures, each at its own size, and its words below."""
-    sizes = [[Image.open(io.BytesIO(png)) for png in one.pngs] for one in painted]
+def sheet(cells: Sequence[tuple[str, Sequence[bytes]]], *, columns: int = 4) -> Image.Image:
+    """Words and the PNGs that they are said of, cell by cell: each picture at its own size, words below."""
+    sizes = [[Image.open(io.BytesIO(png)) for png in pngs] for _, pngs in cells]
     width = max(sum(picture.width + GAP for picture in some) for some in sizes) + GAP
     height = max(picture.height for some in sizes for picture in some) + CAPTION
-    rows = -(-len(painted) // columns)
-    page = Image.new("RGB", (width * min(columns, len(painted)), height * rows), "white")
+    rows = -(-len(cells) // columns)
+    page = Image.new("RGB", (width * min(columns, len(cells)), height * rows), "white")
     draw, letters = ImageDraw.Draw(page), ImageFont.load_default(LETTERS)
-    for place, (one, some) in enumerate(zip(painted, sizes, strict=True)):
+    for place, ((words, _), some) in enumerate(zip(cells, sizes, strict=True)):
         left, top = place % columns * width + GAP, place // columns * height + GAP
         floor = top + max(picture.height for picture in some)
-        draw.multiline_text(
-            (left, floor + GAP), wrapped(one.prompt, width - 2 * GAP, letters), "black", letters
-        )
+        draw.multiline_text((left, floor + GAP), wrapped(words, width - 2 * GAP, letters), "black", letters)
         for picture in some:
             page.paste(picture, (left, floor - picture.height))
             left += picture.width + GAP

@@ -17,8 +17,9 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 
 log = logging.getLogger(__name__)
-LEAVING_S = 30
-"""How long workers that are ending are waited for; Ray's default."""
+LEAVING_S = 5
+"""How long workers that are ending are waited for, which is how long Ray waits before it kills them: to leave
+takes a moment, and one that hangs would hold up the others, after it was found, for Ray's default of 30 s."""
 
 
 class ProcessGroup(BackendConfig):

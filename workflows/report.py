@@ -10,17 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from dd_core import bundle, sealed
 from dd_core.bundle import Cascade
+from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
-from workflows.pictures import Painted
+from workflows.pictures import Frame, Painted, Rebuilt
+from workflows.samples import heading
 from workflows.storage import Home
+from workflows.superseded import MADE_OF
 from workflows.tracking import curves
 
-SHEET = "prompts.png"
-"""In a run's directory: the pictures of the page's prompts, at every size, for MLflow."""
+SHEETS = ("prompts", "denoising", "noising", "reconstructions")
+"""What the page shows, each as NAME.png in a run's directory, for MLflow."""
 SCORES = ("all", "one_object", "two_object", "unseen")
 ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
 
@@ -36,8 +41,18 @@ class Section(NamedTuple):
     body: str
 
 
+class Shown(NamedTuple):
+    """What is painted for the page; empty where a run has nothing to paint it by yet."""
+
+    painted: list[Painted]
+    frames: list[Frame]
+    """Of the sampling of the first prompt."""
+    noised: list[tuple[float, bytes]]
+    rebuilt: list[Rebuilt]
+
+
 def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Path:
-    """Write `report.html`, and of a cascade that paints SHEET, into a run directory.
+    """Write `report.html`, and of SHEETS those that there is something for, into a run directory.
 
     Args:
         run: The directory of the run.
@@ -57,17 +72,21 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     cascade = bundle.load_cascade(run / "cascade", precision="auto") if (run / "cascade").exists() else None
     data = data_of(run, summary)
     known = prompts or captions(data, 16)
-    painted = pictures.painted(cascade, known, seed=seed) if cascade is not None else []
-    if cascade is not None and painted:
-        pictures.sheet(painted).save(run / SHEET)
+    shown = Shown(
+        pictures.painted(cascade, known, seed=seed) if cascade is not None else [],
+        pictures.trajectory(cascade, known[0], seed=seed) if cascade is not None and known else [],
+        noised(data),
+        rebuilt(run, data),
+    )
+    save_sheets(run, shown)
     parts = [
-        painted_section(cascade, painted),
+        painted_section(cascade, shown.painted),
         judged_section(run, summary),
         found_section(run, summary),
-        trajectory_section(cascade, known, seed),
-        noising_section(data),
+        trajectory_section(known, shown.frames),
+        noising_section(shown.noised),
         training_section(run),
-        reconstruction_section(run, data),
+        reconstruction_section(shown.rebuilt),
         time_section(run, summary),
         origin_section(run, cascade),
     ]
@@ -94,6 +113,19 @@ def data_of(run: Path, summary: Mapping[str, Any]) -> Path:
 def captions(data: Path, count: int) -> list[str]:
     """Captions of the prepared data; none before it is prepared."""
     return pictures.prepared_captions(data, count) if (data / sealed.MANIFEST).exists() else []
+
+
+def save_sheets(run: Path, shown: Shown) -> None:
+    """SHEETS, as far as there is something on them."""
+    cells: list[list[tuple[str, Sequence[bytes]]]] = [
+        [(one.prompt, one.pngs) for one in shown.painted],
+        [(f"sigma {frame.sigma:.3g}", (frame.noisy, frame.estimate)) for frame in shown.frames],
+        [(f"sigma {sigma:g}", (png,)) for sigma, png in shown.noised],
+        [(f"{pair.psnr:.1f} dB", (pair.original, pair.rebuilt)) for pair in shown.rebuilt],
+    ]
+    for name, some in zip(SHEETS, cells, strict=True):
+        if some:
+            pictures.sheet(some).save(run / f"{name}.png")
 
 
 def painted_section(cascade: Cascade | None, painted: Sequence[Painted]) -> Section | None:
@@ -171,11 +203,10 @@ def judged_cell(picture: Path, one: Mapping[str, Any]) -> str:
     return figure(shown, f"{quoted(one['caption'])} {verdict}")
 
 
-def trajectory_section(cascade: Cascade | None, prompts: Sequence[str], seed: int) -> Section | None:
+def trajectory_section(prompts: Sequence[str], frames: Sequence[Frame]) -> Section | None:
     """One sampling, question by question."""
-    if cascade is None or not prompts:
+    if not frames:
         return None
-    frames = pictures.trajectory(cascade, prompts[0], seed=seed)
     noisy = [figure(image(frame.noisy), f"σ = {frame.sigma:.3g}") for frame in frames]
     clean = [figure(image(frame.estimate), "") for frame in frames]
     note = (
@@ -185,13 +216,19 @@ def trajectory_section(cascade: Cascade | None, prompts: Sequence[str], seed: in
     return Section("Denoising, step by step", note, strip(noisy) + "<p></p>" + strip(clean))
 
 
-def noising_section(data: Path) -> Section | None:
-    """The forward process on a training image."""
+def noised(data: Path) -> list[tuple[float, bytes]]:
+    """A training image under more and more noise, each with its level; empty before data are prepared."""
     if not (data / sealed.MANIFEST).exists():
+        return []
+    original, _ = pictures.prepared_images(data, min(pictures.prepared_sizes(data)), 1)
+    return pictures.noising(original)
+
+
+def noising_section(noised: Sequence[tuple[float, bytes]]) -> Section | None:
+    """The forward process on a training image."""
+    if not noised:
         return None
-    size = min(pictures.prepared_sizes(data))
-    original, _ = pictures.prepared_images(data, size, 1)
-    frames = [figure(image(data), f"σ = {sigma:g}") for sigma, data in pictures.noising(original)]
+    frames = [figure(image(png), f"σ = {sigma:g}") for sigma, png in noised]
     return Section(
         "Noising", "The way that sampling walks back: one training image under noise.", strip(frames)
     )
@@ -211,12 +248,21 @@ def training_section(run: Path) -> Section | None:
             figure(image(path.read_bytes()), f"step {int(path.stem[5:]):,}") for path in thinned(steps, 6)
         ]
         grids += (
-            [f"<h3>{name}: the same prompts and seeds while it learned</h3>{strip(shown)}"] if shown else []
+            [f"<h3>{name} while it learned: {grids_of(journal.parent)}</h3>{strip(shown)}"] if shown else []
         )
     if not charts:
         return None
     note = "Losses of every stage over optimizer steps, on a logarithmic scale; means since the last report."
     return Section("Training", note, f'<div class="charts">{"".join(charts)}</div>{"".join(grids)}')
+
+
+def grids_of(stage: Path) -> str:
+    """What the sample grids of a stage show, by the spec that it was begun with."""
+    made_of = json.loads((stage / MADE_OF).read_text()) if (stage / MADE_OF).exists() else {}
+    try:
+        return heading(TypeAdapter(StageSpec).validate_python(made_of.get("spec", {}).get("stage")))
+    except ValidationError:  # of a version whose specs were others
+        return "sample grids"
 
 
 def is_loss(name: str) -> bool:
@@ -231,13 +277,19 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def reconstruction_section(run: Path, data: Path) -> Section | None:
-    """Images before and after the autoencoder."""
+def rebuilt(run: Path, data: Path) -> list[Rebuilt]:
+    """Images of the data before and after the autoencoder; empty where there is none, or no data."""
     path = next((path.parent for path in run.glob("*/bundle/spec.json") if is_autoencoder(path)), None)
     if path is None or not (data / sealed.MANIFEST).exists():
-        return None
+        return []
     originals, _ = pictures.prepared_images(data, max(pictures.prepared_sizes(data)), 6)
-    pairs = pictures.reconstructions(path, originals)
+    return pictures.reconstructions(path, originals)
+
+
+def reconstruction_section(pairs: Sequence[Rebuilt]) -> Section | None:
+    """Images before and after the autoencoder."""
+    if not pairs:
+        return None
     above = [figure(image(pair.original), "original") for pair in pairs]
     below = [figure(image(pair.rebuilt), f"{pair.psnr:.1f} dB") for pair in pairs]
     mean = sum(pair.psnr for pair in pairs) / len(pairs)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from dd_core import images
 from dd_core.cascade import CascadeState, run
-from dd_core.stage import PairBatch, Trained
+from dd_core.stage import LearnedSpec, LearnsEmbeddings, PairBatch, Trained
 from dd_core.stages import load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.draft import DraftSpec, draft_of
+from dd_core.stages.draft import drawn as decoded
 from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
 from workflows.train_spec import SamplesSpec
@@ -36,38 +38,77 @@ def drawn(
         trained: The stage as it is now, with averaged weights.
         parents: Role -> what it stands on.
         what: Prompts, first seed, and how to sample.
-        known: Pairs of the data: those that an upsampler, an autoencoder or a base from drafts is shown, with
-            the embeddings that the base is trained on.
+        known: Pairs of the data, with the embeddings that the stage is trained on; see `heading`.
 
     Returns:
-        base and consistency: one for each prompt; where they start from drafts, which a prompt alone does
-        not give, and upsampler and autoencoder: known and made pictures in turn.
+        What `heading` says of a stage of this kind: one for each prompt, or known and made pictures in turn.
     """
-    truth = images.to_unit(known.image)
     match trained.spec:
-        case (BaseSpec(from_draft=True) as base) | ConsistencySpec(base=BaseSpec(from_draft=True) as base):
-            told = embedding_of(clip_of(parents["clip"]), known, base.embedded_at)
-            state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens, image_embedding=told)
-            return in_turn(truth, run_alone(trained, parents, state, what))
         case (ChainSpec() as spec) | ConsistencySpec(base=ChainSpec() as spec):
-            return painted(spec, trained, parents, what, truth)
-        case BaseSpec() | ConsistencySpec() if what.prompts:
-            clip = parents["clip"].spec
-            assert isinstance(clip, ClipSpec)
-            caption = torch.tensor(tokens(what.prompts, clip.net.context_length))
-            state = CascadeState(seeds=seeds(what, len(caption)), tokens=caption)
-            return run_alone(trained, parents, state, what)
+            return painted(spec, trained, parents, what, images.to_unit(known.image))
+        case BaseSpec(from_draft=False) | ConsistencySpec(base=BaseSpec(from_draft=False)):
+            return prompted(trained, parents, what)
+    made = remade(trained, parents, what, known)
+    return None if made is None else in_turn(images.to_unit(known.image), made)
+
+
+def heading(spec: LearnedSpec) -> str:
+    """What the grids of such a stage show."""
+    match spec:
+        case ConsistencySpec():
+            return heading(spec.base)
+        case BaseSpec(from_draft=True):
+            beside = "what it paints of the embedding, by the same seeds"
+        case UpsamplerSpec() | ChainSpec() if spec.factor > 1:
+            beside = "what it makes of the same one made small, by the same seeds"
+        case AutoencoderSpec():
+            beside = "what comes back of it from the latents"
+        case DraftSpec():
+            beside = "what its embedding is decoded to"
+        case LearnsEmbeddings():
+            beside = "the one of them that is nearest to what is drawn for its caption, by the same seeds"
+        case _:
+            return "the same prompts and seeds"
+    return f"pictures of the data and, beside each, {beside}"
+
+
+def remade(
+    trained: Trained, parents: Mapping[str, Trained], what: SamplesSpec, known: PairBatch
+) -> Float[Tensor, " b 3 h w"] | None:
+    """What a stage that is shown pictures of the data, or their embeddings, makes of them; None: nothing."""
+    truth, made = images.to_unit(known.image), None
+    state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens)
+    match trained.spec:
+        case (BaseSpec() as base) | ConsistencySpec(base=BaseSpec() as base):
+            told = embedding_of(clip_of(parents["clip"]), known, base.embedded_at)
+            made = run_alone(trained, parents, state._replace(image_embedding=told), what).image
         case UpsamplerSpec() as spec:
             small = F.avg_pool2d(truth, spec.factor)
-            nothing = torch.zeros(len(truth), 1, dtype=torch.long)
-            state = CascadeState(seeds=seeds(what, len(truth)), tokens=nothing, image=small)
-            return in_turn(truth, run_alone(trained, parents, state, what))
+            made = run_alone(trained, parents, state._replace(image=small), what).image
         case AutoencoderSpec():
             model = autoencoder_of(trained).to(device())
             with torch.no_grad():
-                return in_turn(truth, model.reconstruct(truth.to(device())).float().cpu())
-        case _:
-            return None
+                made = model.reconstruct(truth.to(device())).float().cpu()
+        case DraftSpec() as spec:
+            told = embedding_of(clip_of(parents["clip"]), known, spec.embedded_at)
+            made = decoded(draft_of(trained).to(device()), told.to(device())).cpu()
+        case LearnsEmbeddings():
+            found = run_alone(trained, parents, state, what).image_embedding
+            assert found is not None
+            made = truth[(found @ embedding_of(clip_of(parents["clip"]), known).T).argmax(-1)]
+    return made
+
+
+def prompted(
+    trained: Trained, parents: Mapping[str, Trained], what: SamplesSpec
+) -> Float[Tensor, " n 3 h w"] | None:
+    """What a base that needs nothing but captions paints of the prompts; None if there are none."""
+    if not what.prompts:
+        return None
+    clip = parents["clip"].spec
+    assert isinstance(clip, ClipSpec)
+    caption = torch.tensor(tokens(what.prompts, clip.net.context_length))
+    return run_alone(trained, parents, CascadeState(seeds(what, len(caption)), caption), what).image
 
 
 def device() -> torch.device:
@@ -77,11 +118,9 @@ def device() -> torch.device:
 
 def run_alone(
     trained: Trained, parents: Mapping[str, Trained], state: CascadeState, what: SamplesSpec
-) -> Float[Tensor, " n 3 h w"]:
-    """What a stage paints as the only hop."""
-    made = run(load_hop(trained, parents, device=device(), precision="auto"), state, what.how).image
-    assert made is not None
-    return made
+) -> CascadeState:
+    """What a stage makes as the only hop."""
+    return run(load_hop(trained, parents, device=device(), precision="auto"), state, what.how)
 
 
 def painted(
@@ -106,7 +145,8 @@ def painted(
         state = state._replace(label=torch.arange(count) % spec.classes)
     if spec.factor > 1:
         state = state._replace(image=F.avg_pool2d(truth, spec.factor))
-    made = run_alone(trained, parents, state, what)
+    made = run_alone(trained, parents, state, what).image
+    assert made is not None
     return in_turn(truth, made) if spec.factor > 1 else made
 
 

@@ -30,7 +30,8 @@ class SamplesSpec(Spec):
     seed: int = 0
     """Of the first picture; the next has the next one."""
     pictures: int = Field(8, ge=1)
-    """Of the data, that an upsampler enlarges, an autoencoder copies and a base paints from its draft."""
+    """Of the data, that an upsampler enlarges, an autoencoder copies, a draft decodes, a base paints from its
+    draft, and among which a prior finds those that it means."""
     how: SamplingSpec = SamplingSpec()
 
 

@@ -317,6 +317,7 @@ class Recorder:
     def draw(self, step: int) -> None:
         """A grid of pictures, if the stage is of a kind that draws."""
         wanted, shown = self.job.wanted, self.spec.samples.pictures
+        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
         order = feed.Order(self.job.pieces, self.spec.seed)
         table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
         known = paired(table, wanted, torch.device("cpu"))

@@ -63,7 +63,7 @@ def clip() -> TrainSpec:
         name="clip",
         stage=ClipSpec(net=TOWERS, captioner_layers=1),
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, warmup_steps=20, ema_images=5_000),
-        budget=Budget(steps=900, checkpoint_every=300, report_every=20),
+        budget=Budget(steps=900, checkpoint_every=150, report_every=20),
         batch_size=96,
         num_workers=1,
         resources=WORKER,
@@ -87,7 +87,7 @@ def autoencoder() -> TrainSpec:
         ),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(learning_rate=2e-3, warmup_steps=50, ema_images=400),
-        budget=Budget(steps=900, checkpoint_every=450, report_every=50, sample_every=450),
+        budget=Budget(steps=900, checkpoint_every=450, report_every=50, sample_every=225),
         batch_size=4,
         num_workers=1,
         resources=WORKER,
@@ -116,10 +116,11 @@ def draft() -> TrainSpec:
         stage=DraftSpec(embedding_width=TOWERS.embedding_width, embedding_noise=0.1),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(learning_rate=3e-3, warmup_steps=50, ema_images=3_000),
-        budget=Budget(steps=2_800, checkpoint_every=1_400, report_every=100),
+        budget=Budget(steps=2_800, checkpoint_every=350, report_every=100, sample_every=700),
         batch_size=64,
         num_workers=1,
         resources=WORKER,
+        samples=SamplesSpec(pictures=4),
     )
 
 
@@ -148,11 +149,11 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip", "draft": "draft"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=6_000),
-        budget=Budget(steps=120, checkpoint_every=60, report_every=10, sample_every=60),
+        budget=Budget(steps=120, checkpoint_every=60, report_every=10, sample_every=30),
         batch_size=48,
         num_workers=1,
         resources=WORKER,
-        samples=SamplesSpec(how=SamplingSpec(num_steps=15, guidance_scale=1.0)),
+        samples=SamplesSpec(pictures=4, how=SamplingSpec(num_steps=15, guidance_scale=1.0)),
     )
 
 
@@ -173,7 +174,7 @@ def upsampler() -> TrainSpec:
         name="upsampler",
         stage=UpsamplerSpec(net=net),
         optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
-        budget=Budget(steps=600, checkpoint_every=300, report_every=25, sample_every=300),
+        budget=Budget(steps=600, checkpoint_every=100, report_every=25, sample_every=150),
         batch_size=64,
         num_workers=1,
         resources=WORKER,
@@ -196,10 +197,11 @@ def prior() -> TrainSpec:
         stage=PriorSpec(net=net, draws_per_caption=2),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, weight_decay=0.2, ema_images=10_000),
-        budget=Budget(steps=1_250, checkpoint_every=625, report_every=20),
+        budget=Budget(steps=1_250, checkpoint_every=125, report_every=20, sample_every=250),
         batch_size=256,
         num_workers=1,
         resources=WORKER,
+        samples=SamplesSpec(pictures=32, how=SamplingSpec(num_steps=10, guidance_scale=1.0)),
     )
 
 

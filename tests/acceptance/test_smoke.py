@@ -4,14 +4,15 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -20,12 +21,15 @@ from PIL import Image
 
 from dd_core import bundle, sealed
 from jobs.cli import main
+from tests.benchmarks.data import family
 from tests.ray_head import free_ports
+from workflows.report import SHEETS
 from workflows.tracking import curves
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")
-
+DRAWING = {"draft", "base", "prior"}
+"""Of the stages those that the recipe has draw while they learn."""
 
 SAVED = Path("runs", "smoke", "autoencoder", "checkpoints", "step-00000006", sealed.MANIFEST)
 
@@ -41,6 +45,8 @@ class Finished(NamedTuple):
     """The second command: the first was killed."""
     saved_ns: int
     """When the first had written the checkpoint of `SAVED`."""
+    seconds: float
+    """Of both."""
 
     @property
     def directory(self) -> Path:
@@ -85,16 +91,21 @@ def killed_at_the_second_stage(here: Path) -> int:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     here = tmp_path_factory.mktemp("here")
     (port,) = free_ports(1)  # not one that is given to another while this is trained
+    began = time.monotonic()
     saved = killed_at_the_second_stage(here)
     done = ddiff(here, *RUN, "--serve", "--port", str(port))
     try:
         assert done.returncode == 0, done.stderr
-        yield Finished(here, f"http://127.0.0.1:{port}", port, done, saved)
+        seconds = time.monotonic() - began
+        yield Finished(here, f"http://127.0.0.1:{port}", port, done, saved, seconds)
     finally:
         CliRunner().invoke(main, ["stop", "--run", str(here / "runs" / "smoke")])
 
 
-def test_the_chain_runs_to_its_end_and_says_where_everything_is(run: Finished) -> None:
+def test_the_chain_runs_to_its_end_and_says_where_everything_is(
+    run: Finished, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("said", f"tars to PNG over HTTP, killed once: {run.seconds:.0f} s, the goal is 240 s")
     assert "Traceback" not in run.done.stderr
     for name in ("report.html", "cascade", run.url):
         assert name in run.done.stdout
@@ -151,15 +162,47 @@ def test_a_sample_without_a_server_is_the_same_however_many_are_asked_for(run: F
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's, of its own dependencies
-def test_mlflow_has_a_run_for_the_pipeline_and_a_child_for_each_stage(run: Finished) -> None:
+def test_mlflow_has_a_run_for_the_pipeline_and_a_child_for_each_stage(run: Finished, tmp_path: Path) -> None:
     from mlflow import MlflowClient  # noqa: PLC0415 seconds
 
     client = MlflowClient(f"sqlite:///{run.directory / 'mlflow.db'}")
     found = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    assert len(found) == len(STAGES) + 1
-    assert sum("mlflow.parentRunId" in one.data.tags for one in found) == len(STAGES)
-    assert [version.name for version in client.search_model_versions()] == ["smoke"]
+    children = {one.info.run_name: one for one in found if "mlflow.parentRunId" in one.data.tags}
+    (parent,) = (one for one in found if one.info.run_name not in children)
+    assert children.keys() == set(STAGES)
+    assert {one.info.status for one in found} == {"FINISHED"}
+    digest = sealed.verify(run.directory / "cascade").digest
+    assert parent.data.params["name"] == "smoke"
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
+        "images",
+        "manifest.json",
+        "report.html",
+        "summary.json",
+    }
+    assert {*SHEETS} == pictures_of(client, parent.info.run_id)
+    (version,) = client.search_model_versions()
+    assert (version.name, version.run_id) == ("smoke", parent.info.run_id)
+    assert version.source.startswith("file:")
+    assert version.source.endswith("runs/smoke/cascade")
+    for tags in (version.tags, parent.data.tags):
+        assert tags["bundle_sha256"] == digest
     assert [*client.search_registered_models()[0].aliases] == ["current"]
+    manifest = (run.directory / "data" / "prepared" / sealed.MANIFEST).read_text()
+    kept = client.download_artifacts(parent.info.run_id, "manifest.json", str(tmp_path))
+    assert Path(kept).read_text() == manifest
+    for name, child in children.items():
+        bundle_of = run.directory / name / "bundle"
+        assert child.data.params["stage.kind"] == json.loads((bundle_of / "spec.json").read_text())["kind"]
+        assert child.data.tags["bundle"].endswith(f"runs/smoke/{name}/bundle")
+        assert child.data.tags["bundle_sha256"] == sealed.verify(bundle_of).digest
+        assert [one.dataset.name for one in child.inputs.dataset_inputs] == ["prepared"]
+        assert pictures_of(client, child.info.run_id) == ({"samples"} if name in DRAWING else set())
+
+
+def pictures_of(client: Any, run_id: str) -> set[str]:
+    """The names of the pictures that MLflow has of a run."""
+    files = client.list_artifacts(run_id, "images")
+    return {re.split(r"[%+]", Path(file.path).name)[0] for file in files}
 
 
 def test_what_is_done_is_not_done_again(run: Finished) -> None:
@@ -199,3 +242,55 @@ def test_a_cascade_with_a_missing_file_is_neither_sampled_nor_served(run: Finish
         assert done.exit_code == 4
         assert "upsampler/weights.safetensors" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault
+def test_a_run_that_is_told_to_stop_saves_itself_ends_with_code_6_and_leaves_no_process(
+    run: Finished,
+) -> None:
+    stage = run.directory / "prior"
+    shutil.rmtree(stage)
+    words = [*DDIFF, *RUN, "--set", "stages.prior.budget.steps=100000"]
+    with (run.here / "stopped.log").open("w") as log:
+        process = subprocess.Popen(words, cwd=run.here, env=ENVIRONMENT, stdout=log, stderr=log)
+    while not curves(stage / "metrics.jsonl").get("train/loss"):
+        assert process.poll() is None, (run.here / "stopped.log").read_text()
+        time.sleep(0.1)
+    started = family(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 6
+    said = (run.here / "stopped.log").read_text()
+    assert "Traceback" not in said
+    (line,) = (line for line in said.splitlines() if line.startswith("ddiff: "))
+    assert line == said.splitlines()[-1]
+    newest = max((stage / "checkpoints").iterdir())
+    assert f"prior: stopped at step {int(newest.name[5:]):,} of 100,000; run the same command" in line
+    sealed.verify(newest)
+    end = time.monotonic() + 60
+    while left := [pid for pid in started if alive(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not asked for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.fault
+def test_a_gradient_that_stays_not_finite_ends_a_training_in_one_line_with_code_5(run: Finished) -> None:
+    rate = (
+        "--set",
+        "stages.upsampler.optimizer.learning_rate=1e30",
+    )  # what was trained at another goes aside
+    done = ddiff(run.here, "train", "upsampler", *RUN[1:], *rate)
+    assert done.returncode == 5, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("ddiff: "))
+    assert line == done.stderr.splitlines()[-1]
+    assert line.startswith("ddiff: upsampler: gradient not finite 4 times in a row")
+    assert line.endswith("lower optimizer.learning_rate")
+    assert not (run.directory / "upsampler" / "bundle").exists()

@@ -229,16 +229,22 @@ def measure(directory: Path, method: str) -> dict[str, float]:
 
 
 class PeakMemory:
-    """The most memory that this process and its descendants held together, sampled every other second."""
+    """The most memory that a process and its descendants held together, sampled every so many seconds.
 
-    def __init__(self) -> None:
+    Args:
+        pid: Of the first of them; None: this one.
+        every_s: Between two samples: each reads every page table, which is work.
+    """
+
+    def __init__(self, pid: int | None = None, *, every_s: float = 2.0) -> None:
+        self.pid, self.every_s = pid or os.getpid(), every_s
         self.peak, self.over = 0.0, threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def watch(self) -> None:
-        while not self.over.wait(2):  # it reads every page table, which is work
-            self.peak = max(self.peak, sum(held_mb(pid) for pid in family(os.getpid())))
+        while not self.over.wait(self.every_s):
+            self.peak = max(self.peak, sum(held_mb(pid) for pid in family(self.pid)))
 
     def stop(self) -> float:
         """The peak in MB."""

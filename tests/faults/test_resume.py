@@ -24,7 +24,7 @@ from workflows.embeddings import embed
 from workflows.journal import curves
 from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec, TrainSpec
-from workflows.training import DataError, PreemptedError, embeddings_of, inputs, train_stage
+from workflows.training import RAY_TRAIN, DataError, PreemptedError, embeddings_of, inputs, train_stage
 
 pytestmark = [
     pytest.mark.ray,
@@ -112,10 +112,10 @@ def when_step(stage: Path, step: int, act: Callable[[], object]) -> threading.Th
     return thread
 
 
-def kill_a_worker() -> int:
-    """As the kernel would; returns which."""
+def signal_a_worker(number: signal.Signals = signal.SIGKILL) -> int:
+    """Kill one as the kernel would, or stop it; returns which."""
     workers = [pid for pid in running(b"ray::RayTrainWorker") if os.getpid() in ancestors(pid)]
-    os.kill(max(workers), signal.SIGKILL)
+    os.kill(max(workers), number)
     return max(workers)
 
 
@@ -154,7 +154,7 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
     bytes_[-1] ^= 1
     (newest / SHARD).write_bytes(bytes_)  # so that it is stepped over
     killed: list[int] = []
-    when_step(stage, stopped + 12, lambda: killed.append(kill_a_worker()))
+    when_step(stage, stopped + 12, lambda: killed.append(signal_a_worker()))
     train_stage(spec, run=run, data=data)
     assert killed
     for name in (f"checkpoints/step-00000120/{SHARD}", "bundle/weights.safetensors"):
@@ -163,17 +163,21 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
     assert ours == theirs
 
 
-def test_two_workers_killed_more_often_than_restarts_says_but_after_a_checkpoint_each_time_read_every_row(
-    data: Path, run: Path
+def test_two_workers_lost_more_often_than_restarts_says_but_after_a_checkpoint_each_time_read_every_row(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hanging = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+    assert RAY_TRAIN[hanging] == "60"  # as a run has it; nobody waits for so long here
+    monkeypatch.setenv(hanging, "3")
     spec = SPEC.but(
         name="two", num_workers=2, restarts=1, budget=Budget(steps=40, checkpoint_every=8, report_every=1)
     )
-    killed: list[int] = []
-    for step in (12, 28):
-        when_step(run / "two", step, lambda: killed.append(kill_a_worker()))
+    lost: list[int] = []
+    for step, number in ((12, signal.SIGKILL), (28, signal.SIGSTOP)):  # one dies, one hangs
+        when_step(run / "two", step, lambda number=number: lost.append(signal_a_worker(number)))
     bundle = train_stage(spec, run=run, data=data)  # each worker refuses a row that is not due
-    assert len(killed) == 2
+    assert len(lost) == 2
+    assert not set(lost) & set(running(b"ray::RayTrainWorker"))
     facts = sealed.verify(bundle).facts
     assert (facts["step"], facts["images"]) == (40, 40 * 8)
     saved = checkpoint.facts(run / "two" / "checkpoints" / "step-00000040")

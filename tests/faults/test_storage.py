@@ -11,7 +11,7 @@ import pytest
 from dd_core import sealed
 from dd_core.stage import Budget
 from tests.conftest import small_ray
-from tests.faults.test_resume import SPEC, assert_same, clip_in, embed_for, kill_a_worker, when_step
+from tests.faults.test_resume import SPEC, assert_same, clip_in, embed_for, signal_a_worker, when_step
 from tests.prepared import write_prepared
 from tests.s3 import s3_server
 from workflows import storage
@@ -133,7 +133,7 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     assert [name for name in stage.names() if name in ("checkpoints", "stop")] == ["checkpoints"]
     forgotten(run)
     killed: list[int] = []
-    when_step(stage.here, 300, lambda: killed.append(kill_a_worker()))
+    when_step(stage.here, 300, lambda: killed.append(signal_a_worker()))
     made = train_stage(spec, run=run, data=data)
     assert killed
     assert_same(made / "weights.safetensors", whole / "weights.safetensors")

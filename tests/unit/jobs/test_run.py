@@ -1,10 +1,7 @@
-"""`ddiff run`: what it does on a cluster that others use too."""
+"""`ddiff run`: what is left to do, what is told, and what it refuses before any work."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,58 +10,71 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs import run
 from jobs.cli import main
+from jobs.evaluate import Way, way_of
 from jobs.nodes import Node
 from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
-from jobs.run import report
+from tests.unit.workflows.tiny_run import prepared
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.pipeline import RunResult
-from workflows.report import SHEET, data_of
+from workflows.report import SHEETS, data_of
 from workflows.storage import Home
+
+ORACLE = Way("oracle", smoke.run().evaluation)
+NOBODY = Way("clip", smoke.run().evaluation)
+GOOD = {"all": 0.5, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}}
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cluster that makes any run at once, and the directory that it shares."""
-    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-    def made(spec: Any, *, run: Any, tracked: Any) -> RunResult:
-        return RunResult({}, run.at("cascade"), "d" * 64, {})
-
-    @contextmanager
-    def untracked(home: Any, **_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(book=SimpleNamespace(page=lambda: ""))
-
-    def joining(*, verbose: bool) -> Any:
-        return nullcontext()
-
-    def served(*_: Any) -> str:
-        pytest.fail("something was put on the air")
-
-    monkeypatch.setattr(run, "run_pipeline", made)
-    monkeypatch.setattr(run, "tracked", untracked)
-    monkeypatch.setattr(run, "start_endpoint", served)
-    monkeypatch.setattr(run, "ray_cluster", joining)
-    monkeypatch.setattr(run, "joined", list)
-    for name in ("announce", "report"):
-        monkeypatch.setattr(run, name, lambda *_: None)
-    return tmp_path
+def home(tmp_path: Path) -> Home:
+    """The directory of a run."""
+    (tmp_path / "smoke").mkdir()
+    return Home.of(tmp_path / "smoke")
 
 
-def test_a_run_on_a_cluster_leaves_what_is_on_the_air_there_and_is_judged_later(cluster: Path) -> None:
-    done = run.run_all(smoke.run(), address=None, verbose=False)
-    assert "not judged yet" in done.text
-    assert "to judge it:   deploy it" in done.text
-    assert done.facts["oracle"] == {}
-    assert (cluster / "smoke" / "summary.json").exists()
+@pytest.fixture
+def journal(home: Home) -> Journal:
+    """That of the run itself."""
+    return Journal(home.here / JOURNAL)
 
 
-def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_yet() -> None:
+def made(home: Home) -> RunResult:
+    """A run whose cascade is there; it cannot be opened, so that nothing is painted for the page."""
+    return RunResult({}, home.at("cascade"), "d" * 64, {})
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("before", [{}, GOOD])
+@pytest.mark.parametrize("way", [ORACLE, NOBODY])
+def test_a_cascade_is_judged_once_if_anybody_can_and_served_for_that_or_to_stay(
+    way: Way, before: dict[str, Any], stays: bool
+) -> None:
+    judge = way is ORACLE and not before
+    here = run.left_to_do(way, before, stays=stays, on_cluster=False)
+    assert here == run.Left(serve=judge or stays, judge=judge)
+    there = run.left_to_do(way, before, stays=stays, on_cluster=True)
+    assert there == run.Left(serve=False, judge=False)  # what is on the air there stays
+
+
+def test_of_a_run_on_a_cluster_it_is_said_how_to_judge_it(home: Home, journal: Journal) -> None:
+    facts = run.concluded(home, smoke.run(), made(home), ORACLE, {}, journal)
+    text = run.told(home, facts | {"mlflow": ""}, ORACLE, "")
+    assert "not judged yet" in text
+    assert "to judge it:   deploy it" in text
+    assert json.loads((home.here / "summary.json").read_text()) == facts
+    assert facts["oracle"] == {}
+
+
+def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spec = smoke.run()
     groups = [Node(name, 4, 1, 16 * 2**30) for name in "ab"]
-    planned = run.as_planned(spec, plan_of(spec, groups, run="s3://b/runs/smoke"))
+    plan = plan_of(spec, groups, run="s3://b/runs/smoke")
+    monkeypatch.setenv("DDIFF_NODE_GROUPS", "")
+    assert run.bound(spec, plan) is spec  # where all nodes are there, Ray knows them
+    monkeypatch.setenv("DDIFF_NODE_GROUPS", "[]")
+    planned = run.bound(spec, plan)
     assert {(stage.use_gpu, stage.resources.cpus) for stage in planned.stages} == {(True, 1.0)}
     here = run.as_planned(spec, plan_of(spec, [Node("c", 2, 0, 16 * 2**30)], run="s3://b/runs/smoke"))
     assert {stage.use_gpu for stage in here.stages} == {False}
@@ -73,24 +83,17 @@ def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_
     assert planned.model_dump(exclude={"stages"}) == spec.model_dump(exclude={"stages"})
 
 
-@pytest.mark.parametrize("groups", ["", "[]"])
-def test_only_where_nodes_start_on_demand_the_plan_decides(
-    groups: str, cluster: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bound: list[Any] = []
-    monkeypatch.setenv("DDIFF_NODE_GROUPS", groups)
-    monkeypatch.setattr(run, "as_planned", lambda spec, plan: bound.append(plan) or spec)
-    run.run_all(smoke.run(), address=None, verbose=False)
-    assert len(bound) == bool(groups)
-
-
-def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(cluster: Path) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
     done = CliRunner().invoke(main, ["run", "--recipe", "smoke", "--serve"])
     assert done.exit_code == 2
     assert "leave it out" in done.stderr
     assert "`ddiff submit deploy smoke@current`" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not list(cluster.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("port", ["0", "99999"])
@@ -104,121 +107,94 @@ def test_a_port_that_there_is_not_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def alone(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A machine that makes any run at once; what its judge is going to say."""
-    monkeypatch.delenv("RAY_ADDRESS")
-    scores: list[dict[str, Any]] = []
-
-    @contextmanager
-    def tracked(home: Any, **_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(journal=Journal(home.here / JOURNAL), book=SimpleNamespace(page=lambda: ""))
-
-    def reported(here: Path, **_: Any) -> Path:
-        (here / "report.html").write_text("")
-        return here / "report.html"
-
-    monkeypatch.setattr(run, "tracked", tracked)
-    monkeypatch.setattr(run, "report", report)
-    monkeypatch.setattr(run, "write_report", reported)
-    monkeypatch.setattr(run, "this_machine", list)
-    monkeypatch.setattr(run, "endpoint", lambda *_: nullcontext("http://here"))
-    monkeypatch.setattr(run, "judged", lambda *_: scores.pop(0))
-    return scores
-
-
 def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_could_not(
-    cluster: Path, alone: list[dict[str, Any]]
+    home: Home, journal: Journal
 ) -> None:
-    journal = cluster / "smoke" / JOURNAL
-    good = {"all": 0.5, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}}
-    alone += [{"all": 0.25, "n": 8, "failed": 3, "intervals": {"all": [0.1, 0.5]}}, good]
+    spec, ours = smoke.run(), made(home)
+    short = {"all": 0.25, "n": 8, "failed": 3, "intervals": {"all": [0.1, 0.5]}}
     with pytest.raises(run.UnjudgedError, match="3 of 8 pictures did not come"):
-        run.run_all(smoke.run(), address=None, verbose=False)
-    assert not curves(journal)
-    assert [entry.value["tags"].keys() for entry in entries(journal) if entry.kind == "model"] == [
+        run.concluded(home, spec, ours, ORACLE, short, journal)
+    assert run.judged_before(home, ours, ORACLE) is None
+    assert not curves(journal.path)
+    assert [entry.value["tags"].keys() for entry in entries(journal.path) if entry.kind == "model"] == [
         {"bundle_sha256"}
     ]
 
-    assert run.run_all(smoke.run(), address=None, verbose=False).facts["oracle"] == good
-    assert curves(journal) == {"oracle/all": {0: 0.5}}
+    assert run.concluded(home, spec, ours, ORACLE, GOOD, journal)["oracle"] == GOOD
+    assert run.judged_before(home, ours, ORACLE) == GOOD
+    assert run.judged_before(home, ours._replace(digest="e" * 64), ORACLE) is None
+    assert curves(journal.path) == {"oracle/all": {0: 0.5}}
 
-    journal.write_text("")  # as if killed when the page was there and its lines were not
+    journal.path.write_text("")  # as if killed when the page was there and its lines were not
     for _ in range(2):
-        run.run_all(smoke.run(), address=None, verbose=False)
-        said = [entry for entry in entries(journal) if entry.kind == "model"]
+        run.concluded(home, spec, ours, ORACLE, GOOD, journal)
+        said = [entry for entry in entries(journal.path) if entry.kind == "model"]
         assert [entry.value["tags"]["score.all"] for entry in said] == ["0.5"]
 
 
-def test_the_pictures_of_the_page_are_a_picture_of_the_parent_run(
-    cluster: Path, alone: list[dict[str, Any]]
-) -> None:
-    alone.append({"all": 0.5, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}})
-    (cluster / "smoke").mkdir()
-    (cluster / "smoke" / SHEET).write_bytes(b"a picture")
-    run.run_all(smoke.run(), address=None, verbose=False)
-    said = [entry for entry in entries(cluster / "smoke" / JOURNAL) if entry.kind == "picture"]
-    assert [(entry.name, entry.value, entry.step) for entry in said] == [("prompts", SHEET, 0)]
+def test_the_pictures_of_the_page_are_pictures_of_the_parent_run(home: Home, journal: Journal) -> None:
+    for name in SHEETS[:3]:
+        (home.here / f"{name}.png").write_bytes(b"a picture")
+    run.concluded(home, smoke.run(), made(home), ORACLE, GOOD, journal)
+    said = [entry for entry in entries(journal.path) if entry.kind == "picture"]
+    assert [(entry.name, entry.value, entry.step) for entry in said] == [
+        (name, f"{name}.png", 0) for name in SHEETS[:3]
+    ]
 
 
 def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another(
-    cluster: Path,
-    alone: list[dict[str, Any]],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    home: Home, journal: Journal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, journal, tried = smoke.run(), cluster / "smoke" / JOURNAL, list[str]()
-    monkeypatch.setattr(run, "judge_of", tried.append)
-    for name in ("mine", "smoke/clip/bundle", "judge"):
-        (cluster / name).mkdir(parents=True)
-        sealed.seal(cluster / name, {}, {"content": name})
-    mine = ours.but(shapes=None, pairs=ours.pairs.but(destination=str(cluster / "mine")))
+    spec = smoke.run()
+    prepared(tmp_path / "mine")
+    for name in ("smoke/clip/bundle", "judge"):
+        (tmp_path / name).mkdir(parents=True)
+        sealed.seal(tmp_path / name, {}, {"content": name})
+    mine = spec.but(shapes=None, pairs=spec.pairs.but(destination=str(tmp_path / "mine/data/prepared")))
     figures = {"cosine": 0.25, "r_precision": 0.5, "true_cosine": 0.5, "true_r_precision": 0.75}
     about = {"n": 8, "failed": 0, "among": 8, "held_out": False}
-    good = (
-        figures
-        | about
-        | {
-            "judge": {"name": "clip", "digest": "d", "taught": True},
-            "intervals": {name: [0.1, 0.9] for name in figures},
-        }
-    )
-    alone += [good, good | {"judge": {"name": "judge", "digest": "e", "taught": False}, "held_out": True}]
-    for _ in range(2):  # the second start finds it judged
-        done = run.run_all(mine, address=None, verbose=False)
-        assert done.facts["clip"] == good
-        assert "oracle" not in json.loads((cluster / "smoke" / "summary.json").read_text())
-    assert "seen in training, by the cascade's own CLIP, which flatters" in done.text
+    judge = {"name": "clip", "digest": "d", "taught": True}
+    good = figures | about | {"judge": judge, "intervals": {name: [0.1, 0.9] for name in figures}}
+    way, ours = way_of(mine, home), made(home)
+    run.look_ahead(mine, way)
     assert "judged by captions that it was trained on" in caplog.text
-    assert curves(journal) == {f"clip/{name}": {0: value} for name, value in figures.items()}
-    tags = [entry.value["tags"] for entry in entries(journal) if entry.kind == "model"][-1]
+    for _ in range(2):  # the second start finds it judged
+        facts = run.concluded(home, mine, ours, way, good, journal)
+        assert facts["clip"] == run.judged_before(home, ours, way) == good
+        assert "oracle" not in json.loads((home.here / "summary.json").read_text())
+    text = run.told(home, facts | {"mlflow": ""}, way, "")
+    assert "seen in training, by the cascade's own CLIP, which flatters" in text
+    assert curves(journal.path) == {f"clip/{name}": {0: value} for name, value in figures.items()}
+    tags = [entry.value["tags"] for entry in entries(journal.path) if entry.kind == "model"][-1]
     assert (tags["score.by"], tags["score.all"], tags["score.cosine"]) == ("clip", "0.5", "0.25")
 
-    other = mine.but(evaluation=mine.evaluation.but(judge=str(cluster / "judge")))
-    text = run.run_all(other, address=None, verbose=False).text
-    assert "held out, by the CLIP judge" in text
-    assert tried == [str(cluster / "judge")]
-    assert not alone
+    other = mine.but(evaluation=mine.evaluation.but(judge=str(tmp_path / "judge")))
+    assert run.judged_before(home, ours, way_of(other, home)) is None
+    better = good | {"judge": {"name": "judge", "digest": "e", "taught": False}, "held_out": True}
+    facts = run.concluded(home, other, ours, way_of(other, home), better, journal)
+    assert "held out, by the CLIP judge" in run.told(home, facts | {"mlflow": ""}, way_of(other, home), "")
 
 
 def test_a_judge_that_there_is_not_is_said_before_any_work(
-    cluster: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "run_pipeline", lambda *_, **__: pytest.fail("it was begun"))
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ours = smoke.run()
     mine = ours.but(shapes=None, evaluation=ours.evaluation.but(judge="runs/absent"))
     with pytest.raises(ValueError, match=r"evaluation\.judge: 'runs/absent' is no bundle"):
         run.run_all(mine, address=None, verbose=False)
+    assert not list(tmp_path.rglob(JOURNAL))
 
 
-def test_own_data_without_any_clip_are_judged_by_nobody_and_painted_by_no_endpoint(
-    cluster: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "endpoint", lambda *_: pytest.fail("something was served"))
+def test_own_data_without_any_clip_are_judged_by_nobody(home: Home, journal: Journal) -> None:
     mine = ddpm.run().but(shapes=None)
-    done = run.run_all(mine, address=None, verbose=False)
-    assert done.facts["clip"] == {}
-    assert "not judged: none of its stages is a CLIP" in done.text
+    way = way_of(mine, home)
+    assert not way.possible
+    facts = run.concluded(home, mine, made(home), way, {}, journal)
+    assert facts["clip"] == {}
+    text = run.told(home, facts | {"mlflow": ""}, way, "")
+    assert "not judged: none of its stages is a CLIP" in text
 
 
 def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_group_of_several_is_left_and_who_does_not_leave_is_not_waited_for(
     monkeypatch.setattr(ray, "get", hang)
     Joining().on_shutdown(workers, ProcessGroup())
     assert workers.told == [(leave, count > 1)]
-    assert "workers did not leave their process group within 30 s" in caplog.text
+    assert "workers did not leave their process group within 5 s" in caplog.text
 
 
 def test_it_stands_for_ray_s_own_config() -> None:

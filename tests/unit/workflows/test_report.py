@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 
 from dd_core import bundle, images
+from jobs import sample
+from jobs.recipes import smoke
 from tests.unit.workflows.tiny_run import make_run
 from workflows import pictures, report
+from workflows.journal import Journal
 from workflows.report import write_report
 
 HOSTILE = '<script>alert("x")</script> & a "red" circle'
@@ -24,6 +27,12 @@ HOSTILE = '<script>alert("x")</script> & a "red" circle'
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    """The page of the run, painted once."""
+    return write_report(run).read_text()
 
 
 class Page(HTMLParser):
@@ -48,8 +57,7 @@ class Page(HTMLParser):
         self.said += data
 
 
-def test_the_page_asks_for_nothing_outside_itself_and_closes_what_it_opens(run: Path) -> None:
-    text = write_report(run).read_text()
+def test_the_page_asks_for_nothing_outside_itself_and_closes_what_it_opens(text: str) -> None:
     page = Page(text)
     assert page.wanted
     assert all(address.startswith(("data:", "#")) for address in page.wanted)
@@ -57,8 +65,8 @@ def test_the_page_asks_for_nothing_outside_itself_and_closes_what_it_opens(run: 
     assert not page.open
 
 
-def test_the_page_has_every_chapter_that_the_run_has_something_for(run: Path) -> None:
-    said = Page(write_report(run).read_text()).said
+def test_the_page_has_every_chapter_that_the_run_has_something_for(text: str) -> None:
+    said = Page(text).said
     for chapter in ("Pictures", "Judged by the oracle", "Denoising, step by step", "Noising", "Training"):
         assert chapter in said
     for fact in ("Autoencoder", "Time", "Specs and digests", "75.0%", "20.0% to 80.0%", "dB PSNR"):
@@ -119,11 +127,8 @@ def test_a_run_without_anything_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 3, 5, 16])
 def test_a_sheet_shows_every_picture_whole_and_at_its_own_size_whatever_is_said_below(count: int) -> None:
     shades = [(40 + 10 * place, 255 - 10 * place, 7) for place in range(count)]
-    painted = [
-        pictures.Painted("a very long caption " * 40, place, tuple(flat(side, shade) for side in (8, 32)))
-        for place, shade in enumerate(shades)
-    ]
-    pixels = np.asarray(pictures.sheet(painted))
+    cells = [("a very long caption " * 40, [flat(side, shade) for side in (8, 32)]) for shade in shades]
+    pixels = np.asarray(pictures.sheet(cells))
     for shade in shades:
         assert (pixels == shade).all(-1).sum() == 8**2 + 32**2
     assert (pixels[-pictures.CAPTION :] == 0).all(-1).any()  # and words
@@ -135,16 +140,51 @@ def flat(side: int, shade: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_sheet_of_a_run_holds_what_its_page_shows(run: Path) -> None:
+def test_the_sheets_of_a_run_hold_what_its_page_shows(run: Path) -> None:
     page = Page(write_report(run, prompts=["a red circle", "a blue star"]).read_text())
-    sheet = np.asarray(Image.open(run / report.SHEET).convert("RGB"))
-    shown = [
-        base64.b64decode(one.partition(",")[2]) for one in page.wanted if one.startswith("data:image/png")
-    ]
-    large = next(image for data in shown if (image := images.decoded(data)).shape == (3, 64, 64))
-    wanted = large.transpose(1, 2, 0)
-    windows = np.lib.stride_tricks.sliding_window_view(sheet, (64, 64, 3))
-    assert (windows == wanted).all((-1, -2, -3)).sum() == 1
+    pngs = [one.partition(",")[2] for one in page.wanted if one.startswith("data:image/png")]
+    shown = [images.decoded(base64.b64decode(one)).transpose(1, 2, 0) for one in pngs]
+    sheets = {name: np.asarray(Image.open(run / f"{name}.png").convert("RGB")) for name in report.SHEETS}
+    held = {name: sum(holds(sheet, one) for one in shown) for name, sheet in sheets.items()}
+    # the last frame of the first prompt is its small picture: both sheets hold both
+    assert held == {"prompts": 4 + 1, "denoising": 6 + 1, "noising": 8, "reconstructions": 12}
+
+
+def holds(sheet: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether a picture lies somewhere on a sheet, whole."""
+    height, width, _ = picture.shape
+    corners = zip(*np.nonzero((sheet == picture[0, 0]).all(-1)), strict=True)
+    return any(
+        np.array_equal(sheet[top : top + height, left : left + width], picture) for top, left in corners
+    )
+
+
+def test_a_picture_of_the_page_is_that_of_its_seed_alone_and_says_where_it_is_from(
+    run: Path, tmp_path: Path
+) -> None:
+    cascade = bundle.load_cascade(run / "cascade", precision="auto")
+    first, second = pictures.painted(cascade, ["a red circle", "ein roter Kreis \N{SNOWMAN}"], seed=4)
+    assert pictures.painted(cascade, [second.prompt], seed=5) == [second]
+    (asked,) = sample.paint(sample.Order(second.prompt, seed=5, images=1), run / "cascade", tmp_path)
+    assert (images.decoded(second.pngs[-1]) == images.decoded(asked.path.read_bytes())).all()
+    for one, seed in ((first, "4"), (second, "5")):
+        for png in one.pngs:
+            said = Image.open(io.BytesIO(png)).text  # type: ignore[attr-defined]
+            assert said == {"prompt": one.prompt, "seed": seed, "cascade": cascade.digest}
+
+
+def test_grids_over_steps_are_headed_by_what_they_show(tmp_path: Path) -> None:
+    stages = {"autoencoder": smoke.autoencoder(), "base": smoke.base(), "older": None}
+    for name, spec in stages.items():
+        Journal(tmp_path / name / "metrics.jsonl").log({"train/loss": 1.0}, 1)
+        (tmp_path / name / "samples").mkdir()
+        (tmp_path / name / "samples" / "step-00000004.png").write_bytes(flat(4, (1, 2, 3)))
+        kept = {"spec": spec.model_dump(mode="json") if spec else {"stage": {"kind": "of old"}}}
+        (tmp_path / name / "made_of.json").write_text(json.dumps(kept))
+    said = Page(write_report(tmp_path).read_text()).said
+    assert "autoencoder while it learned: pictures of the data and, beside each, what comes back" in said
+    assert "base while it learned: pictures of the data and, beside each, what it paints of the emb" in said
+    assert "older while it learned: sample grids" in said
 
 
 def test_the_trajectory_ends_in_the_picture_itself(run: Path) -> None:
@@ -168,8 +208,8 @@ def test_psnr_is_that_of_a_known_error() -> None:
     assert pictures.psnr(torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.2)) == pytest.approx(20.0)
 
 
-def test_pictures_in_the_page_can_be_read(run: Path) -> None:
-    page = Page(write_report(run).read_text())
+def test_pictures_in_the_page_can_be_read(text: str) -> None:
+    page = Page(text)
     pngs = [address for address in page.wanted if address.startswith("data:image/png")]
     sizes = {Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2]))).size for one in pngs}
     assert {(16, 16), (64, 64)} <= sizes
