@@ -122,15 +122,19 @@ def refuse_open(address: str) -> None:
         )
 
 
-def without_token(url: str) -> Answer:
+def without_token(url: str, *, user: tuple[str, str] | None = None) -> Answer:
     """What anybody gets who asks there, and how far the clock there is off.
+
+    Args:
+        url: Where.
+        user: Name and password, for a server that has users; None: a stranger.
 
     Raises:
         DashboardError: Nobody answers.
     """
     before = time.time()
     try:
-        reply = httpx.get(url, timeout=TIMEOUT_S)
+        reply = httpx.get(url, auth=user, timeout=TIMEOUT_S)
     except httpx.HTTPError as error:
         host, why = urlsplit(url).netloc.rpartition("@")[2], f"{type(error).__name__}: {error}"
         raise DashboardError(f"{host} does not answer ({why}); is it up, and reachable from here?") from None

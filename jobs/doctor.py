@@ -286,8 +286,13 @@ def mlflow() -> Iterator[Finding]:
 
 
 def mlflow_server(uri: str) -> Iterator[Finding]:
-    """Whether the server is of our version."""
-    theirs, ours = str(without_token(f"{uri.rstrip('/')}/version").body).strip(), installed("mlflow")
+    """Whether the server is of our version; one with users that does not let us in tells the probe why."""
+    answer = without_token(f"{uri.rstrip('/')}/version", user=environment.tracking_user())
+    theirs, ours = str(answer.body).strip(), installed("mlflow")
+    if answer.status == httpx.codes.UNAUTHORIZED or (
+        answer.status == httpx.codes.FORBIDDEN and "Host header" not in theirs
+    ):
+        return
     if not theirs[:1].isdigit():
         raise RegistryError(
             f"{shown(uri)} is no MLflow server, or does not know this host name: {theirs:.120}"
