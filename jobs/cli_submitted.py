@@ -95,7 +95,11 @@ def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = F
         ) from None
     job = cluster.job(job.id)
     if job.status == "FAILED":
-        click.echo("\n".join(["", "the first error:", *first_error(cluster.log(job))]), err=True)
+        found = first_error(cluster.log(job))
+        if as_json:
+            click.echo(json.dumps({"first_error": found}), err=err)
+        else:
+            click.echo("\n".join(["", "the first error:", *found]), err=True)
     if job.over or to_the_end:
         end_as(job)
 
