@@ -65,6 +65,6 @@ def test_the_plan_is_shown_and_refused_where_the_nodes_are_too_small(
     done = rehearsed("train", "clip", "--recipe", "smoke")
     assert done.exit_code == 2
     assert "the plan does not fit: clip: 1 workers of" in done.stderr
-    assert "= 1.1 GiB process + " in done.stderr
+    assert "there is room for 0 on 10.0.0.2" in done.stderr
     done = rehearsed("deploy", "demo@current")
     assert (done.exit_code, "shows the plan of a run" in done.stderr) == (2, True)

@@ -88,7 +88,7 @@ def test_an_error_that_workers_or_the_driver_recovered_from_is_not_the_one() -> 
         assert first_error(lost + again + "".join(rank(2, "ValueError: the cause")))[0] == (
             "ValueError: the cause"
         )
-        assert first_error(lost + again + "ddiff: prior: no such parent\n") == ["ddiff: prior: no such parent"]
+        assert first_error(lost + again + "ddiff: no such parent\n") == ["ddiff: no such parent"]
         assert first_error(lost + again)[0] == "RuntimeError: connection closed"  # the last that was heard
 
 

@@ -285,7 +285,7 @@ def test_two_endpoints_are_two_runs_and_so_are_two_destinations(tmp_path: Path) 
 def pairs_in(directory: Path, destination: str) -> Path:
     """A preparation to be submitted."""
     config = directory / "pairs.yaml"
-    config.write_text(f"kind: pairs\nshards: [a.tar]\ndestination: {destination}\n")
+    config.write_text(f"kind: pairs\nshards: [s3://b/a.tar]\ndestination: {destination}\n")
     return config
 
 
@@ -298,7 +298,10 @@ def test_a_cluster_on_which_every_name_is_taken_is_an_error() -> None:
     ("changes", "said"),
     [
         (("shapes=null", "pairs.destination=s3://b/p", "pairs.shards=['tars/*.tar']"), "shards 'tars/"),
-        (("stages.base.parents.clip=runs/old/clip/bundle",), "stages.base.parents.clip 'runs/old/clip/"),
+        (
+            ("stages.noised_clip.parents.clip=runs/old/clip/bundle",),
+            "stages.noised_clip.parents.clip 'runs/old/clip/",
+        ),
         (("evaluation.judge=ViT-B-32:weights.pt",), "evaluation.judge 'weights.pt'"),
         (("evaluation.judge=here",), "evaluation.judge 'here'"),
         (
@@ -321,7 +324,7 @@ def test_what_all_nodes_find_is_submitted() -> None:
         ("run",),
         "smoke",
         None,
-        ("stages.base.parents.clip=s3://b/clip/bundle", "evaluation.judge=ViT-B-32/openai"),
+        ("stages.noised_clip.parents.clip=s3://b/clip/bundle", "evaluation.judge=ViT-B-32/openai"),
     )
     own = ("shapes=null", "pairs.destination=/data/p", "pairs.shards=['s3://b/{0..9}.tar', '/data/a.tar']")
     order_of(("run",), "smoke", None, own)
