@@ -16,6 +16,7 @@ SKEW_WARN_S, SKEW_FAIL_S = 5.0, 600.0
 """Stores with signed requests refuse from 15 minutes on; times in logs mislead long before."""
 LOOK_S = 120.0
 """How long a node may take to look at itself, the start of a process and the import of torch included."""
+RESTART = "look at what its Ray has logged (ray logs), and start that again"
 
 
 class Finding(NamedTuple):
@@ -122,7 +123,7 @@ def told_of(name: str, seen: Seen | str, scratch_bytes: int) -> Iterator[Finding
         scratch_bytes: What a run would write to its disk at most; 0: nobody has said.
     """
     if isinstance(seen, str):
-        yield Finding("nodes", "fail", f"{name} says nothing of itself: {seen:.200}", f"see its Ray: {name}")
+        yield Finding("nodes", "fail", f"{name} says nothing of itself: {seen:.200}", RESTART)
         return
     yield room(f"{name}: {amount(seen.free)} free in {seen.scratch}", seen.free, scratch_bytes)
     yield skewed(name, seen.skew_s)
