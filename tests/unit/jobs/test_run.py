@@ -136,9 +136,8 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
     with pytest.raises(run.UnjudgedError, match="3 of 8 pictures did not come"):
         run.run_all(smoke.run(), address=None, verbose=False)
     assert not curves(journal)
-    assert [entry.value["tags"].keys() for entry in entries(journal) if entry.kind == "model"] == [
-        {"bundle_sha256"}
-    ]
+    (model,) = [entry for entry in entries(journal) if entry.kind == "model"]
+    assert model.value["tags"].keys() == {"bundle_sha256", "score.by", "score.way"}  # and no score
 
     assert run.run_all(smoke.run(), address=None, verbose=False).facts["oracle"] == good
     assert curves(journal) == {"oracle/all": {0: 0.5}}
