@@ -10,6 +10,7 @@ from jobs.shell import answer
 if TYPE_CHECKING:
     from jobs.plan import Plan
     from jobs.submit import Order
+    from workflows.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "store://of-the-nodes"
@@ -56,9 +57,22 @@ def planned(order: Order, address: str) -> Plan:
     if not isinstance(order.spec, RunSpec) or order.words[0] not in ("run", "train"):
         raise ConfigError(f"--dry-run shows the plan of a run, and {order.words[0]} is none; leave it out")
     place = for_the_cluster().get("DDIFF_STORAGE", ELSEWHERE).rstrip("/")
-    plan = plan_of(order.spec, seen_from_outside(address), run=f"{place}/{order.run}")
+    one = order.words[1] if order.words[0] == "train" else ""
+    spec = up_to(order.spec, one) if one else order.spec
+    plan = plan_of(spec, seen_from_outside(address), run=f"{place}/{order.run}")
     plan = plan._replace(free=None)  # of a directory that is not of this machine
-    return only(plan, order.words[1]) if order.words[0] == "train" else plan
+    return only(plan, one) if one else plan
+
+
+def up_to(spec: RunSpec, stage: str) -> RunSpec:
+    """A run as far as one stage stands on it: parents are planned too, since their bundles are not asked."""
+    from workflows.run_spec import in_order  # noqa: PLC0415
+
+    needed = {stage}
+    for one in reversed(in_order(spec.stages)):
+        needed |= set(one.parents.values()) if one.name in needed else set()
+    stages = tuple(one for one in spec.stages if one.name in needed)
+    return spec.model_construct(**(dict(spec) | {"stages": stages}))
 
 
 def only(plan: Plan, stage: str) -> Plan:
