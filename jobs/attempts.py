@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 log = logging.getLogger("jobs.attempts")
+ATTEMPTS = 3
+"""How often a driver that was killed is started again before its job has failed."""
 
 
 def attempted(most: int, words: Sequence[str]) -> int:

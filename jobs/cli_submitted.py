@@ -22,6 +22,7 @@ submitted = Group("submitted")
 @click.option("--config", "file", type=FILE, help="YAML as `ddiff config show` prints it.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
 @click.option("--address", help="Of the cluster's dashboard, http://head:8265; else RAY_ADDRESS.")
+@click.option("--dry-run", is_flag=True, help="Show the plan of a run, and submit nothing.")
 @click.option("--follow", is_flag=True, help="Stay, show what it says, and end as it ends.")
 @click.option("--insecure", is_flag=True, help="Even to a cluster that asks for no token.")
 def submit(
@@ -30,16 +31,18 @@ def submit(
     file: Path | None,
     changes: tuple[str, ...],
     address: str | None,
+    dry_run: bool,
     follow: bool,
     insecure: bool,
 ) -> None:
     """Run a command on a cluster; the same submission again resumes it.
 
-    RECIPE, or run, train STAGE, prepare with --recipe or --config, evaluate URL, deploy NAME@ALIAS.  What
-    only the nodes may do, since they hold the keys, is done there.  Prints the id of the job.
+    RECIPE, or run, train STAGE, prepare with --recipe or --config, doctor, evaluate URL, deploy NAME@ALIAS.
+    What only the nodes may do, since they hold the keys, is done there.  Prints the id of the job.
     """
     with importing():
         from jobs.dashboard import refuse_open
+        from jobs.dry_run import planned, show_plan
         from jobs.following import Cluster
         from jobs.submit import as_facts, order_of, told
         from jobs.submit import submit as hand_over
@@ -47,7 +50,11 @@ def submit(
         cluster = Cluster(address)
         if not insecure:
             refuse_open(cluster.address)
-        done = hand_over(order_of(words, recipe, file, changes), cluster)
+        order = order_of(words, recipe, file, changes)
+        if dry_run:
+            show_plan(planned(order, cluster.address))
+            return
+        done = hand_over(order, cluster)
     if not click.get_current_context().obj.quiet:
         click.echo(told(done), err=True)
     answer(as_facts(done), done.id)
@@ -95,7 +102,11 @@ def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = F
         ) from None
     job = cluster.job(job.id)
     if job.status == "FAILED":
-        click.echo("\n".join(["", "the first error:", *first_error(cluster.log(job))]), err=True)
+        found = first_error(cluster.log(job))
+        if as_json:
+            click.echo(json.dumps({"first_error": found}), err=err)
+        elif found:  # not of a doctor's report
+            click.echo("\n".join(["", "the first error:", *found]), err=True)
     if job.over or to_the_end:
         end_as(job)
 

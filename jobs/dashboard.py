@@ -1,5 +1,6 @@
 """A cluster asked over HTTP: the API of Ray's dashboard, with the token of this user."""
 
+import logging
 import socket
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import httpx
 
 from jobs import environment
 
+log = logging.getLogger(__name__)
 TIMEOUT_S = 20.0
 
 
@@ -109,28 +111,47 @@ def is_here(address: str) -> bool:
     return True
 
 
-def refuse_open(address: str) -> None:
-    """Hand nothing to a cluster that runs code for anybody; on this machine that may be.
+def refuse_open(address: str, *, unless: str = "say --insecure") -> None:
+    """Hand nothing to a cluster that runs code for anybody; on this machine that may be, and is told.
+
+    Args:
+        address: Of its dashboard.
+        unless: How a user says that it may.
 
     Raises:
         DashboardError: It asks nobody for a token, or does not answer.
     """
-    if not is_here(address) and without_token(f"{address.rstrip('/')}/api/version").status == httpx.codes.OK:
-        raise DashboardError(
-            f"{address} runs code for anybody who reaches it: start it with RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token), or say --insecure"
-        )
+    here = is_here(address)
+    try:
+        status = without_token(f"{address.rstrip('/')}/api/version").status
+    except DashboardError:
+        if here:  # who asks it next says so
+            return
+        raise
+    if status != httpx.codes.OK:
+        return
+    says = (
+        f"{address} runs code for anybody who reaches it: start it with RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token)"
+    )
+    if not here:
+        raise DashboardError(f"{says}, or {unless}")
+    log.warning("%s; it is of this machine, unless a tunnel leads elsewhere", says)
 
 
-def without_token(url: str) -> Answer:
+def without_token(url: str, *, user: tuple[str, str] | None = None) -> Answer:
     """What anybody gets who asks there, and how far the clock there is off.
+
+    Args:
+        url: Where.
+        user: Name and password, for a server that has users; None: a stranger.
 
     Raises:
         DashboardError: Nobody answers.
     """
     before = time.time()
     try:
-        reply = httpx.get(url, timeout=TIMEOUT_S)
+        reply = httpx.get(url, auth=user, timeout=TIMEOUT_S)
     except httpx.HTTPError as error:
         host, why = urlsplit(url).netloc.rpartition("@")[2], f"{type(error).__name__}: {error}"
         raise DashboardError(f"{host} does not answer ({why}); is it up, and reachable from here?") from None

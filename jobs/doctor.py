@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import fsspec
 import httpx
@@ -18,30 +18,15 @@ from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
 from jobs.deploy import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of
+from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
 from jobs.plan import Plan, on, plan_of, refusals
 from workflows.addresses import shown
 from workflows.registry import Registry, RegistryError
 from workflows.run_spec import RunSpec
 
-State = Literal["ok", "warn", "fail"]
-DRIVER = Path("/proc/driver/nvidia/version")
-SPARE_BYTES = 5 * 2**30
-"""Less free disk than this is worth a warning where no recipe says what it needs."""
 LISTEN_S = 5.0
 """How long a head may take to say that it is there."""
-SKEW_WARN_S, SKEW_FAIL_S = 5.0, 600.0
-"""Stores with signed requests refuse from 15 minutes on; times in logs mislead long before."""
-
-
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    check: str
-    state: State
-    says: str
-    fix: str = ""
-    """What to do, where there is something to do."""
 
 
 def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
@@ -61,7 +46,7 @@ def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
         "storage": storage,
         "disk": lambda: disk(plan()),
         "mlflow": mlflow,
-        "gpu": gpu,
+        **({"nodes": lambda: nodes(plan())} if environment.joins_cluster() else {"gpu": gpu}),
         "clock": clock,
         "port": lambda: port(address),
     }
@@ -248,7 +233,8 @@ def disk(plan: Plan | None) -> Iterator[Finding]:
     """Whether there is room for what the run writes."""
     place = environment.runs()
     if "://" in place:
-        yield Finding("disk", "ok", f"{place} is a store; how full it may get is its own affair")
+        needed = f"; in TMPDIR of each node up to {amount(plan.scratch_bytes)}" if plan else ""
+        yield Finding("disk", "ok", f"{place} is a store; how full it may get is its own affair{needed}")
         return
     free = free_disk(Path(place).absolute())
     if plan is not None:
@@ -277,7 +263,7 @@ def mlflow() -> Iterator[Finding]:
         return
     if uri.startswith("http"):
         yield from mlflow_server(uri)
-    refused = Registry(uri).probe("ddiff")
+    refused = Registry(uri).probe(environment.experiment())
     for what, why in refused.items():
         fix = "check MLFLOW_TRACKING_USERNAME and _PASSWORD and this user's permissions on the server"
         yield Finding("mlflow", "fail", f"{shown(uri)}: cannot {what}: {why}", fix)
@@ -286,8 +272,13 @@ def mlflow() -> Iterator[Finding]:
 
 
 def mlflow_server(uri: str) -> Iterator[Finding]:
-    """Whether the server is of our version."""
-    theirs, ours = str(without_token(f"{uri.rstrip('/')}/version").body).strip(), installed("mlflow")
+    """Whether the server is of our version; one with users that does not let us in tells the probe why."""
+    answer = without_token(f"{uri.rstrip('/')}/version", user=environment.tracking_user())
+    theirs, ours = str(answer.body).strip(), installed("mlflow")
+    if answer.status == httpx.codes.UNAUTHORIZED or (
+        answer.status == httpx.codes.FORBIDDEN and "Host header" not in theirs
+    ):
+        return
     if not theirs[:1].isdigit():
         raise RegistryError(
             f"{shown(uri)} is no MLflow server, or does not know this host name: {theirs:.120}"
@@ -298,38 +289,16 @@ def mlflow_server(uri: str) -> Iterator[Finding]:
         )
 
 
-def gpu() -> Iterator[Finding]:
-    """Whether torch can use the GPU that is here."""
-    import torch  # noqa: PLC0415 the other checks do not need it
-
-    from dd_core.compiled import compiled  # noqa: PLC0415 nor torch
-    from dd_core.nets import norm  # noqa: PLC0415
-
-    if not DRIVER.exists():
-        says = "no NVIDIA driver on this machine: what runs here runs on the CPU"
-        if compiled(norm.SOURCE):
-            yield Finding("gpu", "ok", says)
-        else:
-            fix = "apt-get install gcc libc6-dev"
-            yield Finding("gpu", "warn", f"{says}, where training takes half as long again without gcc", fix)
+def nodes(plan: Plan | None) -> Iterator[Finding]:
+    """What every node of the cluster says of its disk, its GPU and its clock."""
+    if not environment.joins_by_ray():
+        says = "their disks, GPUs and clocks are not seen from here: `ddiff submit doctor --follow` asks each"
+        yield Finding("nodes", "ok", says)
         return
-    driver = DRIVER.read_text().splitlines()[0].split("  ")
-    version = next((part.strip() for part in driver[1:] if part.strip()), "?")
-    if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
-        yield Finding(
-            "gpu",
-            "fail",
-            f"driver {version} is here, but torch sees no GPU: {built}",
-            "install a torch whose CUDA the driver knows, or a newer driver; look at CUDA_VISIBLE_DEVICES",
-        )
-        return
-    for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        total = float(torch.ones(8, device=f"cuda:{number}").sum())
-        state: State = "ok" if total == 8 else "fail"
-        says = f"{about.name}, {amount(about.total_memory)}, driver {version}, CUDA {torch.version.cuda}"
-        yield Finding("gpu", state, says, "" if total == 8 else "it adds wrongly: take it out of service")
+    with environment.ray_cluster():
+        found = seen_everywhere()
+    for name, seen in found.items():
+        yield from told_of(name, seen, plan.scratch_bytes if plan else 0)
 
 
 def clock() -> Iterator[Finding]:
@@ -347,23 +316,25 @@ def clock() -> Iterator[Finding]:
         if skew is None:
             yield Finding("clock", "ok", f"{shown(server)} does not say what time it is")
             continue
-        off = abs(skew)
-        state: State = "fail" if off > SKEW_FAIL_S else "warn" if off > SKEW_WARN_S else "ok"
-        fix = "" if state == "ok" else "let both follow a time server (chrony, systemd-timesyncd)"
-        yield Finding("clock", state, f"{shown(server)} is {skew:+.0f} s from this machine", fix)
+        yield skewed(shown(server), skew)
 
 
 def port(address: Address) -> Iterator[Finding]:
-    """Whether an endpoint can listen here; on a cluster, what Serve does there."""
+    """Whether an endpoint can listen here, or on a cluster what Serve has on the air there."""
     where = environment.cluster_address()
     if is_dashboard(where):
         with Dashboard(where) as dashboard:
             details = dashboard.get("/api/serve/applications/")
-        running = ", ".join(details.get("applications", {})) or "nothing"
-        http = details.get("http_options") or {}
-        at = f" at {http.get('host')}:{http.get('port')}" if http else ""
-        yield Finding("port", "ok", f"Serve on the cluster runs {running}{at}")
-        return
+        running, http = ", ".join(details.get("applications") or {}), details.get("http_options") or {}
+        if running or (http.get("port") == address.port):
+            yield on_the_air(running or "nothing", http, address)
+            return
+        if not environment.in_a_job():
+            says = (
+                f"Serve on the cluster runs nothing; port {address.port} of its nodes is not tried from here"
+            )
+            yield Finding("port", "ok", says)
+            return
     try:
         refuse_taken(address)
     except PortTakenError as error:
@@ -372,6 +343,16 @@ def port(address: Address) -> Iterator[Finding]:
         )
     else:
         yield Finding("port", "ok", f"{address.host}:{address.port} is free")
+
+
+def on_the_air(running: str, http: dict[str, Any], address: Address) -> Finding:
+    """Serve keeps the port that it was started with."""
+    says = f"Serve on the cluster runs {running} at {http.get('host')}:{http.get('port')}"
+    if http.get("port") == address.port:
+        return Finding("port", "ok", says)
+    where = f"--set host={http.get('host')} --set port={http.get('port')}"
+    fix = f"deploy with {where}, or `serve shutdown` first"
+    return Finding("port", "warn", f"{says}, and not at port {address.port}", fix)
 
 
 def told(found: list[Finding]) -> str:

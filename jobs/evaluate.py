@@ -18,6 +18,7 @@ from workflows.registry import ASKED, COSINE, JUDGED, SCORE, SCORE_HIGH, SCORE_L
 from workflows.run_spec import RunSpec
 from workflows.storage import Home
 
+Judges = Literal["oracle", "clip"]
 NOTHING_HELD_OUT = (
     "nothing is held out of the data, so the cascade will be judged by captions that it was trained on; "
     "--set pairs.held_out=0.02 keeps one in fifty for judging, and prepares and trains anew"
@@ -30,7 +31,7 @@ NO_JUDGE = (
 class Way(NamedTuple):
     """How a cascade is judged."""
 
-    by: Literal["oracle", "clip"]
+    by: Judges
     spec: EvaluationSpec
     own: OwnData | None = None
     """For a CLIP; None: there is no CLIP, and nobody can judge."""
@@ -109,11 +110,8 @@ def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:
 
     Scores of which pictures are missing say nothing.
     """
-    if way.by == "clip":
-        own = way.own._asdict() if way.own else None
-        tags = {SCORED_BY: way.by, WAY: json.dumps({"spec": way.spec.model_dump(mode="json"), "own": own})}
-    else:
-        tags = {}
+    own = way.own._asdict() if way.own else None
+    tags = {SCORED_BY: way.by, WAY: json.dumps({"spec": way.spec.model_dump(mode="json"), "own": own})}
     if not scores or not whole(scores):
         return tags
     name = "all" if way.by == "oracle" else "r_precision"
@@ -124,12 +122,13 @@ def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:
 
 
 def way_in(tags: Mapping[str, str]) -> Way:
-    """How a registered cascade is to be judged, as its run has said."""
-    if tags.get(SCORED_BY) != "clip":
+    """How a registered cascade is to be judged, as its run has said; else by the oracle."""
+    if WAY not in tags:
         return Way("oracle", EvaluationSpec())
     said = json.loads(tags[WAY])
     own = OwnData(**said["own"]) if said["own"] else None
-    return Way("clip", EvaluationSpec.model_validate(said["spec"]), own)
+    by: Judges = "clip" if tags.get(SCORED_BY) == "clip" else "oracle"
+    return Way(by, EvaluationSpec.model_validate(said["spec"]), own)
 
 
 def verdict_of(way: Way, scores: Mapping[str, Any]) -> str:

@@ -17,12 +17,19 @@ T = TypeVar("T")
 CUTS, PAUSE_S = 20, 3.0
 """How many connections in a row may bring nothing new of a log, and the pause before the next."""
 MOST_LINES = 15
-"""Of an error that is shown."""
-PREFIX = re.compile(r"^(?:\x1b\[\d+m)?\(([\w.]+)[^)]*pid=\d+(?:, ip=([\d.]+))?\)(?:\x1b\[0m)? ?")
+"""Of what is shown of a job that failed: an empty one, a heading, the error, how the job ended."""
+PREFIX = re.compile(
+    r"^(?:\x1b\[\d+m)?\((?P<who>[\w.]+)[^)]*pid=(?P<pid>\d+)(?:, ip=(?P<ip>[\d.]+))?\)(?:\x1b\[0m)? ?"
+)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)$')
-ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))\b(?::|$)")
+ERROR = re.compile(r"^(?!ddiff:)[A-Za-z_][\w.]*(?::|$)")
+"""The line that ends a traceback: the kind of the error and what it says."""
+WRAPPED = re.compile(r"^[\w.]+\.RayTaskError\(")
+"""The line that ends one of Ray's, which goes on with the traceback of another process."""
+BEGINS, AGAIN = "Traceback (most recent call last)", re.compile(r"; starting (?:it|them) again, ")
+"""The latter of a driver or workers that were lost: what was said before is mended."""
 TAKEN = re.compile(r"Job with submission_id \S+ already exists")
 OURS = ("dd_core/", "workflows/", "serve/", "jobs/")
 
@@ -274,8 +281,8 @@ def merged(lines: Iterator[str]) -> Iterator[str]:
     for raw in lines:
         line = COLOUR.sub("", raw.rstrip("\r"))
         if found := PREFIX.match(line):
-            where = f" {found[2]}" if found[2] else ""
-            line = f"{found[1]}{where} | {REPEATED.sub('', line[found.end() :])}"
+            where = f" {found['ip']}" if found["ip"] else ""
+            line = f"{found['who']}{where} | {REPEATED.sub('', line[found.end() :])}"
         if line.strip() and not noise(line):
             yield line
 
@@ -308,23 +315,41 @@ NOISE = (
 
 
 def first_error(log: str) -> list[str]:
-    """The first error of our own code and its cause, at most MOST_LINES lines; nothing if there is none.
+    """The first error of our own code and its cause, in few lines; nothing if there is none.
 
     A worker's error is followed by those it brings about elsewhere: the ranks that lost it, Ray's own
     wrappers.  So the first traceback with a frame of ours in it is the one to read: its innermost frames
-    of ours, and the line that says what was wrong.
+    of ours, and the line that says what was wrong.  One after which workers or driver were started again is
+    not what the job has failed of, unless nothing was said since.
     """
-    lines = [PREFIX.sub("", COLOUR.sub("", line)) for line in log.splitlines()]
-    plain = [line for line in lines if line.startswith("ddiff: ")]
-    for start, line in enumerate(lines):
-        begins = line.startswith("Traceback (most recent call last)")
-        if begins and (found := told_of(lines[start:])):
-            return [*found, *plain[-1:]][:MOST_LINES]
+    lines = [COLOUR.sub("", line) for line in log.splitlines()]
+    mended = max((number for number, line in enumerate(lines, 1) if AGAIN.search(line)), default=0)
+    return error_in(lines[mended:]) or error_in(lines)
+
+
+def error_in(lines: list[str]) -> list[str]:
+    """The same, of lines of which none is to be passed over; each process has lines of its own."""
+    said: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines):
+        found = PREFIX.match(line)
+        who = f"{found['pid']} {found['ip']}" if found else ""
+        said.setdefault(who, []).append((number, line[found.end() :] if found else line))
+    found_at: list[tuple[int, list[str]]] = []
+    for own in said.values():
+        texts = [text for _, text in own]
+        starts = [place for place, text in enumerate(texts) if text.startswith(BEGINS)]
+        for place, end in zip(starts, [*starts[1:], len(texts)], strict=False):
+            if told := told_of(texts[place:end]):
+                found_at.append((own[place][0], told))
+                break
+    plain = [text for _, text in said.get("", []) if text.startswith("ddiff: ")]
+    if found_at:
+        return [*min(found_at)[1], *plain[-1:]]
     return plain[:1]
 
 
 def told_of(lines: list[str]) -> list[str]:
-    """One traceback in short; nothing if none of it is ours."""
+    """One traceback in short; nothing if none of it is ours, or if it was never ended."""
     frames: list[str] = []
     for number, line in enumerate(lines[1:], 1):
         if found := FRAME.match(line):
@@ -334,8 +359,9 @@ def told_of(lines: list[str]) -> list[str]:
                 place = ours + file.rpartition(f"/{ours}")[2]
                 code = lines[number + 1].strip() if number + 1 < len(lines) else ""
                 frames.append(f"  {place}:{found['line']} in {found['where']}: {code}"[:200])
-        elif ERROR.match(line):
-            return [line[:500], *frames[-(MOST_LINES - 2) :]] if frames else []
+        elif line.strip() and not line[0].isspace() and not WRAPPED.match(line):
+            # of the lines that are shown, four are others' and one is this
+            return [line[:500], *frames[-(MOST_LINES - 5) :]] if frames and ERROR.match(line) else []
     return []
 
 

@@ -11,7 +11,7 @@ from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import ShapesSpec, pair
 from workflows.standing import Standing
-from workflows.storage import Home
+from workflows.storage import Home, is_address
 from workflows.train_spec import TrainSpec, cpu_share
 
 PROCESS_BYTES = 1_220_000_000
@@ -53,6 +53,14 @@ class StagePlan(NamedTuple):
         return max(self.memory_bytes, round((self.spec.resources.memory_gib or 0) * 2**30))
 
     @property
+    def scratch_bytes(self) -> int:
+        """On the disk of a node where its workers are and its run is in a store, at most.
+
+        The checkpoint that it resumes from, the one that is being written, parents, and its bundle.
+        """
+        return 2 * self.need.state + self.need.frozen + self.need.bundle
+
+    @property
     def checkpoints(self) -> int:
         """How many lie on disk at most, the one being written included."""
         budget, kept = self.spec.budget, self.spec.checkpoints_kept + 1
@@ -84,9 +92,21 @@ class Plan(NamedTuple):
     disk: dict[str, int]
     """What -> bytes on disk at the end."""
     free: int | None
-    """Bytes free for it; None: a store, which does not say."""
+    """Bytes free for it; None: a store, or a directory of other machines, which do not say."""
     standing: Mapping[str, Standing] = MappingProxyType({})
     """How far each stage is; empty if nobody has looked."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """On the disk of one node at most, of a run in a store; see workflows.storage.
+
+        Of the stages that may train on it at a time, and every bundle that was fetched before.
+        """
+        if not is_address(self.run):
+            return 0
+        together = [*((stage,) for stage in self.stages), *groups(self.stages, self.at_once)]
+        largest = max(sum(stage.scratch_bytes for stage in some) for some in together)
+        return largest + sum(stage.need.bundle for stage in self.stages)
 
     def facts(self) -> dict[str, Any]:
         """For programs."""
@@ -100,6 +120,7 @@ class Plan(NamedTuple):
             "at_once": self.at_once,
             "disk_bytes": self.disk | {"total": sum(self.disk.values())},
             "free_bytes": self.free,
+            "scratch_bytes_per_node": self.scratch_bytes,
             "refused": refusals(self),
         }
 
@@ -335,14 +356,16 @@ def told(plan: Plan) -> str:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(one, widths, strict=True)) for one in rows]
     total = sum(plan.disk.values())
     parts = ", ".join(f"{name} {amount(size)}" for name, size in plan.disk.items() if size)
-    free = "a store" if plan.free is None else f"{amount(plan.free)} free"
+    place = "a store" if is_address(plan.run) else "a directory of the nodes"
+    free = place if plan.free is None else f"{amount(plan.free)} free"
+    each = f"; up to {amount(plan.scratch_bytes)} in TMPDIR of each node" if plan.scratch_bytes else ""
     more = f" and {len(plan.nodes) - 4} more" if len(plan.nodes) > 4 else ""
     return "\n".join(
         [
             f"plan of {plan.run}",
             *(line.rstrip() for line in table),
             *(f"{name}: {now.text}" for name, now in plan.standing.items()),
-            f"disk:  {amount(total)} ({parts}), {free}",
+            f"disk:  {amount(total)} ({parts}), {free}{each}",
             *together_told(plan),
             f"nodes: {'; '.join(map(node_text, plan.nodes[:4]))}{more}",
         ]

@@ -9,14 +9,14 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
-from jobs.environment import joins_cluster, node_groups, ray_cluster, runs, tracking_uri
+from jobs.environment import experiment, joins_cluster, node_groups, ray_cluster, runs, tracking_uri
 from jobs.evaluate import NOTHING_HELD_OUT, Way, judge_endpoint, score_tags, verdict_of, way_of, whole
 from jobs.failures import JobFailedError, StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
@@ -86,7 +86,7 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     if not joins_cluster():
         announce(spec, this_machine())
     home = driver.opened()
-    with tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP) as tracking:
+    with tracked_run(home) as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
                 spec = bound(spec, announce(spec, joined()))
@@ -100,6 +100,11 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
         page = tracking.book.page()
     text = told(home, facts | {"mlflow": page}, way, url if address else "")
     return Summary(facts | {"mlflow": page}, text)
+
+
+def tracked_run(home: Home) -> AbstractContextManager[Tracked]:
+    """The run in MLflow: where, and under which experiment, this environment says."""
+    return tracked(home, uri=tracking_uri() or "", experiment=experiment(), stopped=TOLD_TO_STOP)
 
 
 class Left(NamedTuple):
@@ -178,7 +183,7 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
         if not joins_cluster():
             announce(one, this_machine())
         home = driver.opened()
-        track = tracked(home, uri=tracking_uri() or "", stopped=TOLD_TO_STOP)
+        track = tracked_run(home)
         with track as tracking, ray_cluster(verbose=verbose):
             if joins_cluster():
                 one = bound(one, announce(one, joined()))

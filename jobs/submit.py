@@ -20,20 +20,21 @@ from typing import Any, NamedTuple
 
 from dd_core.sealed import digest_of
 from dd_core.spec import Spec
+from jobs.attempts import ATTEMPTS
 from jobs.config import ConfigError, resolve, run_spec, shown
-from jobs.environment import for_the_cluster, same_everywhere
+from jobs.environment import for_the_cluster
 from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
+from jobs.inputs import path_of, refuse_here, refuse_local
 from jobs.secrecy import refuse_secrets, texts
 from serve import code
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
+from workflows.train_spec import TrainSpec
 
 CONFIG = "job.yaml"
 JUDGING = ("captions", "seed", "data", "judge")
 """Settings of `ddiff eval`."""
-ATTEMPTS = 3
-"""How often a driver that was killed is started again before its job has failed."""
 NAMES = 5
 """How many names are tried for a job."""
 
@@ -80,40 +81,71 @@ class Submitted(NamedTuple):
 
 
 def order_of(words: Sequence[str], recipe: str | None, file: Path | None, changes: Sequence[str]) -> Order:
-    """`smoke`, `run`, `train base`, `prepare`, `evaluate URL`, `deploy NAME@ALIAS` -> what to do there.
+    """`smoke`, `run`, `train base`, `prepare`, `doctor`, `deploy NAME@ALIAS`, ... -> what to do there.
 
     Raises:
         ConfigError: The words are no order, or the configuration is refused.
     """
+    named, source = recipe is not None or file is not None, recipe or str(file)
     match tuple(words):
         case ("train", stage):
             spec = whole_run(recipe, file, changes)
             spec.stage(stage)
-            return Order(("train", stage, "--config", CONFIG), spec.name, spec, recipe or str(file))
+            return Order(("train", stage, "--config", CONFIG), spec.name, spec, source)
         case ("train", *_):
             raise ConfigError("train: name one stage, such as `ddiff submit train base --recipe demo`")
         case ("run",):
             spec = whole_run(recipe, file, changes)
-            return Order(("run", "--config", CONFIG), spec.name, spec, recipe or str(file))
+            return Order(("run", "--config", CONFIG), spec.name, spec, source)
         case ("prepare",):
-            pairs = resolve(recipe, file, changes)
-            if not isinstance(pairs, PairsSpec):
-                raise ConfigError(f"{recipe or file} is of kind {pairs.kind!r}; prepare needs kind 'pairs'")
-            refuse_folder(pairs)
-            place = pairs.destination.rstrip("/")
-            name = f"prepare-{place.rpartition('/')[2]}-{short(place)}"
-            return Order(("data", "prepare", "--config", CONFIG), name, pairs, recipe or str(file))
-        case ("evaluate", url) if recipe is None and file is None:
-            return Order(judging(url, changes), f"evaluate-{short(url.rstrip('/'))}", None, "")
-        case ("deploy", which) if recipe is None and file is None:
-            return Order(deploying(which, changes), "deploy", None, "")
-        case (name,) if recipe is None and file is None:
+            return preparing(resolve(recipe, file, changes), source)
+        case ("doctor",) if named:
+            return Order(("doctor", "--config", CONFIG), "doctor", whole_run(recipe, file, changes), source)
+        case ("evaluate" | "deploy" | "doctor", *_) if not named:
+            return of_the_nodes(words, changes)
+        case (name,) if not named:
             spec = whole_run(name, None, changes)
             return Order(("run", "--config", CONFIG), spec.name, spec, name)
-    raise ConfigError(
+    raise no_order(words)
+
+
+def of_the_nodes(words: Sequence[str], changes: Sequence[str]) -> Order:
+    """What is done there since the nodes have the keys: `evaluate URL`, `deploy NAME@ALIAS`, `doctor`.
+
+    Raises:
+        ConfigError: The words are no such order.
+    """
+    match tuple(words):
+        case ("evaluate", url):
+            return Order(judging(url, changes), f"evaluate-{short(url.rstrip('/'))}", None, "")
+        case ("deploy", which):
+            return Order(deploying(which, changes), "deploy", None, "")
+        case ("doctor",) if not changes:
+            return Order(("doctor",), "doctor", None, "")
+    raise no_order(words)
+
+
+def no_order(words: Sequence[str]) -> ConfigError:
+    """What may be written instead."""
+    return ConfigError(
         f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --recipe or --config, "
-        "evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of a former config"
+        "doctor with or without them, evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of "
+        "a former config"
     )
+
+
+def preparing(spec: RunSpec | TrainSpec | PairsSpec, source: str) -> Order:
+    """The order of `prepare`.
+
+    Raises:
+        ConfigError: It is of another kind, or no node would find what it reads.
+    """
+    if not isinstance(spec, PairsSpec):
+        raise ConfigError(f"{source} is of kind {spec.kind!r}; prepare needs kind 'pairs'")
+    refuse_local(spec)
+    place = spec.destination.rstrip("/")
+    name = f"prepare-{place.rpartition('/')[2]}-{short(place)}"
+    return Order(("data", "prepare", "--config", CONFIG), name, spec, source)
 
 
 def judging(url: str, changes: Sequence[str]) -> tuple[str, ...]:
@@ -136,6 +168,9 @@ def judging(url: str, changes: Sequence[str]) -> tuple[str, ...]:
             "evaluate: data=PREPARED and judge=CLIP go together, the pairs and who judges by them"
         )
     EvaluationSpec.model_validate({name: value for name, value in asked.items() if name != "data"})
+    for place, path in asked.items():
+        if place == "data" or (place == "judge" and (path := path_of(path))):
+            refuse_here(place, path)
     settings = (word for name, _, value in given for word in (f"--{name}", value))
     return ("eval", "--url", url, *settings, "--record")
 
@@ -154,24 +189,14 @@ def deploying(which: str, changes: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole_run(recipe: str | None, file: Path | None, changes: Sequence[str]) -> RunSpec:
-    """The run that is meant; its data lies beside it, or where all nodes find it."""
-    spec = run_spec(recipe, file, changes)
-    if spec.shapes is None:
-        refuse_folder(spec.pairs)
-    return spec
-
-
-def refuse_folder(pairs: PairsSpec) -> None:
-    """Data that is prepared into the folder of a job would be deleted with it.
+    """The run that is meant, all that it reads where the nodes find it.
 
     Raises:
-        ConfigError: It would be.
+        ConfigError: It is refused, or reads what lies here.
     """
-    if not same_everywhere(pairs.destination):
-        raise ConfigError(
-            f"destination {pairs.destination!r} would lie in the folder of the job, which Ray deletes; write "
-            "s3://bucket/prepared or a directory that every node sees"
-        )
+    spec = run_spec(recipe, file, changes)
+    refuse_local(spec)
+    return spec
 
 
 def short(text: str) -> str:

@@ -64,6 +64,7 @@ class ReplicaSpec(Spec):
     """Of PyTorch on the CPU; 0: as many as num_cpus, at least one."""
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
+    """No fewer than the least, whatever it says."""
     busy_requests: float = Field(8, gt=0)
     """Requests in progress per replica above which another replica is started."""
     max_rows: int = Field(8, ge=1)
@@ -73,6 +74,11 @@ class ReplicaSpec(Spec):
     shared: bool | None = None
     """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
     image would no longer be the same to the last bit whatever is served beside it."""
+
+    @property
+    def most_replicas(self) -> int:
+        """How many there may be."""
+        return max(self.min_replicas, self.max_replicas)
 
 
 class ServeSpec(Spec):
@@ -203,7 +209,7 @@ def deployment(
         "max_queued_requests": spec.max_rows + spec.max_waiting,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=spec.min_replicas,
-            max_replicas=max(spec.min_replicas, spec.max_replicas),
+            max_replicas=spec.most_replicas,
             target_ongoing_requests=spec.busy_requests,
         ),
         "max_surge_percent": 100,

@@ -5,6 +5,7 @@ Where the tests run as root and `ip` is there, each node is in a network namespa
 """
 
 import contextlib
+import glob
 import json
 import os
 import pwd
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +29,18 @@ CANARIES = {
     "MLFLOW_FLASK_SERVER_SECRET_KEY": "canary-of-the-mlflow-server",
     "HF_TOKEN": "canary-of-somebody-else",
 }
-PLACES = [Path("/usr/lib/postgresql") / version / "bin" for version in ("17", "16", "15", "14", "13")]
+PLACES = "/usr/lib/postgresql/*/bin/pg_ctl"
+"""Of Debian, one for each version, as the Makefile looks for it."""
+ZONES = ("a", "b")
+"""Labels of the two worker nodes."""
 
 
 def postgres_at() -> Path | None:
-    """Where PostgreSQL's programs are."""
+    """Where PostgreSQL's programs are; of several versions the newest."""
     if found := shutil.which("pg_ctl"):
         return Path(found).resolve().parent
-    return next((place for place in PLACES if (place / "pg_ctl").exists()), None)
+    there = sorted(map(Path, glob.glob(PLACES)), key=lambda path: float(path.parts[-3]))
+    return there[-1].parent if there else None
 
 
 def demoted() -> dict[str, object]:
@@ -167,10 +173,10 @@ class TestCluster(NamedTuple):
     spaces: bool
     """Whether each node has a network of its own."""
 
-    def add(self, name: str, ip: str) -> None:
+    def add(self, name: str, ip: str, zone: str) -> None:
         """One more worker node."""
         place = Place(name, ip, self.directory, self.spaces)
-        words = ["--address", f"{self.head.ip}:{self.head_port}"]
+        words = ["--address", f"{self.head.ip}:{self.head_port}", "--labels", f"zone={zone}"]
         self.nodes.append(start_node(place, self.environment, words, cpus=1))
 
     def outside(self) -> dict[str, str]:
@@ -234,30 +240,34 @@ def sh(line: str) -> None:
 
 @contextlib.contextmanager
 def networks(names: list[str]) -> Iterator[list[str] | None]:
-    """An address for the head, a namespace with one for each other node; None without the rights."""
+    """An address for the head, a namespace with one for each other node; None without the rights.
+
+    Some may make a bridge and no namespace: whatever step is refused, what was made before it is taken away.
+    """
     tag = secrets.token_hex(2)
     bridge, prefix = f"dd{tag}", f"10.{77 + secrets.randbelow(100)}.{secrets.randbelow(250)}"
     try:
-        sh(f"ip link add {bridge} type bridge")
-    except (OSError, subprocess.CalledProcessError):
-        yield None
-        return
-    try:
-        sh(f"ip addr add {prefix}.1/24 dev {bridge}")
-        sh(f"ip link set {bridge} up")
-        for number, name in enumerate(names):
-            sh(f"ip netns add {name}")
-            sh(f"ip link add v{tag}{number} type veth peer name eth0 netns {name}")
-            sh(f"ip link set v{tag}{number} master {bridge}")
-            sh(f"ip link set v{tag}{number} up")
-            sh(f"ip netns exec {name} ip addr add {prefix}.{number + 2}/24 dev eth0")
-            sh(f"ip netns exec {name} ip link set eth0 up")
-            sh(f"ip netns exec {name} ip link set lo up")
-        yield [f"{prefix}.{number + 1}" for number in range(len(names) + 1)]
+        try:
+            sh(f"ip link add {bridge} type bridge")
+            sh(f"ip addr add {prefix}.1/24 dev {bridge}")
+            sh(f"ip link set {bridge} up")
+            for number, name in enumerate(names):
+                sh(f"ip netns add {name}")
+                sh(f"ip link add v{tag}{number} type veth peer name eth0 netns {name}")
+                sh(f"ip link set v{tag}{number} master {bridge}")
+                sh(f"ip link set v{tag}{number} up")
+                sh(f"ip netns exec {name} ip addr add {prefix}.{number + 2}/24 dev eth0")
+                sh(f"ip netns exec {name} ip link set eth0 up")
+                sh(f"ip netns exec {name} ip link set lo up")
+            ips: list[str] | None = [f"{prefix}.{number + 1}" for number in range(len(names) + 1)]
+        except (OSError, subprocess.CalledProcessError):
+            ips = None
+        yield ips
     finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
+        with contextlib.suppress(OSError):  # there is no `ip`
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
 
 
 @contextlib.contextmanager
@@ -267,10 +277,16 @@ def cluster() -> Iterator[TestCluster]:
     (directory / "laptop").mkdir()
     tag = secrets.token_hex(2)
     names = [f"n{number}{tag}" for number in (1, 2)]
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        found = stack.enter_context(networks(names))
+    with contextlib.ExitStack() as services, ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as stack:
+        services.callback(shutil.rmtree, directory, ignore_errors=True)
+        found = services.enter_context(networks(names))
         ips = found or ["127.0.0.1"] * 3
+
+        def tracking() -> Mlflow:
+            database = services.enter_context(postgres())
+            return services.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
+
+        starting = beside.submit(tracking)  # while the store and the head come up
         keys = stack.enter_context(s3_server(ips[0]))
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -307,8 +323,7 @@ def cluster() -> Iterator[TestCluster]:
         words += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
         head = start_node(Place("head", ips[0], directory, False), environment, words, cpus=0)
         stack.callback(lambda: kill_node(head) if head.process.poll() is None else None)
-        database = stack.enter_context(postgres())  # while the head comes up
-        mlflow = stack.enter_context(mlflow_server(database, ips[0], directory / "mlflow"))
+        mlflow = starting.result()
         made = TestCluster(
             f"http://{ips[0]}:{dashboard}",
             CANARIES["RAY_AUTH_TOKEN"],
@@ -324,7 +339,7 @@ def cluster() -> Iterator[TestCluster]:
         until(lambda: answers(f"{made.url}/api/version") or head.process.poll() is not None, 120)
         assert head.process.poll() is None, (head.home / "ray.log").read_text()[-2000:]
         for number in (0, 1):
-            made.add(names[number], ips[number + 1])
+            made.add(names[number], ips[number + 1], ZONES[number])
         until(lambda: alive_nodes(made) == 3, 120)
         mlflow.wait()
         yield made

@@ -26,8 +26,8 @@ SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
 )
 """Tags of a version: share of captions painted right, its interval, how many, and a digest of which."""
 SCORED_BY, COSINE, WAY = "score.by", "score.cosine", "score.way"
-"""Of a version that is judged by a CLIP: that it is; the mean cosine, where the score is R-precision; and how
-it is judged, in JSON (jobs.evaluate)."""
+"""Who judges a version, the oracle where that is not said; the mean cosine, where the score is R-precision;
+and how it is judged, in JSON (jobs.evaluate)."""
 NAME: TypeAdapter[str] = TypeAdapter(SafeName)
 
 

@@ -92,7 +92,7 @@ def ended(job: Job) -> Outcome:
         said = told_by_ray(error)
         outcome = decided(said, job.spec, disk=job.home.here)
         if outcome is not None:
-            log.debug("%s", outcome.status, exc_info=True)
+            log.info("%s", outcome.status, exc_info=error)  # for who follows the job: where it arose
             return outcome
         if said is not error:
             raise said from None

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from jobs.attempts import ATTEMPTS
 from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
@@ -51,8 +52,9 @@ def text_of(manifests: list[Manifest]) -> str:
 def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
     """A RayJob that makes a run on a cluster of its own.
 
-    A retry is a new cluster and a new driver; the run resumes because its name and its storage, and so all
-    that it has finished, are the same.
+    A driver that is killed is started again where it was.  A retry is a new cluster and a new driver, for a
+    head that was lost; the run resumes because its name and its storage, and so all that it has finished, are
+    the same.  KubeRay cannot tell a lost head from a run that is refused, and tries either again.
 
     Raises:
         ConfigError: A secret of this environment, or a password, would stand in it.
@@ -72,9 +74,11 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
         "kind": "RayJob",
         "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
         "spec": {
-            "entrypoint": f"ddiff run --config {CONFIG}/run.yaml",
+            "entrypoint": f"python -m jobs.attempts {ATTEMPTS} run --config {CONFIG}/run.yaml -v",
             "metadata": {"run": spec.name, "storage": f"{cluster.storage}/{spec.name}"},
-            "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_TRAIN_V2_ENABLED": "1"}}),
+            "runtimeEnvYAML": yaml.safe_dump(
+                {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_DEDUP_LOGS": "0"}}
+            ),
             "backoffLimit": cluster.retries,
             "submitterConfig": {"backoffLimit": 2},
             "shutdownAfterJobFinishes": True,
@@ -179,6 +183,7 @@ def stage_groups(plans: tuple[StagePlan, ...], at_once: int) -> list[Group]:
             cpus=max(plan.spec.resources.cpus or 1.0 for plan in alike),
             memory_bytes=max(plan.reserved_bytes for plan in alike),
             gpus=max(int(plan.gpu) for plan in alike),
+            scratch_bytes=max(plan.scratch_bytes for plan in alike),
         )
         labels = {KIND: group_name(kind)}
         for plan in alike:
@@ -215,8 +220,9 @@ def hop_groups(spec: ServeSpec, cluster: ClusterSpec) -> list[Group]:
             cpus=cluster.hop.cpus,
             memory_gib=cluster.hop.memory_gib,
             gpus=max([1, cluster.hop.gpus]) if gpu else 0,
+            scratch_gib=cluster.hop.scratch_gib,
         )
-        least, most = (nodes_for(alike, pod, which) for which in ("min_replicas", "max_replicas"))
+        least, most = (nodes_for(alike, pod, which) for which in ("min_replicas", "most_replicas"))
         name = "hops-gpu" if gpu else "hops-cpu"
         found.append(Group(name, pod, max(1, least), max(2, 2 * most), {KIND: name}))
     return found

@@ -11,7 +11,7 @@ from jobs.environment import STOP_S
 from jobs.nodes import NodeGroup
 
 PART = "app.kubernetes.io/part-of"
-DATA, CONFIG = "/data", "/etc/ddiff"
+DATA, CONFIG, SCRATCH = "/data", "/etc/ddiff", "/scratch"
 LEAVE_S = 20
 """Of a pod's grace, for Ray itself to end."""
 GROUP_START_S = 1800
@@ -84,6 +84,8 @@ def variables(cluster: ClusterSpec, groups: list[Group]) -> list[dict[str, str]]
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_S),
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": SCRATCH,
+        "RAY_TMPDIR": "/tmp",  # noqa: S108 in the pod: Ray's session stays where KubeRay looks for its logs
     }
     if cluster.s3_endpoint:
         found["AWS_ENDPOINT_URL"] = cluster.s3_endpoint
@@ -93,14 +95,18 @@ def variables(cluster: ClusterSpec, groups: list[Group]) -> list[dict[str, str]]
 def template(
     cluster: ClusterSpec, group: Group, name: str, environment: list[dict[str, str]], config: str
 ) -> dict[str, Any]:
-    """One pod: our image, not root, its secrets by reference, its share of memory as /dev/shm."""
+    """One pod: our image, not root, its secrets by reference, a third of its memory as /dev/shm, a disk."""
     volumes: list[dict[str, Any]] = [
         {
             "name": "shm",
-            "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, group.pod.memory_gib // 3)}Gi"},
-        }
+            "emptyDir": {"medium": "Memory", "sizeLimit": f"{-(-group.pod.memory_gib // 3)}Gi"},
+        },
+        {"name": "scratch", "emptyDir": {}},
     ]
-    mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108 in the pod
+    mounts: list[dict[str, Any]] = [
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 in the pod
+        {"name": "scratch", "mountPath": SCRATCH},
+    ]
     if cluster.claim:
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": cluster.claim}})
         mounts.append({"name": "data", "mountPath": DATA})

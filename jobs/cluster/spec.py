@@ -21,6 +21,8 @@ class PodSpec(Spec):
     cpus: int = Field(ge=1)
     memory_gib: int = Field(ge=1)
     gpus: int = Field(0, ge=0)
+    scratch_gib: int = Field(10, ge=1)
+    """Asked of its disk, for what is made there before it is sent and for what is fetched."""
 
     @property
     def memory_bytes(self) -> int:
@@ -28,11 +30,14 @@ class PodSpec(Spec):
         return round(self.memory_gib * (1 - OBJECT_STORE_SHARE) * 2**30)
 
     def resources(self) -> dict[str, Any]:
-        """As Kubernetes has it; requests equal limits, so that nobody is thrown out for another's sake."""
+        """As Kubernetes has it; requests equal limits, so that nobody is thrown out for another's sake.
+
+        But of the disk: a pod that writes more than it was thought to is no worse than another.
+        """
         amounts = {"cpu": str(self.cpus), "memory": f"{self.memory_gib}Gi"}
         if self.gpus:
             amounts["nvidia.com/gpu"] = str(self.gpus)
-        return {"requests": amounts, "limits": amounts}
+        return {"requests": amounts | {"ephemeral-storage": f"{self.scratch_gib}Gi"}, "limits": amounts}
 
 
 class ClusterSpec(Spec):
@@ -74,8 +79,8 @@ class ClusterSpec(Spec):
     """Nodes that serve; one with a GPU where a hop asks for one."""
     grace_s: int = Field(120, ge=30)
     """What a worker pod that is to go is given: Ray announces it, and who trains there saves."""
-    retries: int = Field(3, ge=0)
-    """New clusters for a job whose driver or head was lost; each resumes."""
+    retries: int = Field(1, ge=0)
+    """New clusters for a job whose head was lost; each resumes.  One that is refused is tried as often."""
     operator_namespace: DnsName = "kuberay-system"
     """May ask the dashboard and Serve."""
     client_namespace: DnsName = "ingress"
@@ -106,7 +111,16 @@ class ClusterSpec(Spec):
         return self.image or f"ddiff:{importlib.metadata.version('ddiff')}"
 
 
-def pod_for(*, cpus: float, memory_bytes: int, gpus: int) -> PodSpec:
-    """A pod on which a worker of this size fits, with a CPU for those who read and a GiB for Ray itself."""
+def pod_for(*, cpus: float, memory_bytes: int, gpus: int, scratch_bytes: int = 0) -> PodSpec:
+    """A pod on which a worker of this size fits, with a CPU for those who read and a GiB for Ray itself.
+
+    Args:
+        cpus: Of the worker.
+        memory_bytes: The same.
+        gpus: The same.
+        scratch_bytes: What it makes and fetches on its disk, beside what every pod is given.
+    """
     gib = math.ceil(memory_bytes / 2**30 / (1 - OBJECT_STORE_SHARE)) + 1
-    return PodSpec(cpus=math.ceil(cpus) + 1, memory_gib=gib, gpus=gpus)
+    spare = PodSpec.model_fields["scratch_gib"].default
+    scratch = math.ceil(scratch_bytes / 2**30) + spare
+    return PodSpec(cpus=math.ceil(cpus) + 1, memory_gib=gib, gpus=gpus, scratch_gib=scratch)

@@ -1,9 +1,11 @@
 """What KubeRay 1.7.0 (`ray.io/v1`) and Kubernetes accept of the fields that our manifests use, strictly.
 
 Written by hand from the types of KubeRay v1.7.0 (Apache-2.0); tests/parity/test_kuberay.py holds it, and the
-manifests, against the published CRDs where a checkout of them is.  A field that is not here is refused.
+manifests, against the published CRDs where a checkout of them is: what they require is required here, and of
+words that they list these are listed.  A field that is not here is refused.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 Schema = dict[str, Any]
@@ -45,7 +47,7 @@ def choice(*values: str) -> Schema:
 
 AMOUNTS: Schema = {
     "type": "object",
-    "propertyNames": {"enum": ["cpu", "memory", "nvidia.com/gpu", "storage"]},
+    "propertyNames": {"enum": ["cpu", "memory", "nvidia.com/gpu", "storage", "ephemeral-storage"]},
     "additionalProperties": QUANTITY,
 }
 RESOURCES = fields(requests=AMOUNTS, limits=AMOUNTS)
@@ -135,6 +137,33 @@ def manifest(version: str, kind: str, **body: Schema) -> Schema:
 
 
 SELECTOR = fields(matchLabels=TEXTS)
+CLUSTER_IN = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+"""Where in the spec of an object its cluster is."""
+NAME_LENGTH = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
+"""Letters, at most."""
+
+
+def refused(document: dict[str, Any]) -> Iterator[str]:
+    """What the operator refuses although the schemas allow it (its utils/validation.go), of our fields."""
+    kind, spec = document["kind"], document["spec"]
+    if len(document["metadata"]["name"]) > NAME_LENGTH[kind]:
+        yield f"a name of more than {NAME_LENGTH[kind]} letters"
+    if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+        yield "ttlSecondsAfterFinished without shutdownAfterJobFinishes"
+    cluster = spec[CLUSTER_IN[kind]] if CLUSTER_IN[kind] else spec
+    version = tuple(map(int, cluster["rayVersion"].split(".")[:2]))
+    if cluster["authOptions"]["mode"] == "token" and version < (2, 52):
+        yield "a token needs Ray 2.52"
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        name = group.get("groupName", "head")
+        if group.get("minReplicas", 0) > group.get("maxReplicas", 0):
+            yield f"{name}: minReplicas {group['minReplicas']} > maxReplicas {group['maxReplicas']}"
+        if not group["template"]["spec"]["containers"]:
+            yield f"{name}: no container"
+        if "labels" in group["rayStartParams"]:
+            yield f"{name}: labels among rayStartParams"
+
+
 SCHEMAS: dict[tuple[str, str], Schema] = {
     ("ray.io/v1", "RayCluster"): manifest("ray.io/v1", "RayCluster", spec=RAY_CLUSTER),
     ("ray.io/v1", "RayJob"): manifest(

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,12 +15,12 @@ from click.testing import CliRunner
 
 from jobs import environment
 from jobs.cli import main
-from jobs.doctor import cluster, findings, gpu, installed, resources
+from jobs.doctor import cluster, findings, gpu, installed, mlflow, mlflow_server, resources
 from jobs.nodes import UNSTARTED
 from jobs.plan import plan_of
 from jobs.recipes import smoke
 from tests.s3 import s3_server
-from workflows.registry import Registry
+from workflows.registry import Registry, RegistryError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's, of its own dependencies
 NAMES = ["RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "DDIFF_NODE_GROUPS"]
@@ -53,7 +54,7 @@ def doctor(*words: str, code: int) -> dict[str, list[dict[str, Any]]]:
 def test_a_cpu_without_a_compiler_is_told_how_to_be_faster(
     library: object, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.doctor.DRIVER", tmp_path / "none")
+    monkeypatch.setattr("jobs.machines.DRIVER", tmp_path / "none")
     monkeypatch.setattr("dd_core.compiled.compiled", lambda source: library)
     (found,) = gpu()
     assert (found.state, found.fix) == (state, "" if library else "apt-get install gcc libc6-dev")
@@ -143,6 +144,62 @@ def test_an_mlflow_that_is_away_and_a_cluster_that_is_away_are_failures(
     assert done.exit_code == 2
     state = {one["check"]: one["state"] for one in report["findings"]}
     assert (state["mlflow"], state["cluster"], state["resources"]) == ("fail", "fail", "fail")
+
+
+class Users(BaseHTTPRequestHandler):
+    """An MLflow server with users, to whom alone it says what it is."""
+
+    status, said = 401, b"You are not authenticated."
+
+    def do_GET(self) -> None:
+        good = self.headers["Authorization"] == "Basic " + b64encode(b"trainer:right").decode()
+        version = good and self.path == "/version"
+        self.send_response(200 if version else 404 if good else self.status)
+        self.end_headers()
+        self.wfile.write(f"{int(installed('mlflow').split('.')[0]) - 1}.0".encode() if version else self.said)
+
+    do_POST = do_GET  # noqa: N815 the name that http.server calls
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def users(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Users) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_an_mlflow_that_asks_for_a_user_is_one_and_is_shown_the_user_of_this_environment(
+    users: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("USERNAME", "PASSWORD"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    assert not list(mlflow_server(users))
+    (refused,) = findings("mlflow", mlflow)
+    assert refused.state == "fail"
+    assert "cannot begin a run" in refused.says
+    assert "401" in refused.says
+    assert refused.fix.startswith("check MLFLOW_TRACKING_USERNAME")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
+    (older,) = mlflow_server(users)
+    assert (older.state, older.fix) == ("warn", "use one major version")
+
+
+def test_an_mlflow_that_does_not_know_its_own_name_is_no_question_of_users(
+    users: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Users, "status", 403)
+    assert not list(mlflow_server(users))
+    monkeypatch.setattr(Users, "said", b"Invalid Host header - possible DNS rebinding attack detected")
+    with pytest.raises(RegistryError, match="does not know this host name: Invalid Host header"):
+        list(mlflow_server(users))
 
 
 class Gate(BaseHTTPRequestHandler):

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from jobs import environment
+from jobs import dashboard, environment
 from jobs.failures import Code, StoppedError, code_of
 
 ROOT = Path(environment.__file__).parents[1]
@@ -93,6 +95,7 @@ def test_sigterm_that_rays_own_handler_hears_is_told_as_any_other() -> None:
 OF_OUR_OWN = """
 import os, signal, socket
 from jobs.environment import ray_cluster
+from jobs.machines import SKEW_WARN_S, seen_everywhere
 
 def heard(number, frame):
     raise InterruptedError
@@ -115,6 +118,8 @@ with ray_cluster():
     for name, host in (("this machine", "127.0.0.1"), ("others", outside)):
         with socket.socket() as probe:
             print("open to", name, probe.connect_ex((host, port)) == 0)
+    for name, seen in seen_everywhere().items():
+        print(name, "has a disk", seen.free > 0, "and our clock", abs(seen.skew_s) < SKEW_WARN_S)
 sent("after")
 """
 
@@ -130,7 +135,10 @@ def test_a_ray_of_our_own_starts_beside_one_left_here_listens_here_alone_and_sig
         environ.pop(environment.LOOPBACK, None)
         words = [sys.executable, "-c", OF_OUR_OWN]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
-    said = ["heard beside Ray", "open to this machine True", "open to others False", "heard after Ray"]
+    said = [
+        *("heard beside Ray", "open to this machine True", "open to others False"),
+        *("127.0.0.1 has a disk True and our clock True", "heard after Ray"),
+    ]
     assert done.stdout.splitlines() == said, done.stderr
 
 
@@ -203,6 +211,47 @@ def test_a_dashboard_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ValueError, match="is a dashboard: hand the command to it with `ddiff submit`"):
         environment.ray_cluster().__enter__()
+
+
+def test_the_experiment_of_mlflow_is_honoured_and_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    assert environment.experiment() == "ddiff"
+    assert "MLFLOW_EXPERIMENT_NAME" not in environment.for_the_cluster()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "colours")
+    assert environment.experiment() == "colours"
+    assert environment.for_the_cluster()["MLFLOW_EXPERIMENT_NAME"] == "colours"
+
+
+class Anybody(BaseHTTPRequestHandler):
+    """A dashboard that asks for no token."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_cluster_elsewhere_that_asks_for_no_token_is_not_joined(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Anybody) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        head = f"127.0.0.1:{server.server_port}"
+        environment.refuse_open_cluster(head)
+        assert (
+            "unless a tunnel leads elsewhere" in caplog.text
+        )  # a port that is forwarded looks as if it were here
+        monkeypatch.setattr(dashboard, "is_here", lambda _: False)
+        with pytest.raises(ValueError, match=r"runs code for anybody .* or set RAY_AUTH_MODE=disabled"):
+            environment.refuse_open_cluster(head)
+        environment.refuse_open_cluster(None)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        environment.refuse_open_cluster(head)
+        server.shutdown()
 
 
 def test_nobody_else_takes_settings_from_the_environment() -> None:

@@ -4,6 +4,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +13,9 @@ from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
 from jobs.failures import line_of
 from jobs.following import MOST_LINES, Cluster, ClusterError, facts_of, first_error, merged, reason
+from workflows import worker
+from workflows.registry import split
+from workflows.storage import Home
 
 PREFIX = "\x1b[36m(Worker pid=8, ip=10.0.0.3)\x1b[0m "
 WRAPPED = """\
@@ -43,18 +47,81 @@ def test_the_first_error_of_our_code_comes_with_its_place_and_not_with_its_wrapp
         "  dd_core/losses.py:7 in eps_mse: return a @ b",
         "ddiff: TrainingError: clip: mat1 and mat2 shapes cannot be multiplied",
     ]
+    at = "(Worker pid=8, ip=10.0.0.3) "
     deep = WRAPPED.replace(
         '(Worker pid=8, ip=10.0.0.3)   File "/tmp/ray/_ray_pkg_1/dd_core/losses.py"',
         "\n".join(
-            f'  File "/tmp/ray/_ray_pkg_1/dd_core/deep.py", line {number}, in deeper\n    deeper()'
+            f'{at}  File "/tmp/ray/_ray_pkg_1/dd_core/deep.py", line {number}, in deeper\n{at}    deeper()'
             for number in range(40)
         )
-        + '\n  File "/tmp/ray/_ray_pkg_1/dd_core/losses.py"',
+        + f'\n{at}  File "/tmp/ray/_ray_pkg_1/dd_core/losses.py"',
     )
     shown = first_error(deep)
-    assert len(shown) == MOST_LINES
+    assert len(shown) == MOST_LINES - 3  # an empty line, the heading, and how the job ended
     assert shown[0].startswith("RuntimeError: mat1")
     assert shown[-2].startswith("  dd_core/losses.py:7")
+
+
+RANK = "(RayTrainWorker pid={}, ip=10.0.0.3) {}\n"
+
+
+def rank(pid: int, error: str) -> list[str]:
+    """The lines of one worker, of which each may be followed by another's."""
+    place = f'  File "/tmp/ray/_ray_pkg_1/dd_core/rank_{pid}.py", line {pid}, in step'
+    return [
+        RANK.format(pid, line) for line in ("Traceback (most recent call last):", place, "    go()", error)
+    ]
+
+
+def test_the_lines_of_two_ranks_are_no_traceback_of_both() -> None:
+    first, second = rank(1, "ValueError: the cause"), rank(2, "RuntimeError: peer lost")
+    log = "".join(line for pair in zip(first, second, strict=True) for line in pair)
+    assert first_error(log) == ["ValueError: the cause", "  dd_core/rank_1.py:1 in step: go()"]
+
+
+def test_an_error_that_workers_or_the_driver_recovered_from_is_not_the_one() -> None:
+    lost = "".join(rank(1, "RuntimeError: connection closed"))
+    for again in (
+        "12:00:02 clip: workers were lost; starting them again, 1 of 3\n",
+        "12:00:02 the driver was killed by SIGKILL; starting it again, attempt 2 of 3\n",
+    ):
+        assert first_error(lost + again + "".join(rank(2, "ValueError: the cause")))[0] == (
+            "ValueError: the cause"
+        )
+        assert first_error(lost + again + "ddiff: no such parent\n") == ["ddiff: no such parent"]
+        assert first_error(lost + again)[0] == "RuntimeError: connection closed"  # the last that was heard
+
+
+def test_a_traceback_ends_where_it_ends() -> None:
+    cut = "".join(rank(1, "12:00:03 clip: step 5")) + RANK.format(1, "KeyError: of somebody else")
+    assert first_error(cut + "ddiff: stopped\n") == ["ddiff: stopped"]
+    chained = "".join(rank(1, "KeyError: 'a'")) + "".join(rank(1, "StopIteration"))
+    assert first_error(chained)[0] == "KeyError: 'a'"
+    remote = [
+        "Traceback (most recent call last):",
+        '  File "/tmp/ray/_ray_pkg_1/jobs/run.py", line 50, in run_all',
+        "    made = run_pipeline(spec)",
+        "ray.exceptions.RayTaskError(DataError): ray::Reading.next() (pid=8, ip=10.0.0.3)",
+        '  File "/tmp/ray/_ray_pkg_1/workflows/feed.py", line 9, in read',
+        "    raise DataError(place)",
+        "workflows.feed.DataError: a.tar is cut",
+    ]
+    assert first_error("\n".join(remote))[0] == "workflows.feed.DataError: a.tar is cut"
+
+
+def test_what_a_worker_refuses_is_shown_where_it_arose(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "trained_to_the_end", lambda job: split("not a name"))
+    caplog.set_level("INFO", "workflows")
+    job: Any = SimpleNamespace(home=Home("/"), spec=None)
+    assert worker.ended(job).status == "refused"
+    log = "".join(RANK.format(8, line) for line in caplog.text.splitlines())
+    driver = WRAPPED.partition("peer\n")[2].partition("Traceback")[2].rpartition("Traceback")[2]
+    error, *frames = first_error(f"{log}Traceback{driver}")
+    assert error.startswith("workflows.registry.RegistryError: 'not a name' is no NAME@ALIAS")
+    assert frames[-2].startswith("  workflows/registry.py:")
+    assert frames[-1] == "ddiff: TrainingError: clip: mat1 and mat2 shapes cannot be multiplied"
 
 
 def test_a_refusal_without_a_traceback_is_the_error() -> None:

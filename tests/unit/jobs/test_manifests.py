@@ -16,7 +16,7 @@ from ray.scripts import scripts
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import main
-from jobs.cluster.manifests import hop_groups, job, object_name, said
+from jobs.cluster.manifests import hop_groups, job, object_name, said, service
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
 from jobs.nodes import Node
@@ -24,7 +24,7 @@ from jobs.plan import PlanError, plan_of, refusals
 from jobs.recipes import smoke
 from jobs.rollout import Config, serve_fields
 from serve.app import ServeSpec
-from tests.unit.jobs.kuberay import SCHEMAS
+from tests.unit.jobs.kuberay import CLUSTER_IN, SCHEMAS, refused
 from workflows.run_spec import RunSpec
 
 pytestmark = pytest.mark.slow
@@ -87,10 +87,11 @@ def group(cluster: dict[str, Any], name: str) -> dict[str, Any]:
 
 def errors(document: dict[str, Any]) -> list[str]:
     schema = SCHEMAS[document["apiVersion"], document["kind"]]
-    return [
+    found = [
         f"{'/'.join(map(str, error.path))}: {error.message}"
         for error in jsonschema.Draft7Validator(schema).iter_errors(document)
     ]
+    return found or list(refused(document) if document["kind"] in CLUSTER_IN else ())
 
 
 @pytest.mark.parametrize("kind", ["job", "cluster", "service"])
@@ -107,8 +108,8 @@ def test_every_manifest_is_of_the_schema_and_a_misspelt_one_is_not(
 
 def test_a_job_runs_the_resolved_recipe_retries_and_resumes(made: dict[str, list[dict[str, Any]]]) -> None:
     job = one(made["job"], "RayJob")["spec"]
-    assert (job["backoffLimit"], job["shutdownAfterJobFinishes"]) == (3, True)
-    assert job["entrypoint"] == "ddiff run --config /etc/ddiff/run.yaml"
+    assert (job["backoffLimit"], job["shutdownAfterJobFinishes"]) == (1, True)
+    assert job["entrypoint"] == "python -m jobs.attempts 3 run --config /etc/ddiff/run.yaml -v"
     assert job["metadata"]["storage"] == "s3://ddiff/runs/smoke"  # the same for every retry
     RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
     config = one(made["job"], "ConfigMap")
@@ -262,6 +263,38 @@ def test_hops_that_are_not_named_have_the_nodes_that_they_ask_for(named: dict[st
     gpu, cpu = hop_groups(spec, ClusterSpec())
     assert (gpu.name, gpu.pod.gpus, gpu.least) == ("hops-gpu", 1, max(1, 3 - len(named)))
     assert (cpu.name, cpu.pod.gpus) == ("hops-cpu", 0)
+
+
+def test_a_hop_that_wants_more_replicas_than_it_may_have_has_the_nodes_for_them() -> None:
+    many = {"min_replicas": 9, "num_gpus": 1}  # and max_replicas is 1
+    for hops in ({"base": many}, {"base": many, "prior": {"min_replicas": 4}}, {}):
+        spec = ServeSpec.model_validate({"cascade": "s3://ddiff/a", "digest": "e" * 64, "hops": hops})
+        document = service(Config(serve_fields(spec, CODE)), ClusterSpec())[-1]
+        assert not errors(document)
+        for each in document["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+            assert 0 < each["minReplicas"] < each["maxReplicas"], each["groupName"]
+        document["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"] = 0
+        assert "> maxReplicas 0" in errors(document)[0]
+
+
+def test_a_pod_has_a_disk_for_what_is_made_there_and_enough_shared_memory(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    cluster = one(made["job"], "RayJob")["spec"]["rayClusterSpec"]
+    for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = each["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume}
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        environment = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert volumes[mounts[environment["TMPDIR"]]] == {}
+        memory = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+        assert int(volumes[mounts["/dev/shm"]]["sizeLimit"].removesuffix("Gi")) >= 0.3 * memory
+        assert "ephemeral-storage" not in container["resources"]["limits"]
+    state = next(each for each in plan_of(smoke.run(), [], run="s3://b/x").stages if each.spec.name == "base")
+    asked = group(cluster, "base")["template"]["spec"]["containers"][0]["resources"]["requests"]
+    scratch = int(asked["ephemeral-storage"].removesuffix("Gi")) * 2**30
+    assert scratch > state.scratch_bytes > 2 * state.need.state
 
 
 @pytest.mark.parametrize(

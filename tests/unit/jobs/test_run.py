@@ -116,9 +116,8 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
         run.concluded(home, spec, ours, ORACLE, short, journal)
     assert run.judged_before(home, ours, ORACLE) is None
     assert not curves(journal.path)
-    assert [entry.value["tags"].keys() for entry in entries(journal.path) if entry.kind == "model"] == [
-        {"bundle_sha256"}
-    ]
+    (model,) = [entry for entry in entries(journal.path) if entry.kind == "model"]
+    assert model.value["tags"].keys() == {"bundle_sha256", "score.by", "score.way"}  # and no score
 
     assert run.concluded(home, spec, ours, ORACLE, GOOD, journal)["oracle"] == GOOD
     assert run.judged_before(home, ours, ORACLE) == GOOD

@@ -19,6 +19,7 @@ from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
 from jobs.recipes import smoke
 from jobs.submit import CONFIG, Order, Submitted, order_of, packed, submit
 from serve.code import PACKAGES, ROOT
+from workflows.run_spec import RunSpec
 
 CANARY = "canary-0123456789"
 
@@ -284,10 +285,57 @@ def test_two_endpoints_are_two_runs_and_so_are_two_destinations(tmp_path: Path) 
 def pairs_in(directory: Path, destination: str) -> Path:
     """A preparation to be submitted."""
     config = directory / "pairs.yaml"
-    config.write_text(f"kind: pairs\nshards: [a.tar]\ndestination: {destination}\n")
+    config.write_text(f"kind: pairs\nshards: [s3://b/a.tar]\ndestination: {destination}\n")
     return config
 
 
 def test_a_cluster_on_which_every_name_is_taken_is_an_error() -> None:
     with pytest.raises(ClusterError, match="the names of 5 jobs are taken by jobs that are not listed"):
         sent(Busy({f"smoke.{number}" for number in range(1, 9)}, []))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("shapes=null", "pairs.destination=s3://b/p", "pairs.shards=['tars/*.tar']"), "shards 'tars/"),
+        (
+            ("stages.noised_clip.parents.clip=runs/old/clip/bundle",),
+            "stages.noised_clip.parents.clip 'runs/old/clip/",
+        ),
+        (("evaluation.judge=ViT-B-32:weights.pt",), "evaluation.judge 'weights.pt'"),
+        (("evaluation.judge=here",), "evaluation.judge 'here'"),
+        (
+            ("stages.clip.stage.pretrained=ViT-B-32:clip.pt",),
+            "stages.clip.stage.pretrained 'clip.pt'",
+        ),
+    ],
+)
+def test_what_no_node_would_find_is_refused_here(
+    changes: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}.* is a path beside this folder"):
+        order_of(("run",), "smoke", None, changes)
+
+
+def test_what_all_nodes_find_is_submitted() -> None:
+    order_of(
+        ("run",),
+        "smoke",
+        None,
+        ("stages.noised_clip.parents.clip=s3://b/clip/bundle", "evaluation.judge=ViT-B-32/openai"),
+    )
+    own = ("shapes=null", "pairs.destination=/data/p", "pairs.shards=['s3://b/{0..9}.tar', '/data/a.tar']")
+    order_of(("run",), "smoke", None, own)
+    for words in (("data=mine", "judge=ViT-B-32/openai"), ("data=s3://b/d", "judge=ViT-B-32:weights.pt")):
+        with pytest.raises(ConfigError, match="is a path beside this folder"):
+            order_of(("evaluate", "http://x"), None, None, words)
+
+
+def test_a_doctor_goes_where_the_keys_are() -> None:
+    alone, asked = order_of(("doctor",), None, None, ()), order_of(("doctor",), "smoke", None, ("name=mine",))
+    assert (alone.words, alone.spec) == (("doctor",), None)
+    assert asked.words == ("doctor", "--config", CONFIG)
+    assert isinstance(asked.spec, RunSpec)
+    assert asked.spec.name == "mine"

@@ -1,5 +1,6 @@
 """A command that follows a job ends as that job did, whatever else has the name of its run."""
 
+import json
 import threading
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -126,6 +127,20 @@ def test_who_stops_following_is_told_that_the_job_goes_on(on: Any, words: list[s
 def test_the_log_of_a_job_at_work_is_shown_as_far_as_it_goes(on: Any) -> None:
     on(job("smoke.1", "RUNNING"))
     assert ddiff("logs", "smoke").exit_code == 0
+
+
+def test_of_a_job_that_failed_the_error_and_its_end_are_few_lines_and_json_for_who_asks_for_it(
+    on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = "".join(f'  File "/x/dd_core/a.py", line {n}, in f\n    f()\n' for n in range(40))
+    log = f"Traceback (most recent call last):\n{frames}ValueError: no\nddiff: ValueError: no\n"
+    monkeypatch.setattr(Jobs, "get_job_logs", lambda *_: log)
+    on(job("smoke.1", "FAILED", 3))
+    done = ddiff("logs", "smoke")
+    assert len(done.stderr.splitlines()) == following.MOST_LINES
+    assert done.stderr.startswith("\nthe first error:\nValueError: no\n")
+    *_, last = ddiff("logs", "smoke", "--json").stdout.splitlines()
+    assert json.loads(last)["first_error"][0] == "ValueError: no"
 
 
 def test_a_newer_job_of_the_run_does_not_decide_how_the_one_that_was_followed_ended(on: Any) -> None:

@@ -1,0 +1,149 @@
+"""What a machine says of itself: its GPU, its disk, its clock; on a cluster every node is asked."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jobs.nodes import amount, free_disk
+
+State = Literal["ok", "warn", "fail"]
+DRIVER = Path("/proc/driver/nvidia/version")
+SPARE_BYTES = 5 * 2**30
+"""Less free disk than this is worth a warning where no recipe says what it needs."""
+SKEW_WARN_S, SKEW_FAIL_S = 5.0, 600.0
+"""Stores with signed requests refuse from 15 minutes on; times in logs mislead long before."""
+LOOK_S = 120.0
+"""How long a node may take to look at itself, the start of a process and the import of torch included."""
+RESTART = "look at what its Ray has logged (ray logs), and start that again"
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    check: str
+    state: State
+    says: str
+    fix: str = ""
+    """What to do, where there is something to do."""
+
+
+class Seen(NamedTuple):
+    """What a node has said."""
+
+    gpu: list[Finding]
+    scratch: str
+    """Its directory for what is made or fetched there."""
+    free: int
+    """Bytes free on the disk of that."""
+    skew_s: float = 0.0
+    """How far its clock is ahead of ours."""
+
+
+class Machine:
+    """The machine that this process runs on."""
+
+    def seen(self) -> Seen:
+        """Its GPU and its disk."""
+        place = tempfile.gettempdir()
+        return Seen(list(gpu()), place, free_disk(Path(place)))
+
+    def now(self) -> float:
+        """Its clock, in seconds since 1970."""
+        return time.time()
+
+
+def gpu() -> Iterator[Finding]:
+    """Whether torch can use the GPU that is here."""
+    import torch  # noqa: PLC0415 the other checks do not need it
+
+    from dd_core.compiled import compiled  # noqa: PLC0415 nor torch
+    from dd_core.nets import norm  # noqa: PLC0415
+
+    if not DRIVER.exists():
+        says = "no NVIDIA driver on this machine: what runs here runs on the CPU"
+        if compiled(norm.SOURCE):
+            yield Finding("gpu", "ok", says)
+        else:
+            fix = "apt-get install gcc libc6-dev"
+            yield Finding("gpu", "warn", f"{says}, where training takes half as long again without gcc", fix)
+        return
+    driver = DRIVER.read_text().splitlines()[0].split("  ")
+    version = next((part.strip() for part in driver[1:] if part.strip()), "?")
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
+        yield Finding(
+            "gpu",
+            "fail",
+            f"driver {version} is here, but torch sees no GPU: {built}",
+            "install a torch whose CUDA the driver knows, or a newer driver; look at CUDA_VISIBLE_DEVICES",
+        )
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        total = float(torch.ones(8, device=f"cuda:{number}").sum())
+        state: State = "ok" if total == 8 else "fail"
+        says = f"{about.name}, {amount(about.total_memory)}, driver {version}, CUDA {torch.version.cuda}"
+        yield Finding("gpu", state, says, "" if total == 8 else "it adds wrongly: take it out of service")
+
+
+def seen_everywhere() -> dict[str, Seen | str]:
+    """Every node of the Ray that this process has joined, or why one has said nothing."""
+    import ray  # noqa: PLC0415 seconds, and for a cluster alone
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
+    looking = ray.remote(num_cpus=0, max_restarts=0)(Machine)
+    machines: dict[str, Any] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            address = str(node["NodeManagerAddress"])
+            name = f"{address} ({node['NodeID'][:6]})" if address in machines else address
+            machines[name] = looking.options(scheduling_strategy=there).remote()
+    asked = {name: machine.seen.remote() for name, machine in machines.items()}
+    found: dict[str, Seen | str] = {}
+    for name, machine in machines.items():
+        try:
+            seen = ray.get(asked[name], timeout=LOOK_S)
+            before = time.time()
+            now = ray.get(machine.now.remote(), timeout=LOOK_S)
+            found[name] = seen._replace(skew_s=now - (before + time.time()) / 2)
+        except ray.exceptions.RayError as error:
+            found[name] = " ".join(str(error).split())
+    return found
+
+
+def told_of(name: str, seen: Seen | str, scratch_bytes: int) -> Iterator[Finding]:
+    """The lines of one node.
+
+    Args:
+        name: Of the node.
+        seen: What it has said, or why it has not.
+        scratch_bytes: What a run would write to its disk at most; 0: nobody has said.
+    """
+    if isinstance(seen, str):
+        yield Finding("nodes", "fail", f"{name} says nothing of itself: {seen:.200}", RESTART)
+        return
+    yield room(f"{name}: {amount(seen.free)} free in {seen.scratch}", seen.free, scratch_bytes)
+    yield skewed(name, seen.skew_s)
+    for line in seen.gpu:
+        yield line._replace(says=f"{name}: {line.says}")
+
+
+def room(says: str, free: int, needed: int) -> Finding:
+    """Whether the disk of a node has room for what is made and fetched there."""
+    if free < needed:
+        says = f"{says}, and the run may write {amount(needed)} there before it is sent to its store"
+        return Finding("disk", "fail", says, "free some there, or set TMPDIR of the node to a larger disk")
+    if not needed and free < SPARE_BYTES:
+        return Finding("disk", "warn", says, "free some there, or set TMPDIR of the node to a larger disk")
+    return Finding("disk", "ok", f"{says}, of which {amount(needed)} may be needed" if needed else says)
+
+
+def skewed(name: str, skew_s: float) -> Finding:
+    """Whether a clock goes with ours."""
+    off = abs(skew_s)
+    state: State = "fail" if off > SKEW_FAIL_S else "warn" if off > SKEW_WARN_S else "ok"
+    fix = "" if state == "ok" else "let both follow a time server (chrony, systemd-timesyncd)"
+    return Finding("clock", state, f"{name} is {skew_s:+.0f} s from this machine", fix)
