@@ -152,8 +152,8 @@ def timesteps(
             chosen = in_sections(num_timesteps, num_steps, FAST27)
             chosen[-1] -= 2
         case "quad":
-            top = math.sqrt(0.8 * num_timesteps)
-            chosen = sorted({int((top * i / (num_steps - 1)) ** 2) for i in range(num_steps)})
+            roots = np.linspace(0, math.sqrt(0.8 * num_timesteps), num_steps)  # rounded as published
+            chosen = sorted({int(t) for t in roots**2})
         case "trailing":
             stride = num_timesteps / num_steps
             chosen = [round(num_timesteps - i * stride) - 1 for i in reversed(range(num_steps))]

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +102,15 @@ def test_spacings_are_the_published_ones() -> None:
     assert {199, 200, 399, 400, 999} <= set(sections)
     fast = timesteps("fast27", 1000, 27).tolist()
     assert (len(fast), fast[0], fast[-2:]) == (27, 0, [800, 997])
+
+
+@pytest.mark.parametrize("num_timesteps", [100, 1000])
+def test_quad_is_the_formula_of_the_published_code_for_every_number_of_steps(num_timesteps: int) -> None:
+    """t_i = floor((i sqrt(0.8 T) / (n - 1))**2), rounded down in float64 where the true value is whole."""
+    for count in range(2, num_timesteps + 1):
+        roots = np.linspace(0.0, np.sqrt(num_timesteps * 0.8), count)
+        written = np.floor(np.square(roots)).astype(int)
+        assert timesteps("quad", num_timesteps, count).tolist() == np.unique(written).tolist(), count
 
 
 def test_quad_leaves_out_steps_that_would_change_nothing() -> None:
