@@ -31,7 +31,7 @@ from workflows.report import SHEETS, write_report
 from workflows.standing import standings
 from workflows.storage import Home
 from workflows.superseded import MADE_OF
-from workflows.tracking import tracked
+from workflows.tracking import Tracked, tracked
 from workflows.training import PreemptedError
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ images from reconstructed ones, and the model is trained to deceive it.
 Source: Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G.  Where the published code
 departs from what it says, this file does as follows:
 - Its log variance of the pixels is in no optimizer and stays 0: here it is not there.
-- Its losses are sums over the values of an image; here they are divided by that number, all alike, so
-  that learning rate and clipping do not depend on the size of the crop.  `kl_weight` and `disc_weight`
-  keep their published meaning.
+- With a Gaussian its losses are sums over the values of an image; here they are divided by that number, all
+  alike, so that learning rate and clipping do not depend on the size of the crop.  With a codebook they are
+  means already.  `kl_weight` and `disc_weight` keep their published meaning, and the balance is clamped at
+  what is published for each.
 - The balance with the discriminator is computed only from `disc_start` on, and its gradients are used
   again for the step: nothing is walked backwards twice.
 """
@@ -180,12 +181,13 @@ class AutoencoderStage(Stage):
         deception = -functional_call(self.discriminator, still, (leaf,)).mean()
         (pull,) = torch.autograd.grad(reconstruction, leaf)
         (push,) = torch.autograd.grad(deception, leaf)
-        last, values = self.model.decoder.conv_out.weight, image[0].numel()
-        (pull_last,) = torch.autograd.grad(x0_hat, last, values * pull, retain_graph=True)
+        last = self.model.decoder.conv_out.weight
+        summed = image[0].numel() if self.model.quantiser is None else 1  # values that are one published loss
+        (pull_last,) = torch.autograd.grad(x0_hat, last, summed * pull, retain_graph=True)
         (push_last,) = torch.autograd.grad(x0_hat, last, push, retain_graph=True)
         balance = self.spec.disc_weight * losses.adaptive_weight(pull_last, push_last)
-        value = (reconstruction + balance / values * deception).detach()
-        linear = (x0_hat * (pull + balance / values * push)).sum()
+        value = (reconstruction + balance / summed * deception).detach()
+        linear = (x0_hat * (pull + balance / summed * push)).sum()
         parts |= {"deception": deception.detach(), "balance": balance}
         return value + linear - linear.detach(), parts
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -39,24 +40,25 @@ JOINED = {"to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "add_k_proj": "text", "ad
 
 def peer(spec: UNetSpec, *, in_channels: int, out_channels: int) -> UNet2DConditionModel:
     """diffusers' UNet with the blocks of UNet(spec, ...), told timesteps and caption states."""
+    return UNet2DConditionModel(in_channels=in_channels, out_channels=out_channels, **options_of(spec))
+
+
+def options_of(spec: UNetSpec) -> dict[str, Any]:
+    """How diffusers is told of the blocks of UNet(spec, ...)."""
     attends = [factor in spec.attention_at for factor in spec.factors()]
-    return UNet2DConditionModel(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        down_block_types=[
-            "SimpleCrossAttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends
-        ],
-        up_block_types=[
-            "SimpleCrossAttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends)
-        ],
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=spec.channels(),
-        layers_per_block=spec.blocks_per_level,
-        norm_num_groups=spec.groups,
-        cross_attention_dim=spec.text_width,
-        attention_head_dim=spec.head_width,
-        resnet_time_scale_shift="scale_shift" if spec.scale_shift else "default",
-    )
+    down = ["SimpleCrossAttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends]
+    up = ["SimpleCrossAttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends)]
+    return {
+        "down_block_types": down,
+        "up_block_types": up,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "block_out_channels": spec.channels(),
+        "layers_per_block": spec.blocks_per_level,
+        "norm_num_groups": spec.groups,
+        "cross_attention_dim": spec.text_width,
+        "attention_head_dim": spec.head_width,
+        "resnet_time_scale_shift": "scale_shift" if spec.scale_shift else "default",
+    }
 
 
 def as_ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,11 +13,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dd_core.layouts.moves import Move, fitted, inward
 
 log = logging.getLogger(__name__)
 FOLDER = "DD_REFERENCE_DIR"
+SHIMS: Mapping[str, Mapping[str, object]] = {
+    "mpi4py": {"MPI": None},
+    "piq": {"LPIPS": None},
+    "blobfile": {},
+    "torchvision": {},
+    "torchvision.transforms": {"RandomCrop": None},
+}
+"""What the published code of OpenAI imports and does not need here."""
 
 
 def checkout(repository: str, file: str) -> Path:
@@ -93,6 +102,52 @@ def differences(
     )
     log.info("answers %.1e, gradients %.1e apart", *found)
     return found
+
+
+def agree(
+    theirs: nn.Module,
+    ours: nn.Module,
+    moves: Iterable[Move],
+    ask: Callable[[nn.Module], Tensor],
+    our_ask: Callable[[Any], Tensor],
+) -> None:
+    """Answers and gradients are theirs: to 1e-5 in float32, where each side rounds in an order of its own,
+    and to 1e-6 in float64, where only the formulas are left."""
+    moves = list(moves)
+    assert max(differences(theirs, ours, moves, ask, our_ask)) <= 1e-5
+    for net in (theirs, ours):
+        net.zero_grad()
+    with in_float64(theirs, ours):
+        assert max(differences(theirs, ours, moves, ask, our_ask)) <= 1e-6
+
+
+@contextmanager
+def in_float64(*nets: nn.Module) -> Iterator[None]:
+    """A world where code that asks for float32, as published norms and embeddings do, gets float64."""
+    before = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        for net in nets:
+            net.double().register_forward_pre_hook(told_in_float64, with_kwargs=True)
+            for module in net.modules():
+                if getattr(module, "dtype", None) is torch.float32:  # what they cast their input to
+                    patch.setattr(module, "dtype", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch, "float32", torch.float64)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def told_in_float64(net: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    """What a network is asked with, its numbers in float64."""
+    return tree_map(widened, (given, named))
+
+
+def widened(value: Any) -> Any:
+    """A tensor of real numbers in float64; anything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def grad_of(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dd_core.nets.network import PlainSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.samplers import SamplingSpec, sample
 from jobs import exchange
-from tests.parity.reference import checkout, importing, randomised
+from tests.parity.reference import SHIMS, checkout, importing, randomised
 
 pytestmark = pytest.mark.parity
 
@@ -35,13 +35,6 @@ SIZES = {
 UNET = UNetSpec(
     width=32, channel_mult=(1, 2), blocks_per_level=1, attention_at=(2,), head_width=16, level_scale=1
 )
-SHIMS = {
-    "mpi4py": {"MPI": None},
-    "piq": {"LPIPS": None},
-    "blobfile": {},
-    "torchvision": {},
-    "torchvision.transforms": {"RandomCrop": None},
-}
 LABEL = torch.tensor([3, 0])
 
 

@@ -1,4 +1,4 @@
-"""Karlo against the published code, and its prior against diffusers: one state dict, equal answers."""
+"""Karlo against the published code, and against diffusers: one state dict, equal answers."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from dd_core.layouts.moves import Move
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec
 from dd_core.nets.text import UnclipSpec, UnclipUNet
 from dd_core.nets.unet import UNet, UNetSpec
-from tests.parity.reference import checkout, differences, importing, randomised
+from tests.parity.reference import checkout, differences, grad_of, importing, randomised
 
 pytestmark = pytest.mark.parity
 
@@ -149,3 +149,68 @@ def test_prior_of_diffusers() -> None:
     F.mse_loss(expected, torch.ones_like(expected)).backward()
     torch.testing.assert_close(net.query.grad, peer.prd_embedding.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.text_in.weight.grad, peer.encoder_hidden_states_proj.weight.grad)
+
+
+def test_decoder_of_diffusers() -> None:
+    """Theirs is two networks: one projects what CLIP says, the other is told it as class and context."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel  # noqa: PLC0415
+
+    from tests.parity.diffusers_unet import as_ours, options_of  # noqa: PLC0415
+
+    spec = UNET.but(
+        channel_mult=(1, 2, 3),
+        attention_at=(2, 4),
+        text_width=24,
+        text_at_level=False,
+        level_told=True,
+        embedding_width=16,
+    )
+    peer = diffusers.UNet2DConditionModel(
+        **options_of(spec), in_channels=3, out_channels=6, class_embed_type="identity"
+    )
+    projected = UnCLIPTextProjModel(
+        clip_embeddings_dim=16, time_embed_dim=4 * spec.width, cross_attention_dim=spec.text_width
+    )
+    peer, projected = randomised(peer), randomised(projected)
+    net, x = UnclipUNet(UnclipSpec(unet=spec, states_width=16)), torch.randn(2, 3, 16, 16)
+    net.load_state_dict(joined(as_ours(peer.state_dict()), dict(projected.state_dict())))
+
+    def theirs(*, unguided: bool) -> torch.Tensor:
+        both = (lambda one: torch.cat([one, one])) if unguided else lambda one: one
+        states, level = projected(
+            image_embeddings=EMBEDDING,
+            prompt_embeds=both(CAPTION),
+            text_encoder_hidden_states=both(STATES),
+            do_classifier_free_guidance=unguided,
+        )
+        heard = F.pad(both(HEARD), (projected.clip_extra_context_tokens, 0), value=True)
+        told = {"encoder_hidden_states": states, "class_labels": level, "attention_mask": heard}
+        return peer(both(x), both(TIMES), **told).sample
+
+    expected, answer = theirs(unguided=False), net(x, TIMES, net.read(STATES, CAPTION, HEARD, EMBEDDING))
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
+    without = net(x, TIMES, net.read(STATES, CAPTION, HEARD, None))
+    torch.testing.assert_close(without, theirs(unguided=True)[:2], rtol=0, atol=1e-5)
+    for found in (answer, expected):
+        F.mse_loss(found, torch.ones_like(found)).backward()
+    grads = [{name: grad_of(p) for name, p in one.named_parameters()} for one in (peer, projected)]
+    for name, grad in joined(as_ours(grads[0]), grads[1]).items():
+        torch.testing.assert_close(grad_of(net.get_parameter(name)), grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def joined(unet: dict[str, torch.Tensor], projected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of their two networks under the names of our one."""
+    names = {
+        "clip_image_embeddings_project_to_time_embeddings": "unet.hearing.embedding",
+        "embedding_proj": "caption",
+        "encoder_hidden_states_proj": "states",
+        "text_encoder_hidden_states_norm": "norm",
+    }
+    ours = {f"unet.{name}": tensor for name, tensor in unet.items()}
+    ours["no_embedding"] = projected["learned_classifier_free_guidance_embeddings"]
+    for part in ("weight", "bias"):
+        ours |= {f"{mine}.{part}": projected[f"{name}.{part}"] for name, mine in names.items()}
+        apart = projected[f"clip_extra_context_tokens_proj.{part}"].unflatten(0, (-1, 4))  # a token's last
+        ours[f"unet.hearing.tokens.{part}"] = apart.transpose(0, 1).flatten(0, 1)
+    return ours

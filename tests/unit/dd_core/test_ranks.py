@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from dd_core.likelihood import TimestepSampler
+from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.ranks import gathered
 from dd_core.stage import Budget, OptimizerSpec, PairBatch, Stage, Trained
 from dd_core.stages.clip import ClipStage
@@ -73,6 +74,20 @@ def accumulated_by(rank: int) -> dict[str, Any]:
     return {"sums": sums.count(0), "norm": norm, "weights": weights}
 
 
+def observed_in(latents: Tensor) -> Autoencoder:
+    """An autoencoder that has seen two batches of latents, whose moments are its scale."""
+    net = Autoencoder(AutoencoderNetSpec(width=8, channel_mult=(1,), blocks=1, groups=8))
+    for batch in latents:
+        net.observe(batch)
+    return net
+
+
+def two_batches() -> Tensor:
+    """Of latents, b c h w each; the second half of each is another distribution than the first."""
+    drawn = torch.randn(2, 4, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    return torch.cat([0.1 * drawn[:, :2], 5 + 2 * drawn[:, 2:]], 1)
+
+
 def rank_main(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
@@ -86,6 +101,8 @@ def rank_main(rank: int, root: Path) -> None:
     levels = TimestepSampler(3, history=2)
     levels.observe(*map(gathered, (torch.tensor([rank, rank + 1]), torch.tensor([1.0, 2.0]) + rank)))
     torch.save(levels.state_dict(), root / f"levels.{rank}.pt")
+    seen = observed_in(two_batches()[:, mine])
+    torch.save({"moments": seen.moments, "scale": seen.scale()}, root / f"latents.{rank}.pt")
     dist.barrier()
     os._exit(0)  # gloo on CPU sometimes aborts in its own teardown
 
@@ -111,3 +128,9 @@ def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) ->
     for rank in range(2):
         found = torch.load(tmp_path / f"levels.{rank}.pt")
         assert all(torch.equal(found[name], value) for name, value in alike.state_dict().items())
+    whole = observed_in(two_batches())
+    assert whole.observed == 2
+    for rank in range(2):
+        found = torch.load(tmp_path / f"latents.{rank}.pt")
+        torch.testing.assert_close(found["moments"], whole.moments)
+        torch.testing.assert_close(found["scale"], whole.scale())

@@ -104,11 +104,18 @@ def test_spacings_are_the_published_ones() -> None:
     assert (len(fast), fast[0], fast[-2:]) == (27, 0, [800, 997])
 
 
-@given(num_steps=st.integers(2, 1000))
-@settings(max_examples=40, deadline=None)
-def test_quad_is_that_of_the_published_code_without_steps_that_change_nothing(num_steps: int) -> None:
-    published = [int(t) for t in np.linspace(0, np.sqrt(800), num_steps) ** 2]
-    assert timesteps("quad", 1000, num_steps).tolist() == sorted(set(published))
+@pytest.mark.parametrize("num_timesteps", [100, 1000])
+def test_quad_is_the_formula_of_the_published_code_for_every_number_of_steps(num_timesteps: int) -> None:
+    """t_i = floor((i sqrt(0.8 T) / (n - 1))**2), rounded down in float64 where the true value is whole."""
+    for count in range(2, num_timesteps + 1):
+        roots = np.linspace(0.0, np.sqrt(num_timesteps * 0.8), count)
+        written = np.floor(np.square(roots)).astype(int)
+        assert timesteps("quad", num_timesteps, count).tolist() == np.unique(written).tolist(), count
+
+
+def test_quad_leaves_out_steps_that_would_change_nothing() -> None:
+    assert len(timesteps("quad", 1000, 100)) < 100
+    assert (timesteps("quad", 1000, 100).diff() > 0).all()
 
 
 @pytest.mark.parametrize(
