@@ -56,7 +56,7 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     summary = summary_of(run)
     cascade = bundle.load_cascade(run / "cascade", precision="auto") if (run / "cascade").exists() else None
     data = data_of(run, summary)
-    known = prompts or captions(data, 16)
+    known = prompts or captions(data, pictures.SHOWN)
     painted = pictures.painted(cascade, known, seed=seed) if cascade is not None else []
     if cascade is not None and painted:
         pictures.sheet(painted).save(run / SHEET)
@@ -93,7 +93,7 @@ def data_of(run: Path, summary: Mapping[str, Any]) -> Path:
 
 def captions(data: Path, count: int) -> list[str]:
     """Captions of the prepared data; none before it is prepared."""
-    return pictures.prepared_captions(data, count) if (data / sealed.MANIFEST).exists() else []
+    return pictures.prepared_captions(data, count)
 
 
 def painted_section(cascade: Cascade | None, painted: Sequence[Painted]) -> Section | None:
@@ -187,10 +187,9 @@ def trajectory_section(cascade: Cascade | None, prompts: Sequence[str], seed: in
 
 def noising_section(data: Path) -> Section | None:
     """The forward process on a training image."""
-    if not (data / sealed.MANIFEST).exists():
+    if not (sizes := pictures.prepared_sizes(data)):
         return None
-    size = min(pictures.prepared_sizes(data))
-    original, _ = pictures.prepared_images(data, size, 1)
+    original, _ = pictures.prepared_images(data, min(sizes), 1)
     frames = [figure(image(data), f"σ = {sigma:g}") for sigma, data in pictures.noising(original)]
     return Section(
         "Noising", "The way that sampling walks back: one training image under noise.", strip(frames)
@@ -234,9 +233,9 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
 def reconstruction_section(run: Path, data: Path) -> Section | None:
     """Images before and after the autoencoder."""
     path = next((path.parent for path in run.glob("*/bundle/spec.json") if is_autoencoder(path)), None)
-    if path is None or not (data / sealed.MANIFEST).exists():
+    if path is None or not (sizes := pictures.prepared_sizes(data)):
         return None
-    originals, _ = pictures.prepared_images(data, max(pictures.prepared_sizes(data)), 6)
+    originals, _ = pictures.prepared_images(data, max(sizes), 6)
     pairs = pictures.reconstructions(path, originals)
     above = [figure(image(pair.original), "original") for pair in pairs]
     below = [figure(image(pair.rebuilt), f"{pair.psnr:.1f} dB") for pair in pairs]

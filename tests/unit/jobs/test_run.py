@@ -1,6 +1,7 @@
 """`ddiff run`: what it does on a cluster that others use too."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,8 @@ from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
 from jobs.run import report
 from workflows.journal import JOURNAL, Journal, curves, entries
+from workflows.parts import Part
+from workflows.pictures import last_parts
 from workflows.pipeline import RunResult
 from workflows.report import SHEET, data_of
 from workflows.storage import Home
@@ -232,9 +235,16 @@ def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:
 
 def test_the_page_of_a_run_in_a_store_has_its_data_where_it_looks_for_them() -> None:
     home = Home.of("memory://bucket/runs/gathered")
-    for name in ("manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"):
+    kept = {"part-00000.parquet": 9, "part-00001-1a2b3c4d.parquet": 20, "part-00002.parquet": 0}
+    parts = [
+        Part(shard=n, url="x", file=file, rows=20, kept=many, rejects={}, bytes=2, sha256="").model_dump()
+        for n, (file, many) in enumerate(kept.items())
+    ]
+    for name in kept:
         home.at("data/prepared").write(name, "{}")
-    run.gather_data(home, smoke.run())
+    home.at("data/prepared").write("manifest.json", json.dumps({"parts": parts}))
     looked_at = data_of(home.here, {"data": run.data_of(home, smoke.run()).address})
+    shutil.rmtree(looked_at, ignore_errors=True)  # of an earlier test
+    run.gather_data(home, smoke.run())
     found = sorted(path.name for path in looked_at.glob("part-*"))
-    assert found == ["part-00000.parquet", "part-00002.parquet"]
+    assert found == ["part-00001-1a2b3c4d.parquet"] == last_parts(looked_at, 1)  # the last one is empty
