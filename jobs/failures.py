@@ -43,12 +43,14 @@ class PortTakenError(RuntimeError):
 
 def code_of(error: BaseException) -> Code:
     """The exit code of an error; the modules named here are loaded already where one was raised."""
-    from dd_core.sealed import SealError  # noqa: PLC0415 an error must not cost the import of torch
+    from dd_core.sealed import AbsentError, SealError  # noqa: PLC0415 an error must not cost the import of torch
     from workflows.files import DamagedError, MissingShardError  # noqa: PLC0415
 
     match error:
         case StoppedError() | KeyboardInterrupt():
             return Code.PREEMPTED
+        case AbsentError():
+            return Code.CONFIGURATION
         case SealError():
             return Code.CHECKPOINT
         case MissingShardError() | DamagedError():

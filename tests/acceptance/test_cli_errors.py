@@ -124,6 +124,13 @@ def test_a_directory_without_a_manifest_is_no_bundle(words: list[str], tmp_path:
     refused(ddiff(*words, "half"), 4, "half has no manifest.json", "cut short")
 
 
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"], ["serve", "--cascade"]]
+)
+def test_a_directory_that_there_is_not_is_a_wrong_name_and_no_cut_write(words: list[str]) -> None:
+    refused(ddiff(*words, "absent"), 2, "absent does not exist; name", "such as runs/demo/cascade")
+
+
 @pytest.mark.fault
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     directory = tmp_path / "step-00000003"
