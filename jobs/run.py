@@ -301,7 +301,7 @@ def version_tags(facts: dict[str, Any], way: Way) -> dict[str, str]:
 
 
 def gather_data(home: Home, spec: RunSpec) -> None:
-    """The parts of prepared data in a store that the page shows, where it looks for them: by their address."""
+    """Those parts of prepared data in a store that the page shows, where it looks for them."""
     data = Home.of(data_of(home, spec).address)
     if data.stored:
         data.fetch(MANIFEST, *last_parts(data, SHOWN))
