@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from dd_core import sealed
 from jobs.cli import main
 from jobs.failures import Code, code_of, line_of
-from tests.conftest import jpg, needs_ray, write_shard
+from tests.conftest import jpg, needs_ray, room_for, write_shard
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +163,19 @@ def test_a_full_disk_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None
     assert code_of(raised.value) is Code.INTERNAL
     assert line_of(raised.value).startswith("no space left on")
     assert "run the same command again" in line_of(raised.value)
+
+
+@pytest.mark.fault
+def test_a_place_that_runs_full_is_named_and_a_later_run_finds_nothing_that_looks_whole() -> None:
+    shapes = ("data", "shapes", "--pairs", "6", "-q", "--out")
+    with room_for(20_000):
+        done = ddiff(*shapes, "full")
+    refused(done, 70, "no space left on", "full/shapes-00000.tar; free some and run the same command again")
+    assert sorted(path.name for path in Path("full").iterdir()) == [".shapes.lock", "shapes.json"]
+    assert ddiff(*shapes, "full").exit_code == ddiff(*shapes, "fresh").exit_code == 0
+    one, other = (Path(name, "shapes-00000.tar").read_bytes() for name in ("full", "fresh"))
+    assert one == other
+    assert len(one) > 20_000
 
 
 def test_errors_are_json_where_json_was_asked_for_and_tracebacks_where_v_was() -> None:
