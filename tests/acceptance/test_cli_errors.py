@@ -67,14 +67,15 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
 def test_a_source_of_bad_samples_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
     files, said = BAD[case]
     write_shard(tmp_path / "bad.tar", files)
-    refused(ddiff("data", "check", "--shards", "bad.tar"), 3, "1 of 1 samples", said, "--max-rejected")
+    done = ddiff("data", "check", "--shards", "bad.tar")
+    refused(done, 3, "1 of 1 samples", said, f"{tmp_path}/bad.tar, sample 'a': ", "--max-rejected")
 
 
 @pytest.mark.fault
 def test_a_truncated_tar_is_refused(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "cut.tar", {"a.jpg": jpg(64, 64), "a.txt": b"a red circle"})
     path.write_bytes(path.read_bytes()[:1500])
-    refused(ddiff("data", "check", "--shards", "cut.tar"), 3, "shard")
+    refused(ddiff("data", "check", "--shards", "cut.tar"), 3, "shard", f"{tmp_path}/cut.tar, sample 'a': ")
 
 
 @pytest.mark.parametrize(
