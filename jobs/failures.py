@@ -7,6 +7,9 @@ from enum import IntEnum
 
 from workflows.addresses import shown
 
+DISK = "the disk"
+"""Where libraries do not say at which file."""
+
 
 class Code(IntEnum):
     """Exit codes of every `ddiff` command."""
@@ -97,23 +100,23 @@ def line_of(error: BaseException) -> str:
         case KeyboardInterrupt():
             return "stopped; run the same command again to continue"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
-            return no_space(error.filename)
+            large = " for a file so large (`ulimit -f`)" if error.errno == errno.EFBIG else ""
+            return no_space(f"{error.filename or DISK}{large}")
         case OSError() if error.filename:
             return shown(f"{error.filename}: {error.strerror}")
     text = shown(" ".join(words_of(error).split())) or type(error).__name__
     if isinstance(error, JobFailedError) or away(error) or code_of(error) is not Code.INTERNAL:
         return text
-    from workflows.outcome import disk_full  # noqa: PLC0415 code_of has imported it
+    from workflows.outcome import disk_full  # noqa: PLC0415 seconds, for an internal error alone
 
     if disk_full(error):
-        return no_space("")
+        return no_space(DISK)
     return f"{type(error).__name__}: {text:.300}; run again with -v for the traceback"
 
 
 def no_space(where: str) -> str:
-    """Of a full disk, or a quota that is used up; some libraries do not say at which file."""
-    place = shown(where or "the disk")
-    return f"no space left on {place}; free some and run the same command again to continue"
+    """Of a full disk, or a quota that is used up."""
+    return f"no space left on {shown(where)}; free some and run the same command again to continue"
 
 
 def away(error: BaseException) -> bool:
