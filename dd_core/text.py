@@ -57,6 +57,11 @@ def tokens(captions: Iterable[str], context_length: int) -> list[list[int]]:
     return [padded(encoded(caption), context_length) for caption in captions]
 
 
+def too_long(caption: str, context_length: int) -> bool:
+    """Whether a caption is cut at this length, so that its last tokens are lost."""
+    return len(encoded(caption)) > context_length - 2  # without START and END
+
+
 def null_tokens(context_length: int) -> list[int]:
     """The empty caption: what guidance compares with and dropped captions become."""
     return padded([], context_length)

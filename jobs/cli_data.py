@@ -63,11 +63,12 @@ def prepare(
 ) -> None:
     """Verify, crop, resize and tokenise image-text tars; every sample is kept or has its reason."""
     from jobs.config import pairs_spec
-    from jobs.prepare import prepare_shards, sides
+    from jobs.prepare import prepare_shards, sides, told
     from workflows.pairs import PairsSpec
 
     if file is not None:
-        answer(prepare_shards(pairs_spec(file), verbose=verbose()))
+        facts = prepare_shards(pairs_spec(file), verbose=verbose())
+        answer(facts, told(facts))
         return
     if not shards or not out:
         raise click.UsageError("name --shards and --out, or a --config")
@@ -81,7 +82,8 @@ def prepare(
         max_reject_fraction=max_rejected,
         held_out=held_out,
     )
-    answer(prepare_shards(spec, verbose=verbose()))
+    facts = prepare_shards(spec, verbose=verbose())
+    answer(facts, told(facts))
 
 
 @data.command()
@@ -94,11 +96,12 @@ def check(shards: tuple[str, ...], max_rejected: float, caption: str, min_side: 
 
     What passes here, `ddiff data prepare` with the same options prepares.
     """
-    from jobs.prepare import check_shards
+    from jobs.prepare import check_shards, told
 
     if not shards:
         raise click.UsageError("name --shards")
-    answer(check_shards(shards, max_rejected=max_rejected, caption=caption, min_side=min_side))
+    facts = check_shards(shards, max_rejected=max_rejected, caption=caption, min_side=min_side)
+    answer(facts, told(facts))
 
 
 @data.command()

@@ -122,7 +122,8 @@ def sample(
     made = paint(order, cascade, out)
     lines = [f"{one.path}" if one.score is None else f"{one.path}  {one.score:.4f}" for one in made]
     scores = {} if keep is None else {"scores": [one.score for one in made]}
-    answer({"images": [one.path for one in made]} | scores, "\n".join(lines))
+    facts = {"images": [one.path for one in made], "truncated": made[0].cut} | scores
+    answer(facts, "\n".join(lines))
 
 
 @painting.command()

@@ -8,14 +8,22 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dd_core import sealed
+from pydantic import TypeAdapter, ValidationError
+
+from dd_core import bundle, sealed
+from dd_core.cascade import CascadeSpec
 from dd_core.precision import Precision
+from jobs.config import ConfigError, apply
 from jobs.environment import joins_cluster, ray_cluster
 from jobs.failures import PortTakenError
 from workflows.storage import Home
+
+if TYPE_CHECKING:
+    from serve import app
 
 log = logging.getLogger(__name__)
 NOTE = "endpoint.json"
@@ -50,29 +58,53 @@ class EndpointError(RuntimeError):
     """The endpoint did not come up."""
 
 
-def serve_here(cascade: Path, address: Address, *, precision: Precision, verbose: bool) -> None:
+def serve_here(
+    cascade: Path, address: Address, *, precision: Precision, changes: Sequence[str] = (), verbose: bool
+) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Args:
         cascade: Its directory.
         address: Where to listen.
         precision: Of the networks that paint.
+        changes: Of the fields of serve.app.ServeSpec, such as `hops.base.max_replicas=2`.
         verbose: Let Ray say all it has to.
 
     Raises:
+        ConfigError: A change is refused; nothing has been started.
+        ValueError: It is of a hop that the cascade has not; nothing has been started.
         SealError: The cascade is damaged or unfinished.
         PortTakenError: Something listens there.
     """
     from serve import app  # noqa: PLC0415 seconds, which a run that serves nothing need not wait
 
+    fields = {"cascade": str(cascade.resolve()), "precision": precision, **address._asdict()}
+    spec = serve_spec(fields, changes)
     sealed.verify(cascade)
+    if spec.hops:
+        app.refuse_strangers(spec, bundle.checked(TypeAdapter(CascadeSpec), cascade / "cascade.json"))
     if not joins_cluster():
-        refuse_taken(address)
-    spec = app.ServeSpec(
-        cascade=str(cascade.resolve()), precision=precision, host=address.host, port=address.port
-    )
+        refuse_taken(Address(spec.host, spec.port))
     with ray_cluster(verbose=verbose):
         app.run(spec, blocking=True)
+
+
+def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "app.ServeSpec":
+    """How a cascade is served: as these fields say, with changes on top.
+
+    Raises:
+        ConfigError: A change is refused.
+    """
+    from serve import app  # noqa: PLC0415 seconds, as above
+
+    changed = dict(fields)
+    for change in changes:
+        apply(changed, change)
+    try:
+        return app.ServeSpec.model_validate(changed)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
 
 
 def refuse_taken(address: Address) -> None:

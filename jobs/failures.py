@@ -7,6 +7,9 @@ from enum import IntEnum
 
 from workflows.addresses import shown
 
+DISK = "the disk"
+"""Where libraries do not say at which file."""
+
 
 class Code(IntEnum):
     """Exit codes of every `ddiff` command."""
@@ -43,14 +46,14 @@ class PortTakenError(RuntimeError):
 
 def code_of(error: BaseException) -> Code:
     """The exit code of an error; the modules named here are loaded already where one was raised."""
-    from dd_core.sealed import SealError  # noqa: PLC0415 an error must not cost the import of torch
+    from dd_core.sealed import AbsentError, SealError  # noqa: PLC0415 an error must not import torch
     from workflows.files import DamagedError, MissingShardError  # noqa: PLC0415
 
     match error:
         case StoppedError() | KeyboardInterrupt():
             return Code.PREEMPTED
         case SealError():
-            return Code.CHECKPOINT
+            return Code.CONFIGURATION if isinstance(error, AbsentError) else Code.CHECKPOINT
         case MissingShardError() | DamagedError():
             return Code.DATA
         case PortTakenError() | ValueError() | FileNotFoundError() | NotADirectoryError() if not away(error):
@@ -96,15 +99,24 @@ def line_of(error: BaseException) -> str:
     match error:
         case KeyboardInterrupt():
             return "stopped; run the same command again to continue"
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            where = error.filename or "the disk of the run"
-            return f"no space left on {where}; free some and run the same command again to continue"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
+            large = " for a file so large (`ulimit -f`)" if error.errno == errno.EFBIG else ""
+            return no_space(f"{error.filename or DISK}{large}")
         case OSError() if error.filename:
             return shown(f"{error.filename}: {error.strerror}")
     text = shown(" ".join(words_of(error).split())) or type(error).__name__
     if isinstance(error, JobFailedError) or away(error) or code_of(error) is not Code.INTERNAL:
         return text
+    from workflows.outcome import disk_full  # noqa: PLC0415 seconds, for an internal error alone
+
+    if disk_full(error):
+        return no_space(DISK)
     return f"{type(error).__name__}: {text:.300}; run again with -v for the traceback"
+
+
+def no_space(where: str) -> str:
+    """Of a full disk, or a quota that is used up."""
+    return f"no space left on {shown(where)}; free some and run the same command again to continue"
 
 
 def away(error: BaseException) -> bool:

@@ -60,6 +60,7 @@ def manifest(path: Path) -> dict[str, Any]:
     try:
         body: dict[str, Any] = json.loads((path / sealed.MANIFEST).read_text())
     except FileNotFoundError:
+        sealed.refuse_absent(path)
         raise sealed.SealError(
             f"{path} has no {sealed.MANIFEST}: it is no bundle, cascade, checkpoint or prepared data, "
             "or its write was cut short; name another directory"

@@ -14,17 +14,18 @@ from workflows import feed
 from workflows.files import located
 from workflows.pairs import (
     CAPTIONS_CUT,
-    DAMAGE,
     ENLARGED,
     HELD_OUT,
-    MISSING,
     PairsSpec,
     check_census,
-    usable_pairs,
+    place_of,
 )
-from workflows.parts import missing_from
-from workflows.prepare import Prepared, located_or_done, prepare_pairs, prepared
+from workflows.parts import looked_at
+from workflows.prepare import Prepared, census_of, located_or_done, prepare_pairs, prepared, totals
 from workflows.shape_shards import ShapesSpec, write_shards
+
+COUNTED = ("kept", "rejected", "rejects", "first_rejects", "damaged_shards")
+"""What a check and a preparation say of a source."""
 
 
 def write_shapes(out: Path, *, pairs: int, seed: int, image_format: Literal["png", "jpg"]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
 
 def summary(done: Prepared) -> dict[str, Any]:
     """What came out of a preparation; what befell pairs that were kept is said if it befell any."""
-    said = {name: done.facts[name] for name in ("kept", "rejected", "rejects", "damaged_shards")}
+    said = {"first_rejects": {}} | {name: done.facts[name] for name in COUNTED if name in done.facts}
     said |= {name: done.facts[name] for name in ("held_out", ENLARGED, CAPTIONS_CUT) if done.facts.get(name)}
     return {"out": done.home.address, "digest": done.digest} | said
 
@@ -68,7 +69,7 @@ def check_shards(
     Raises:
         ValueError: `caption` is neither txt nor json:key.
         MissingShardError: A name leads nowhere.
-        TooManyRejectsError: More are rejected, or more shards give nothing, than allowed.
+        TooManyRejectsError: More are rejected, or more shards give nothing, than allowed; or all.
     """
     spec = PairsSpec(
         shards=tuple(shards),
@@ -77,17 +78,17 @@ def check_shards(
         caption=caption,
         min_side=min_side,
     )
-    found, counts, unreadable = located(shards), Counter[str](), 0
-    for shard in found:
-        rejects = Counter[str]()
-        kept = sum(1 for _ in usable_pairs(shard.url, spec, rejects))
-        unreadable += DAMAGE in rejects and not kept
-        rejects[MISSING] = missing_from(shard.url, kept + rejects.total())
-        counts += rejects + Counter({"": kept})
-    way_out = "mend the shards or raise --max-rejected"
-    check_census(spec, counts, unreadable=unreadable, shards=len(found), way_out=way_out)
-    kept = counts.pop("", 0)
-    return {"shards": len(found), "kept": kept, "rejected": counts.total(), "rejects": dict(counts)}
+    facts = totals([looked_at(number, found.url, spec) for number, found in enumerate(located(shards))])
+    check_census(spec, census_of(facts), way_out="mend the shards or raise --max-rejected")
+    return {"shards": len(facts["parts"])} | {name: facts[name] for name in COUNTED}
+
+
+def told(facts: dict[str, Any]) -> str:
+    """For people: what was counted, then where each reason came first and which shards are damaged."""
+    places = {"first_rejects", "damaged_shards"}
+    lines = [f"{name}: {value}" for name, value in facts.items() if name not in places]
+    lines += [f"first {place_of(first)}" for first in facts["first_rejects"].values()]
+    return "\n".join(lines + [f"damaged {one['shard']}: {one['reason']}" for one in facts["damaged_shards"]])
 
 
 def stats_of(directory: str) -> dict[str, Any]:

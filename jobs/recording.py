@@ -32,6 +32,8 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
 
     Raises:
         EndpointError: No cascade of ours answers there; nobody has been judged.
+        RegistryError: MLflow does not answer; if it did before the judging, the scores are in the run's
+            directory.
         The errors of judge_endpoint.
     """
     digest = served(url)

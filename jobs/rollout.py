@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from dd_core import sealed
 from jobs import environment
-from jobs.config import ConfigError, apply, loaded
+from jobs.config import ConfigError, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
+from jobs.deploy import serve_spec
 from serve import app, code
 from serve.fetching import in_a_store, on_this_machine
 from serve.replicas import opened
@@ -91,13 +92,7 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
         "digest": version.digest,
         "code": code.digest(),
     }
-    for change in changes:
-        apply(fields, change)
-    try:
-        spec = app.ServeSpec.model_validate(fields)
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
+    spec = serve_spec(fields, changes)
     about = f"{wanted}: {version.says()}, digest {version.digest[:12]}, code {spec.code[:12]}"
     return Config(serve_fields(spec, code_address(storage)), about, version)
 

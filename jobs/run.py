@@ -25,6 +25,7 @@ from jobs.plan import told as plan_text
 from workflows.clip_judge import judge_of
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
+from workflows.pictures import SHOWN, last_parts
 from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import CURRENT
 from workflows.report import SHEETS, write_report
@@ -336,11 +337,10 @@ def version_tags(facts: dict[str, Any], way: Way) -> dict[str, str]:
 
 
 def gather_data(home: Home, spec: RunSpec) -> None:
-    """First and last part of prepared data in a store, where the page looks for them: by their address."""
+    """Those parts of prepared data in a store that the page shows, where it looks for them."""
     data = Home.of(data_of(home, spec).address)
     if data.stored:
-        parts = [name for name in data.names() if name.startswith("part-")]
-        data.fetch(MANIFEST, *parts[:1], *parts[-1:])
+        data.fetch(MANIFEST, *last_parts(data, SHOWN))
 
 
 def gather(home: Home, spec: RunSpec) -> None:

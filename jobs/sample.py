@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from dd_core.stages.asking import hears_negative, led_away
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency_hop import ConsistencyHop
+from dd_core.text import too_long
 from jobs import remake
 from jobs.provenance import facts_of
 from jobs.settings import changed, refuse_overruled
+
+log = logging.getLogger(__name__)
 
 
 class Order(NamedTuple):
@@ -81,6 +85,8 @@ class Painted(NamedTuple):
     path: Path
     score: float | None
     """Cosine of picture and prompt by the cascade's CLIP, in [-1, 1]; None unless pictures were ranked."""
+    cut: tuple[str, ...] = ()
+    """Texts of the order that are longer than the cascade reads; of each the end was not heard."""
 
 
 class Canvas(NamedTuple):
@@ -133,14 +139,29 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     rank = None if order.keep is None else ranking(cascade, opened, asked.tokens)
     plan = begun(order, opened, asked, how)
     out.mkdir(parents=True, exist_ok=True)
+    lost = cut(order, opened.spec)
     facts = {"cascade": opened.digest, "how": written(plan.how), **facts_of(order, device())}
     seeds = range(order.seed, order.seed + order.images)
     drawn = (Canvas(seed, painted(plan, seed, opened.spec.name)) for seed in seeds)
     if rank is None or order.keep is None:
-        return [saved(canvas, None, facts, out) for canvas in drawn]
+        return [saved(canvas, None, facts, out)._replace(cut=lost) for canvas in drawn]
     scored = ((rank(canvas.image), canvas) for canvas in drawn)
     best = heapq.nlargest(order.keep, scored, key=operator.itemgetter(0))
-    return [saved(canvas, score, facts, out) for score, canvas in best]
+    return [saved(canvas, score, facts, out)._replace(cut=lost) for score, canvas in best]
+
+
+def cut(order: Order, cascade: CascadeSpec) -> tuple[str, ...]:
+    """The texts of an order that are longer than a cascade reads, each told of."""
+    texts = {"prompt": order.prompt, "negative": order.negative, "instead_of": order.instead_of or ""}
+    lost = tuple(name for name, text in texts.items() if too_long(text, cascade.context_length))
+    for name in lost:
+        log.warning(
+            "%s: cascade %s reads %d tokens, and the end of it is not heard; say it shorter",
+            name,
+            cascade.name,
+            cascade.context_length,
+        )
+    return lost
 
 
 def refuse_order(order: Order) -> None:

@@ -161,11 +161,8 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
         )
     directory = on_this_machine(spec.cascade, spec.digest)
     cascade, digest = opened(directory, spec.digest)
+    refuse_strangers(spec, cascade)
     stages = {hop.stage for hop in cascade.hops}
-    if strangers := spec.hops.keys() - stages:
-        raise ValueError(
-            f"hops: {min(strangers)!r} is no hop of {cascade.name}; it has {', '.join(sorted(stages))}"
-        )
     place = spec.cascade if in_a_store(spec.cascade) else str(directory)  # each replica fetches its own copy
     patience = spec.timeout_s + GRACE_S  # a replica that is replaced finishes what it has begun
     hops = {
@@ -186,6 +183,15 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     judges = {hop.guides["classifier"] for hop in cascade.hops if "classifier" in hop.guides}
     specs = {stage: bundle.checked(bundle.SPEC, directory / stage / "spec.json") for stage in stages | judges}
     return ingress.bind(spec, cascade, digest, created, specs, hops)
+
+
+def refuse_strangers(spec: ServeSpec, cascade: CascadeSpec) -> None:
+    """Raises ValueError if replicas are asked for of a stage that is no hop."""
+    stages = {hop.stage for hop in cascade.hops}
+    if strangers := spec.hops.keys() - stages:
+        raise ValueError(
+            f"hops: {min(strangers)!r} is no hop of {cascade.name}; it has {', '.join(sorted(stages))}"
+        )
 
 
 def hears_classes(cascade: CascadeSpec, stages: Mapping[str, StageSpec]) -> bool:

@@ -12,7 +12,7 @@ from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
 from dd_core.stages.asking import hears_negative, nearest_steps, refuse_request, refuse_sampling
-from dd_core.text import tokens
+from dd_core.text import too_long
 from serve.engine import RefusedError
 
 MOST_STEPS = 250
@@ -251,8 +251,3 @@ def chosen(hop: HopSpec, order: Order, stage: StageSpec | None = None) -> Sampli
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
     return how
-
-
-def too_long(text: str, context_length: int) -> bool:
-    """Whether tokens are lost: with one place more, that place would be used."""
-    return tokens([text], context_length + 1)[0][-1] != 0

@@ -372,8 +372,8 @@ def tells_of_the_file(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says before it goes into details."""
-    return str(error).splitlines()[0]
+    """What an error says before it goes into details; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def decoded(data: bytes, image_size: int) -> bytes:

@@ -156,8 +156,8 @@ def fingerprint(files: Iterable[Found]) -> str:
     return hashlib.sha256(json.dumps([list(file) for file in files]).encode()).hexdigest()
 
 
-def one_line(error: BaseException) -> str:
-    """An error in one line, without the secrets of addresses, control characters shown."""
+def one_line(error: BaseException | str) -> str:
+    """An error, or what it says, in one line, without the secrets of addresses, control characters shown."""
     text = " ".join(shown(str(error)).split()) or type(error).__name__
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)[:300]
 

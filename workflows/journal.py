@@ -9,6 +9,7 @@ sent twice; the server keeps one of equal points.
 import json
 import logging
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -183,7 +184,7 @@ class Courier:
     def complain(self, error: Exception) -> None:
         """One line for each time the server goes away."""
         if not self.failing:
-            logger.warning("tracking: %.200s; the run goes on, its metrics wait in the journal", said(error))
+            logger.warning("tracking: %.300s; the run goes on, its metrics wait in the journal", said(error))
 
     def close(self, timeout_s: float = 30.0) -> int:
         """Try to send the rest; return the bytes that stay in the journals for the next start."""
@@ -196,6 +197,15 @@ class Courier:
 def said(error: Exception) -> str:
     """The first line of an error, without passwords."""
     return shown((str(error).strip() or repr(error)).splitlines()[0])
+
+
+def unreachable(error: BaseException | None) -> str:
+    """What kept a server from being reached, in the system's words, however deep inside; empty: all else."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return error.strerror or str(error)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def send_some(journal: Path, send: Send) -> int:

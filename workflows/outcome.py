@@ -1,17 +1,18 @@
 """How a training run ends: what all workers come to, and which errors would only come again."""
 
-import errno
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import ray.exceptions
 import torch
+from PIL import UnidentifiedImageError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core.sealed import SealError
 from dd_core.training import DivergedError
-from workflows.feed import DataError
+from workflows.feed import DataError, first_line
+from workflows.parts import FULL
 from workflows.storage import StorageError
 from workflows.train_spec import TrainSpec
 
@@ -24,7 +25,6 @@ COME_AGAIN: tuple[tuple[type[Exception], Status], ...] = (
     (SealError, "checkpoint"),
     (ValueError, "refused"),
 )
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Outcome(NamedTuple):
@@ -48,11 +48,20 @@ class DecidedError(RuntimeError):
 
 
 def told_by_ray(error: BaseException) -> BaseException:
-    """The error itself; of a read task that raised, its own in one line, without Ray's advice on retries."""
-    if not isinstance(error, ray.exceptions.RayTaskError):
-        return error
-    line = str(error.cause).strip().splitlines()[0]
-    return StorageError(line) if isinstance(error.cause, StorageError) else DataError(line)
+    """The error itself; of a read task that raised, its own in one line, without Ray's advice on retries.
+
+    That is where it tells of the data, the store or a full disk.  Anything else, such as a task without
+    memory, may do better the next time: it stays as Ray tells it.
+    """
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+    match cause:
+        case StorageError():
+            return StorageError(first_line(cause))
+        case DataError() | ValueError() | UnidentifiedImageError():
+            return DataError(first_line(cause))
+        case Exception() if disk_full(cause):
+            return cause
+    return error
 
 
 def decided(error: BaseException, spec: TrainSpec, *, disk: Path) -> Outcome | None:

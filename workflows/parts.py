@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from dd_core import sealed
 from dd_core.spec import Spec
@@ -36,8 +36,10 @@ from workflows.pairs import (
     MISSING,
     PairsSpec,
     census,
+    first_rejects,
     pairs_schema,
     prepared_tables,
+    usable_pairs,
 )
 from workflows.storage import Home
 
@@ -80,6 +82,8 @@ class Part(Spec):
     """Kept images that have fewer pixels than the largest size."""
     captions_cut: int = 0
     """Kept captions that have more tokens than the context."""
+    first_rejects: dict[str, tuple[str, str]] = Field(default_factory=dict)
+    """Reason -> key of the first sample that it befell, and all that is said of it; empty in older parts."""
 
 
 def write_part(
@@ -98,7 +102,7 @@ def write_part(
     if home.stored:
         here.mkdir(parents=True, exist_ok=True)
     raw, counts, remarks, damage = ShardFile(url), Counter[str](), Counter[str](), ""
-    usable, held = list[int](), list[int]()
+    usable, held, firsts = list[int](), list[int](), dict[str, tuple[str, str]]()
     draft = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft"
     schema = pairs_schema(spec.sizes)
     try:
@@ -106,6 +110,7 @@ def write_part(
             for table in prepared_tables(raw, shard, spec, remarks=remarks):
                 writer.write_table(table)  # a row group each
                 found = census([table])
+                firsts = first_rejects(table) | firsts
                 usable.append(found[""])
                 held.append(found.pop(HELD_OUT, 0))
                 counts += found + Counter({"": held[-1]})
@@ -115,7 +120,8 @@ def write_part(
         rows, sha256 = counts.total(), sealed.sha256(draft)
         if missing := missing_from(url, rows):
             counts[MISSING] = missing
-            damage = damage or f"{rows:,} samples, {shown(beside(url))} says {rows + missing:,}"
+            firsts[MISSING] = ("", missing_said(url, rows, missing))
+            damage = damage or firsts[MISSING][1]
         part = Part(
             shard=shard,
             url=shown(url),
@@ -131,6 +137,7 @@ def write_part(
             held_out=tuple(held) if any(held) else (),
             enlarged=remarks[ENLARGED],
             captions_cut=remarks[CAPTIONS_CUT],
+            first_rejects=firsts,
         )
         finish(home, draft, part)
         yield 0, raw.position, part
@@ -178,6 +185,39 @@ def missing_from(url: str, found: int) -> int:
     except Exception:  # noqa: BLE001 most shards have no count; one that cannot be read claims nothing
         return 0
     return max(0, promised - found) if isinstance(promised, int) else 0
+
+
+def missing_said(url: str, found: int, missing: int) -> str:
+    """Of a shard that has fewer samples than the count beside it."""
+    return f"{found:,} samples, {shown(beside(url))} says {found + missing:,}"
+
+
+def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
+    """What `write_part` would note of a shard; nothing is written, so the part has no file.
+
+    Raises:
+        StorageError: The shard could not be read to its end.
+    """
+    rejects, firsts = Counter[str](), dict[str, tuple[str, str]]()
+    kept = sum(1 for _ in usable_pairs(url, spec, rejects, firsts))
+    rows = kept + rejects.total()
+    damage = firsts[DAMAGE][1].partition(": ")[2] if DAMAGE in firsts else ""
+    if missing := missing_from(url, rows):
+        rejects[MISSING] = missing
+        firsts[MISSING] = ("", missing_said(url, rows, missing))
+        damage = damage or firsts[MISSING][1]
+    return Part(
+        shard=shard,
+        url=shown(url),
+        file="",
+        rows=rows,
+        kept=kept,
+        rejects=dict(rejects),
+        damage=damage,
+        bytes=0,
+        sha256="",
+        first_rejects=firsts,
+    )
 
 
 def beside(url: str) -> str:

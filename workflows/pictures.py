@@ -6,7 +6,7 @@ Everything here is made from the bundles in a run directory, on one device, with
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,11 +21,16 @@ from dd_core.cascade import CascadeState, requested, run
 from dd_core.denoiser import Denoiser
 from dd_core.noise import SeededNoise
 from dd_core.samplers import Sampling
+from dd_core.sealed import MANIFEST
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from workflows.pairs import HELD_OUT
+from workflows.parts import parts_of
+from workflows.storage import Home
 
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 """Of the forward strip: sigma, in units of the image's range of [-1, 1]."""
+SHOWN = 16
+"""Pairs of prepared data that a page shows at most."""
 GAP, LETTERS, CAPTION = 4, 11, 40
 """Pixels of a sheet: between pictures, of its letters, and of two lines of them with what is around."""
 
@@ -166,25 +171,44 @@ def psnr(one: Float[Tensor, " *s"], other: Float[Tensor, " *s"]) -> float:
     return float(10 * torch.log10(4 / mse))
 
 
+def last_parts(data: Home | Path, pairs: int) -> list[str]:
+    """Files of prepared data, the last first, that together have so many pairs to train on by the manifest.
+
+    One without any is passed over: a downloader leaves an empty tar where every link is dead.
+    """
+    files, found = list[str](), 0
+    for part in reversed(parts_of(Home.of(data).facts(MANIFEST))):
+        usable = part.kept - sum(part.held_out)
+        if usable and found < pairs:
+            files.append(part.file)
+            found += usable
+    return files
+
+
+def last_rows(data: Path, columns: Sequence[str], pairs: int) -> list[dict[str, Any]]:
+    """Rows that are usable or held out, in their order, of the last files that have so many to train on."""
+    tables = [pq.read_table(data / file, columns=[*columns, "reject"]) for file in last_parts(data, pairs)]
+    rows = [row for table in reversed(tables) for row in table.to_pylist()]
+    return [row for row in rows if row["reject"] in ("", HELD_OUT)]
+
+
 def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " b 3 h w"], list[str]]:
-    """The last usable images of prepared data in [-1, 1], with their captions."""
-    part = sorted(data.glob("part-*.parquet"))[-1]
-    table = pq.read_table(part, columns=[f"image{size}", "caption", "reject"])
-    rows = [row for row in table.to_pylist() if not row["reject"]][-count:]
-    pixels = [np.asarray(Image.open(io.BytesIO(row[f"image{size}"])).convert("RGB")) for row in rows]
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    return images.to_unit(stacked), [row["caption"] for row in rows]
+    """The last usable images of prepared data in [-1, 1], with their captions; fewer where there are."""
+    column = f"image{size}"
+    rows = [row for row in last_rows(data, (column, "caption"), count) if not row["reject"]][-count:]
+    pixels = [np.asarray(Image.open(io.BytesIO(row[column])).convert("RGB")) for row in rows]
+    stacked = torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8))
+    return images.to_unit(stacked.permute(0, 3, 1, 2)), [row["caption"] for row in rows]
 
 
 def prepared_captions(data: Path, count: int) -> list[str]:
-    """Of the last file of prepared data the captions that were held out, then the last of the others."""
-    part = sorted(data.glob("part-*.parquet"))[-1]
-    rows = pq.read_table(part, columns=["caption", "reject"]).to_pylist()
+    """Of the last files of prepared data the captions that were held out, then the last of the others."""
+    rows = last_rows(data, ("caption",), count)
     held, others = ([row["caption"] for row in rows if row["reject"] == mark] for mark in (HELD_OUT, ""))
     return [*others, *held][-count:]
 
 
 def prepared_sizes(data: Path) -> list[int]:
-    """Sides of the images in prepared data."""
-    names = pq.read_schema(sorted(data.glob("part-*.parquet"))[0]).names
+    """Sides of the images in prepared data; none where no pair is usable."""
+    names = [name for file in last_parts(data, 1) for name in pq.read_schema(data / file).names]
     return sorted(int(name.removeprefix("image")) for name in names if name.startswith("image"))

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from dd_core import sealed
 from workflows import addresses
 from workflows.files import Found, MissingShardError, braces, fingerprint, located, one_line
-from workflows.pairs import MISSING, PairsSpec, TooManyRejectsError, check_census, pairs_schema
+from workflows.pairs import MISSING, Census, PairsSpec, TooManyRejectsError, check_census, pairs_schema
 from workflows.parts import (
     UNFINISHED,
     DestinationError,
@@ -221,14 +221,17 @@ def digest_of(shaping: Sequence[Any]) -> str:
 
 def totals(parts: Sequence[Part]) -> dict[str, Any]:
     """The census over all parts."""
-    rejects: Counter[str] = Counter()
+    rejects, firsts = Counter[str](), dict[str, dict[str, str]]()
     for part in parts:
         rejects.update(part.rejects)
+        for reason, (key, why) in part.first_rejects.items():
+            firsts.setdefault(reason, {"shard": part.url, "key": key, "why": why})
     return {
         "kept": sum(part.kept for part in parts),
         "held_out": sum(sum(part.held_out) for part in parts),
         "rejected": rejects.total(),
         "rejects": dict(rejects.most_common()),
+        "first_rejects": firsts,
         "enlarged": sum(part.enlarged for part in parts),
         "captions_cut": sum(part.captions_cut for part in parts),
         "damaged_shards": [{"shard": part.url, "reason": part.damage} for part in parts if part.damage],
@@ -247,10 +250,19 @@ def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
             broken[0]["url"],
             broken[0]["damage"],
         )
-    unreadable = sum(bool(part["damage"]) and not part["kept"] for part in facts["parts"])
-    counts = Counter({"": facts["kept"]} | facts["rejects"])
     way_out = f"see {spec.destination}/{REFUSED}, then mend the shards or raise max_reject_fraction"
-    check_census(spec, counts, unreadable=unreadable, shards=len(facts["parts"]), way_out=way_out)
+    check_census(spec, census_of(facts), way_out=way_out)
+
+
+def census_of(facts: dict[str, Any]) -> Census:
+    """What the totals of parts say of their source."""
+    return Census(
+        Counter({"": facts["kept"]} | facts["rejects"]),
+        shards=len(facts["parts"]),
+        unreadable=sum(bool(part["damage"]) and not part["kept"] for part in facts["parts"]),
+        held_out=facts.get("held_out", 0),
+        firsts=facts.get("first_rejects", {}),
+    )
 
 
 def written(

@@ -5,6 +5,7 @@
 `demo`             the same as demo@current
 """
 
+import contextlib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dd_core.spec import SafeName
 from workflows.addresses import shown
-from workflows.tracking import Book
+from workflows.journal import unreachable
+from workflows.tracking import Book, away
 
 CURRENT = "current"
 SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
@@ -105,30 +107,52 @@ class Registry:
 
         Args:
             digest: 64 hexadecimal digits.
+
+        Raises:
+            RegistryError: MLflow does not answer, or not to us.
         """
-        found = self.client.search_model_versions(f"tags.bundle_sha256 = '{digest}'")
+        with self.answering():
+            found = self.client.search_model_versions(f"tags.bundle_sha256 = '{digest}'")
         return [version_of(one) for one in found]
 
     def asked(self, name: str, alias: str) -> Any | None:
         """The version, or None if there is none."""
         from mlflow.exceptions import MlflowException
 
+        with self.answering():
+            try:
+                return self.client.get_model_version_by_alias(name, alias)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Turn what MLflow raises inside into one line: where it is, what is wrong, what to do.
+
+        Raises:
+            RegistryError: With that line.
+        """
+        from mlflow.exceptions import MlflowException
+
         try:
-            return self.client.get_model_version_by_alias(name, alias)
+            yield
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
+            if why := away(error, self.uri):
+                raise RegistryError(why) from error
             if error.get_http_status_code() == 401 or " 401 " in str(error):
                 raise RegistryError(
                     f"MLflow at {shown(self.uri)} answers 401: set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD, or `ddiff submit` it to nodes that have them"
-                ) from None
-            raise RegistryError(f"MLflow at {shown(self.uri)}: {one_line(error)}; `ddiff doctor`") from None
+                ) from error
+            raise RegistryError(f"MLflow at {shown(self.uri)}: {one_line(error)}; `ddiff doctor`") from error
 
-    def known(self) -> Iterator[str]:
+    def known(self) -> list[str]:
         """Every name with its aliases, for messages."""
-        for model in self.client.search_registered_models(max_results=100):
-            yield from (f"{model.name}@{alias}" for alias in model.aliases)
+        with self.answering():
+            models = self.client.search_registered_models(max_results=100)
+        return [f"{model.name}@{alias}" for model in models for alias in model.aliases]
 
     def promote(self, candidate: Version, alias: str, *, force: bool = False) -> Version | None:
         """Move an alias to a version that scores better than the one that holds it, and return that one.
@@ -140,25 +164,37 @@ class Registry:
 
         Raises:
             PromotionError: It is not better, or the two cannot be compared; the alias stays where it was.
+            RegistryError: MLflow does not answer, or not to us.
         """
         NAME.validate_python(alias)
         found = self.asked(candidate.name, alias)
         holder = None if found is None else self.version(f"{candidate.name}@{alias}")
         if not force and (why := worse(candidate, holder)):
             raise PromotionError(f"{candidate.name}@{alias} stays: {why}; --force moves it nevertheless")
-        self.client.set_registered_model_alias(candidate.name, alias, candidate.number)
+        with self.answering():
+            self.client.set_registered_model_alias(candidate.name, alias, candidate.number)
         return holder
 
     def note(self, version: Version, tags: dict[str, str]) -> Version:
-        """Write scores down on a version, and return it with them."""
-        for tag, value in tags.items():
-            self.client.set_model_version_tag(version.name, version.number, tag, value)
+        """Write scores down on a version, and return it with them.
+
+        Raises:
+            RegistryError: MLflow does not answer, or not to us.
+        """
+        with self.answering():
+            for tag, value in tags.items():
+                self.client.set_model_version_tag(version.name, version.number, tag, value)
         return version._replace(tags=version.tags | tags)
 
     def log(self, version: Version, metrics: dict[str, float]) -> None:
-        """Write metrics down with the MLflow run that registered a version, if that is known."""
-        for name, value in metrics.items() if version.run_id else ():
-            self.client.log_metric(version.run_id, name, value)
+        """Write metrics down with the MLflow run that registered a version, if that is known.
+
+        Raises:
+            RegistryError: MLflow does not answer, or not to us.
+        """
+        with self.answering():
+            for name, value in metrics.items() if version.run_id else ():
+                self.client.log_metric(version.run_id, name, value)
 
     def probe(self, experiment: str) -> dict[str, str]:
         """Do once what a run does, and undo it: what could not be done -> why; empty if all is well.
@@ -247,5 +283,6 @@ def split(wanted: str) -> tuple[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What it says, short enough for a line; MLflow names the address that it was given."""
-    return f"{shown(' '.join(str(error).split())):.240}" or type(error).__name__
+    """What it says, short enough for a line, the cause first; MLflow names the address that it was given."""
+    said = [unreachable(error), shown(" ".join(str(error).split()))]
+    return f"{': '.join(one for one in said if one):.240}" or type(error).__name__

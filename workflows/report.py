@@ -71,7 +71,7 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     summary = summary_of(run)
     cascade = bundle.load_cascade(run / "cascade", precision="auto") if (run / "cascade").exists() else None
     data = data_of(run, summary)
-    known = prompts or captions(data, 16)
+    known = prompts or captions(data, pictures.SHOWN)
     shown = Shown(
         pictures.painted(cascade, known, seed=seed) if cascade is not None else [],
         pictures.trajectory(cascade, known[0], seed=seed) if cascade is not None and known else [],
@@ -112,7 +112,7 @@ def data_of(run: Path, summary: Mapping[str, Any]) -> Path:
 
 def captions(data: Path, count: int) -> list[str]:
     """Captions of the prepared data; none before it is prepared."""
-    return pictures.prepared_captions(data, count) if (data / sealed.MANIFEST).exists() else []
+    return pictures.prepared_captions(data, count)
 
 
 def save_sheets(run: Path, shown: Shown) -> None:
@@ -218,9 +218,9 @@ def trajectory_section(prompts: Sequence[str], frames: Sequence[Frame]) -> Secti
 
 def noised(data: Path) -> list[tuple[float, bytes]]:
     """A training image under more and more noise, each with its level; empty before data are prepared."""
-    if not (data / sealed.MANIFEST).exists():
+    if not (sizes := pictures.prepared_sizes(data)):
         return []
-    original, _ = pictures.prepared_images(data, min(pictures.prepared_sizes(data)), 1)
+    original, _ = pictures.prepared_images(data, min(sizes), 1)
     return pictures.noising(original)
 
 
@@ -280,9 +280,9 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
 def rebuilt(run: Path, data: Path) -> list[Rebuilt]:
     """Images of the data before and after the autoencoder; empty where there is none, or no data."""
     path = next((path.parent for path in run.glob("*/bundle/spec.json") if is_autoencoder(path)), None)
-    if path is None or not (data / sealed.MANIFEST).exists():
+    if path is None or not (sizes := pictures.prepared_sizes(data)):
         return []
-    originals, _ = pictures.prepared_images(data, max(pictures.prepared_sizes(data)), 6)
+    originals, _ = pictures.prepared_images(data, max(sizes), 6)
     return pictures.reconstructions(path, originals)
 
 

@@ -1,30 +1,35 @@
 """The embedded world as WebDataset tars: pictures, captions and scenes, a function of the seed.
 
 <directory>/shapes.json        the spec that the tars are made from, written before them
-<directory>/shapes-00000.tar   written under another name, renamed (or sent) when whole
+<directory>/shapes-00000.tar   written under another name, on the disk, and renamed (or sent) when whole
+<directory>/.shapes.lock       held by the process that writes (workflows.claim)
 """
 
+import contextlib
 import json
 import multiprocessing
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 from pydantic import Field
 
 from dd_core.spec import Spec
 from workflows import cpus
+from workflows.claim import TakenError, claim
 from workflows.grammar import training_caption
 from workflows.shapes import drawn, facts_of, scene_rng
 from workflows.storage import Home
 
 WORLD = 2
 """Changes when the same spec would give other tars."""
-ABOUT = "shapes.json"
+ABOUT, LOCK = "shapes.json", ".shapes.lock"
 PROCESS_PAIRS = 1_000
 """Pairs that are drawn while a process starts."""
 QUICK_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
@@ -58,17 +63,48 @@ def write_shards(spec: ShapesSpec, directory: Home | Path) -> list[str]:
 
     Returns:
         The addresses of the shards, shapes-00000.tar and on.
+
+    Raises:
+        TakenError: Another process writes there.
+        OSError: There is no room; what is whole stays.
     """
     home = Home.of(directory)
     home.here.mkdir(parents=True, exist_ok=True)
-    drop_others(spec, home)
     names = [name_of(shard) for shard in range(-(-spec.pairs // spec.pairs_per_shard))]
-    missing = [number for number, name in enumerate(names) if not home.has(name)]
-    for path in written(spec, home.here, missing):
-        home.send(path.name)
-        if home.stored:
-            path.unlink()
+    if home.facts(ABOUT) != facts_of_spec(spec) or names_missing(names, home):
+        with claimed(home):
+            drop_others(spec, home)
+            for path in written(spec, home.here, names_missing(names, home)):
+                home.send(path.name)
+                if home.stored:
+                    path.unlink()
     return [home.at(name).address for name in names]
+
+
+def names_missing(names: Sequence[str], home: Home) -> list[int]:
+    """Numbers of the shards that are not there."""
+    there = home.sizes()
+    return [number for number, name in enumerate(names) if name not in there]
+
+
+@contextlib.contextmanager
+def claimed(home: Home) -> Iterator[None]:
+    """This process as the only one that writes shards there, while inside; drafts of killed ones go.
+
+    Raises:
+        TakenError: Another does.
+    """
+    with contextlib.ExitStack() as inside:
+        try:
+            inside.enter_context(claim(home, LOCK))
+        except TakenError as error:
+            raise TakenError(
+                f"{home.address} is being written by {error}; wait until that has ended, or stop it, and run "
+                "the same command again"
+            ) from None
+        for draft in home.here.glob(".shapes-*.tmp"):
+            draft.unlink()
+        yield
 
 
 def name_of(shard: int) -> str:
@@ -81,7 +117,7 @@ def drop_others(spec: ShapesSpec, home: Home) -> None:
 
     Shards that are full by either number of pairs stay; so do those of older versions, which noted no spec.
     """
-    was, now = home.facts(ABOUT), {"world": WORLD, **spec.model_dump(mode="json")}
+    was, now = home.facts(ABOUT), facts_of_spec(spec)
     if was == now:
         return
     more_or_fewer = was | {"pairs": spec.pairs} == now
@@ -91,6 +127,11 @@ def drop_others(spec: ShapesSpec, home: Home) -> None:
         if fnmatch(name, "shapes-*.tar") and name not in keep:
             home.drop(name)
     home.write(ABOUT, json.dumps(now, indent=2))
+
+
+def facts_of_spec(spec: ShapesSpec) -> dict[str, Any]:
+    """What ABOUT says."""
+    return {"world": WORLD, **spec.model_dump(mode="json")}
 
 
 def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterator[Path]:
@@ -112,12 +153,21 @@ def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:
     import webdataset  # noqa: PLC0415 it takes seconds to import, and most who import this only want the spec
 
     path = directory / name_of(shard)
-    draft = directory / f".{path.name}.tmp"
-    with webdataset.TarWriter(str(draft), mtime=0) as tar:
-        for number in numbers(spec, shard):
-            key, members = pair(spec, number)
-            tar.write({"__key__": key} | members)
-    draft.rename(path)
+    draft = directory / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with draft.open("wb") as file:
+            with webdataset.TarWriter(file, mtime=0) as tar:
+                for number in numbers(spec, shard):
+                    key, members = pair(spec, number)
+                    tar.write({"__key__": key} | members)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the bytes
+        draft.rename(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 

@@ -153,8 +153,11 @@ class Home(NamedTuple):
         path = self.here / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        draft.write_text(text)
-        os.replace(draft, path)
+        try:
+            draft.write_text(text)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)  # on a full disk, where the next try would leave another one
         self.send(name)
 
     def create(self, name: str, text: str) -> bool:

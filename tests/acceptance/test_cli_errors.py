@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from dd_core import sealed
 from jobs.cli import main
 from jobs.failures import Code, code_of, line_of
-from tests.conftest import jpg, needs_ray, write_shard
+from tests.conftest import jpg, needs_ray, room_for, write_shard
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +67,15 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
 def test_a_source_of_bad_samples_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
     files, said = BAD[case]
     write_shard(tmp_path / "bad.tar", files)
-    refused(ddiff("data", "check", "--shards", "bad.tar"), 3, "1 of 1 samples", said, "--max-rejected")
+    done = ddiff("data", "check", "--shards", "bad.tar")
+    refused(done, 3, "1 of 1 samples", said, f"{tmp_path}/bad.tar, sample 'a': ", "--max-rejected")
 
 
 @pytest.mark.fault
 def test_a_truncated_tar_is_refused(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "cut.tar", {"a.jpg": jpg(64, 64), "a.txt": b"a red circle"})
     path.write_bytes(path.read_bytes()[:1500])
-    refused(ddiff("data", "check", "--shards", "cut.tar"), 3, "shard")
+    refused(ddiff("data", "check", "--shards", "cut.tar"), 3, "shard", f"{tmp_path}/cut.tar, sample 'a': ")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,13 @@ def test_a_directory_without_a_manifest_is_no_bundle(words: list[str], tmp_path:
     refused(ddiff(*words, "half"), 4, "half has no manifest.json", "cut short")
 
 
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"], ["serve", "--cascade"]]
+)
+def test_a_directory_that_there_is_not_is_a_wrong_name_and_no_cut_write(words: list[str]) -> None:
+    refused(ddiff(*words, "absent"), 2, "absent does not exist; name", "such as runs/demo/cascade")
+
+
 @pytest.mark.fault
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     directory = tmp_path / "step-00000003"
@@ -156,6 +164,19 @@ def test_a_full_disk_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None
     assert code_of(raised.value) is Code.INTERNAL
     assert line_of(raised.value).startswith("no space left on")
     assert "run the same command again" in line_of(raised.value)
+
+
+@pytest.mark.fault
+def test_a_place_that_runs_full_is_named_and_a_later_run_finds_nothing_that_looks_whole() -> None:
+    shapes = ("data", "shapes", "--pairs", "6", "-q", "--out")
+    with room_for(20_000):
+        done = ddiff(*shapes, "full")
+    refused(done, 70, "no space left on", "full/shapes-00000.tar for a file so large")
+    assert sorted(path.name for path in Path("full").iterdir()) == [".shapes.lock", "shapes.json"]
+    assert ddiff(*shapes, "full").exit_code == ddiff(*shapes, "fresh").exit_code == 0
+    one, other = (Path(name, "shapes-00000.tar").read_bytes() for name in ("full", "fresh"))
+    assert one == other
+    assert len(one) > 20_000
 
 
 def test_errors_are_json_where_json_was_asked_for_and_tracebacks_where_v_was() -> None:

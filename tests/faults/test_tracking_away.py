@@ -27,9 +27,10 @@ def dead_port() -> int:
 def test_a_run_without_its_server_goes_on_says_so_once_and_the_next_start_delivers_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    server = f"http://127.0.0.1:{dead_port()}"
     with (
         caplog.at_level(logging.WARNING, "workflows"),
-        tracked(tmp_path, uri=f"http://127.0.0.1:{dead_port()}") as away,
+        tracked(tmp_path, uri=server) as away,
     ):
         journal = away.stage("base")
         for step in range(200):
@@ -37,7 +38,10 @@ def test_a_run_without_its_server_goes_on_says_so_once_and_the_next_start_delive
         while not caplog.records:  # it has been tried
             time.sleep(0.05)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("workflows")]
-    assert "the run goes on, its metrics wait in the journal" in lines[0]
+    assert lines[0] == (
+        f"tracking: MLflow at {server} does not answer: Connection refused; start it, or set "
+        "MLFLOW_TRACKING_URI to one that does; the run goes on, its metrics wait in the journal"
+    )
     assert "bytes wait in the journals" in lines[-1]
     assert len(lines) == 2
     assert backlog(tmp_path / "base" / "metrics.jsonl") == (tmp_path / "base/metrics.jsonl").stat().st_size

@@ -6,11 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dd_core import sealed
+from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.samplers import SamplingSpec
+from jobs import deploy
+from jobs.cli import main
 from jobs.deploy import (
     Address,
     Endpoint,
@@ -101,6 +107,58 @@ def test_a_note_that_was_cut_is_as_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "endpoint.json").write_text(text)
     assert stop_endpoint(tmp_path) == ""
     assert not (tmp_path / "endpoint.json").exists()
+
+
+@pytest.fixture
+def cascade(tmp_path: Path) -> Path:
+    """Sealed, of one hop; it has no weights, and nothing gets so far as to miss them."""
+    how = SamplingSpec(num_steps=2)
+    spec = CascadeSpec(name="tiny", hops=(HopSpec(stage="base", how=how),), context_length=16, image_size=64)
+    path = tmp_path / "cascade"
+    path.mkdir()
+    (path / "cascade.json").write_text(spec.model_dump_json())
+    sealed.seal(path, sealed.digests(path), {})
+    return path
+
+
+def test_the_replicas_of_a_hop_may_be_set_by_the_one_command(
+    cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[app.ServeSpec] = []
+    monkeypatch.setattr(deploy, "ray_cluster", lambda verbose: nullcontext())
+
+    def run(spec: app.ServeSpec, *, blocking: bool) -> None:
+        assert blocking
+        served.append(spec)
+
+    monkeypatch.setattr(app, "run", run)
+    address = free_address()
+    words = ["serve", "--cascade", str(cascade), "--port", str(address.port)]
+    changes = ["hops.base.max_replicas=3", "hops.base.busy_requests=2", "hop.num_cpus=1", "timeout_s=9"]
+    done = CliRunner().invoke(main, [*words, *(word for change in changes for word in ("--set", change))])
+    assert done.exit_code == 0, done.stderr
+    usual = app.ServeSpec(cascade=str(cascade), port=address.port)
+    base, hop = app.ReplicaSpec(max_replicas=3, busy_requests=2), app.ReplicaSpec(num_cpus=1)
+    assert served == [usual.but(timeout_s=9, hop=hop, hops={"base": base})]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("hops.bass.max_replicas=2", "'bass' is no hop of tiny; it has base"),
+        ("hops.base.max_replicas=0", "--set hops.base.max_replicas: "),
+        ("hops.base.replicas=2", "replicas"),
+        ("timeout_s", "write it as path.to.field=value"),
+    ],
+)
+def test_replicas_that_there_cannot_be_are_refused_before_anything_is_started(
+    change: str, said: str, cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy, "ray_cluster", lambda verbose: pytest.fail("Ray was started"))
+    done = CliRunner().invoke(main, ["serve", "--cascade", str(cascade), "--set", change])
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:

@@ -35,6 +35,7 @@ from dd_core.vocabulary import ENCODER, read_vocabulary
 from jobs import exchange, export
 from jobs.cli import main
 from jobs.recipes import glide
+from tests.conftest import room_for
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core import test_vocabulary
 
@@ -146,6 +147,22 @@ def test_an_autoencoder_by_itself_is_told_its_scale(
         exchange.import_weights(
             "sd1", [checkpoint], tmp_path / "sd", averaged=True, more=exchange.More(scale=0.5)
         )
+
+
+def test_weights_that_find_no_room_are_told_in_one_line_and_a_later_import_is_whole(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "AUTOENCODERS", {"tiny-kl": FIRST})
+    words = ["import", "tiny-kl", str(checkpoint), "--scale", "0.5", "--out", str(tmp_path / "kl")]
+    with room_for(10_000):
+        done = CliRunner().invoke(main, words)
+    assert done.exit_code == 70
+    assert done.stderr == (
+        "ddiff: no space left on the disk; free some and run the same command again to continue\n"
+    )
+    assert not (tmp_path / "kl").exists()
+    assert CliRunner().invoke(main, words).exit_code == 0
+    sealed.verify(tmp_path / "kl")
 
 
 def test_the_x4_upscaler_walks_the_betas_of_its_configuration() -> None:

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from dd_core.sealed import SealError
+from dd_core.sealed import AbsentError, SealError
 from dd_core.training import DataEndedError, DivergedError
 from jobs.config import ConfigError
 from jobs.failures import (
@@ -40,6 +40,7 @@ CODES = [
     (DataEndedError("x"), 3),
     (DataError("x"), 3),
     (SealError("x"), 4),
+    (AbsentError("x"), 2),
     (DivergedError("x"), 5),
     (PreemptedError("x"), 6),
     (StoppedError("x"), 6),

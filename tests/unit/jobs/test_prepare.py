@@ -1,15 +1,17 @@
 """`ddiff data check` judges as a preparation with the same options would."""
 
+import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
+from jobs.prepare import COUNTED
 from tests.conftest import jpg, write_shard
 from workflows.files import located
 from workflows.pairs import PairsSpec, TooManyRejectsError
-from workflows.parts import write_part
+from workflows.parts import Part, write_part
 from workflows.prepare import judge, totals
 from workflows.storage import Home
 
@@ -35,16 +37,21 @@ def shards(tmp_path: Path) -> str:
     return f"{tmp_path}/*.tar"
 
 
-def refused_when_prepared(spec: PairsSpec, out: Path) -> str:
-    """What a preparation says at its end; nothing if it is content."""
+def written(spec: PairsSpec, out: Path) -> list[Part]:
+    """The parts of a preparation."""
     parts = []
     out.mkdir(exist_ok=True)
     for number, found in enumerate(located(spec.shards)):
         *_, (_, _, part) = write_part(Home.of(out), number, found.url, spec)
         assert part is not None
         parts.append(part)
+    return parts
+
+
+def refused_when_prepared(spec: PairsSpec, out: Path) -> str:
+    """What a preparation says at its end; nothing if it is content."""
     try:
-        judge(spec, totals(parts))
+        judge(spec, totals(written(spec, out)))
     except TooManyRejectsError as error:
         return str(error)
     return ""
@@ -52,14 +59,60 @@ def refused_when_prepared(spec: PairsSpec, out: Path) -> str:
 
 def test_shards_that_give_nothing_are_counted_by_both(shards: str, tmp_path: Path) -> None:
     said = "1 of 31 samples rejected (1 shard), 1 of 4 shards unreadable; 5% are allowed; "
+    said += f"first {tmp_path}/3.tar: shard: bad header at byte 0 "
     spec = PairsSpec(shards=(shards,), destination="out", sizes=(32,))
-    assert refused_when_prepared(spec, tmp_path / "out") == (
-        f"{said}see out/refused.json, then mend the shards or raise max_reject_fraction"
-    )
-    done = check("--shards", shards)
-    assert (done.exit_code, done.stderr) == (3, f"ddiff: {said}mend the shards or raise --max-rejected\n")
+    ours, done = refused_when_prepared(spec, tmp_path / "out"), check("--shards", shards)
+    assert ours.startswith(said)
+    assert ours.endswith("; see out/refused.json, then mend the shards or raise max_reject_fraction")
+    assert done.exit_code == 3
+    assert done.stderr.startswith(f"ddiff: {said}")
+    assert done.stderr.endswith("; mend the shards or raise --max-rejected\n")
     assert not refused_when_prepared(spec.but(max_reject_fraction=0.3), tmp_path / "out")
     assert check("--shards", shards, "--max-rejected", "0.3").exit_code == 0
+
+
+def test_both_say_where_each_reason_came_first_and_which_shards_broke(shards: str, tmp_path: Path) -> None:
+    bad = {"a.txt": b"no picture", "b.txt": b"nor here", "c.jpg": jpg(40, 40), "c.txt": b" "}
+    write_shard(tmp_path / "1.tar", pairs(10) | bad)
+    counted = {f"{name}_stats.json": {"successes": 12} for name in "02"}
+    for name, content in counted.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    done = check("--shards", shards, "--max-rejected", "0.5", "--json")
+    assert done.exit_code == 0, done.stderr
+    facts = json.loads(done.stdout)
+    firsts = facts["first_rejects"]
+    assert {reason: (Path(one["shard"]).name, one["key"]) for reason, one in firsts.items()} == {
+        "missing": ("0.tar", ""),
+        "image-missing": ("1.tar", "a"),
+        "caption-empty": ("1.tar", "c"),
+        "shard": ("3.tar", ""),
+    }
+    assert firsts["image-missing"]["why"] == "image-missing: none among ['txt']"
+    assert firsts["missing"]["why"] == "10 samples, 0_stats.json says 12"
+    assert [Path(one["shard"]).name for one in facts["damaged_shards"]] == ["0.tar", "2.tar", "3.tar"]
+
+    spec = PairsSpec(shards=(shards,), destination="out", sizes=(32,))
+    prepared = totals(written(spec, tmp_path / "out"))
+    assert {name: prepared[name] for name in COUNTED} == {name: facts[name] for name in COUNTED}
+
+    text = check("--shards", shards, "--max-rejected", "0.5").stdout
+    assert f"first {tmp_path}/1.tar, sample 'a': image-missing: none among ['txt']\n" in text
+    assert f"damaged {tmp_path}/2.tar: 10 samples, 2_stats.json says 12\n" in text
+
+
+def test_a_source_without_a_usable_pair_is_refused_by_both(tmp_path: Path) -> None:
+    for name in ("empty-0.tar", "empty-1.tar"):
+        write_shard(tmp_path / name, {})
+    shards = f"{tmp_path}/*.tar"
+    said = "no pair to train on in 2 shards: of 0 samples 0 rejected (none); name other shards"
+    done = check("--shards", shards, "--max-rejected", "1")
+    assert (done.exit_code, done.stderr) == (3, f"ddiff: {said}\n")
+    spec = PairsSpec(shards=(shards,), destination="out", sizes=(32,), max_reject_fraction=1)
+    assert refused_when_prepared(spec, tmp_path / "out") == said
+    write_shard(tmp_path / "empty-1.tar", pairs(3))
+    assert not refused_when_prepared(spec, tmp_path / "out")
+    held = spec.but(held_out=0.999999)
+    assert "3 held out; name other shards or lower held_out" in refused_when_prepared(held, tmp_path / "out")
 
 
 def test_a_check_may_be_told_where_captions_stand_and_how_small_is_too_small(tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """Scores of a served cascade are kept where the cascade is known: in the registry, in MLflow, in its run."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 from jobs import recording
+from jobs.cli import main
 from jobs.evaluate import Way, score_tags
 from jobs.recording import judge_and_record, suited
 from workflows.clip_judge import OwnData
 from workflows.evaluation import EndpointError
 from workflows.evaluation_spec import EvaluationSpec
-from workflows.registry import Version
+from workflows.registry import Registry as RealRegistry
+from workflows.registry import RegistryError, Version
 
 DIGEST, ASKED = "d" * 64, Way("oracle", EvaluationSpec(captions=8))
 GOOD = {"all": 0.5, "colour": None, "n": 8, "failed": 0, "intervals": {"all": [0.2, 0.8]}}
@@ -97,6 +101,31 @@ def test_a_cascade_that_nobody_knows_is_judged_and_said_to_be_unknown(
     registry.known = []
     assert judge_and_record("http://x", ASKED) == GOOD
     assert "no MLflow knows cascade dddddddddddd" in caplog.text
+
+
+def test_a_registry_that_is_away_is_named_with_the_cause_before_anything_is_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as probe:  # a port at which nobody listens
+        probe.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setattr(recording, "served", lambda url: DIGEST)
+    monkeypatch.setattr(recording, "judge_endpoint", lambda *_, **__: pytest.fail("it was judged"))
+    done = CliRunner().invoke(main, ["eval", "--url", "http://x", "--record"])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"ddiff: MLflow at {server} does not answer: Connection refused; start it, or set "
+        "MLFLOW_TRACKING_URI to one that does\n",
+    )
+    registry, version = RealRegistry(server), Version("a", "1", "/runs/a/cascade", DIGEST, {}, "run")
+    for act in (
+        lambda: registry.note(version, {"score": "1"}),
+        lambda: registry.log(version, {"score": 1.0}),
+        lambda: registry.version("a"),
+    ):
+        with pytest.raises(RegistryError, match="does not answer: Connection refused"):
+            act()
 
 
 def test_what_serves_no_cascade_of_ours_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`ddiff run`: what is left to do, what is told, and what it refuses before any work."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
 from tests.unit.workflows.tiny_run import prepared
 from workflows.journal import JOURNAL, Journal, curves, entries
+from workflows.parts import Part
+from workflows.pictures import last_parts
 from workflows.pipeline import RunResult
 from workflows.report import SHEETS, data_of
 from workflows.storage import Home
@@ -207,9 +210,16 @@ def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:
 
 def test_the_page_of_a_run_in_a_store_has_its_data_where_it_looks_for_them() -> None:
     home = Home.of("memory://bucket/runs/gathered")
-    for name in ("manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"):
+    kept = {"part-00000.parquet": 9, "part-00001-1a2b3c4d.parquet": 20, "part-00002.parquet": 0}
+    parts = [
+        Part(shard=n, url="x", file=file, rows=20, kept=many, rejects={}, bytes=2, sha256="").model_dump()
+        for n, (file, many) in enumerate(kept.items())
+    ]
+    for name in kept:
         home.at("data/prepared").write(name, "{}")
-    run.gather_data(home, smoke.run())
+    home.at("data/prepared").write("manifest.json", json.dumps({"parts": parts}))
     looked_at = data_of(home.here, {"data": run.data_of(home, smoke.run()).address})
+    shutil.rmtree(looked_at, ignore_errors=True)  # of an earlier test
+    run.gather_data(home, smoke.run())
     found = sorted(path.name for path in looked_at.glob("part-*"))
-    assert found == ["part-00000.parquet", "part-00002.parquet"]
+    assert found == ["part-00001-1a2b3c4d.parquet"] == last_parts(looked_at, 1)  # the last one is empty

@@ -66,6 +66,19 @@ def test_the_command_says_the_scores(cascade: Path, tmp_path: Path) -> None:
     assert [str(path) for path in tmp_path.iterdir()] == facts["images"]
 
 
+def test_a_text_that_is_longer_than_the_cascade_reads_is_said_to_be_cut(
+    cascade: Path, tmp_path: Path
+) -> None:
+    length = json.loads((cascade / "cascade.json").read_text())["context_length"]
+    words = ["sample", "--cascade", str(cascade), "--out", str(tmp_path), "--json"]
+    fits, long = " ".join("a" * (length - 2)), " ".join("a" * (length - 1))
+    for prompt, lost in ((fits, []), (long, ["prompt"])):
+        done = CliRunner().invoke(main, [*words, prompt])
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["truncated"] == lost
+        assert ("is not heard; say it shorter" in done.stderr) == bool(lost)
+
+
 def test_more_cannot_be_kept_than_painted(cascade: Path, tmp_path: Path) -> None:
     words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path / "none"), "--keep", "3"]
     done = CliRunner().invoke(main, words)

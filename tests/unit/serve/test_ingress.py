@@ -26,13 +26,13 @@ from dd_core.stages import StageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.steering import GradientSpec
-from dd_core.text import tokens
+from dd_core.text import tokens, too_long
 from jobs.recipes import consistency, ddpm, guided
 from serve import painter as painting
 from serve.engine import BusyError, Engine, RefusedError
 from serve.ingress import Api
 from serve.openai_api import EFFORT, GenerationRequest
-from serve.painter import HopLostError, Order, Painter, chosen, too_long
+from serve.painter import HopLostError, Order, Painter, chosen
 from tests.unit.serve.gaussian import GaussianHop
 
 DIGEST = "ab" * 32

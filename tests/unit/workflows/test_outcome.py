@@ -1,21 +1,25 @@
 """How a training run ends: what would only come again is told at once, and by its own code."""
 
+import errno
 import os
 import pickle
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray.train.torch
 import torch
+from ray.exceptions import RayTaskError
 
 from dd_core import bundle, checkpoint
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from jobs.failures import Code, code_of, line_of
 from tests.unit.dd_core.test_checkpoint_ranks import NET
-from workflows.outcome import DecidedError, Outcome, decided
+from workflows.feed import DataError
+from workflows.outcome import DecidedError, Outcome, decided, told_by_ray
 from workflows.storage import StorageError
 from workflows.train_spec import TrainSpec
 from workflows.training import NOT_STARTED, UNUSED, Trainer, error_of, may_lose_nodes, not_started
@@ -71,6 +75,28 @@ def test_a_gpu_that_is_too_small_is_a_matter_of_the_spec() -> None:
 def test_what_may_pass_is_no_outcome() -> None:
     for error in (StorageError("away"), RuntimeError("lost"), ConnectionError("cut")):
         assert decided(error, SPEC, disk=Path("/")) is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "said"),
+    [
+        (DataError("part-00000.parquet is cut\nadvice"), "data", "part-00000.parquet is cut"),
+        (DataError(""), "data", "DataError"),
+        (pa.ArrowInvalid("CRC"), "data", "CRC"),
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "full", "/runs/x"),
+    ],
+)
+def test_a_read_task_that_would_fail_again_ends_the_run(cause: Exception, status: str, said: str) -> None:
+    plain = RayTaskError("read", "trace", cause)
+    for wrapped in (plain, plain.as_instanceof_cause()):
+        assert decided(told_by_ray(wrapped), SPEC, disk=Path("/runs/x")) == (status, said)
+
+
+@pytest.mark.parametrize("cause", [MemoryError(), OSError(errno.EIO, "I/O"), RuntimeError("lost\nadvice")])
+def test_a_read_task_that_may_do_better_is_tried_again(cause: Exception) -> None:
+    wrapped = RayTaskError("read", "trace", cause).as_instanceof_cause()
+    assert told_by_ray(wrapped) is wrapped
+    assert decided(wrapped, SPEC, disk=Path("/runs/x")) is None
 
 
 def test_an_outcome_travels_as_an_error() -> None:

@@ -16,9 +16,11 @@ from PIL import Image
 from dd_core import bundle, images
 from jobs import sample
 from jobs.recipes import smoke
-from tests.unit.workflows.tiny_run import make_run
+from tests.conftest import write_shard
+from tests.unit.workflows.tiny_run import make_run, write_parts
 from workflows import pictures, report
 from workflows.journal import Journal
+from workflows.pairs import PairsSpec
 from workflows.report import write_report
 
 HOSTILE = '<script>alert("x")</script> & a "red" circle'
@@ -83,6 +85,32 @@ def test_data_that_lie_elsewhere_are_shown_too_with_their_own_captions(tmp_path:
     assert "Noising" in said
     assert "dB PSNR" in said
     assert report.captions(report.data_of(run, report.summary_of(run)), 2)
+
+
+def test_a_last_part_without_a_usable_pair_is_passed_over(tmp_path: Path) -> None:
+    run, data = make_run(tmp_path / "run"), tmp_path / "run" / "data"
+    shutil.rmtree(run / "cascade")  # painting takes most of the time
+    world, empty = data / "raw" / "shapes-00000.tar", write_shard(data / "empty.tar", {})
+    dead = write_shard(data / "dead.tar", {"a.txt": b"a caption of a dead link"})
+    spec = PairsSpec(shards=("x",), destination="x", sizes=(16, 64), context_length=16)
+    with_empty, without_any = tmp_path / "with", tmp_path / "without"
+    for prepared, tars in ((with_empty, [world, dead, empty]), (without_any, [empty])):
+        prepared.mkdir()
+        write_parts(prepared, [str(tar) for tar in tars], spec)
+    pairs = data / "prepared"
+    assert report.captions(with_empty, 16) == report.captions(pairs, 16)
+    for count in (1, 6, 100):
+        ours, theirs = (pictures.prepared_images(place, 64, count)[0] for place in (pairs, with_empty))
+        assert len(ours) == min(count, 12)
+        assert torch.equal(ours, theirs)
+    (run / "summary.json").write_text(json.dumps({"data": str(with_empty)}))
+    said = Page(write_report(run).read_text()).said
+    assert "Noising" in said
+    assert "dB PSNR" in said
+    (run / "summary.json").write_text(json.dumps({"data": str(without_any)}))
+    said = Page(write_report(run).read_text()).said
+    assert "Noising" not in said
+    assert "dB PSNR" not in said
 
 
 def test_what_a_clip_said_stands_beside_what_it_says_of_the_true_pictures(tmp_path: Path) -> None:

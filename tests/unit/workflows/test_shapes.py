@@ -1,6 +1,9 @@
 """The embedded world is a function of its seed, and the judge reads it without error."""
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 from workflows import grammar, oracle, shape_shards, shapes, storage
+from workflows.claim import TakenError
 from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.shapes import UNSEEN, Scene, drawn, place_of, scene_rng
 from workflows.storage import Home
@@ -158,6 +162,48 @@ def test_shards_without_a_note_of_their_spec_are_taken_as_they_are(tmp_path: Pat
     before = tar.stat().st_mtime_ns
     write_shards(spec, tmp_path)
     assert tar.stat().st_mtime_ns == before
+
+
+def test_a_shard_has_its_name_when_its_bytes_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, named = set[int](), list[int]()
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(file: int) -> None:
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def renamed(path: Path, target: Path) -> Path:
+        named.append(path.stat().st_ino)
+        assert path.stat().st_ino in synced
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    (tar,) = write_shards(ShapesSpec(pairs=2, image_size=32), tmp_path)
+    assert named == [Path(tar).stat().st_ino]
+
+
+def test_two_processes_never_write_into_one_directory_and_drafts_of_killed_ones_go(tmp_path: Path) -> None:
+    spec = ShapesSpec(pairs=2, image_size=32)
+    (tmp_path / ".shapes-00000.tar.1a2b.tmp").write_bytes(b"cut")
+    hold = "import sys; from pathlib import Path; from workflows import claim, storage\n"
+    hold += "with claim.claim(storage.Home.of(sys.argv[1]), '.shapes.lock'): print('in', flush=True), input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"in\n"
+    with pytest.raises(TakenError, match=f"{tmp_path} is being written by process {other.pid} on"):
+        write_shards(spec, tmp_path)
+    other.communicate(b"\n")
+    write_shards(spec, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".shapes.lock",
+        "shapes-00000.tar",
+        "shapes.json",
+    ]
 
 
 def test_what_a_machine_keeps_of_shards_that_a_store_has_not_is_not_trusted(

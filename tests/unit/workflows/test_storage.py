@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.exceptions import RayTaskError
 
 from dd_core import checkpoint, sealed
+from tests.conftest import room_for
 from workflows import stopping, storage, training, worker
 from workflows.feed import DataError
 from workflows.journal import JOURNAL
@@ -97,6 +98,16 @@ def test_a_store_that_is_away_while_workers_read_ends_no_run(
             worker.ended(job)
     else:
         assert worker.ended(job) == worker.Outcome("data", "cut")
+
+
+def test_what_finds_no_room_leaves_what_was_there_and_no_draft(tmp_path: Path) -> None:
+    home = Home.of(tmp_path)
+    home.write("seconds.json", "{}")
+    for _ in range(2):
+        with room_for(100), pytest.raises(OSError, match="File too large"):
+            home.write("seconds.json", "x" * 1000)
+    assert home.names() == ["seconds.json"]
+    assert home.text("seconds.json") == "{}"
 
 
 @pytest.mark.parametrize("harmed", [1, 9])

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 
 from dd_core import bundle, sealed
@@ -19,8 +18,11 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.upsampler import UpsamplerSpec
-from workflows.pairs import PairsSpec, prepared_tables
+from workflows.pairs import PairsSpec
+from workflows.parts import UNFINISHED, write_part
+from workflows.prepare import totals
 from workflows.shape_shards import ShapesSpec, write_shards
+from workflows.storage import Home
 from workflows.tracking import Journal
 
 CLIP = ClipNetSpec(
@@ -85,9 +87,18 @@ def prepared(directory: Path) -> None:
     data = directory / "data" / "prepared"
     data.mkdir(parents=True)
     spec = PairsSpec(shards=(str(tar),), destination=str(data), sizes=(16, 64), context_length=16)
-    (table,) = prepared_tables(str(tar), 0, spec)
-    pq.write_table(table, data / "part-00000.parquet")
-    sealed.seal(data, sealed.digests(data), {})
+    write_parts(data, [tar], spec)
+
+
+def write_parts(data: Path, tars: list[str], spec: PairsSpec) -> None:
+    """Tars as a preparation leaves them, without its Ray."""
+    home, parts = Home.of(data), []
+    for number, tar in enumerate(tars):
+        *_, (_, _, part) = write_part(home, number, tar, spec)
+        assert part is not None
+        parts.append(part)
+    home.drop(UNFINISHED)
+    sealed.seal(data, {part.file: part.sha256 for part in parts}, totals(parts))
 
 
 def saved(directory: Path, name: str, spec: StageSpec, parents: dict[str, Path]) -> Path:
