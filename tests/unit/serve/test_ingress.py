@@ -278,8 +278,12 @@ def test_texts_are_read_once_an_order_and_never_in_the_loop(
         read.extend(captions)
         return tokens(captions, context_length)
 
+    def measured(caption: str, context_length: int) -> bool:
+        counted([caption], context_length)
+        return too_long(caption, context_length)
+
     monkeypatch.setattr("dd_core.cascade.tokens", counted)
-    monkeypatch.setattr("serve.painter.tokens", counted)
+    monkeypatch.setattr("serve.painter.too_long", measured)
     served.post(n=3, guidance_scale=2, negative_prompt="blue")
     assert read == ["a red circle", "blue"] * 2  # to be painted, and to be told whether they were cut
 
