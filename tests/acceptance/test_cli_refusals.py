@@ -127,7 +127,7 @@ def test_an_order_that_this_cascade_cannot_hear_is_refused(
 @pytest.mark.parametrize(
     ("recipe", "change", "said"),
     [
-        ("guided", "cascade.hops.base.guides={}", "asks a clip and a noised_clip, but guides names none; train what is missing and add guides"),
+        ("guided", "cascade.hops.base.guides={}", "a clip and a noised_clip, but guides names none"),
         ("guided", "cascade.hops.base.guides.clip=noised_clip", "guide 'clip' is a noised_clip"),
         ("latent", "cascade.hops.base.how.num_steps=30", "that divides it, got 30"),
         ("glide", "cascade.hops.upsampler.how.num_steps=20", "fast27 take 27 steps; set num_steps: 27"),
