@@ -11,6 +11,7 @@ from typing import Literal
 
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.network import PlainSpec
+from dd_core.nets.text import CaptionedSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
@@ -84,3 +85,17 @@ def base() -> TrainSpec:
         resources=WORKER,
         samples=SamplesSpec(prompts=("", "", "", ""), how=ANCESTRAL.but(num_steps=50)),
     )
+
+
+def filling(before: TrainSpec, name: str = "filling") -> TrainSpec:
+    """One that fills holes, made of one that does not: told also what is known of the picture, and where.
+
+    One that enlarges is still shown the whole small picture.
+    Source: Nichol et al. 2022 (arXiv:2112.10741, GLIDE), sections 2.3 and 4.2.
+    """
+    assert isinstance(before.stage, ChainSpec)
+    assert isinstance(before.stage.net, PlainSpec | CaptionedSpec)
+    net, told = before.stage.net, before.stage.channels + 1
+    net = net.but(unet=net.unet.but(image_channels=net.unet.image_channels + told))
+    parents = before.parents | {"start": before.name}
+    return before.but(name=name, stage=before.stage.but(net=net, inpaints=True), parents=parents)

@@ -83,8 +83,8 @@ def guided() -> TrainSpec:
 
 def inpainting() -> RunSpec:
     """`run`, and of both its models others that fill holes as told.  Two CPUs, no GPU, up to 8 GB."""
-    whole, painter = run(), filling("filling", guided())
-    enlarger = filling("filling_upsampler", upsampler())
+    whole, painter = run(), ddpm.filling(guided())
+    enlarger = ddpm.filling(upsampler(), "filling_upsampler")
     tuned = enlarger.but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
     hops = (
         HopSpec(stage="filling", how=SMALL, follows_request=True),
@@ -94,20 +94,6 @@ def inpainting() -> RunSpec:
         name="glide_inpainting",
         stages=(*whole.stages, painter, tuned),
         cascade=whole.cascade.but(name="glide_inpainting", hops=hops),
-    )
-
-
-def filling(name: str, before: TrainSpec) -> TrainSpec:
-    """One that fills holes, made of one that does not: told also what is known of the picture, and where.
-
-    An upsampler is still shown the whole small picture (section 4.2 of the paper).
-    """
-    assert isinstance(before.stage, ChainSpec)
-    assert isinstance(before.stage.net, CaptionedSpec)
-    unet = before.stage.net.unet
-    net = before.stage.net.but(unet=unet.but(image_channels=unet.image_channels + 4))
-    return before.but(
-        name=name, stage=before.stage.but(net=net, inpaints=True), parents={"start": before.name}
     )
 
 
@@ -197,8 +183,8 @@ def paper_inpainting() -> RunSpec:
     Source: section 4.2 and the published code (arXiv:2112.10741).
     """
     whole = paper()
-    painter = filling("filling", whole.stage("guided"))
-    enlarger = filling("filling_upsampler", whole.stage("upsampler"))
+    painter = ddpm.filling(whole.stage("guided"))
+    enlarger = ddpm.filling(whole.stage("upsampler"), "filling_upsampler")
     tuned = enlarger.but(budget=enlarger.budget.but(steps=160_000))
     hops = (
         HopSpec(stage="filling", how=ANCESTRAL.but(guidance_scale=5.0), follows_request=True),

@@ -77,15 +77,7 @@ def inpainting() -> RunSpec:
 
     Two CPUs, no GPU, up to 8 GB.
     """
-    before, whole = base(), run()
-    assert isinstance(before.stage, ChainSpec)
-    assert isinstance(before.stage.net, PlainSpec)
-    net = before.stage.net.but(unet=before.stage.net.unet.but(image_channels=4))
-    filling = before.but(
-        name="filling",
-        stage=before.stage.but(net=net, inpaints=True),
-        parents={"start": "base"},
-        optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3),
-    )
+    whole = run()
+    filling = ddpm.filling(base()).but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
     hop = HopSpec(stage="filling", how=SAMPLED, follows_request=True)
     return whole.but(stages=(*whole.stages, filling), cascade=whole.cascade.but(hops=(hop,)))

@@ -112,16 +112,9 @@ def joint() -> RunSpec:
 
 def inpainting() -> RunSpec:
     """`run` and, of its base, a model that fills holes as told.  Two CPUs, no GPU, up to 8 GB."""
-    before, whole = base(), run()
-    assert isinstance(before.stage, ChainSpec)
-    assert isinstance(before.stage.net, PlainSpec)
-    net = before.stage.net.but(unet=before.stage.net.unet.but(image_channels=5))
-    filling = before.but(
-        name="filling",
-        stage=before.stage.but(net=net, inpaints=True),
-        parents=before.parents | {"start": "base"},
-        budget=ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150),
-    )
+    whole = run()
+    budget = ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150)
+    filling = ddpm.filling(base()).but(budget=budget)
     hop = HopSpec(stage="filling", how=DDIM50, follows_request=True)
     return whole.but(
         name="latent_inpainting",
