@@ -2,10 +2,9 @@
 
 import json
 import socket
-import threading
 from base64 import b64encode
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jobs.doctor import cluster, findings, gpu, installed, mlflow, mlflow_server
 from jobs.nodes import UNSTARTED
 from jobs.plan import plan_of
 from jobs.recipes import smoke
+from tests.answering import answering
 from tests.s3 import s3_server
 from workflows.registry import Registry, RegistryError
 
@@ -110,18 +110,11 @@ class AnHourAhead(BaseHTTPRequestHandler):
 
         return super().date_time_string(int(time.time()) + 3600)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def fast_clock() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), AnHourAhead) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(AnHourAhead) as address:
+        yield address
 
 
 def test_a_clock_that_is_an_hour_off_is_a_failure(fast_clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,19 +153,12 @@ class Users(BaseHTTPRequestHandler):
 
     do_POST = do_GET  # noqa: N815 the name that http.server calls
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def users(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Users) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(Users) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield address
 
 
 def test_an_mlflow_that_asks_for_a_user_is_one_and_is_shown_the_user_of_this_environment(
@@ -216,20 +202,13 @@ class Gate(BaseHTTPRequestHandler):
         nodes = {"result": {"result": [head]}}
         self.wfile.write(json.dumps({"ray_version": installed("ray"), "data": nodes}).encode())
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Gate) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+    with answering(Gate) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32)
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        yield address
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """`ddiff submit --dry-run`: the plan on the nodes of a cluster, with no key of its store."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
+from tests.answering import answering
 
 
 class Nodes(BaseHTTPRequestHandler):
@@ -26,23 +26,16 @@ class Nodes(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({"data": {"result": {"result": [node]}}}).encode())
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Nodes) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with answering(Nodes) as address:
         monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32)
-        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.delenv("DDIFF_STORAGE", raising=False)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
             monkeypatch.delenv(name, raising=False)
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        yield address
 
 
 def rehearsed(*words: str) -> Result:

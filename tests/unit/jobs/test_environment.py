@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from jobs import dashboard, environment
 from jobs.failures import Code, StoppedError, code_of
+from tests.answering import answering
 
 ROOT = Path(environment.__file__).parents[1]
 
@@ -230,17 +230,13 @@ class Anybody(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"{}")
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 def test_a_cluster_elsewhere_that_asks_for_no_token_is_not_joined(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Anybody) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        head = f"127.0.0.1:{server.server_port}"
+    with answering(Anybody) as address:
+        head = address.removeprefix("http://")
         environment.refuse_open_cluster(head)
         assert (
             "unless a tunnel leads elsewhere" in caplog.text
@@ -251,7 +247,6 @@ def test_a_cluster_elsewhere_that_asks_for_no_token_is_not_joined(
         environment.refuse_open_cluster(None)
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         environment.refuse_open_cluster(head)
-        server.shutdown()
 
 
 def test_nobody_else_takes_settings_from_the_environment() -> None:

@@ -1,7 +1,6 @@
 """A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
 
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
 from jobs.failures import line_of
 from jobs.following import MOST_LINES, Cluster, ClusterError, facts_of, first_error, merged, reason
+from tests.answering import answering
 from workflows import worker
 from workflows.registry import split
 from workflows.storage import Home
@@ -184,17 +184,12 @@ def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.Monke
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with answering(Dashboard) as address:
         for token in ("first-" + "0" * 32, "second-" + "0" * 32):
             monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-            assert Cluster(f"http://127.0.0.1:{server.server_port}").jobs() == []
+            assert Cluster(address).jobs() == []
             assert set(shown) == {f"Bearer {token}"}
             shown.clear()
-        server.shutdown()
 
 
 @pytest.mark.parametrize("text", ["Request failed: 123", "Request failed: {}", "Request failed: [1]"])
@@ -216,14 +211,9 @@ def test_a_wrong_token_and_a_missing_one_are_told_apart_in_one_line_with_the_fix
         def do_GET(self) -> None:
             self.send_error(401 if "Authorization" not in self.headers else 403)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with answering(Closed) as address:
         done = CliRunner().invoke(main, ["list", "--address", address])
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith(f"ddiff: {address} {said}"), done.stderr
@@ -231,4 +221,3 @@ def test_a_wrong_token_and_a_missing_one_are_told_apart_in_one_line_with_the_fix
         with Dashboard(address) as dashboard, pytest.raises(DashboardError) as refused:  # what `deploy` asks
             dashboard.get("/")
         assert f"ddiff: {line_of(refused.value)}\n" == done.stderr
-        server.shutdown()

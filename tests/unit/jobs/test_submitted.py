@@ -1,9 +1,8 @@
 """A command that follows a job ends as that job did, whatever else has the name of its run."""
 
 import json
-import threading
 from collections.abc import AsyncIterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ from click.testing import CliRunner, Result
 from jobs import dashboard, following
 from jobs.cli import main
 from jobs.following import Cluster, ClusterError, facts_of
+from tests.answering import answering
 
 LONG = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\n"
 
@@ -187,16 +187,11 @@ class Door(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"{}")
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 def test_nothing_is_handed_to_a_cluster_elsewhere_that_asks_for_no_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with answering(Door) as address:
         dashboard.refuse_open(address)  # of this machine
         monkeypatch.setattr(dashboard, "is_here", lambda _: False)
         for words in (["submit", "smoke"], ["deploy", "demo@current"]):
@@ -206,7 +201,6 @@ def test_nothing_is_handed_to_a_cluster_elsewhere_that_asks_for_no_token(
             assert "runs code for anybody" not in ddiff(*words, "--address", address, "--insecure").stderr
         monkeypatch.setattr(Door, "status", 401)
         dashboard.refuse_open(address)
-        server.shutdown()
 
 
 def test_this_machine_is_known_by_its_names_and_others_are_not_taken_for_it() -> None:

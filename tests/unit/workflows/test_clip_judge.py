@@ -2,9 +2,8 @@
 
 import base64
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from dd_core import images
 from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.clip import ClipSpec
+from tests.answering import answering
 from tests.own_data import own_data, picture
 from tests.unit.workflows.tiny_run import CLIP, saved
 from workflows import clip_judge
@@ -65,19 +65,11 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *args: object) -> None:
-            pass
-
     monkeypatch.setattr(clip_judge, "judge_of", lambda _: Judge(colours, said))
     monkeypatch.setattr(clip_judge, "clip_digest", lambda _: "d")
     monkeypatch.setattr("workflows.evaluation.PAUSE_S", 0.0)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Painter)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield Endpoint(f"http://127.0.0.1:{server.server_port}", paint)
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with answering(Painter) as address:
+        yield Endpoint(address, paint)
 
 
 @pytest.fixture(scope="module")
