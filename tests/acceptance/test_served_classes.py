@@ -46,7 +46,7 @@ def test_a_request_that_the_model_cannot_serve_is_told_what_to_ask_instead(clien
     with pytest.raises(openai.BadRequestError) as nameless:
         painted(client)
     assert nameless.value.body == {
-        "message": "it paints by class, and the request names none; give a label",
+        "message": "hop base: it paints by class, and the request names none; give a label",
         "type": "invalid_request_error",
         "param": None,
         "code": "unsupported_value",
