@@ -75,6 +75,11 @@ class FixedLevels(Spec):
     mu: float = Field(0.95, ge=0, lt=1)
     """Share of the target's weights that stays at each step; 0 on CIFAR-10."""
 
+    @property
+    def final(self) -> int:
+        """Levels at the end of the training."""
+        return self.num_levels
+
     def at(self, step: Tensor) -> Pace:
         """How fine the path is, and how slow the target, at a step."""
         return Pace(self.num_levels, self.mu)
@@ -97,6 +102,11 @@ class GrowingLevels(Spec):
         if self.s0 >= self.s1:
             raise ValueError(f"s0 {self.s0} must be below s1 {self.s1}: levels grow")
         return self
+
+    @property
+    def final(self) -> int:
+        """Levels at the end of the training."""
+        return self.s1 + 1
 
     def at(self, step: Tensor) -> Pace:
         """How fine the path is, and how slow the target, at a step."""

@@ -10,13 +10,13 @@ from dd_core.stages import StageSpec
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.causal_prior import CausalPriorStageSpec
-from dd_core.stages.chain_hop import refuse, refuse_guidance, refuse_label
+from dd_core.stages.chain_hop import refuse, refuse_label
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import refuse_jumps
 from dd_core.stages.guides import refuse_aim
 from dd_core.stages.prior import PriorSpec
-from dd_core.stages.refusals import HEARS, refuse_unheard
+from dd_core.stages.refusals import HEARS, refuse_unheard, refuse_unlearned
 
 
 def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str]) -> None:
@@ -27,8 +27,8 @@ def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str])
         refuse_unheard(how, spec.kind)
     if isinstance(spec, ConsistencySpec):
         refuse_jumps(spec, how)
-        if isinstance(spec.base, ChainSpec):
-            refuse_guidance(spec.base, how.guidance_scale)
+    if isinstance(spec, BaseSpec | PriorSpec | CausalPriorStageSpec | AutoregressivePriorSpec):
+        refuse_unlearned(how.guidance_scale, spec.guides_itself, "caption_dropout")
     if isinstance(spec, CausalPriorStageSpec):
         low, high = sigma_range(spec.schedule)
         sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)

@@ -31,7 +31,7 @@ from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws
 from dd_core.stages.prior import chosen_code
-from dd_core.stages.refusals import refuse_unheard
+from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
 
 
 class AutoregressivePriorSpec(LearnsEmbeddings):
@@ -42,7 +42,6 @@ class AutoregressivePriorSpec(LearnsEmbeddings):
     measured_images: int = Field(2048, ge=1)
     """Images, the first of the training, whose embeddings fix the axes and buckets; until then nothing is
     learned and the loss is 0."""
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoregressivePriorSpec":
@@ -128,6 +127,7 @@ class AutoregressivePriorHop:
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse_unheard(how, "autoregressive_prior")
+        refuse_unlearned(how.guidance_scale, self.spec.guides_itself, "caption_dropout")
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)

@@ -38,7 +38,7 @@ from dd_core.stages.base import null_like
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, seeds_of_draws
-from dd_core.stages.refusals import refuse_unheard
+from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
 from dd_core.stages.start import asked, refuse_features, refuse_other, widened
 
 BOUND = 10.0
@@ -58,8 +58,6 @@ class CausalPriorStageSpec(LearnsEmbeddings):
     net: CausalPriorSpec
     """Told timesteps: its level_scale is 1."""
     schedule: ScheduleSpec = ScheduleSpec(betas="cosine")
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
-    """Karlo: 0.2."""
     measured_images: int = Field(2048, ge=2)
     """Images, the first of the training, whose embeddings fix mean and deviation; until then nothing is
     learned and the loss is 0."""
@@ -220,6 +218,7 @@ class CausalPriorHop:
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         self.levels(how)
         refuse_unheard(how, "causal_prior")
+        refuse_unlearned(how.guidance_scale, self.spec.guides_itself, "caption_dropout")
         if how.variance == "analytic" and not self.model.measured:
             raise ValueError(
                 "the errors of this prior have not been measured at all noise levels, so the best variance "

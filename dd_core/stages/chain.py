@@ -89,7 +89,7 @@ class ChainStage(Stage):
         heard = kept(spec, heard_whole)
         hole = holes(picture) if spec.inpaints else None
         shown = seen(spec, autoencoder, small=smaller(spec, picture), known=picture, hole=hole)
-        nothing = unsaid(spec, heard, null_like(heard.tokens))
+        nothing = unsaid(spec, heard, null_like(heard.tokens) if spec.told_dropout else heard.tokens)
 
         def said(network: nn.Module) -> Conditioning:
             return told(spec, network, clip, heard, shown)

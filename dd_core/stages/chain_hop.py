@@ -17,19 +17,27 @@ from dd_core import edits, images
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser
 from dd_core.guidance import UNLIMITED, Rows, bounded, classifier_free, rows_of
+from dd_core.labels import UNLABELLED
 from dd_core.nets.clip import Clip
 from dd_core.noise import SeededNoise, from_vp, to_vp
-from dd_core.samplers import Sampling, SamplingSpec, begin, edited, invert, sigmas_of
+from dd_core.samplers import Sampling, SamplingSpec, begin, invert, sigmas_of
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Trained
-from dd_core.stages.base import null_like
+from dd_core.stages.base import away_from
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
-from dd_core.stages.chain_told import UNLABELLED, Heard, covering, encoded, seen, told, unsaid
+from dd_core.stages.chain_told import Heard, covering, encoded, seen, told, unsaid
 from dd_core.stages.clip import embedded
 from dd_core.stages.guides import Leaders, leaders_of
 from dd_core.stages.known import known_of, refuse_known
-from dd_core.stages.refusals import HEARS, given_noise, refuse_edit, refuse_kept, refuse_unheard
+from dd_core.stages.refusals import (
+    HEARS,
+    given_noise,
+    refuse_edit,
+    refuse_kept,
+    refuse_unheard,
+    refuse_unlearned,
+)
 
 
 class Edit(NamedTuple):
@@ -100,7 +108,7 @@ class ChainHop:
         sampling = begin(how, x, sigmas, noise)
         if sigmas[-1] > 0:
             sampling = in_vp(sampling, float(sigmas[-1]))
-        return Draw(edited(sampling, fill) if fill else sampling, self.rows(state, how))
+        return Draw(edits.edited(sampling, fill) if fill else sampling, self.rows(state, how))
 
     def embedder(self) -> Clip | None:
         return self.clip if self.spec.embedding_width else None
@@ -146,10 +154,12 @@ class ChainHop:
         return rows
 
     def read(self, state: CascadeState) -> tuple[Int[Tensor, " b l"], Int[Tensor, " b l"]]:
-        """Caption and what is not to be seen, in the tokens of this network."""
+        """Caption and what guidance leads away from, in the tokens of this network."""
+        silent = self.spec.told_dropout > 0
         if self.vocabulary is None:
-            return state.tokens, null_like(state.tokens) if state.negative is None else state.negative
-        both = (state.captions, state.negatives or [""] * len(state.captions))
+            return state.tokens, away_from(state, silent=silent)
+        none = [""] * len(state.captions) if silent else state.captions
+        both = (state.captions, state.negatives or none)
         length = self.spec.context_length
         caption, null = (torch.tensor(self.vocabulary.tokens(one, length)) for one in both)
         return caption, null
@@ -233,20 +243,11 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
     usual = HEARS[spec.kind]
     learned = usual._replace(variances=("learned", *usual.variances))
     refuse_unheard(how, spec.kind, hears=learned if spec.learns_variance else usual)
-    refuse_guidance(spec, how.guidance_scale)
+    refuse_unlearned(how.guidance_scale, spec.guides_itself, "told_dropout")
     if how.gradient is not None:
         how.gradient.refuse_lacking(guides)
     if how.dynamic_threshold is not None and spec.latent_channels:
         raise ValueError("dynamic_threshold is for pixels, and this model paints latents; leave it out")
-
-
-def refuse_guidance(spec: ChainSpec, scale: float) -> None:
-    """Raises ValueError if a model is to guide itself that has not learned to."""
-    if scale != 1 and not spec.guides_itself:
-        raise ValueError(
-            f"guidance_scale {scale:g}, but the model has not learned to paint both told and not told; "
-            "set guidance_scale: 1, or train with told_dropout"
-        )
 
 
 def refuse_told(

@@ -137,7 +137,7 @@ class ChainSpec(LearnedSpec):
 
     @property
     def guides_itself(self) -> bool:
-        """Whether it has learned what it paints when told nothing, and when told something."""
+        """Whether it has learned what it paints when some of what it can be told is kept back."""
         told = (self.text_width or self.labels) and self.told_dropout
         return bool(told or (self.embedding_width and self.embedding_dropout))
 

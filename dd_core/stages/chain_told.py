@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dd_core import degradations
 from dd_core.denoiser import Conditioning
+from dd_core.labels import UNLABELLED
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiT
@@ -23,7 +24,6 @@ from dd_core.stages.base import null_like
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import embedding_of
 
-UNLABELLED = -1
 WHOLE_HOLES = 0.125
 """Share of the training pictures of an inpainting model that are hidden whole, so that it still paints."""
 
@@ -116,9 +116,10 @@ def kept(spec: ChainSpec, heard: Heard) -> Heard:
 
 
 def unsaid(spec: ChainSpec, heard: Heard, tokens: Int[Tensor, " b l"]) -> Heard:
-    """Nothing said but these captions, empty or not wanted, and the class where there is none for nothing."""
+    """Nothing said but these captions, and what is never kept back in training: it stays as it is."""
     label = torch.full_like(heard.label, UNLABELLED) if spec.has_class_of_nothing else heard.label
-    return Heard(tokens, label, torch.zeros_like(heard.embedding))
+    silent = torch.zeros_like(heard.embedding)
+    return Heard(tokens, label, silent if spec.embedding_dropout else heard.embedding)
 
 
 def encoded(

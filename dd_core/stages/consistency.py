@@ -30,10 +30,9 @@ from dd_core.stage import EmbeddedBy, Example, LearnedSpec, Losses, PairBatch, S
 from dd_core.stages import base, chain_spec
 from dd_core.stages.base import BaseSpec, BaseStage
 from dd_core.stages.chain import ChainStage
-from dd_core.stages.chain_hop import refuse_guidance
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
-from dd_core.stages.refusals import needed
+from dd_core.stages.refusals import needed, refuse_unlearned
 
 
 class TeacherSpec(Spec):
@@ -88,6 +87,8 @@ class ConsistencySpec(LearnedSpec):
                 f"where paths begin, {self.sigma_max or high:g}; leave it out for the lowest"
             )
         refuse_cut(self.levels, self.segments)
+        scale = self.teacher.guidance_scale if self.teacher else 1.0
+        refuse_unlearned(scale, self.base.guides_itself, self.dropout)
         if not isinstance(self.base, ChainSpec):
             return self
         if self.base.factor > 1:
@@ -96,7 +97,6 @@ class ConsistencySpec(LearnedSpec):
             raise ValueError(
                 f"distance {self.distance} looks at pictures, and this base paints latents; use pseudo_huber"
             )
-        refuse_guidance(self.base, self.teacher.guidance_scale if self.teacher else 1.0)
         return self
 
     @property
@@ -106,10 +106,20 @@ class ConsistencySpec(LearnedSpec):
         return tuple(dict.fromkeys((*self.base.needs, *seeing, *(("base",) if self.teacher else ()))))
 
     @property
+    def dropout(self) -> str:
+        """The field of its base by which it learns to guide itself."""
+        return "told_dropout" if isinstance(self.base, ChainSpec) else "caption_dropout"
+
+    @property
     def sigma_range(self) -> tuple[float, float]:
         """Lowest and highest noise level of its paths, before their end at 0."""
         low, high = self.base.sigma_range
         return self.sigma_min or low, self.sigma_max or high
+
+    @property
+    def ends_at_lowest(self) -> bool:
+        """Whether it is the identity at its lowest level, as published models are, and not at 0."""
+        return self.base.predicts == "consistency"
 
     def cut(self, num_levels: int) -> Cut:
         """How its paths are cut."""

@@ -10,27 +10,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dd_core import edits
 from dd_core.cascade import CascadeState, Draw
 from dd_core.consistency import FixedLevels
 from dd_core.denoiser import Denoiser
 from dd_core.guidance import UNLIMITED, Rows
 from dd_core.noise import SeededNoise
-from dd_core.samplers import SamplingSpec, begin, ddim, edited, sigmas_of
+from dd_core.samplers import SamplingSpec, begin, ddim, sigmas_of
 from dd_core.stage import Trained
 from dd_core.stages.base import BaseHop, BaseSpec
-from dd_core.stages.chain_hop import ChainHop, refuse_guidance, refuse_told
+from dd_core.stages.chain_hop import ChainHop, refuse_told
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.known import known_of, refuse_known
-from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard
+from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard, refuse_unlearned
 
 
 class ConsistencyHop:
     """What its base is told -> an image in how.num_steps jumps; or an edit of an image.
 
-    Without taus the jumps start at the first num_steps of num_steps + 1 Karras levels, and noise is drawn
-    anew after each; where the path is in segments they go from end to end of these, and nothing is drawn.  A
-    guidance scale other than 1 comes on top of the one that was learned.
+    Jumps start at levels that it was trained at, without taus as evenly as num_steps of them can lie, and
+    noise is drawn anew after each; where the path is in segments they go from end to end of these, and
+    nothing is drawn.  Published models end at their lowest level: without taus theirs start at the first
+    num_steps of num_steps + 1 Karras levels.  A guidance scale other than 1 comes on top of the one that was
+    learned.
 
     Args:
         trained: The consistency model.
@@ -66,7 +69,6 @@ class ConsistencyHop:
                 f"a consistency model begins at the noise, not at strength {how.strength:g}; leave it out"
             )
         if isinstance(spec := self.base.spec, ChainSpec):
-            refuse_guidance(spec, how.guidance_scale)
             refuse_told(spec, how, state)
             given = (state.known, state.gray, state.coarse)
             if spec.latent_channels and any(part is not None for part in given):
@@ -83,14 +85,12 @@ class ConsistencyHop:
             x = x + known.image
         sampling = ddim(x, sigmas, noise)
         if self.spec.segments == 1:
-            published = (
-                self.base.spec.predicts == "consistency"
-            )  # such a network ends its paths at its lowest
-            sampling = begin(how, x, sigmas, noise, sigma_min=self.spec.sigma_range[0] if published else 0.0)
+            lowest = self.spec.sigma_range[0] if self.spec.ends_at_lowest else 0.0
+            sampling = begin(how, x, sigmas, noise, sigma_min=lowest)
         rows = self.base.rows(state, how)
         if self.spec.segments > 1 and how.clip is None:  # what leads to a segment's end is no picture
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * len(state.seeds)))
-        return Draw(edited(sampling, known.edit) if known else sampling, rows)
+        return Draw(edits.edited(sampling, known.edit) if known else sampling, rows)
 
     def denoiser(self, rows: Rows) -> Denoiser:
         return self.base.denoiser(rows)
@@ -100,13 +100,36 @@ class ConsistencyHop:
 
 
 def refuse_jumps(spec: ConsistencySpec, how: SamplingSpec) -> None:
-    """Raises ValueError for jumps that do not end where the segments of its path do."""
-    possible = possible_jumps(spec)
-    if possible and (how.taus or how.num_steps not in possible):
-        raise ValueError(
+    """What such a model cannot do, whatever it is asked to paint.
+
+    Raises:
+        ValueError: Jumps that do not end where the segments of its path do, or begin at levels that it was
+            not trained at; guidance that it has not learned; a threshold for what is no picture.
+    """
+    refuse_unlearned(how.guidance_scale, spec.base.guides_itself, spec.dropout)
+    possible, last = possible_jumps(spec), spec.levels.final - 1
+    many = how.num_steps > last or bool(how.taus and how.taus[-1] != last)
+    latent = isinstance(spec.base, ChainSpec) and spec.base.latent_channels > 0
+    remedies = (
+        (
+            bool(possible) and (bool(how.taus) or how.num_steps not in possible),
             f"its path is in {spec.segments} segments: it takes {' or '.join(map(str, possible))} steps, and "
-            f"no taus; set num_steps: {possible[0]}"
-        )
+            f"no taus; set num_steps: {spec.segments}",
+        ),
+        (
+            not possible and not spec.ends_at_lowest and many,
+            f"it was trained at {last + 1} levels; set num_steps to at most {last}, and let taus, if "
+            f"there are any, end in {last}",
+        ),
+        (
+            how.dynamic_threshold is not None and (latent or spec.segments > 1),
+            "dynamic_threshold is for pictures, and this model answers with "
+            f"{'latents' if latent else 'ends of segments'}; leave it out",
+        ),
+    )
+    for wrong, remedy in remedies:
+        if wrong:
+            raise ValueError(remedy)
 
 
 def possible_jumps(spec: ConsistencySpec) -> tuple[int, ...]:
@@ -120,10 +143,10 @@ def possible_jumps(spec: ConsistencySpec) -> tuple[int, ...]:
 
 def levels_of(spec: ConsistencySpec, how: SamplingSpec) -> Float[Tensor, " n"]:
     """Where jumps begin, from the noise on, and the end, 0."""
-    low, high = spec.sigma_range
-    if spec.segments == 1:
+    if spec.ends_at_lowest:
+        low, high = spec.sigma_range
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))
         return sigmas_of(jumps, sigma_min=low, sigma_max=high)
-    assert isinstance(spec.levels, FixedLevels)
-    grid = spec.cut(spec.levels.num_levels).grid()
-    return grid[:: (len(grid) - 1) // how.num_steps]
+    cut = spec.cut(spec.levels.final)
+    even = [round(jump * (cut.num_levels - 1) / how.num_steps) for jump in range(how.num_steps + 1)]
+    return cut.grid()[:: cut.steps][list(how.taus) or even]

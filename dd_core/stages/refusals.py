@@ -149,6 +149,15 @@ def a(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
+def refuse_unlearned(scale: float, guides_itself: bool, dropout: str) -> None:
+    """Raises ValueError if a model is to guide itself that heard everything at every step of its training."""
+    if scale != 1 and not guides_itself:
+        raise ValueError(
+            f"guidance_scale {scale:g}, but the model has not learned to paint both told and not told; "
+            f"set guidance_scale: 1, or train with {dropout}"
+        )
+
+
 def refuse_kept(state: CascadeState, kind: str) -> None:
     """For the hops that paint from noise and keep no brightness and no blocks of a picture.
 

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from dd_core import images, losses
+from dd_core import edits, images, losses
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoiser, NetworkDenoiser
 from dd_core.guidance import Rows, bounded, classifier_free, rows_of
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
-from dd_core.samplers import SamplingSpec, begin, edited, sigmas_of
+from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.known import known_of, refuse_known
 from dd_core.stages.refusals import refuse_edit, refuse_unheard
@@ -112,7 +112,7 @@ class UpsamplerHop:
         known = known_of(state, spec.image_size, self.device)
         sampling = begin(how, x if known is None else x + known.image, sigmas, noise)
         if known is not None:
-            sampling = edited(sampling, known.edit)
+            sampling = edits.edited(sampling, known.edit)
         cond = Conditioning(image=large)
         return Draw(sampling, rows_of(how, cond, cond, len(x))._replace(scale=torch.ones(len(x))))
 

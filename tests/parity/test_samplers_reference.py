@@ -26,7 +26,6 @@ from dd_core.samplers import (
     begin,
     ddim,
     ddpm,
-    edited,
     heun,
     sample,
     sigmas_of,
@@ -260,7 +259,7 @@ def test_edits_of_consistency_models(name: str) -> None:
     how = SamplingSpec(sampler="consistency", num_steps=2, taus=taus)
     denoise = clip_x0(ours(network, "consistency", consistency_time, sigma_min=0.002))
     sampling = begin(how, 80.0 * start(), sigmas_of(how, **EDM), Stream(SEED), sigma_min=0.002)
-    assert apart(sample(edited(sampling, edit), denoise), expected) < 1e-5
+    assert apart(sample(edits.edited(sampling, edit), denoise), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("s0", "s1", "mu0"), [(2, 150, 0.9), (2, 200, 0.95), (10, 160, 0.9)])

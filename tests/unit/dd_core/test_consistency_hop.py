@@ -1,6 +1,6 @@
 """A consistency model as a hop: painting in one jump or a few, and Algorithm 4's edits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from dd_core import edits
 from dd_core.cascade import CascadeState, Draw, run
+from dd_core.consistency import draw_pair
 from dd_core.denoiser import Denoised
 from dd_core.nets.network import PlainSpec
 from dd_core.noise import karras_sigmas
 from dd_core.samplers import SamplingSpec, sample
 from dd_core.stage import Budget, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
-from dd_core.stages.consistency import FixedLevels, GrowingLevels
-from dd_core.stages.consistency_hop import ConsistencyHop
+from dd_core.stages.consistency import ConsistencySpec, FixedLevels, GrowingLevels
+from dd_core.stages.consistency_hop import ConsistencyHop, refuse_jumps
 from dd_core.training import TrainState, train
 from tests.unit.dd_core import students
+from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core.students import (
     BASE,
     EDM,
@@ -32,6 +34,8 @@ from tests.unit.dd_core.students import (
     told,
 )
 from tests.unit.dd_core.test_stages import CLIP
+
+LATENTS = ConsistencySpec(base=chains.LATENT, teacher=None, levels=GrowingLevels(steps=10, s1=20))
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +111,21 @@ def test_a_student_of_edm_paints_its_class_in_one_jump_and_in_two() -> None:
         assert night.max() + 0.4 < day.min()
 
 
-@pytest.mark.parametrize(("jumps", "levels"), [(1, [80.0]), (2, None), (4, None)])
-def test_n_jumps_ask_the_network_n_times_beginning_at_the_noise(
-    parents: dict[str, Trained], jumps: int, levels: list[float] | None
+@pytest.mark.parametrize(
+    ("jumps", "taus", "levels"),
+    [
+        (1, (), [0]),
+        (2, (), [0, 4]),
+        (4, (), [0, 2, 4, 5]),
+        (7, (), range(7)),
+        (2, (0, 2, 7), [0, 2]),
+    ],
+)
+def test_n_jumps_ask_the_network_n_times_at_levels_that_it_was_trained_at(
+    parents: dict[str, Trained], jumps: int, taus: tuple[int, ...], levels: Sequence[int]
 ) -> None:
     model, asked = hop(parents), CascadeState(seeds=[1], tokens=told("a star"))
-    draw = model.start(asked, JUMPS.but(num_steps=jumps))
+    draw = model.start(asked, JUMPS.but(num_steps=jumps, taus=taus))
     seen = []
 
     def looking(x: Tensor, sigma: Tensor) -> Denoised:
@@ -120,8 +133,22 @@ def test_n_jumps_ask_the_network_n_times_beginning_at_the_noise(
         return model.denoiser(draw.rows)(x, sigma)
 
     sample(draw.sampling, looking)
-    grid = karras_sigmas(jumps + 1, sigma_min=0.1, sigma_max=80.0)[:jumps]
-    assert seen == pytest.approx(levels or grid.tolist())
+    trained = draw_pair(torch.zeros(500, 1), SPEC.cut(8)).high.unique().flip(0)
+    assert seen == pytest.approx(trained[list(levels)].tolist())
+
+
+def test_what_it_was_not_trained_for_is_refused(parents: dict[str, Trained]) -> None:
+    asked = CascadeState(seeds=[1], tokens=told("a star"))
+    for how, remedy in (
+        (JUMPS.but(num_steps=8), "trained at 8 levels; set num_steps to at most 7"),
+        (JUMPS.but(taus=(0, 3, 8)), "let taus, if there are any, end in 7"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            hop(parents).start(asked, how)
+    for spec in (SPEC.but(levels=FixedLevels(num_levels=9), segments=2), LATENTS):
+        with pytest.raises(ValueError, match="dynamic_threshold is for pictures, and this model answers"):
+            refuse_jumps(spec, JUMPS.but(dynamic_threshold=0.9))
+    refuse_jumps(SPEC, JUMPS.but(dynamic_threshold=0.9))
 
 
 def test_a_path_in_segments_is_jumped_from_end_to_end(parents: dict[str, Trained]) -> None:

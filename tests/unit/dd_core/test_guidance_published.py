@@ -1,11 +1,14 @@
 """Guidance against the published formulas of DDPM's frame, and laws of what is done to an estimate."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dd_core import edits
 from dd_core.denoiser import Conditioning, Denoised
 from dd_core.guidance import (
     Rank,
@@ -19,7 +22,7 @@ from dd_core.guidance import (
     stack,
 )
 from dd_core.noise import from_vp, to_vp
-from dd_core.samplers import SamplingSpec, begin, ddim, ddpm, edited, sample
+from dd_core.samplers import SamplingSpec, begin, ddim, ddpm, sample
 from dd_core.schedules import ScheduleSpec, alpha_bars, sigmas
 
 BAR, TABLE = alpha_bars(ScheduleSpec()), sigmas(ScheduleSpec()).tolist()
@@ -99,15 +102,29 @@ def test_bayes_rule_moves_the_mean_by_the_published_shift_over_the_root_of_alpha
     torch.testing.assert_close(published, (BAR[t] / BAR[s]).sqrt() * exact)
 
 
-def test_an_edit_and_a_clip_end_the_claim_on_the_mean() -> None:
+def test_a_clip_ends_the_claim_on_the_mean() -> None:
     """Where the estimate was overwritten there is no gradient left to take out of it again."""
-    levels, x = torch.tensor([2.0, 1.0, 0.0]), torch.randn(2, 3)
     guided = by_gradient(estimate, log_p, scale=torch.ones(2))
-    assert clip_x0(guided)(x, torch.ones(2)).gradient is None
-    sampling = edited(ddpm(x, levels, NoNoise(), mean_shift=True), torch.zeros_like)
-    next(sampling)
-    answer = guided(x, torch.full((2,), 2.0))
-    torch.testing.assert_close(sampling.send(answer).x, x / 4)
+    assert clip_x0(guided)(torch.randn(2, 3), torch.ones(2)).gradient is None
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned"])
+def test_a_hole_is_led_as_hard_as_a_whole_image_and_what_is_known_is_not(variance: str) -> None:
+    """The pull stays by the estimates of the hole, so the mean moves by variance * gradient there."""
+    levels = torch.tensor([TABLE[500], TABLE[490]], dtype=torch.float64)
+    x, known = torch.randn(4, 3, dtype=torch.float64), torch.full((4, 3), 0.5, dtype=torch.float64)
+    hole = torch.tensor([True, False, True]).expand(4, 3)
+    sampling = partial(ddpm, x, levels, NoNoise(), variance=variance, mean_shift=True)
+
+    def drawn(scale: float, edit: edits.Edit | None) -> Tensor:
+        guided = by_gradient(estimate, log_p, scale=torch.full((4,), scale))
+        return sample(sampling() if edit is None else edits.edited(sampling(), edit), guided)
+
+    def fill(x0: Tensor) -> Tensor:
+        return torch.where(hole, x0, known)
+
+    torch.testing.assert_close(drawn(SCALE, fill)[hole], drawn(SCALE, None)[hole])
+    torch.testing.assert_close(drawn(SCALE, fill)[~hole], drawn(0.0, fill)[~hole])
 
 
 def test_guidance_by_two_scores_is_guidance_by_their_sum() -> None:
