@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dd_core.denoiser import Denoiser
 from dd_core.noise import Noise, spread
 
 Score = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b"]], Float[Tensor, " b"]]
@@ -87,14 +86,6 @@ def of_structure(features: Features, reference: Float[Tensor, " b *s"], noise: N
         return -distance(features(x, sigma), wanted)
 
     return score
-
-
-def of_estimate(denoise: Denoiser, score: Callable[[Tensor], Float[Tensor, " b"]]) -> Score:
-    """A score of clean images, such as a CLIP without noise, taken at the estimate behind x.
-
-    Its gradient runs through the denoiser.
-    """
-    return lambda x, sigma: score(denoise(x, sigma).x0)
 
 
 def weighted(*parts: tuple[float | Float[Tensor, " b"], Score]) -> Score:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core.denoiser import Conditioning
@@ -32,10 +32,10 @@ class DiTSpec(Spec):
     image_size: int = Field(64, ge=8)
     stem: int = Field(4, ge=1)
     """Pixels folded into one position of the convolutions."""
-    conv_width: int = Field(96, multiple_of=8)
+    conv_width: int = Field(96, ge=8, multiple_of=8)
     conv_blocks: int = Field(2, ge=0)
     """Residual blocks on the way down, and as many on the way up."""
-    width: int = Field(256, multiple_of=8)
+    width: int = Field(256, ge=8, multiple_of=8)
     layers: int = Field(6, ge=1)
     head_width: int = Field(64, ge=8)
     text_width: int = Field(0, ge=0)
@@ -46,6 +46,26 @@ class DiTSpec(Spec):
     """Layers of its own over the caption's states, both directions, before the image asks them."""
     embedding_width: int = Field(0, ge=0)
     """Of the image embedding; 0: not told."""
+
+    @property
+    def groups(self) -> int:
+        """Of channels whose norm is one, in the convolutions."""
+        return self.conv_width // 16 or 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DiTSpec":
+        if self.width % self.head_width:
+            raise ValueError(f"width {self.width} must divide by head_width {self.head_width}")
+        if self.conv_width % self.groups:
+            raise ValueError(
+                f"conv_width {self.conv_width} does not split into {self.groups} groups; take "
+                f"{-(-self.conv_width // 16) * 16}"
+            )
+        if self.image_size % (2 * self.stem):
+            raise ValueError(f"image_size {self.image_size} must divide by {2 * self.stem}, twice the stem")
+        if self.caption_width and not self.text_width:
+            raise ValueError("caption_width without text_width tells no caption; set both, or leave it out")
+        return self
 
 
 class Modulation(nn.Module):
@@ -120,9 +140,9 @@ class TextBlock(nn.Module):
 class ConvBlock(nn.Module):
     """A residual block of two convolutions, told sigma by a scale and a shift."""
 
-    def __init__(self, width: int, told: int) -> None:
+    def __init__(self, width: int, groups: int, told: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(width // 16 or 1, width)
+        self.norm = nn.GroupNorm(groups, width)
         self.enter = Conv(width, width, 3, padding=1)
         self.leave = Conv(width, width, 3, padding=1)
         self.modulation = Modulation(told, width, 2)
@@ -147,7 +167,9 @@ class DiT(nn.Module):
         self.fold = nn.PixelUnshuffle(spec.stem)
         self.enter = Conv(in_channels * spec.stem**2, spec.conv_width, 3, padding=1)
         self.told = nn.Sequential(nn.Linear(256, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
-        self.down = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
+        self.down = nn.ModuleList(
+            ConvBlock(spec.conv_width, spec.groups, spec.width) for _ in range(spec.conv_blocks)
+        )
         self.to_grid = Conv(spec.conv_width, spec.width, 2, stride=2)
         self.places = nn.Parameter(grid_waves(grid, spec.width)[None])
         self.blocks = nn.ModuleList(
@@ -156,7 +178,9 @@ class DiT(nn.Module):
         )
         self.from_grid = nn.Linear(spec.width, 4 * spec.conv_width)
         self.join = Conv(2 * spec.conv_width, spec.conv_width, 1)
-        self.up = nn.ModuleList(ConvBlock(spec.conv_width, spec.width) for _ in range(spec.conv_blocks))
+        self.up = nn.ModuleList(
+            ConvBlock(spec.conv_width, spec.groups, spec.width) for _ in range(spec.conv_blocks)
+        )
         self.leave = Conv(spec.conv_width, out_channels * spec.stem**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(spec.stem)
         if spec.text_width:

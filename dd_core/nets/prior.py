@@ -32,17 +32,23 @@ QUERIES = 4
 class PriorNetSpec(Spec):
     """Size of the reader and of the denoiser."""
 
-    width: int = Field(256, multiple_of=8)
+    width: int = Field(256, ge=8, multiple_of=8)
     layers: int = Field(4, ge=1)
     head_width: int = Field(64, ge=8)
     text_width: int = Field(ge=1)
     """Of the states of the parent CLIP."""
     embedding_width: int = Field(ge=1)
     context_length: int = Field(ge=3)
-    denoiser_width: int = Field(512, multiple_of=8)
+    denoiser_width: int = Field(512, ge=8, multiple_of=8)
     denoiser_blocks: int = Field(4, ge=1)
     measured_images: int = Field(2_048, ge=2)
     """Images whose embeddings are looked at before the first step that learns, to whiten them."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PriorNetSpec":
+        if self.width % self.head_width:
+            raise ValueError(f"width {self.width} must divide by head_width {self.head_width}")
+        return self
 
 
 class DenoiserBlock(nn.Module):

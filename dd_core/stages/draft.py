@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dd_core import images
+from dd_core import images, losses
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
 from dd_core.nets.whitening import nothing_of
@@ -79,9 +79,7 @@ class DraftStage(Stage):
         told = self.model.whitening(embedding)
         made = self.model.unfolded(told + self.spec.embedding_noise * torch.randn_like(told)).float()
         mse = F.mse_loss(made, x0)
-        edges = F.mse_loss(made.diff(dim=-1), x0.diff(dim=-1)) + F.mse_loss(
-            made.diff(dim=-2), x0.diff(dim=-2)
-        )
+        edges = losses.edge_mse(made, x0)
         return Losses(mse + self.spec.edge_weight * edges, {"x0_mse": mse.detach()})
 
 

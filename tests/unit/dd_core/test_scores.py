@@ -48,10 +48,6 @@ def rows_of(start: int, stop: int) -> dict[str, scores.Score]:
         "image": scores.of_image(embed, reference, noise),
         "style": scores.of_style(features, reference, noise),
         "structure": scores.of_structure(features, reference, noise),
-        "estimate": scores.of_estimate(
-            lambda x, sigma: Denoised(x / (1 + sigma[:, None, None, None] ** 2)),
-            lambda x0: (embed(x0, torch.zeros(len(x0)).double()) * caption).sum(-1),
-        ),
     }
     per_sample = torch.tensor([1.0, 2.0, 0.0, 5.0])[start:stop]
     found["sum"] = scores.weighted((160.0, found["caption"]), (per_sample, found["style"]))

@@ -354,3 +354,30 @@ def test_a_missing_or_wrong_parent_is_named() -> None:
         build_stage(PRIOR, {"clip": Trained(BASE, {})})
     with pytest.raises(ValueError, match="ClipSpec is no link of a cascade"):
         load_hop(Trained(CLIP, {}), {}, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("net", "wrong", "remedy"),
+    [
+        (BASE.net, {"head_width": 12}, "width 16 must divide by head_width 12"),
+        (BASE.net, {"conv_width": 56}, "conv_width 56 does not split into 3 groups; take 64"),
+        (BASE.net, {"image_size": 18}, "image_size 18 must divide by 4, twice the stem"),
+        (BASE.net, {"text_width": 0}, "caption_width without text_width tells no caption"),
+        (PRIOR.net, {"head_width": 12}, "width 16 must divide by head_width 12"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused_before_it_is_made(
+    net: DiTSpec | PriorNetSpec, wrong: dict[str, int], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        net.but(**wrong)
+
+
+def test_cosines_are_those_of_float32_under_autocast() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(8, 64), dim=1) for _ in range(2))
+    same, scale = torch.eye(8, dtype=torch.bool), torch.tensor(100.0)
+    expected = losses.info_nce(image, text, scale, same), losses.found(image, text, same)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.info_nce(image, text, scale, same), losses.found(image, text, same)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
