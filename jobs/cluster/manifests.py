@@ -1,4 +1,4 @@
-"""`ddiff manifest`: the objects of KubeRay for a run, a service or a standing cluster, from their specs."""
+"""`ddiff manifest`: the objects of KubeRay for a run, a service or a standing cluster, and their volume."""
 
 import hashlib
 import re
@@ -86,7 +86,7 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
             "rayClusterSpec": ray_cluster(cluster, groups, name=name, config=f"{name}-run"),
         },
     }
-    return [*claims(cluster), config, network_policy(cluster, name, ports=[]), rayjob]
+    return [config, network_policy(cluster, name, ports=[]), rayjob]
 
 
 def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
@@ -104,7 +104,7 @@ def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
         "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
         "spec": ray_cluster(cluster, groups, name=name),
     }
-    return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+    return [network_policy(cluster, name, ports=[SERVE_PORT]), body]
 
 
 def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
@@ -132,7 +132,7 @@ def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
             "rayClusterConfig": ray_cluster(cluster, hop_groups(spec, cluster), name=name),
         },
     }
-    return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+    return [network_policy(cluster, name, ports=[SERVE_PORT]), body]
 
 
 def said_of(cluster: ClusterSpec, fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -245,10 +245,17 @@ def nodes_for(hops: list[ReplicaSpec], pod: PodSpec, which: str) -> int:
     return count
 
 
-def claims(cluster: ClusterSpec) -> list[Manifest]:
-    """The volume for a storage that is a path."""
+def claim(cluster: ClusterSpec) -> list[Manifest]:
+    """The volume for a storage that is a path: of all runs, so no run's manifests hold it.
+
+    Raises:
+        ConfigError: The settings name none.
+    """
     if not cluster.claim:
-        return []
+        raise ConfigError(
+            f"the settings name no claim, and storage {cluster.storage} needs none; for a storage that is a "
+            "path set both, such as claim: ddiff-data and storage: /data/runs"
+        )
     spec: Manifest = {
         "accessModes": ["ReadWriteMany"],
         "resources": {"requests": {"storage": f"{cluster.claim_gib}Gi"}},

@@ -337,15 +337,40 @@ def test_settings_come_back_as_they_were_printed_and_wrong_ones_are_refused(tmp_
         assert (done.exit_code, said_of_it in done.stderr) == (2, True), done.stderr
 
 
-def test_a_claim_is_made_for_a_storage_that_is_a_path(made: dict[str, list[dict[str, Any]]]) -> None:
-    claim = one(made["cluster"], "PersistentVolumeClaim")
+def test_a_claim_for_a_storage_that_is_a_path_is_made_by_itself(
+    made: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """`ddiff manifest KIND | kubectl delete -f -` must not delete the volume of all runs."""
+    settings = SETTINGS.but(namespace="mine")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (tmp_path / "serve.yaml").write_text(Config(serve_fields(SERVED, CODE), "tiny").text())
+    cluster_file = ["--cluster", str(tmp_path / "c.yaml")]
+    (claim,) = yaml.safe_load_all(ddiff("manifest", "claim", *cluster_file).stdout)
+    assert not errors(claim)
+    assert (claim["metadata"]["name"], claim["metadata"]["namespace"]) == ("ddiff-data", "mine")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for kind, what in (
+        ("job", ["--recipe", "smoke"]),
+        ("service", ["--config", str(tmp_path / "serve.yaml")]),
+    ):
+        printed = ddiff("manifest", kind, *what, *cluster_file)
+        assert printed.exit_code == 0, printed.stderr
+        assert "claimName: ddiff-data" in printed.stdout
+        assert "kind: PersistentVolumeClaim" not in printed.stdout
+    assert "PersistentVolumeClaim" not in [each["kind"] for each in made["cluster"]]
     cluster = one(made["cluster"], "RayCluster")["spec"]
     for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         mounts = each["template"]["spec"]["containers"][0]["volumeMounts"]
         assert {"name": "data", "mountPath": "/data"} in mounts
     assert group(cluster, "base")["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
-    assert not [each for each in made["job"] if each["kind"] == "PersistentVolumeClaim"]
+
+
+def test_a_claim_that_the_settings_do_not_name_is_refused_and_so_is_one_of_a_run() -> None:
+    done = ddiff("manifest", "claim")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "the settings name no claim, and storage s3://ddiff/runs needs none" in done.stderr
+    done = ddiff("manifest", "claim", "--recipe", "smoke")
+    assert (done.exit_code, "leave out --recipe" in done.stderr) == (2, True)
 
 
 def test_a_run_is_held_against_the_claim_that_it_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
