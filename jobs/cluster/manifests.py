@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.attempts import ATTEMPTS
-from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster
+from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster, submitter
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
@@ -81,6 +81,7 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
             ),
             "backoffLimit": cluster.retries,
             "submitterConfig": {"backoffLimit": 2},
+            **({"submitterPodTemplate": submitter(cluster)} if cluster.pull_secret else {}),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": ray_cluster(cluster, groups, name=name, config=f"{name}-run"),

@@ -16,7 +16,7 @@ from ray.scripts import scripts
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import main
-from jobs.cluster.manifests import hop_groups, job, object_name, said, service
+from jobs.cluster.manifests import hop_groups, job, object_name, said, service, standing
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
 from jobs.nodes import Node
@@ -191,6 +191,30 @@ def test_no_pod_is_root_or_holds_a_secret_and_the_cluster_asks_for_a_token(
             named = {each["name"] for each in container["env"]}
             assert not {name for name in named if "TOKEN" in name or "SECRET" in name or "PASSWORD" in name}
             assert container["image"].startswith("ddiff:")
+
+
+def test_every_pod_has_the_account_and_the_pull_secret_that_the_settings_name() -> None:
+    settings = SETTINGS.but(service_account="trainer", pull_secret="registry", storage_secret=None)
+    documents = [
+        job(smoke.run(), settings)[-1],
+        standing(smoke.run(), settings)[-1],
+        service(Config(serve_fields(SERVED, CODE)), settings)[-1],
+    ]
+    for document, place in zip(documents, ("rayClusterSpec", "", "rayClusterConfig"), strict=True):
+        assert not errors(document)
+        cluster = document["spec"][place] if place else document["spec"]
+        for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = each["template"]["spec"]
+            assert pod["serviceAccountName"] == "trainer"
+            assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    submitter = documents[0]["spec"]["submitterPodTemplate"][
+        "spec"
+    ]  # KubeRay's own would not have the secret
+    assert submitter["imagePullSecrets"] == [{"name": "registry"}]
+    assert submitter["containers"][0]["image"] == settings.image_name
+    for document in (job(smoke.run(), SETTINGS)[-1], standing(smoke.run(), SETTINGS)[-1]):
+        for word in ("serviceAccountName", "imagePullSecrets", "submitterPodTemplate"):
+            assert word not in str(document)
 
 
 @pytest.mark.parametrize(
