@@ -13,6 +13,10 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 JOBS ?= 2
 BIN := .venv/bin
+OLDEST := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, $(OLDEST)))'
+# a .venv whose Python is too old, or gone with the system's, is made again
+STALE := $(shell test ! -e .venv/bin/pip || .venv/bin/python $(NEW_ENOUGH) 2>/dev/null || echo stale)
 LOCK := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 RUNTIME := .venv/ddiff-runtime-$(LOCK)
 TESTS := .venv/ddiff-test-$(LOCK)
@@ -80,17 +84,24 @@ lock: $(TESTS)  ## pin what is installed now
 clean:  ## remove .venv and everything that was run
 	rm -rf .venv runs
 
-.venv/bin/pip:
-	@test -n "$(PYTHON)" || { echo "no python3 found; install Python 3.11 or name it: make PYTHON=..."; exit 2; }
+.PHONY: stale
+stale:
+
+.venv/bin/pip: $(STALE)
+	@test -n "$(PYTHON)" || \
+	  { echo "no python3 found; install Python 3.$(OLDEST) or newer, or name it: make PYTHON=..."; exit 2; }
+	@$(PYTHON) $(NEW_ENOUGH) || \
+	  { echo "$(PYTHON) is too old: ddiff needs Python 3.$(OLDEST) or newer; install one or name it:" \
+	    "make PYTHON=..."; exit 2; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 
-$(RUNTIME): | .venv/bin/pip
+$(RUNTIME): $(STALE) | .venv/bin/pip
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e .
 	$(COMPILE)
 	@touch $@
 
-$(TESTS): | .venv/bin/pip
+$(TESTS): $(STALE) | .venv/bin/pip
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(COMPILE)
 	@touch $(RUNTIME) $@

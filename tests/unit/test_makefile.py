@@ -1,0 +1,69 @@
+"""What the Makefile does to .venv and to runs, with stand-ins for Python and ddiff that only say so."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MADE = """#!/bin/sh
+test "$1" = -m || exit {old}
+mkdir -p .venv/bin
+printf '#!/bin/sh\\necho pip \"$@\"' > .venv/bin/pip
+printf '#!/bin/sh\\nexit 0' > .venv/bin/python
+chmod +x .venv/bin/*
+"""
+"""A Python that is too old or is not, and makes a .venv with one that is not."""
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def python(path: Path, *, old: bool) -> Path:
+    return program(path, MADE.format(old=int(old)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def make(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "DDIFF"))}
+    return subprocess.run(
+        ["make", *words], cwd=folder, env=kept | variables, capture_output=True, text=True, check=False
+    )
+
+
+def test_no_venv_is_made_by_a_python_that_is_too_old(folder: Path) -> None:
+    done = make(folder, "install", f"PYTHON={python(folder / 'old', old=True)}")
+    assert done.returncode == 2
+    assert (
+        "old is too old: ddiff needs Python 3.11 or newer; install one or name it: make PYTHON="
+        in done.stdout
+    )
+    assert not (folder / ".venv").exists()
+    done = make(folder, "install", "PYTHON=")
+    assert (done.returncode, "no python3 found; install Python 3.11" in done.stdout) == (2, True)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_venv_of_a_python_that_is_too_old_or_gone_is_made_again_and_another_is_kept(
+    folder: Path, *, old: bool
+) -> None:
+    python(folder / ".venv" / "bin" / "python", old=old)
+    program(folder / ".venv" / "bin" / "pip", "#!/bin/sh\nexit 0")
+    (folder / ".venv" / "kept").touch()
+    for _ in range(2):
+        done = make(folder, "install", f"PYTHON={python(folder / 'new', old=False)}")
+        assert done.returncode == 0, done.stderr
+    assert (folder / ".venv" / "kept").exists() is not old
+    assert len(list((folder / ".venv").glob("ddiff-runtime-*"))) == 1
