@@ -31,7 +31,7 @@ demo: $(RUNTIME) compiler  ## from nothing to a served cascade: data, seven stag
 	$(BIN)/ddiff run --recipe demo --serve --host $(HOST) --port $(PORT)
 
 stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
-	$(BIN)/ddiff stop --run runs/demo
+	$(BIN)/ddiff stop --run "$${DDIFF_STORAGE:-runs}/demo"
 
 test: export PYTHONDONTWRITEBYTECODE :=  # a hundred processes would compile our modules anew
 test: lint compiler browser servers  ## the whole suite, as CI runs it
@@ -81,7 +81,9 @@ servers:  ## PostgreSQL for the tests that start a cluster, where apt-get can br
 lock: $(TESTS)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+[[:alnum:].]+$$//' | grep -E '^[^@ ]+==' > constraints.txt
 
-clean:  ## remove .venv and everything that was run
+clean:  ## remove .venv and runs; endpoints are stopped first
+	for note in runs/*/endpoint.json "$${DDIFF_STORAGE:-runs}"/*/endpoint.json; do \
+	  if [ -e "$$note" ]; then $(BIN)/ddiff stop --run "$${note%/endpoint.json}"; fi; done
 	rm -rf .venv runs
 
 .PHONY: stale

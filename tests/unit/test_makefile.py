@@ -67,3 +67,40 @@ def test_a_venv_of_a_python_that_is_too_old_or_gone_is_made_again_and_another_is
         assert done.returncode == 0, done.stderr
     assert (folder / ".venv" / "kept").exists() is not old
     assert len(list((folder / ".venv").glob("ddiff-runtime-*"))) == 1
+
+
+def with_ddiff(folder: Path, text: str) -> Path:
+    """A .venv that is whole, with a ddiff of ours, and two runs of which one has left an endpoint."""
+    python(folder / ".venv" / "bin" / "python", old=False)
+    program(folder / ".venv" / "bin" / "pip", "#!/bin/sh\nexit 0")
+    make(folder, "install")
+    program(folder / ".venv" / "bin" / "ddiff", text)
+    (folder / "runs" / "smoke").mkdir(parents=True)
+    (folder / "runs" / "a b").mkdir()
+    (folder / "runs" / "a b" / "endpoint.json").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("storage", "run"), [({}, "runs/demo"), ({"DDIFF_STORAGE": "s3://bucket/runs"}, "s3://bucket/runs/demo")]
+)
+def test_the_endpoint_of_the_demo_is_stopped_where_its_run_is_kept(
+    folder: Path, storage: dict[str, str], run: str
+) -> None:
+    done = make(with_ddiff(folder, '#!/bin/sh\necho "said: $*"'), "stop", **storage)
+    assert f"said: stop --run {run}\n" in done.stdout
+
+
+def test_endpoints_are_stopped_before_their_runs_are_removed_or_nothing_is(folder: Path) -> None:
+    program(folder / "elsewhere" / "demo" / "endpoint.json", "")
+    with_ddiff(folder, '#!/bin/sh\ntest -e "$3/endpoint.json" && echo "said: $*"')
+    done = make(folder, "clean", DDIFF_STORAGE=str(folder / "elsewhere"))
+    assert done.returncode == 0, done.stderr
+    assert "said: stop --run runs/a b\n" in done.stdout
+    assert f"said: stop --run {folder}/elsewhere/demo\n" in done.stdout
+    assert "smoke" not in done.stdout
+    assert not (folder / "runs").exists()
+    assert not (folder / ".venv").exists()
+    with_ddiff(folder, "#!/bin/sh\nexit 70")
+    assert make(folder, "clean").returncode == 2
+    assert (folder / "runs" / "a b").exists()
