@@ -13,6 +13,7 @@ from jobs.attempts import ATTEMPTS
 from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster, submitter
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
+from jobs.inputs import refuse_local
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
 from jobs.secrecy import refuse_secrets, texts
@@ -57,9 +58,11 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
     the same.  KubeRay cannot tell a lost head from a run that is refused, and tries either again.
 
     Raises:
-        ConfigError: A secret of this environment, or a password, would stand in it.
+        ConfigError: A secret of this environment, or a password, would stand in it, or the run reads what no
+            pod has.
         PlanError: A stage cannot fit even there.
     """
+    refuse_local(spec)
     refuse_secrets(said_of(cluster, spec.model_dump(mode="json")))
     name = object_name(spec.name)
     bound, groups = on_groups(spec, cluster)

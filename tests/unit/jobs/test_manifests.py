@@ -250,6 +250,30 @@ def test_a_secret_in_the_run_becomes_no_manifest(kind: str, monkeypatch: pytest.
     assert "the value of MLFLOW_TRACKING_PASSWORD is in pairs.caption" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        (
+            ["shapes=null", "pairs.destination=runs/mine/prepared"],
+            "destination 'runs/mine/prepared' would lie in the folder of the job",
+        ),
+        (
+            ["shapes=null", "pairs.destination=s3://b/prepared", 'pairs.shards=["data/{00..09}.tar"]'],
+            "shards 'data/{00..09}.tar' is a path beside this folder, which no node has",
+        ),
+        (
+            ["evaluation.judge=ViT-B-32:weights/clip.pt"],
+            "evaluation.judge 'weights/clip.pt' is a path beside this folder",
+        ),
+    ],
+)
+def test_a_job_whose_run_reads_what_no_pod_has_becomes_no_manifest(changes: list[str], where: str) -> None:
+    words = [word for change in changes for word in ("--set", change)]
+    done = ddiff("manifest", "job", "--recipe", "smoke", *words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert where in done.stderr
+
+
 def test_only_its_own_pods_the_operator_and_clients_reach_a_cluster(
     made: dict[str, list[dict[str, Any]]],
 ) -> None:
