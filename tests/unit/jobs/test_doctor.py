@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from jobs import environment
 from jobs.cli import main
@@ -73,7 +74,22 @@ def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
     assert not (tmp_path / "runs").exists()
     client = Registry(uri).client
     assert not client.search_registered_models()
-    assert not client.search_runs([client.get_experiment_by_name("ddiff").experiment_id])
+    experiment = client.get_experiment_by_name("ddiff")
+    assert not client.search_runs([experiment.experiment_id])
+    stored = Path(experiment.artifact_location.removeprefix("file://"))
+    assert not [path for path in stored.rglob("*") if path.is_file()]
+
+
+def test_artifacts_that_may_be_stored_and_not_deleted_stop_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keeps(self: Any, artifact_path: str | None = None) -> None:
+        raise PermissionError(13, "Permission denied", "probe.txt")
+
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", keeps)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = findings("mlflow", mlflow)
+    assert (found.state, "cannot delete the artifact: " in found.says) == ("warn", True)
 
 
 def test_storage_that_cannot_be_written_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
