@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.shell import FILE, Group, answer, importing
+from jobs.shell import FILE, Group, answer, importing, say
 
 if TYPE_CHECKING:
     from jobs.following import Cluster, JobFacts
@@ -94,7 +94,7 @@ def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = F
     as_json = click.get_current_context().obj.as_json
     try:
         for line in merged(cluster.follow(job) if to_the_end else iter(cluster.log(job).splitlines())):
-            click.echo(json.dumps({"line": line}) if as_json else line, err=err)
+            say(json.dumps({"line": line}) if as_json else line, err=err)
     except (KeyboardInterrupt, StoppedError):
         raise StoppedError(
             f"{job.id} goes on, only its log is left; ddiff logs -f {job.id} follows it again, ddiff stop "
@@ -104,7 +104,7 @@ def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = F
     if job.status == "FAILED":
         found = first_error(cluster.log(job))
         if as_json:
-            click.echo(json.dumps({"first_error": found}), err=err)
+            say(json.dumps({"first_error": found}), err=err)
         elif found:  # not of a doctor's report
             click.echo("\n".join(["", "the first error:", *found]), err=True)
     if job.over or to_the_end:
