@@ -78,7 +78,8 @@ servers:  ## PostgreSQL for the tests that start a cluster, where apt-get can br
 	    >/dev/null 2>&1 || echo "PostgreSQL could not be installed; the tests on a cluster will be skipped"; \
 	else echo "no PostgreSQL here; the tests on a cluster will be skipped"; fi
 
-lock: $(TESTS)  ## pin what is installed now
+lock: $(TESTS)  ## pin what is installed now, with every extra
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,gcs]'
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+[[:alnum:].]+$$//' | grep -E '^[^@ ]+==' > constraints.txt
 
 clean:  ## remove .venv and runs; endpoints are stopped first

@@ -104,3 +104,20 @@ def test_endpoints_are_stopped_before_their_runs_are_removed_or_nothing_is(folde
     with_ddiff(folder, "#!/bin/sh\nexit 70")
     assert make(folder, "clean").returncode == 2
     assert (folder / "runs" / "a b").exists()
+
+
+PIP = """#!/bin/sh
+case $1 in
+  install) echo "$*" >> installed;;
+  freeze) echo click==8.1.0; echo "torch==2.15.0+cpu"; if grep -q gcs installed; then echo gcsfs==2026.1.0; fi;;
+esac
+"""
+
+
+def test_the_lock_pins_what_every_extra_brings(folder: Path) -> None:
+    program(folder / ".venv" / "bin" / "python", "#!/bin/sh\nexit 0")
+    program(folder / ".venv" / "bin" / "pip", PIP)
+    done = make(folder, "lock")
+    assert done.returncode == 0, done.stderr
+    pins = (folder / "constraints.txt").read_text().splitlines()
+    assert pins == ["click==8.1.0", "torch==2.15.0", "gcsfs==2026.1.0"]
