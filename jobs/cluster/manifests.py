@@ -78,7 +78,7 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
         "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
         "spec": {
             "entrypoint": f"python -m jobs.attempts {ATTEMPTS} run --config {CONFIG}/run.yaml -v",
-            "metadata": {"run": spec.name, "storage": f"{cluster.storage}/{spec.name}"},
+            "metadata": {"ddiff.run": spec.name, "ddiff.command": "run"},  # as jobs.following knows a job
             "runtimeEnvYAML": yaml.safe_dump(
                 {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_DEDUP_LOGS": "0"}}
             ),

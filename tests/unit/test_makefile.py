@@ -109,7 +109,8 @@ def test_endpoints_are_stopped_before_their_runs_are_removed_or_nothing_is(folde
 PIP = """#!/bin/sh
 case $1 in
   install) echo "$*" >> installed;;
-  freeze) echo click==8.1.0; echo "torch==2.15.0+cpu"; if grep -q gcs installed; then echo gcsfs==2026.1.0; fi;;
+  freeze) echo click==8.1.0; echo "torch==2.15.0+cpu"
+    if grep -q gcs installed; then echo gcsfs==2026.1.0; fi;;
 esac
 """
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -11,6 +12,7 @@ import pytest
 import ray
 import yaml
 from click.testing import CliRunner, Result
+from ray.job_submission import JobStatus
 from ray.runtime_env import RuntimeEnv
 from ray.scripts import scripts
 from ray.serve.schema import ServeDeploySchema
@@ -19,6 +21,7 @@ from jobs.cli import main
 from jobs.cluster.manifests import hop_groups, job, object_name, said, service, standing
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
+from jobs.following import facts_of
 from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of, refusals
 from jobs.recipes import smoke
@@ -110,7 +113,9 @@ def test_a_job_runs_the_resolved_recipe_retries_and_resumes(made: dict[str, list
     job = one(made["job"], "RayJob")["spec"]
     assert (job["backoffLimit"], job["shutdownAfterJobFinishes"]) == (1, True)
     assert job["entrypoint"] == "python -m jobs.attempts 3 run --config /etc/ddiff/run.yaml -v"
-    assert job["metadata"]["storage"] == "s3://ddiff/runs/smoke"  # the same for every retry
+    listed = {"submission_id": "smoke-x7k2p", "status": JobStatus.RUNNING, "message": "", "start_time": 0}
+    facts = facts_of(SimpleNamespace(**listed, end_time=0, driver_exit_code=None, metadata=job["metadata"]))
+    assert (facts.id, facts.run, facts.command) == ("smoke-x7k2p", "smoke", "run")  # for `ddiff logs smoke`
     RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
     config = one(made["job"], "ConfigMap")
     head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
