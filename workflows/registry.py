@@ -30,6 +30,8 @@ SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
 SCORED_BY, COSINE, WAY = "score.by", "score.cosine", "score.way"
 """Who judges a version, the oracle where that is not said; the mean cosine, where the score is R-precision;
 and how it is judged, in JSON (jobs.evaluate)."""
+PAINTED_IN = "score.precision"
+"""In which numbers the pictures that were judged were computed, where they said it: bf16, fp32."""
 DELETES = "delete the artifact"
 """What a probe does and no run."""
 NAME: TypeAdapter[str] = TypeAdapter(SafeName)
@@ -265,7 +267,9 @@ def apart(candidate: Version, holder: Version) -> str:
     if holder.judge != candidate.judge:
         return f"the candidate was judged by the {candidate.judge}, its holder by the {holder.judge}"
     if holder.tags.get(ASKED) == candidate.tags.get(ASKED):
-        return ""
+        mine, theirs = (one.tags.get(PAINTED_IN, "") for one in (candidate, holder))
+        other = mine and theirs and mine != theirs
+        return f"the candidate was painted in {mine}, its holder in {theirs}" if other else ""
     if candidate.judge == "clip":
         return (
             "candidate and holder were judged on other captions, or by two CLIPs (one evaluation.judge and "
