@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -59,6 +60,17 @@ def test_a_cpu_without_a_compiler_is_told_how_to_be_faster(
     monkeypatch.setattr("dd_core.compiled.compiled", lambda source: library)
     (found,) = gpu()
     assert (found.state, found.fix) == (state, "" if library else "apt-get install gcc libc6-dev")
+
+
+def test_where_no_compiler_would_help_none_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.machines.DRIVER", tmp_path / "none")
+    monkeypatch.setattr("jobs.machines.sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr("dd_core.compiled.compiled", lambda source: None)
+    (found,) = gpu()
+    assert (found.state, found.fix) == ("ok", "")
+    assert "takes half as long again as on Linux" in found.says
 
 
 def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
