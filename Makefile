@@ -13,6 +13,10 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 JOBS ?= 2
 BIN := .venv/bin
+OLDEST := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, $(OLDEST)))'
+# a .venv whose Python is too old, or gone with the system's, is made again
+STALE := $(shell test ! -e .venv/bin/pip || .venv/bin/python $(NEW_ENOUGH) 2>/dev/null || echo stale)
 LOCK := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 RUNTIME := .venv/ddiff-runtime-$(LOCK)
 TESTS := .venv/ddiff-test-$(LOCK)
@@ -27,7 +31,7 @@ demo: $(RUNTIME) compiler  ## from nothing to a served cascade: data, seven stag
 	$(BIN)/ddiff run --recipe demo --serve --host $(HOST) --port $(PORT)
 
 stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
-	$(BIN)/ddiff stop --run runs/demo
+	$(BIN)/ddiff stop --run "$${DDIFF_STORAGE:-runs}/demo"
 
 test: export PYTHONDONTWRITEBYTECODE :=  # a hundred processes would compile our modules anew
 test: lint compiler browser servers  ## the whole suite, as CI runs it
@@ -74,23 +78,33 @@ servers:  ## PostgreSQL for the tests that start a cluster, where apt-get can br
 	    >/dev/null 2>&1 || echo "PostgreSQL could not be installed; the tests on a cluster will be skipped"; \
 	else echo "no PostgreSQL here; the tests on a cluster will be skipped"; fi
 
-lock: $(TESTS)  ## pin what is installed now
+lock: $(TESTS)  ## pin what is installed now, with every extra
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,gcs]'
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+[[:alnum:].]+$$//' | grep -E '^[^@ ]+==' > constraints.txt
 
-clean:  ## remove .venv and everything that was run
+clean:  ## remove .venv and runs; endpoints are stopped first
+	for note in runs/*/endpoint.json "$${DDIFF_STORAGE:-runs}"/*/endpoint.json; do \
+	  if [ -e "$$note" ]; then $(BIN)/ddiff stop --run "$${note%/endpoint.json}"; fi; done
 	rm -rf .venv runs
 
-.venv/bin/pip:
-	@test -n "$(PYTHON)" || { echo "no python3 found; install Python 3.11 or name it: make PYTHON=..."; exit 2; }
+.PHONY: stale
+stale:
+
+.venv/bin/pip: $(STALE)
+	@test -n "$(PYTHON)" || \
+	  { echo "no python3 found; install Python 3.$(OLDEST) or newer, or name it: make PYTHON=..."; exit 2; }
+	@$(PYTHON) $(NEW_ENOUGH) || \
+	  { echo "$(PYTHON) is too old: ddiff needs Python 3.$(OLDEST) or newer; install one or name it:" \
+	    "make PYTHON=..."; exit 2; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 
-$(RUNTIME): | .venv/bin/pip
+$(RUNTIME): $(STALE) | .venv/bin/pip
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e .
 	$(COMPILE)
 	@touch $@
 
-$(TESTS): | .venv/bin/pip
+$(TESTS): $(STALE) | .venv/bin/pip
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(COMPILE)
 	@touch $(RUNTIME) $@

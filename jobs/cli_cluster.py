@@ -87,7 +87,7 @@ def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host
 
 
 @cluster.command()
-@click.argument("kind", type=click.Choice(["job", "cluster", "service", "settings"]))
+@click.argument("kind", type=click.Choice(["job", "cluster", "service", "claim", "settings"]))
 @click.option("--recipe", help="The run, for a job or a cluster: demo, smoke.")
 @click.option(
     "--config", "file", type=FILE, help="A run; for a service, what `ddiff deploy --publish` prints."
@@ -99,9 +99,11 @@ def manifest(
 ) -> None:
     """Print manifests for KubeRay: a RayJob, a RayCluster, a RayService, or the settings they follow.
 
+    The claim, a volume for a storage that is a path, is for all runs: apply it once; who deletes it deletes
+    them.
     Groups of nodes and their sizes come from the resources of the stages, or the replicas of a service.
     """
-    from jobs.cluster.manifests import job, read_cluster, service, standing, text_of
+    from jobs.cluster.manifests import claim, job, read_cluster, service, standing, text_of
     from jobs.config import run_spec, shown
     from jobs.rollout import written_before
 
@@ -109,6 +111,12 @@ def manifest(
     match kind:
         case "settings":
             return answer(where.model_dump(mode="json"), shown(where).rstrip())
+        case "claim":
+            if recipe or file or changes:
+                raise click.UsageError(
+                    "a claim follows --cluster FILE alone; leave out --recipe, --config, --set"
+                )
+            found = claim(where)
         case "service":
             if not file or recipe or changes:
                 raise click.UsageError(

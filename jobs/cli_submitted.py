@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.shell import DIRECTORY, FILE, Group, answer, importing
+from jobs.shell import FILE, Group, answer, importing, say
 
 if TYPE_CHECKING:
     from jobs.following import Cluster, JobFacts
@@ -94,7 +94,7 @@ def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = F
     as_json = click.get_current_context().obj.as_json
     try:
         for line in merged(cluster.follow(job) if to_the_end else iter(cluster.log(job).splitlines())):
-            click.echo(json.dumps({"line": line}) if as_json else line, err=err)
+            say(json.dumps({"line": line}) if as_json else line, err=err)
     except (KeyboardInterrupt, StoppedError):
         raise StoppedError(
             f"{job.id} goes on, only its log is left; ddiff logs -f {job.id} follows it again, ddiff stop "
@@ -104,7 +104,7 @@ def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = F
     if job.status == "FAILED":
         found = first_error(cluster.log(job))
         if as_json:
-            click.echo(json.dumps({"first_error": found}), err=err)
+            say(json.dumps({"first_error": found}), err=err)
         elif found:  # not of a doctor's report
             click.echo("\n".join(["", "the first error:", *found]), err=True)
     if job.over or to_the_end:
@@ -134,11 +134,11 @@ def delete(job: str, address: str | None) -> None:
 
 @submitted.command()
 @click.argument("job", required=False)
-@click.option("--run", "directory", type=DIRECTORY, help="The run whose local endpoint to stop.")
+@click.option("--run", help="The run whose local endpoint to stop: its directory, or its address.")
 @click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
-def stop(job: str | None, directory: Path | None, address: str | None) -> None:
+def stop(job: str | None, run: str | None, address: str | None) -> None:
     """Stop a JOB of a cluster, which saves itself first, or the endpoint that `ddiff run --serve` left."""
-    if (job is None) == (directory is None):
+    if (job is None) == (run is None):
         raise click.UsageError("name either a job of a cluster, or with --run the run of a local endpoint")
     if job is not None:
         from jobs.following import Cluster
@@ -147,7 +147,10 @@ def stop(job: str | None, directory: Path | None, address: str | None) -> None:
         answer({"stopped": found.id, "status": found.status}, f"{found.id}: {found.status}")
         return
     from jobs.deploy import stop_endpoint
+    from workflows.storage import Home
 
-    assert directory is not None
-    was = stop_endpoint(directory)
-    answer({"stopped": was}, f"stopped {was}" if was else f"{directory} has no endpoint running")
+    here = Home.of(str(run)).here
+    if not here.is_dir():
+        raise click.UsageError(f"this machine has no run {run}; name its directory, such as runs/demo")
+    was = stop_endpoint(here)
+    answer({"stopped": was}, f"stopped {was}" if was else f"{run} has no endpoint running")

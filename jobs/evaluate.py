@@ -14,7 +14,7 @@ from dd_core.stages.clip import ClipSpec
 from workflows.clip_judge import OwnData, evaluate_own
 from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
-from workflows.registry import ASKED, COSINE, JUDGED, SCORE, SCORE_HIGH, SCORE_LOW, SCORED_BY, WAY
+from workflows.registry import ASKED, COSINE, JUDGED, PAINTED_IN, SCORE, SCORE_HIGH, SCORE_LOW, SCORED_BY, WAY
 from workflows.run_spec import RunSpec
 from workflows.storage import Home
 
@@ -118,6 +118,7 @@ def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:
     low, high = scores["intervals"][name]
     found = {SCORE: scores[name], SCORE_LOW: low, SCORE_HIGH: high, JUDGED: scores["n"]}
     found |= {COSINE: scores["cosine"]} if way.by == "clip" else {}
+    found |= {PAINTED_IN: scores["precision"]} if scores.get("precision") else {}
     return tags | {name: str(value) for name, value in found.items()} | {ASKED: way.fingerprint()}
 
 

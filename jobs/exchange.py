@@ -42,6 +42,8 @@ from jobs.recipes import glide
 CLIPS = ("openai-clip", "open-clip")
 GLIDE = ("glide-base", "glide-upsample")
 """What source glide is made of."""
+CASCADES = ("glide", "glide-inpaint")
+"""Sources of several files that become a cascade by a tokenizer of their own."""
 IMAGE_SIDE = 256
 """What published autoencoders were trained at, in pixels."""
 GLIDE_CARD = """# GLIDE
@@ -98,18 +100,10 @@ def import_weights(
         ValueError: The source is unknown, or a file is not laid out like it; the key is named.
         FileNotFoundError: There is no such file.
     """
-    if more.clip is not None and source != "glide":
-        raise ValueError(f"--clip is for source glide, which a noised CLIP leads, not {source}; leave it out")
-    if source in ("glide", "glide-inpaint"):
+    refuse_more(source, more)
+    if source in CASCADES:
         return import_glide(paths, out, more, inpaints=source == "glide-inpaint")
-    if more.tokenizer is not None:
-        raise ValueError("--tokenizer is for source glide, which becomes a cascade that paints; leave it out")
-    if more.scale is not None and source not in AUTOENCODERS:
-        raise ValueError("--scale is for autoencoders that come by themselves (ldm-kl-f8); leave it out")
-    beside = beside_of(source, more)
     name, _, model = source.partition(":")
-    if more.reads_for is not None and name not in CLIPS:
-        raise ValueError(f"--reads-for is for {' and '.join(CLIPS)}, not {source}; leave it out")
     if source == "diffusers":
         return {"bundles": import_folder(the_only(paths, source), out)}
     if name in CLIPS and model:
@@ -124,7 +118,23 @@ def import_weights(
         assumed = 1.0 if net_spec.codes else None
         found = importing.autoencoder(net_spec, weights, scale=more.scale or assumed)
         return {"bundles": [written(out, stage_of(net_spec), found, source)]}
-    return import_network(source, paths, out, averaged=averaged, beside=beside)
+    return import_network(source, paths, out, averaged=averaged, beside=beside_of(source, more))
+
+
+def refuse_more(source: str, more: More) -> None:
+    """Raises ValueError if an option says what is not asked of this source; it names those that ask it."""
+    name = source.partition(":")[0]
+    for option, known in {
+        "tokenizer": CASCADES,
+        "scale": AUTOENCODERS,
+        "classifier": CLASSIFIERS,
+        "upsampler": UPSAMPLERS,
+        "clip": ("glide",),
+        "reads_for": CLIPS,
+    }.items():
+        if getattr(more, option) is not None and name not in known:
+            word = option.replace("_", "-")
+            raise ValueError(f"--{word} is for {', '.join(known)}, not {source}; leave it out")
 
 
 def read_for(source: str, net: ClipNetSpec) -> ClipNetSpec:
@@ -147,21 +157,12 @@ def read_for(source: str, net: ClipNetSpec) -> ClipNetSpec:
 
 
 def beside_of(source: str, more: More) -> dict[str, tuple[str, Path]]:
-    """What else goes into the cascade of a base: stage -> source and file.
-
-    Raises:
-        ValueError: Nothing of the kind was published for this one.
-    """
+    """What else goes into the cascade of a base: stage -> source and file."""
     found: dict[str, tuple[str, Path]] = {}
-    leads = {base: name for base, (name, _) in CLASSIFIERS.items()}
-    for option, known, file in (
-        ("classifier", leads, more.classifier),
-        ("upsampler", UPSAMPLERS, more.upsampler),
-    ):
-        if file is not None and source not in known:
-            raise ValueError(f"--{option} is for {', '.join(known)}, not {source}; leave it out")
-        if file is not None:
-            found[option] = known[source], file
+    if more.classifier is not None:
+        found["classifier"] = CLASSIFIERS[source][0], more.classifier
+    if more.upsampler is not None:
+        found["upsampler"] = UPSAMPLERS[source], more.upsampler
     return found
 
 
@@ -278,8 +279,7 @@ def sources() -> list[str]:
     """What can be declared."""
     return [
         "diffusers",
-        "glide",
-        "glide-inpaint",
+        *CASCADES,
         *(f"{name}:MODEL" for name in CLIPS),
         *AUTOENCODERS,
         *published(),

@@ -21,6 +21,8 @@ class Code(IntEnum):
     NOT_FINITE = 5
     PREEMPTED = 6
     INTERNAL = 70
+    UNREAD = 141
+    """That of a shell for SIGPIPE: nobody reads on, as behind `| head`."""
 
 
 class StoppedError(RuntimeError):

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -171,13 +172,25 @@ def tell(line: str, code: int, *, as_json: bool) -> None:
     click.echo(json.dumps({"error": line, "code": code}) if as_json else f"ddiff: {line}", err=True)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Write lines, and end without a word, as SIGPIPE ends others, where nobody reads them any longer."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        from jobs.failures import Code
+
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still to be written goes nowhere
+        sys.exit(Code.UNREAD)
+
+
 def answer(facts: Mapping[str, Any], text: str = "") -> None:
     """The result of a command, on stdout."""
     manner: Manner = click.get_current_context().obj
     if manner.as_json:
-        click.echo(json.dumps(dict(facts), indent=2, default=str))
+        say(json.dumps(dict(facts), indent=2, default=str))
     else:
-        click.echo(text or "\n".join(f"{name}: {value}" for name, value in facts.items()))
+        say(text or "\n".join(f"{name}: {value}" for name, value in facts.items()))
 
 
 def verbose() -> bool:

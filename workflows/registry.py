@@ -30,6 +30,10 @@ SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
 SCORED_BY, COSINE, WAY = "score.by", "score.cosine", "score.way"
 """Who judges a version, the oracle where that is not said; the mean cosine, where the score is R-precision;
 and how it is judged, in JSON (jobs.evaluate)."""
+PAINTED_IN = "score.precision"
+"""In which numbers the pictures that were judged were computed, where they said it: bf16, fp32."""
+DELETES = "delete the artifact"
+"""What a probe does and no run."""
 NAME: TypeAdapter[str] = TypeAdapter(SafeName)
 
 
@@ -199,7 +203,7 @@ class Registry:
     def probe(self, experiment: str) -> dict[str, str]:
         """Do once what a run does, and undo it: what could not be done -> why; empty if all is well.
 
-        The experiment is made if it is new; the run that is begun in it is deleted again.
+        The experiment is made if it is new; the run that is begun in it is deleted again, with its artifact.
         """
         refused: dict[str, str] = {}
         name = f"ddiff-doctor-{uuid.uuid4().hex[:8]}"
@@ -212,6 +216,7 @@ class Registry:
         for what, act in {
             "log a metric": lambda: self.client.log_metric(run_id, "probe", 1.0),
             "store an artifact": lambda: self.client.log_text(run_id, "probe", "probe.txt"),
+            DELETES: lambda: self.emptied(run_id),
             "register a model": lambda: self.registered(name),
             "delete the run": lambda: self.client.delete_run(run_id),
         }.items():
@@ -220,6 +225,13 @@ class Registry:
             except Exception as error:  # noqa: BLE001 as above
                 refused[what] = one_line(error)
         return refused
+
+    def emptied(self, run_id: str) -> None:
+        """Delete the artifacts of a run, for which MLflow's client has no word."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        place = self.client.get_run(run_id).info.artifact_uri
+        get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts()
 
     def registered(self, name: str) -> None:
         """Make a model without versions and delete it."""
@@ -255,7 +267,9 @@ def apart(candidate: Version, holder: Version) -> str:
     if holder.judge != candidate.judge:
         return f"the candidate was judged by the {candidate.judge}, its holder by the {holder.judge}"
     if holder.tags.get(ASKED) == candidate.tags.get(ASKED):
-        return ""
+        mine, theirs = (one.tags.get(PAINTED_IN, "") for one in (candidate, holder))
+        other = mine and theirs and mine != theirs
+        return f"the candidate was painted in {mine}, its holder in {theirs}" if other else ""
     if candidate.judge == "clip":
         return (
             "candidate and holder were judged on other captions, or by two CLIPs (one evaluation.judge and "

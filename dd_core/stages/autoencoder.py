@@ -71,6 +71,11 @@ class AutoencoderSpec(LearnedSpec):
         return self
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The parent CLIP, where its features are the distance."""
+        return ("clip",) if self.perceptual == "clip" else ()
+
+    @property
     def compares(self) -> bool:
         """The players are balanced by the gradients of a forward, and `disc_start` counts forwards."""
         return True

@@ -47,6 +47,11 @@ class NoisedClipSpec(GuideSpec):
         return EmbeddedBy("clip", wide, side) if self.target == "clip" else None
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The parent CLIP, whose captions or clean images are to be found."""
+        return ("clip",)
+
+    @property
     def image_size(self) -> int:
         """Side of the prepared images that it trains on."""
         return self.net.image_size

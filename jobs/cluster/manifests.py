@@ -1,4 +1,4 @@
-"""`ddiff manifest`: the objects of KubeRay for a run, a service or a standing cluster, from their specs."""
+"""`ddiff manifest`: the objects of KubeRay for a run, a service or a standing cluster, and their volume."""
 
 import hashlib
 import re
@@ -10,9 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.attempts import ATTEMPTS
-from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster
+from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster, submitter
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
+from jobs.inputs import refuse_local
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
 from jobs.secrecy import refuse_secrets, texts
@@ -57,9 +58,11 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
     the same.  KubeRay cannot tell a lost head from a run that is refused, and tries either again.
 
     Raises:
-        ConfigError: A secret of this environment, or a password, would stand in it.
+        ConfigError: A secret of this environment, or a password, would stand in it, or the run reads what no
+            pod has.
         PlanError: A stage cannot fit even there.
     """
+    refuse_local(spec)
     refuse_secrets(said_of(cluster, spec.model_dump(mode="json")))
     name = object_name(spec.name)
     bound, groups = on_groups(spec, cluster)
@@ -75,18 +78,19 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
         "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
         "spec": {
             "entrypoint": f"python -m jobs.attempts {ATTEMPTS} run --config {CONFIG}/run.yaml -v",
-            "metadata": {"run": spec.name, "storage": f"{cluster.storage}/{spec.name}"},
+            "metadata": {"ddiff.run": spec.name, "ddiff.command": "run"},  # as jobs.following knows a job
             "runtimeEnvYAML": yaml.safe_dump(
                 {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_DEDUP_LOGS": "0"}}
             ),
             "backoffLimit": cluster.retries,
             "submitterConfig": {"backoffLimit": 2},
+            **({"submitterPodTemplate": submitter(cluster)} if cluster.pull_secret else {}),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": ray_cluster(cluster, groups, name=name, config=f"{name}-run"),
         },
     }
-    return [*claims(cluster), config, network_policy(cluster, name, ports=[]), rayjob]
+    return [config, network_policy(cluster, name, ports=[]), rayjob]
 
 
 def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
@@ -104,7 +108,7 @@ def standing(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
         "metadata": {"name": name, "namespace": cluster.namespace, "labels": {PART: name}},
         "spec": ray_cluster(cluster, groups, name=name),
     }
-    return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+    return [network_policy(cluster, name, ports=[SERVE_PORT]), body]
 
 
 def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
@@ -132,7 +136,7 @@ def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
             "rayClusterConfig": ray_cluster(cluster, hop_groups(spec, cluster), name=name),
         },
     }
-    return [*claims(cluster), network_policy(cluster, name, ports=[SERVE_PORT]), body]
+    return [network_policy(cluster, name, ports=[SERVE_PORT]), body]
 
 
 def said_of(cluster: ClusterSpec, fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -245,10 +249,17 @@ def nodes_for(hops: list[ReplicaSpec], pod: PodSpec, which: str) -> int:
     return count
 
 
-def claims(cluster: ClusterSpec) -> list[Manifest]:
-    """The volume for a storage that is a path."""
+def claim(cluster: ClusterSpec) -> list[Manifest]:
+    """The volume for a storage that is a path: of all runs, so no run's manifests hold it.
+
+    Raises:
+        ConfigError: The settings name none.
+    """
     if not cluster.claim:
-        return []
+        raise ConfigError(
+            f"the settings name no claim, and storage {cluster.storage} needs none; for a storage that is a "
+            "path set both, such as claim: ddiff-data and storage: /data/runs"
+        )
     spec: Manifest = {
         "accessModes": ["ReadWriteMany"],
         "resources": {"requests": {"storage": f"{cluster.claim_gib}Gi"}},

@@ -135,6 +135,9 @@ def template(
             "seccompProfile": {"type": "RuntimeDefault"},
         },
     }
+    pod |= pulling(cluster)
+    if cluster.service_account:
+        pod["serviceAccountName"] = cluster.service_account
     if group.name != "head":  # the head's autoscaler talks to Kubernetes, the workers have no need to
         pod["automountServiceAccountToken"] = False
         pod["terminationGracePeriodSeconds"] = cluster.grace_s
@@ -146,6 +149,24 @@ def template(
         if cluster.gpu_nodes:
             pod["nodeSelector"] = cluster.gpu_nodes
     return {"metadata": {"labels": {PART: name}}, "spec": pod}
+
+
+def pulling(cluster: ClusterSpec) -> dict[str, Any]:
+    """By what a pod may pull our image."""
+    return {"imagePullSecrets": [{"name": cluster.pull_secret}]} if cluster.pull_secret else {}
+
+
+def submitter(cluster: ClusterSpec) -> dict[str, Any]:
+    """The pod that hands a RayJob to its cluster: as KubeRay makes it, which leaves the pull secret out."""
+    container = {
+        "name": "ray-job-submitter",
+        "image": cluster.image_name,
+        "resources": {
+            "requests": {"cpu": "500m", "memory": "200Mi"},
+            "limits": {"cpu": "1", "memory": "1Gi"},
+        },
+    }
+    return {"spec": {"restartPolicy": "Never", **pulling(cluster), "containers": [container]}}
 
 
 def leaving(grace_s: int) -> str:

@@ -48,12 +48,17 @@ class ClusterSpec(Spec):
     image: str = Field("", pattern=r"^\S*$")
     """Built from jobs/cluster/Dockerfile; empty: ddiff:<version of this installation>."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    pull_secret: DnsName | None = None
+    """Secret of type kubernetes.io/dockerconfigjson, for an image in a registry that asks who pulls it."""
+    service_account: DnsName | None = None
+    """Of every pod, made before: who its pods are to a cloud's stores.  None: the head has one that KubeRay
+    makes, the others the namespace's own."""
     storage: str = "s3://ddiff/runs"
     """DDIFF_STORAGE of every pod; a path lies on `claim`."""
     s3_endpoint: str = ""
     """Of an S3 that is not Amazon's."""
     storage_secret: DnsName | None = "ddiff-storage"  # noqa: S105 as token_secret
-    """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; None: the pods have a role of their own."""
+    """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; None: service_account has the right itself."""
     claim: DnsName | None = None
     """A PersistentVolumeClaim to mount at /data, for a storage that is a path."""
     claim_gib: int = Field(500, ge=1)

@@ -1,6 +1,7 @@
 """Bad input, one by one: a line that says what, where and what to do, the agreed exit code, no traceback."""
 
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -15,6 +16,8 @@ from dd_core import sealed
 from jobs.cli import main
 from jobs.failures import Code, code_of, line_of
 from tests.conftest import jpg, needs_ray, room_for, write_shard
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +120,31 @@ def test_words_that_click_cannot_read_are_told_as_every_other_error(
     answer = json.loads(ddiff(*words, "--json").stderr)
     assert answer["code"] == 2
     assert all(one in answer["error"] for one in said)
+
+
+@pytest.mark.parametrize("manner", [[], ["--json"], ["-v"]])
+def test_a_command_whose_words_nobody_reads_any_longer_ends_quietly(manner: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does when it has seen enough
+    words = ["config", "show", "--recipe", "smoke", *manner]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *words],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (Code.UNREAD, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("jobs.config.resolve", broken)  # as a store, or a worker
+    refused(ddiff("config", "validate", "--recipe", "smoke"), Code.INTERNAL, "BrokenPipeError")
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])

@@ -90,6 +90,9 @@ POD = fields(
         )
     ),
     nodeSelector=TEXTS,
+    serviceAccountName=NAME,
+    imagePullSecrets=some(fields("name", name=NAME)),
+    restartPolicy=choice("Never"),
     terminationGracePeriodSeconds=COUNT,
 )
 TEMPLATE = fields("spec", metadata=fields(labels=LABELS), spec=POD)
@@ -176,6 +179,7 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
             runtimeEnvYAML=TEXT,
             backoffLimit=COUNT,
             submitterConfig=fields(backoffLimit=COUNT),
+            submitterPodTemplate=TEMPLATE,
             shutdownAfterJobFinishes=FLAG,
             ttlSecondsAfterFinished=COUNT,
             rayClusterSpec=RAY_CLUSTER,

@@ -56,6 +56,24 @@ def test_the_endpoint_that_was_noted_is_stopped_and_forgotten(tmp_path: Path) ->
     assert stop_endpoint(tmp_path) == ""
 
 
+@pytest.mark.parametrize("address", ["", "s3://bucket/runs/demo"])
+def test_the_endpoint_of_a_run_is_stopped_by_its_directory_or_its_address(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.storage.scratch_directory", lambda: tmp_path)
+    run = Home.of(address or tmp_path / "demo").here
+    absent = CliRunner().invoke(main, ["stop", "--run", address or str(run)])
+    assert (absent.exit_code, absent.stdout) == (2, "")
+    assert f"this machine has no run {address or run}; name its directory" in absent.stderr
+    run.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    note(run, Endpoint(process.pid, started_at(process.pid), "http://127.0.0.1:8000", ""))
+    for said in ("stopped http://127.0.0.1:8000\n", f"{address or run} has no endpoint running\n"):
+        done = CliRunner().invoke(main, ["stop", "--run", address or str(run)])
+        assert (done.exit_code, done.stdout) == (0, said)
+    assert process.wait(timeout=10) != 0
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Endpoint]:
     """The servers that are started: they sleep, and no cascade ever answers."""

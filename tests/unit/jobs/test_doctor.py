@@ -6,11 +6,13 @@ from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 from click.testing import CliRunner
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from jobs import environment
 from jobs.cli import main
@@ -60,6 +62,17 @@ def test_a_cpu_without_a_compiler_is_told_how_to_be_faster(
     assert (found.state, found.fix) == (state, "" if library else "apt-get install gcc libc6-dev")
 
 
+def test_where_no_compiler_would_help_none_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.machines.DRIVER", tmp_path / "none")
+    monkeypatch.setattr("jobs.machines.sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr("dd_core.compiled.compiled", lambda source: None)
+    (found,) = gpu()
+    assert (found.state, found.fix) == ("ok", "")
+    assert "takes half as long again as on Linux" in found.says
+
+
 def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +86,22 @@ def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
     assert not (tmp_path / "runs").exists()
     client = Registry(uri).client
     assert not client.search_registered_models()
-    assert not client.search_runs([client.get_experiment_by_name("ddiff").experiment_id])
+    experiment = client.get_experiment_by_name("ddiff")
+    assert not client.search_runs([experiment.experiment_id])
+    stored = Path(experiment.artifact_location.removeprefix("file://"))
+    assert not [path for path in stored.rglob("*") if path.is_file()]
+
+
+def test_artifacts_that_may_be_stored_and_not_deleted_stop_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keeps(self: Any, artifact_path: str | None = None) -> None:
+        raise PermissionError(13, "Permission denied", "probe.txt")
+
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", keeps)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = findings("mlflow", mlflow)
+    assert (found.state, "cannot delete the artifact: " in found.says) == ("warn", True)
 
 
 def test_storage_that_cannot_be_written_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,16 @@ def test_only_scores_of_one_judge_on_the_same_captions_are_compared(own: OwnData
     assert worse(high, nearer)
 
 
+def test_scores_of_pictures_that_were_computed_in_other_numbers_are_not_compared(own: OwnData) -> None:
+    for way, scores in ((Way("clip", SPEC, own), by_clip(0.4, 0.30)), (Way("oracle", SPEC), ORACLE)):
+        half, full = (score_tags(way, scores | {"precision": numbers}) for numbers in ("bf16", "fp32"))
+        of_before = score_tags(way, scores | {"precision": ""})
+        why = worse(version(1, half), version(2, full))
+        assert "the candidate was painted in bf16, its holder in fp32" in why
+        for candidate, holder in ((half, half), (half, of_before), (of_before, full)):
+            assert "painted in" not in worse(version(1, candidate), version(2, holder))
+
+
 def test_an_endpoint_of_which_no_run_is_known_is_judged_by_data_and_judge_together(own: OwnData) -> None:
     assert way_by(SPEC, "") == Way("oracle", SPEC)
     assert way_by(SPEC.but(judge=own.clip), own.data) == Way("clip", SPEC.but(judge=own.clip), own)

@@ -143,7 +143,7 @@ def test_an_autoencoder_by_itself_is_told_its_scale(
     assert "give --scale" in refused.output
     assert CliRunner().invoke(main, [*alone, "--scale", "0.5"]).exit_code == 0
     assert first_of(tmp_path / "kl").scale().item() == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="--scale is for autoencoders"):
+    with pytest.raises(ValueError, match=r"--scale is for .*tiny-kl.*, not sd1"):
         exchange.import_weights(
             "sd1", [checkpoint], tmp_path / "sd", averaged=True, more=exchange.More(scale=0.5)
         )
@@ -468,11 +468,36 @@ def test_a_vocabulary_is_under_the_seal_and_must_be_that_of_the_weights(
     for bad in (paths[:1], paths):
         with pytest.raises(ValueError, match="two files of weights, base and upsampler"):
             exchange.import_weights("glide", bad, tmp_path / "o", averaged=True)
-    with pytest.raises(ValueError, match="--tokenizer is for source glide"):
+    with pytest.raises(ValueError, match="--tokenizer is for glide, glide-inpaint, not sd1; leave it out"):
         exchange.import_weights(
             "sd1", paths, tmp_path / "o", averaged=True, more=exchange.More((encoder, merges))
         )
     assert not (tmp_path / "o").exists()
+
+
+TAKES = {
+    "glide": ("tokenizer", "clip"),
+    "glide-inpaint": ("tokenizer",),
+    "openai-clip:ViT-L-14": ("reads_for",),
+    "diffusers": (),
+}
+OPTIONS = ("tokenizer", "scale", "classifier", "upsampler", "clip", "reads_for")
+
+
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [(source, option) for source, taken in TAKES.items() for option in OPTIONS if option not in taken],
+)
+def test_what_a_source_is_not_asked_is_refused_and_never_passed_over(
+    source: str, option: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    values = {"tokenizer": (file, file), "clip": (file, file), "scale": 0.5, "reads_for": "sd1"}
+    more = exchange.More()._replace(**{option: values.get(option, file)})
+    with pytest.raises(
+        ValueError, match=f"--{option.replace('_', '-')} is for .*, not {source}; leave it out"
+    ):
+        exchange.import_weights(source, [file, file], tmp_path / "o", averaged=True, more=more)
 
 
 def test_the_noised_clip_of_glide_leads_its_base_to_the_caption(
@@ -512,7 +537,7 @@ def test_the_noised_clip_of_glide_leads_its_base_to_the_caption(
         pictures.add(Image.open(out / "00000000.png").tobytes())
     assert len(pictures) == 3
     files = (tmp_path / "image.safetensors", tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="--clip is for source glide"):
+    with pytest.raises(ValueError, match="--clip is for glide, not glide-inpaint"):
         exchange.import_weights(
             "glide-inpaint", [], tmp_path / "o", averaged=True, more=exchange.More(clip=files)
         )

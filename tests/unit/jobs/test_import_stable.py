@@ -156,7 +156,7 @@ def test_a_clip_by_itself_is_told_for_whom_it_reads(tmp_path: Path, monkeypatch:
     assert isinstance(trained.spec, ClipSpec)
     assert (trained.spec.net.pads_with, trained.spec.net.towers) == ("end", "both")
     more = exchange.More(reads_for="sd1")
-    with pytest.raises(ValueError, match="--reads-for is for openai-clip and open-clip, not sd1"):
+    with pytest.raises(ValueError, match="--reads-for is for openai-clip, open-clip, not sd1"):
         exchange.import_weights("sd1", [Path("a")], tmp_path / "o", averaged=True, more=more)
 
 

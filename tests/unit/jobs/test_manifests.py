@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -11,14 +12,16 @@ import pytest
 import ray
 import yaml
 from click.testing import CliRunner, Result
+from ray.job_submission import JobStatus
 from ray.runtime_env import RuntimeEnv
 from ray.scripts import scripts
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import main
-from jobs.cluster.manifests import hop_groups, job, object_name, said, service
+from jobs.cluster.manifests import hop_groups, job, object_name, said, service, standing
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
+from jobs.following import facts_of
 from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of, refusals
 from jobs.recipes import smoke
@@ -110,7 +113,9 @@ def test_a_job_runs_the_resolved_recipe_retries_and_resumes(made: dict[str, list
     job = one(made["job"], "RayJob")["spec"]
     assert (job["backoffLimit"], job["shutdownAfterJobFinishes"]) == (1, True)
     assert job["entrypoint"] == "python -m jobs.attempts 3 run --config /etc/ddiff/run.yaml -v"
-    assert job["metadata"]["storage"] == "s3://ddiff/runs/smoke"  # the same for every retry
+    listed = {"submission_id": "smoke-x7k2p", "status": JobStatus.RUNNING, "message": "", "start_time": 0}
+    facts = facts_of(SimpleNamespace(**listed, end_time=0, driver_exit_code=None, metadata=job["metadata"]))
+    assert (facts.id, facts.run, facts.command) == ("smoke-x7k2p", "smoke", "run")  # for `ddiff logs smoke`
     RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
     config = one(made["job"], "ConfigMap")
     head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
@@ -193,6 +198,30 @@ def test_no_pod_is_root_or_holds_a_secret_and_the_cluster_asks_for_a_token(
             assert container["image"].startswith("ddiff:")
 
 
+def test_every_pod_has_the_account_and_the_pull_secret_that_the_settings_name() -> None:
+    settings = SETTINGS.but(service_account="trainer", pull_secret="registry", storage_secret=None)
+    documents = [
+        job(smoke.run(), settings)[-1],
+        standing(smoke.run(), settings)[-1],
+        service(Config(serve_fields(SERVED, CODE)), settings)[-1],
+    ]
+    for document, place in zip(documents, ("rayClusterSpec", "", "rayClusterConfig"), strict=True):
+        assert not errors(document)
+        cluster = document["spec"][place] if place else document["spec"]
+        for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = each["template"]["spec"]
+            assert pod["serviceAccountName"] == "trainer"
+            assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    submitter = documents[0]["spec"]["submitterPodTemplate"][
+        "spec"
+    ]  # KubeRay's own would not have the secret
+    assert submitter["imagePullSecrets"] == [{"name": "registry"}]
+    assert submitter["containers"][0]["image"] == settings.image_name
+    for document in (job(smoke.run(), SETTINGS)[-1], standing(smoke.run(), SETTINGS)[-1]):
+        for word in ("serviceAccountName", "imagePullSecrets", "submitterPodTemplate"):
+            assert word not in str(document)
+
+
 @pytest.mark.parametrize(
     ("kind", "line", "where"),
     [
@@ -224,6 +253,30 @@ def test_a_secret_in_the_run_becomes_no_manifest(kind: str, monkeypatch: pytest.
     done = ddiff("manifest", kind, "--recipe", "smoke", "--set", f"pairs.caption=json:{SECRET}")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "the value of MLFLOW_TRACKING_PASSWORD is in pairs.caption" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        (
+            ["shapes=null", "pairs.destination=runs/mine/prepared"],
+            "destination 'runs/mine/prepared' would lie in the folder of the job",
+        ),
+        (
+            ["shapes=null", "pairs.destination=s3://b/prepared", 'pairs.shards=["data/{00..09}.tar"]'],
+            "shards 'data/{00..09}.tar' is a path beside this folder, which no node has",
+        ),
+        (
+            ["evaluation.judge=ViT-B-32:weights/clip.pt"],
+            "evaluation.judge 'weights/clip.pt' is a path beside this folder",
+        ),
+    ],
+)
+def test_a_job_whose_run_reads_what_no_pod_has_becomes_no_manifest(changes: list[str], where: str) -> None:
+    words = [word for change in changes for word in ("--set", change)]
+    done = ddiff("manifest", "job", "--recipe", "smoke", *words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert where in done.stderr
 
 
 def test_only_its_own_pods_the_operator_and_clients_reach_a_cluster(
@@ -337,15 +390,40 @@ def test_settings_come_back_as_they_were_printed_and_wrong_ones_are_refused(tmp_
         assert (done.exit_code, said_of_it in done.stderr) == (2, True), done.stderr
 
 
-def test_a_claim_is_made_for_a_storage_that_is_a_path(made: dict[str, list[dict[str, Any]]]) -> None:
-    claim = one(made["cluster"], "PersistentVolumeClaim")
+def test_a_claim_for_a_storage_that_is_a_path_is_made_by_itself(
+    made: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """`ddiff manifest KIND | kubectl delete -f -` must not delete the volume of all runs."""
+    settings = SETTINGS.but(namespace="mine")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (tmp_path / "serve.yaml").write_text(Config(serve_fields(SERVED, CODE), "tiny").text())
+    cluster_file = ["--cluster", str(tmp_path / "c.yaml")]
+    (claim,) = yaml.safe_load_all(ddiff("manifest", "claim", *cluster_file).stdout)
+    assert not errors(claim)
+    assert (claim["metadata"]["name"], claim["metadata"]["namespace"]) == ("ddiff-data", "mine")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for kind, what in (
+        ("job", ["--recipe", "smoke"]),
+        ("service", ["--config", str(tmp_path / "serve.yaml")]),
+    ):
+        printed = ddiff("manifest", kind, *what, *cluster_file)
+        assert printed.exit_code == 0, printed.stderr
+        assert "claimName: ddiff-data" in printed.stdout
+        assert "kind: PersistentVolumeClaim" not in printed.stdout
+    assert "PersistentVolumeClaim" not in [each["kind"] for each in made["cluster"]]
     cluster = one(made["cluster"], "RayCluster")["spec"]
     for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         mounts = each["template"]["spec"]["containers"][0]["volumeMounts"]
         assert {"name": "data", "mountPath": "/data"} in mounts
     assert group(cluster, "base")["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
-    assert not [each for each in made["job"] if each["kind"] == "PersistentVolumeClaim"]
+
+
+def test_a_claim_that_the_settings_do_not_name_is_refused_and_so_is_one_of_a_run() -> None:
+    done = ddiff("manifest", "claim")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "the settings name no claim, and storage s3://ddiff/runs needs none" in done.stderr
+    done = ddiff("manifest", "claim", "--recipe", "smoke")
+    assert (done.exit_code, "leave out --recipe" in done.stderr) == (2, True)
 
 
 def test_a_run_is_held_against_the_claim_that_it_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:

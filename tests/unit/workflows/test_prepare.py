@@ -433,6 +433,7 @@ from workflows.parts import resumed
 from workflows.prepare import reported
 from workflows.storage import Home
 directory = sys.argv[1]
+sys.dont_write_bytecode = True  # it would be cut
 spec = PairsSpec(shards=("a.tar",), destination=f"{directory}/out", sizes=(16,), min_side=8)
 resumed(spec.destination, "s")
 shard = {"shard": np.array([0]), "url": np.array([f"{directory}/00000.tar"]), "key": np.array([""])}

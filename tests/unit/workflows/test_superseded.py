@@ -34,6 +34,7 @@ def spec_of(stage: StageSpec = UPSAMPLER, **changes: Any) -> TrainSpec:
     return TrainSpec(
         name="a",
         stage=stage,
+        parents={role: role for role in stage.needs},
         optimizer=OptimizerSpec(learning_rate=1e-3),
         budget=Budget(steps=20, checkpoint_every=5),
         batch_size=8,
