@@ -42,7 +42,7 @@ def test_every_chain_can_rehearse(spec: ChainSpec, how: SamplingSpec) -> None:
 def test_a_consistency_model_rehearses_in_its_own_jumps(taus: tuple[int, ...], segments: int) -> None:
     how = SamplingSpec(sampler="consistency", num_steps=3, taus=taus, guidance_scale=1.0)
     assert shortest(how) == how
-    levels = FixedLevels(num_levels=10)
+    levels = FixedLevels(num_levels=40)
     spec = ConsistencySpec(
         base=EDM, teacher=TeacherSpec(guidance_scale=1.0), levels=levels, segments=segments
     )
