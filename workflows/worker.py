@@ -114,7 +114,7 @@ def trained_to_the_end(job: Job) -> Outcome:
     if who.rank == 0:
         job.home.rejoin(JOURNAL)
     state, seconds = started(job, who, parents)
-    reader = Reader(spec, feed.Order(job.pieces, spec.seed), job.wanted, who.rank, shared(who))
+    reader = Reader(spec, feed.Order(job.pieces, spec.seed, job.wanted), job.wanted, who.rank, shared(who))
     supply = batches(reader, first_step=state.step, device=device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
@@ -318,7 +318,7 @@ class Recorder:
         """A grid of pictures, if the stage is of a kind that draws."""
         wanted, shown = self.job.wanted, self.spec.samples.pictures
         wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
-        order = feed.Order(self.job.pieces, self.spec.seed)
+        order = feed.Order(self.job.pieces, self.spec.seed, wanted)
         table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
         known = paired(table, wanted, torch.device("cpu"))
         now = Trained(self.spec.stage, self.state.average)
