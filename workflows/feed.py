@@ -11,7 +11,6 @@ Runs without Ray and without torch, so that the processes that read start at onc
 """
 
 import io
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,9 +28,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dd_core import sealed
-from workflows.files import ATTEMPTS, GONE, PAUSE_S, one_line
+from workflows.files import GONE, insistently
 from workflows.labels import LabelSpec, label_of
-from workflows.storage import Home, StorageError
+from workflows.storage import Home
 
 T = TypeVar("T")
 GROUPS_PER_MIX = 8
@@ -357,15 +356,7 @@ def patiently(look: Callable[[], T], url: str) -> T:
         StorageError: The store failed at every attempt, or does not let us.
         The errors of `look` that tell of the file.
     """
-    for attempt in range(ATTEMPTS):
-        try:
-            return look()
-        except Exception as error:
-            if tells_of_the_file(error):
-                raise
-            failure = error
-        time.sleep(PAUSE_S * 2**attempt)
-    raise StorageError(f"{url} cannot be read: {one_line(failure)}; run the same command again when it can")
+    return insistently(look, f"{url} cannot be read", final=tells_of_the_file)
 
 
 def tells_of_the_file(error: Exception) -> bool:

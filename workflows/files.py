@@ -7,11 +7,12 @@ give is not taken for damaged.
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import braceexpand
 import fsspec
@@ -19,6 +20,8 @@ import fsspec
 from workflows.addresses import shown
 from workflows.storage import StorageError
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 VERSION_FIELDS = (
     "ETag",
     "etag",
@@ -34,6 +37,8 @@ GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 """Of the file itself: no later attempt finds more."""
 ATTEMPTS, PAUSE_S = 6, 0.1
 """How often a store that fails is asked, and the first pause, of which each is twice the one before."""
+INSISTED, LONGEST_S = 28, 30.0
+"""How often where much would be lost, and the pause that is not exceeded: for ten minutes in all."""
 
 
 class MissingShardError(ValueError):
@@ -160,6 +165,33 @@ def one_line(error: BaseException | str) -> str:
     """An error, or what it says, in one line, without the secrets of addresses, control characters shown."""
     text = " ".join(shown(str(error)).split()) or type(error).__name__
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)[:300]
+
+
+def insistently(
+    ask: Callable[[], T], what: str, *, final: Callable[[Exception], bool], attempts: int = ATTEMPTS
+) -> T:
+    """What a store answers; it is asked again while it is the store that fails.
+
+    Args:
+        ask: The question.
+        what: What is not so while it has no answer, for people: `<address> cannot be read`.
+        final: Whether an error is the answer, and no later attempt finds more: it is raised.
+        attempts: At most.
+
+    Raises:
+        StorageError: The store failed at every attempt.
+    """
+    for attempt in range(attempts):
+        try:
+            return ask()
+        except Exception as error:
+            if final(error):
+                raise
+            failure = error
+        if attempt == ATTEMPTS:
+            log.warning("%s: %s; it is tried again", what, one_line(failure))
+        time.sleep(min(PAUSE_S * 2**attempt, LONGEST_S))
+    raise StorageError(f"{what}: {one_line(failure)}; run the same command again when it can")
 
 
 class ShardFile:

@@ -10,8 +10,9 @@ import resource
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray.train
@@ -22,18 +23,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core import bundle, checkpoint, sealed
-from dd_core.stage import Trained
+from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train
 from workflows import cpus, feed, mailbox, samples
 from workflows.again import Again, Sending
+from workflows.files import INSISTED, insistently
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
 from workflows.reading import Reader, batches, paired
-from workflows.stopping import STOP
-from workflows.storage import Home
+from workflows.stopping import StopSign
+from workflows.storage import AddressError, Home, StorageError
 from workflows.train_spec import TrainSpec
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
@@ -118,7 +121,8 @@ def trained_to_the_end(job: Job) -> Outcome:
     supply = batches(reader, first_step=state.step, device=device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
-    with StopSign(job, who) as sign, Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ()))):
+    sending = Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ())))
+    with StopSign(job.home, first=who.rank == 0) as sign, sending:
         return stepped(job, who, steps, recorder, sign)
 
 
@@ -138,7 +142,7 @@ def threads(local_workers: int, at_once: int) -> int:
 
 
 def stepped(
-    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: "StopSign"
+    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: StopSign
 ) -> Outcome:
     """Every step of the budget, or to a reason to stop."""
     spec, warned = job.spec, False
@@ -218,30 +222,6 @@ def accumulation(spec: TrainSpec) -> int:
     return own // (spec.micro_batch_size or own)
 
 
-class StopSign:
-    """Whether the driver says stop; a store is asked in the background, by the first worker alone."""
-
-    def __init__(self, job: Job, who: Position) -> None:
-        self.home, self.seen, self.asks = job.home, False, who.rank == 0 and job.home.stored
-        self.asking = Again(self.ask)
-
-    def ask(self) -> None:
-        self.seen = self.seen or (self.asks and self.home.has(STOP))
-
-    def __enter__(self) -> Self:
-        if self.asks:
-            self.asking.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.asks:
-            self.asking.end()
-
-    def up(self) -> bool:
-        """Costs a look at a directory, and nothing where there is a store."""
-        return self.seen if self.home.stored else self.home.has(STOP)
-
-
 def told_to_stop(sign: StopSign, step: int, who: Position) -> bool:
     """Whether all workers are to save and stop now."""
     if who.ranks == 1:
@@ -259,6 +239,29 @@ def node_will_go(job: Job, step: int) -> bool:
     They save and go on: when the node is gone, Ray starts them on those that are left.
     """
     return job.drainable and step % AGREE_STEPS == 0 and ray.train.get_preemption_info() is not None
+
+
+def insisted(ask: Callable[[], T], home: Home) -> T:
+    """What the store of a checkpoint answers: to give up is to lose all since the last one.
+
+    Raises:
+        StorageError: It is away for longer than ten minutes, or the address is wrong.
+    """
+
+    def final(error: Exception) -> bool:
+        return isinstance(error, AddressError) or not isinstance(error, StorageError)
+
+    return insistently(ask, f"{home.address} cannot be written to", final=final, attempts=INSISTED)
+
+
+def pruned(place: Home, step: int, kept: int, every: int) -> None:
+    """Remove from a store the checkpoints that are outlived by the one of `step`."""
+
+    def finished(name: str) -> bool:
+        return place.at(name).has(sealed.MANIFEST)
+
+    for name in checkpoint.outlived(place.names(), finished, step=step, kept=kept, every=every):
+        place.drop(name)
 
 
 class Recorder:
@@ -315,19 +318,27 @@ class Recorder:
         self.sums, self.good, self.since, self.since_step = {}, 0, time.monotonic(), report.step
 
     def draw(self, step: int) -> None:
-        """A grid of pictures, if the stage is of a kind that draws."""
-        wanted, shown = self.job.wanted, self.spec.samples.pictures
-        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
-        order = feed.Order(self.job.pieces, self.spec.seed, wanted)
-        table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
-        known = paired(table, wanted, torch.device("cpu"))
-        now = Trained(self.spec.stage, self.state.average)
-        made = samples.drawn(now, self.parents, self.spec.samples, known)
-        if made is not None:
-            name = f"samples/step-{step:08d}.png"
+        """A grid of pictures, if the stage is of a kind that draws; a store that is away costs it alone."""
+        name = f"samples/step-{step:08d}.png"
+        try:
+            now = Trained(self.spec.stage, self.state.average)
+            made = samples.drawn(now, self.parents, self.spec.samples, self.shown())
+            if made is None:
+                return
             samples.save_grid(made, self.job.home.here / name)
             self.job.home.send(name)
+        except StorageError as error:
+            log.warning("%s: no %s: %s", self.spec.name, name, error)
+        else:
             self.journal.picture("samples", name, step)
+
+    def shown(self) -> PairBatch:
+        """The pairs that are drawn."""
+        wanted, count = self.job.wanted, self.spec.samples.pictures
+        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
+        order = feed.Order(self.job.pieces, self.spec.seed, wanted)
+        table = next(feed.read(order.picks(np.arange(min(count, order.rows))), wanted))
+        return paired(table, wanted, torch.device("cpu"))
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and the bundle say about themselves."""
@@ -348,14 +359,8 @@ class Recorder:
         kept, every = self.spec.checkpoints_kept, self.spec.keep_every
         if home.stored:
             self.send(place, written)
-            all_kept = home.at("checkpoints")
-            names = all_kept.names() if self.who.rank == 0 else []
-
-            def finished(name: str) -> bool:
-                return all_kept.at(name).has(sealed.MANIFEST)
-
-            for name in checkpoint.outlived(names, finished, step=step, kept=kept, every=every):
-                all_kept.drop(name)
+            if self.who.rank == 0:
+                insisted(partial(pruned, home.at("checkpoints"), step, kept, every), home)
         elif self.who.rank == 0:
             checkpoint.prune(home.here, step=step, kept=kept, every=every)
 
@@ -365,13 +370,17 @@ class Recorder:
         Ranks of one machine share the directory: it goes when the manifest is in the store, not before.
         """
         if self.who.rank == 0:
-            place.unseal()
-        place.send(*(name for name in written if name != sealed.MANIFEST))
+            insisted(place.unseal, place)
+        for name in written:
+            if name != sealed.MANIFEST:
+                insisted(partial(place.send, name), place)
         if self.who.ranks > 1:
             dist.barrier()
         if self.who.rank == 0:
-            self.job.home.send(JOURNAL, missing_ok=True)  # before the first report there is none
-            place.send(sealed.MANIFEST)
+            insisted(
+                partial(self.job.home.send, JOURNAL, missing_ok=True), place
+            )  # none before the first report
+            insisted(partial(place.send, sealed.MANIFEST), place)
         if self.who.ranks > 1:
             dist.barrier()
         shutil.rmtree(self.job.home.here / "checkpoints", ignore_errors=True)
@@ -383,5 +392,5 @@ class Recorder:
         weights = {name: value.cpu() for name, value in self.state.average.items()}
         home = self.job.home
         bundle.save(home.here / "bundle", self.spec.stage, weights, parents=parents, facts=facts)
-        home.send(JOURNAL, missing_ok=True)
-        home.send("bundle")
+        insisted(partial(home.send, JOURNAL, missing_ok=True), home)
+        insisted(partial(home.send, "bundle"), home)

@@ -155,7 +155,7 @@ def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
         return real(*args, **options)
 
     monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
-    monkeypatch.setattr("workflows.feed.time.sleep", pauses.append)
+    monkeypatch.setattr("workflows.files.time.sleep", pauses.append)
     url = str(data / "part-00000.parquet")
     if times < files.ATTEMPTS:
         assert len(feed.row_group(url, 0, ["reject"], "")) == 16
@@ -176,7 +176,7 @@ def test_a_stage_begins_though_the_store_stumbles(data: Path, monkeypatch: pytes
         return real(*args, **options)
 
     monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
-    monkeypatch.setattr("workflows.feed.time.sleep", lambda _: None)
+    monkeypatch.setattr("workflows.files.time.sleep", lambda _: None)
     assert feed.survey(feed.prepared_files(data), WANTED).rows.tolist() == whole.rows.tolist()
     with pytest.raises(DataError, match=r"part-00009.parquet: .*prepare the data again"):
         feed.survey([str(data / "part-00009.parquet")], WANTED)

@@ -16,9 +16,10 @@ from ray.exceptions import RayTaskError
 
 from dd_core import checkpoint, sealed
 from tests.conftest import room_for
+from tests.unit.workflows.test_outcome import SPEC
 from workflows import stopping, storage, training, worker
 from workflows.feed import DataError
-from workflows.journal import JOURNAL
+from workflows.journal import JOURNAL, entries
 from workflows.storage import Home, StorageError
 
 WEIGHTS = {"w": torch.zeros(4)}
@@ -80,6 +81,69 @@ def test_workers_of_one_machine_leave_each_other_time_to_send_a_checkpoint(run: 
     mp.spawn(rank_main, (home, tmp_path / "meeting"), nprocs=2)
     assert home.text(JOURNAL) == "1\n"
     assert worker.newest(home) == "checkpoints/step-00000010"
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the store says, one for each file that is sent, before it takes any."""
+    put_file, says = LocalFileSystem.put_file, list[str]()
+
+    def away(*args: Any, **options: Any) -> None:
+        if says:
+            raise OSError(says.pop())
+        put_file(*args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", away)
+    return says
+
+
+def recorder_of(stage: Home, step: int) -> worker.Recorder:
+    """Of the only worker of a training, at a step."""
+    job: Any = SimpleNamespace(home=stage, spec=SPEC.but(checkpoints_kept=1), facts={})
+    state: Any = SimpleNamespace(step=step, skipped=0, average=WEIGHTS, tensors=lambda: WEIGHTS)
+    return worker.Recorder(job, worker.Position(0, 1), state, {}, seconds_before=0.0)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_store_that_is_away_for_minutes_has_the_checkpoint_in_the_end(
+    run: Home, failing: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("workflows.files.time.sleep", pauses.append)
+    stage = run.at("stage")
+    recorder_of(stage, 4).save()
+    failing += ["the store is away"] * 12
+    recorder_of(stage, 8).save()
+    assert worker.newest(stage) == "checkpoints/step-00000008"
+    assert stage.at("checkpoints").names() == ["step-00000008"]
+    assert len(pauses) == 12
+    (said,) = warnings_in(caplog)
+    assert "step-00000008 cannot be written to: " in said
+    failing += ["the store is away"] * 99
+    pauses.clear()
+    with pytest.raises(StorageError, match=r"-00000009 cannot be written to: .*the store is away.*; run the"):
+        recorder_of(stage, 9).save()
+    assert 590 < sum(pauses) < 700
+    assert worker.newest(stage) == "checkpoints/step-00000008"
+
+
+def test_a_grid_that_the_store_does_not_take_is_missed_aloud_and_ends_no_run(
+    run: Home, failing: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("workflows.samples.drawn", lambda *_: torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(worker.Recorder, "shown", lambda _: None)
+    stage = run.at("stage")
+    recorder = recorder_of(stage, 4)
+    failing.append("the store is away")
+    recorder.draw(4)
+    (said,) = warnings_in(caplog)
+    assert said.startswith("x: no samples/step-00000004.png: ")
+    recorder.draw(8)
+    assert stage.at("samples").names() == ["step-00000008.png"]
+    assert [entry.step for entry in entries(recorder.journal.path)] == [8]
 
 
 @pytest.mark.parametrize(
