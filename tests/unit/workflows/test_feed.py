@@ -68,12 +68,18 @@ def test_a_label_is_that_of_its_pair_and_what_is_no_class_is_told_apart(data: Pa
         ('{"a": [{"b": "z"}]}', UNLABELLED),
         ('{"a": []}', UNLABELLED),
         ('{"a": 3}', UNLABELLED),
+        ('{"a": [{"b": true}]}', 2),
+        ('{"a": [{"b": "true"}]}', 2),
+        ('{"a": [{"b": 3}]}', 3),
+        ('{"a": [{"b": null}]}', UNLABELLED),
         ("[]", UNLABELLED),
         (None, UNLABELLED),
     ],
 )
-def test_a_json_without_the_value_is_unlabelled(meta: str | None, label: int) -> None:
-    assert label_of(meta, LabelSpec(path="a.0.b", classes=("x", "y"))) == label
+def test_a_label_is_what_json_writes_and_a_json_without_one_is_unlabelled(
+    meta: str | None, label: int
+) -> None:
+    assert label_of(meta, LabelSpec(path="a.0.b", classes=("x", "y", "true", "3"))) == label
 
 
 @pytest.mark.parametrize("cut", [1, 5, 17, 23])
