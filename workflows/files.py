@@ -64,8 +64,8 @@ class Found(NamedTuple):
     """Changes when the file does, as far as the store tells (ETag, time, size)."""
 
 
-def expand(shards: Sequence[str]) -> list[str]:
-    """Every shard that the names mean, in their order, each once.
+def located(shards: Sequence[str]) -> list[Found]:
+    """Every shard that the names mean, in their order, each once, as it is now.
 
     Args:
         shards: Addresses; `{00000..00099}` and `{a,b}` are expanded, `*`, `?` and `[...]` matched
@@ -74,11 +74,6 @@ def expand(shards: Sequence[str]) -> list[str]:
     Raises:
         MissingShardError: If a name matches nothing or a named file does not exist.
     """
-    return [found.url for found in located(shards)]
-
-
-def located(shards: Sequence[str]) -> list[Found]:
-    """`expand`, with size and version of each file."""
     names = [name for pattern in shards for name in braces(pattern)]
     if not names:
         raise MissingShardError("no shards are named; name at least one, such as 'data/{00000..00099}.tar'")

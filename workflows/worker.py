@@ -352,7 +352,6 @@ class Recorder:
         place = home.at(f"checkpoints/step-{step:08d}")
         facts = self.facts() | {
             "spec": self.spec.model_dump(mode="json"),
-            "ledger": {"position": step * self.spec.batch_size},
             "skipped": self.state.skipped,
         }
         written = checkpoint.write(place.here, self.state.tensors(), facts)
