@@ -28,6 +28,7 @@ from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train
 from workflows import cpus, feed, mailbox, samples
 from workflows.again import Again, Sending
+from workflows.checkpoints import newest, prune
 from workflows.files import INSISTED, insistently
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
@@ -40,8 +41,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
-STEPPED_BACK = "stepped_back"
-"""In the directory of a stage: which checkpoints were passed over at this start, for the driver to say."""
 
 
 class Job(NamedTuple):
@@ -186,36 +185,6 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     return state, facts["seconds"]
 
 
-def newest(stage: Home) -> str:
-    """The newest checkpoint that verifies, within the stage's directory; empty if none was ever finished.
-
-    Raises:
-        sealed.SealError: Some were finished, and all of them are damaged.
-    """
-    place, damaged = stage.at("checkpoints"), list[str]()
-    for name in finished_checkpoints(stage):
-        try:
-            sealed.verify(place.at(name).fetched())
-        except sealed.SealError as error:
-            damaged.append(f"stepping back: {error}")
-            log.warning("%s", damaged[-1])
-            stage.write(STEPPED_BACK, "\n".join(damaged))
-        else:
-            return f"checkpoints/{name}"
-    if damaged:
-        raise sealed.SealError(
-            f"none of the {len(damaged)} checkpoints in {place.address} is whole; put a good copy there, or "
-            "remove that directory to begin at step 0"
-        )
-    return ""
-
-
-def finished_checkpoints(stage: Home) -> Iterator[str]:
-    """Names of those that have been sealed, the newest first."""
-    place = stage.at("checkpoints")
-    return (name for name in checkpoint.steps_of(place.names()) if place.at(name).has(sealed.MANIFEST))
-
-
 def accumulation(spec: TrainSpec) -> int:
     """Forwards of one optimizer step."""
     own = spec.batch_size // spec.num_workers
@@ -252,16 +221,6 @@ def insisted(ask: Callable[[], T], home: Home) -> T:
         return isinstance(error, AddressError) or not isinstance(error, StorageError)
 
     return insistently(ask, f"{home.address} cannot be written to", final=final, attempts=INSISTED)
-
-
-def pruned(place: Home, step: int, kept: int, every: int) -> None:
-    """Remove from a store the checkpoints that are outlived by the one of `step`."""
-
-    def finished(name: str) -> bool:
-        return place.at(name).has(sealed.MANIFEST)
-
-    for name in checkpoint.outlived(place.names(), finished, step=step, kept=kept, every=every):
-        place.drop(name)
 
 
 class Recorder:
@@ -355,13 +314,11 @@ class Recorder:
             "skipped": self.state.skipped,
         }
         written = checkpoint.write(place.here, self.state.tensors(), facts)
-        kept, every = self.spec.checkpoints_kept, self.spec.keep_every
         if home.stored:
             self.send(place, written)
-            if self.who.rank == 0:
-                insisted(partial(pruned, home.at("checkpoints"), step, kept, every), home)
-        elif self.who.rank == 0:
-            checkpoint.prune(home.here, step=step, kept=kept, every=every)
+        if self.who.rank == 0:
+            kept, every = self.spec.checkpoints_kept, self.spec.keep_every
+            insisted(partial(prune, home, step=step, kept=kept, every=every), home)
 
     def send(self, place: Home, written: list[str]) -> None:
         """Each rank its files, then the journal up to this step, then the manifest; none stays here.

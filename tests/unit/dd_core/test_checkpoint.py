@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dd_core import checkpoint, sealed
+from workflows.checkpoints import newest, prune
 from workflows.storage import Home
-from workflows.worker import newest
 
 
 def written(run: Path, step: int) -> Path:
@@ -29,7 +29,7 @@ def steps(run: Path) -> list[int]:
 def test_the_newest_and_every_nth_stay(tmp_path: Path) -> None:
     for step in range(10, 100, 10):
         written(tmp_path, step)
-        checkpoint.prune(tmp_path, step=step, kept=2, every=40)
+        prune(Home.of(tmp_path), step=step, kept=2, every=40)
     assert steps(tmp_path) == [40, 80, 90]
     assert found(tmp_path) == tmp_path / "checkpoints" / "step-00000090"
 
@@ -42,7 +42,7 @@ def test_what_a_lost_attempt_left_at_later_steps_outlives_no_good_one(
         written(tmp_path, step)
     (tmp_path / "checkpoints" / "step-00000400" / sealed.MANIFEST).unlink()
     last = written(tmp_path, 350)  # the run went on from 300
-    checkpoint.prune(tmp_path, step=350, kept=kept, every=400)
+    prune(Home.of(tmp_path), step=350, kept=kept, every=400)
     assert steps(tmp_path) == left
     assert found(tmp_path) == last
 
@@ -54,7 +54,7 @@ def test_what_was_never_finished_takes_no_good_ones_place_and_what_is_not_ours_s
     own = tmp_path / "checkpoints" / "step-00000200-good"
     own.mkdir()
     assert found(tmp_path) == tmp_path / "checkpoints" / "step-00000400"
-    checkpoint.prune(tmp_path, step=400, kept=2)
+    prune(Home.of(tmp_path), step=400, kept=2)
     assert own.is_dir()
     own.rmdir()
     assert steps(tmp_path) == [200, 400]
@@ -96,14 +96,14 @@ def test_a_removal_that_is_cut_leaves_nothing_that_looks_good(
     for step in (1, 2):
         written(tmp_path, step)
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, **_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.prune(tmp_path, step=2, kept=1)
+            prune(Home.of(tmp_path), step=2, kept=1)
     with pytest.raises(sealed.SealError, match="cut short"):
         sealed.verify(tmp_path / "checkpoints" / "step-00000001")
-    checkpoint.prune(tmp_path, step=2, kept=1)
+    prune(Home.of(tmp_path), step=2, kept=1)
     assert steps(tmp_path) == [2]
