@@ -247,23 +247,21 @@ class Recorder:
 
     def note(self, report: StepReport) -> None:
         """Add up the metrics of a step; write their mean at every report, draw at every sample."""
-        if self.who.rank:
-            return
         self.good += report.good
         for name, value in report.metrics.items() if report.good else ():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if report.step % self.spec.budget.report_every == 0 or report.step == self.spec.budget.steps:
             self.report(report)
         every = self.spec.budget.sample_every
-        if every and report.step % every == 0:
+        if every and report.step % every == 0 and self.who.rank == 0:
             self.draw(report.step)
 
     def report(self, report: StepReport) -> None:
-        """One line per metric in the journal."""
+        """One line per metric in the journal, by the first worker; all take part."""
         count = report.step - self.since_step
         pace = (time.monotonic() - self.since) / count
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {f"train/{name}": float(total) / self.good for name, total in self.sums.items()} | {
+        metrics = {f"train/{name}": value for name, value in self.means().items()} | {
             "train/skipped": float(report.skipped),
             "train/lr": report.learning_rate,
             "time/samples_per_second": self.spec.batch_size / pace,
@@ -272,9 +270,19 @@ class Recorder:
         }
         if torch.cuda.is_available():
             metrics["memory/peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
-        if report.step > self.reported:
+        if report.step > self.reported and self.who.rank == 0:
             self.journal.log(metrics, report.step)
         self.sums, self.good, self.since, self.since_step = {}, 0, time.monotonic(), report.step
+
+    def means(self) -> dict[str, float]:
+        """Of each metric, over the good steps since the last report and over all workers."""
+        own = {name: float(total) / self.good for name, total in self.sums.items()}
+        every = [own] * self.who.ranks
+        if self.who.ranks > 1:
+            dist.all_gather_object(every, own)
+        names = dict.fromkeys(name for one in every for name in one)
+        told = {name: [one[name] for one in every if name in one] for name in names}
+        return {name: sum(values) / len(values) for name, values in told.items()}
 
     def draw(self, step: int) -> None:
         """A grid of pictures, if the stage is of a kind that draws; a store that is away costs it alone."""
