@@ -190,10 +190,15 @@ class TimestepSampler(nn.Module):
 
     @torch.no_grad()
     def observe(self, t: Int[Tensor, " b"], loss: Float[Tensor, " b"]) -> None:
-        """Remember unweighted losses; of a timestep that occurs more than once, one after the other."""
-        for one, value in zip(t.tolist(), loss.double(), strict=True):  # waits for the device once
-            self.losses[one] = torch.cat([self.losses[one, 1:], value[None]])
-            self.seen[one] += 1
+        """Remember unweighted losses; of a timestep that occurs more than once, one after the other.
+
+        One that is not finite is none: with it no timestep could be drawn for the rest of the run.
+        """
+        known = torch.where(loss.isfinite(), t, -1).tolist()  # waits for the device once
+        for one, value in zip(known, loss.double(), strict=True):
+            if one >= 0:
+                self.losses[one] = torch.cat([self.losses[one, 1:], value[None]])
+                self.seen[one] += 1
 
 
 class Bits(NamedTuple):

@@ -1,16 +1,16 @@
 """What a training run reads, and in which order: row k of a run is a function of (data, seed, k) alone.
 
-An epoch is a permutation of the row groups of all files, drawn from (seed, epoch); eight
-consecutive groups are a mix, and the rows of a mix are permuted by (seed, epoch, mix).  Rejected
-rows are in no mix.  Epochs follow each other without a seam, so step s of a run trains on the rows
-[s * batch, (s + 1) * batch), and rank r of n on the r-th n-th of them: whoever knows the step
-knows what has been read, and a restart, on any number of workers, reads exactly the rest.
+An epoch is a permutation of the row groups of all files, drawn from (seed, epoch).  Up to eight
+consecutive groups are a mix (fewer where images are so large that a task could not hold them), whose
+rows are permuted by (seed, epoch, mix).  Rejected rows are in no mix.  Epochs follow each other
+without a seam, so step s of a run trains on the rows [s * batch, (s + 1) * batch), and rank r of n on
+the r-th n-th of them: whoever knows the step knows what has been read, and a restart, on any number
+of workers, reads exactly the rest.
 
 Runs without Ray and without torch, so that the processes that read start at once.
 """
 
 import io
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,18 +28,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dd_core import sealed
-from workflows.files import ATTEMPTS, GONE, PAUSE_S, one_line
+from workflows.files import GONE, insistently
 from workflows.labels import LabelSpec, label_of
-from workflows.storage import Home, StorageError
+from workflows.storage import Home
 
 T = TypeVar("T")
 GROUPS_PER_MIX = 8
+"""At most: a mix is read by one task."""
 TABLE_BYTES = 32 * 2**20
 """Decoded images, or embeddings, of one table that a read task hands out."""
 TABLE_ROWS = 16_384
 """Of one table at most: a task names each row, and Ray 2.60 fails on a task of a megabyte."""
 TASK_TABLES = 4
-"""Of one task at most: Ray makes a block of all of them."""
+"""Of one task at most, but for a single row group of more: Ray makes a block of all of them."""
 
 EMBEDDINGS = 1
 """Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
@@ -206,17 +207,21 @@ class Order:
     Args:
         pieces: From `survey`.
         seed: Of the run.
+        wanted: What is read of each row: the more it is, the fewer row groups are a mix.
     """
 
-    def __init__(self, pieces: Pieces, seed: int) -> None:
+    def __init__(self, pieces: Pieces, seed: int, wanted: Wanted) -> None:
         self.pieces, self.seed, self.rows = pieces, seed, int(pieces.rows.sum())
+        in_a_task = TASK_TABLES * table_rows(wanted) // int(pieces.rows.max())
+        self.mix = max(1, min(GROUPS_PER_MIX, in_a_task))
+        """Row groups of a mix."""
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The permuted pieces of an epoch, and where each mix begins (the end of the last included)."""
         permuted = np.random.default_rng((self.seed, epoch)).permutation(len(self.pieces.rows))
         stops = np.cumsum(self.pieces.rows[permuted])
-        ends = np.append(stops[GROUPS_PER_MIX - 1 : -1 : GROUPS_PER_MIX], stops[-1])
+        ends = np.append(stops[self.mix - 1 : -1 : self.mix], stops[-1])
         return permuted, np.concatenate([[0], ends])
 
     def picks(self, positions: NDArray[np.int64]) -> list[Pick]:
@@ -230,7 +235,7 @@ class Order:
             mixes = np.searchsorted(edges, places, side="right") - 1
             for mix in np.unique(mixes).tolist():
                 inside = mixes == mix
-                pieces = permuted[mix * GROUPS_PER_MIX : (mix + 1) * GROUPS_PER_MIX].tolist()
+                pieces = permuted[mix * self.mix : (mix + 1) * self.mix].tolist()
                 groups = tuple(
                     (self.pieces.files[self.pieces.file[i]], int(self.pieces.group[i])) for i in pieces
                 )
@@ -241,15 +246,13 @@ class Order:
 
 def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
     """The reads of one rank: of mixes that make a table together, or of one, for a mix is read as a whole."""
-    found, room, most = list[list[Pick]](), 0, TASK_TABLES * table_rows(wanted)
-    for whole in order.picks(share.positions()):
-        for start in range(0, len(whole.rows), most):
-            rows, positions = (part[start : start + most] for part in (whole.rows, whole.positions))
-            if len(rows) > room:
-                found.append([])
-                room = table_rows(wanted)
-            found[-1].append(whole._replace(rows=rows, positions=positions))
-            room -= len(rows)
+    found, room = list[list[Pick]](), 0
+    for pick in order.picks(share.positions()):
+        if len(pick.rows) > room:
+            found.append([])
+            room = table_rows(wanted)
+        found[-1].append(pick)
+        room -= len(pick.rows)
     return found
 
 
@@ -353,15 +356,7 @@ def patiently(look: Callable[[], T], url: str) -> T:
         StorageError: The store failed at every attempt, or does not let us.
         The errors of `look` that tell of the file.
     """
-    for attempt in range(ATTEMPTS):
-        try:
-            return look()
-        except Exception as error:
-            if tells_of_the_file(error):
-                raise
-            failure = error
-        time.sleep(PAUSE_S * 2**attempt)
-    raise StorageError(f"{url} cannot be read: {one_line(failure)}; run the same command again when it can")
+    return insistently(look, f"{url} cannot be read", final=tells_of_the_file)
 
 
 def tells_of_the_file(error: Exception) -> bool:

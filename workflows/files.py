@@ -7,11 +7,12 @@ give is not taken for damaged.
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import braceexpand
 import fsspec
@@ -19,6 +20,8 @@ import fsspec
 from workflows.addresses import shown
 from workflows.storage import StorageError
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 VERSION_FIELDS = (
     "ETag",
     "etag",
@@ -34,6 +37,8 @@ GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 """Of the file itself: no later attempt finds more."""
 ATTEMPTS, PAUSE_S = 6, 0.1
 """How often a store that fails is asked, and the first pause, of which each is twice the one before."""
+INSISTED, LONGEST_S = 28, 30.0
+"""How often where much would be lost, and the pause that is not exceeded: for ten minutes in all."""
 
 
 class MissingShardError(ValueError):
@@ -59,8 +64,8 @@ class Found(NamedTuple):
     """Changes when the file does, as far as the store tells (ETag, time, size)."""
 
 
-def expand(shards: Sequence[str]) -> list[str]:
-    """Every shard that the names mean, in their order, each once.
+def located(shards: Sequence[str]) -> list[Found]:
+    """Every shard that the names mean, in their order, each once, as it is now.
 
     Args:
         shards: Addresses; `{00000..00099}` and `{a,b}` are expanded, `*`, `?` and `[...]` matched
@@ -69,11 +74,6 @@ def expand(shards: Sequence[str]) -> list[str]:
     Raises:
         MissingShardError: If a name matches nothing or a named file does not exist.
     """
-    return [found.url for found in located(shards)]
-
-
-def located(shards: Sequence[str]) -> list[Found]:
-    """`expand`, with size and version of each file."""
     names = [name for pattern in shards for name in braces(pattern)]
     if not names:
         raise MissingShardError("no shards are named; name at least one, such as 'data/{00000..00099}.tar'")
@@ -160,6 +160,33 @@ def one_line(error: BaseException | str) -> str:
     """An error, or what it says, in one line, without the secrets of addresses, control characters shown."""
     text = " ".join(shown(str(error)).split()) or type(error).__name__
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)[:300]
+
+
+def insistently(
+    ask: Callable[[], T], what: str, *, final: Callable[[Exception], bool], attempts: int = ATTEMPTS
+) -> T:
+    """What a store answers; it is asked again while it is the store that fails.
+
+    Args:
+        ask: The question.
+        what: What is not so while it has no answer, for people: `<address> cannot be read`.
+        final: Whether an error is the answer, and no later attempt finds more: it is raised.
+        attempts: At most.
+
+    Raises:
+        StorageError: The store failed at every attempt.
+    """
+    for attempt in range(attempts):
+        try:
+            return ask()
+        except Exception as error:
+            if final(error):
+                raise
+            failure = error
+        if attempt == ATTEMPTS:
+            log.warning("%s: %s; it is tried again", what, one_line(failure))
+        time.sleep(min(PAUSE_S * 2**attempt, LONGEST_S))
+    raise StorageError(f"{what}: {one_line(failure)}; run the same command again when it can")
 
 
 class ShardFile:

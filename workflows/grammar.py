@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from workflows.shapes import UNSEEN, Scene, Thing, draw_scene, held_out, place_of
+from workflows.shapes import Scene, Thing, draw_scene, held_out, place_of
 
 WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "disc"),
@@ -182,7 +182,7 @@ def cases(counts: dict[str, int], *, seed: int) -> list[Case]:
 
     Args:
         counts: Group -> how many; groups are one_object, two_object, three_object and unseen (one and
-            two things, among them a shape-colour pair of UNSEEN).
+            two things, among them a shape-colour pair of shapes.UNSEEN).
         seed: Of the choice.
     """
     number = {"one_object": 1, "two_object": 2, "three_object": 3}
@@ -199,8 +199,3 @@ def cases(counts: dict[str, int], *, seed: int) -> list[Case]:
                 taken.add(caption)
                 found.append(Case(group, caption, says))
     return found
-
-
-def shows_unseen(says: dict[str, Any]) -> bool:
-    """Whether a thing of the caption is a pair that training never shows."""
-    return any((thing["shape"], thing["colour"]) in UNSEEN for thing in says["things"])

@@ -14,6 +14,7 @@ class LabelSpec(Spec):
     path: str = Field(pattern=r"^[^.]+(\.[^.]+)*$")
     """Names and list positions with dots: `objects.0.shape`."""
     classes: tuple[str, ...] = Field(min_length=2)
+    """Values that are no strings as JSON writes them: `3`, `true`, `null`."""
 
 
 def label_of(meta: str | None, spec: LabelSpec) -> int:
@@ -27,4 +28,5 @@ def label_of(meta: str | None, spec: LabelSpec) -> int:
                 value = value[int(name)]
             case _:
                 return UNLABELLED
-    return spec.classes.index(str(value)) if str(value) in spec.classes else UNLABELLED
+    said = value if isinstance(value, str) else json.dumps(value)
+    return spec.classes.index(said) if said in spec.classes else UNLABELLED

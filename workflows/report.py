@@ -278,11 +278,14 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
 
 
 def rebuilt(run: Path, data: Path) -> list[Rebuilt]:
-    """Images of the data before and after the autoencoder; empty where there is none, or no data."""
+    """Images before and after the autoencoder, of the side that it learned; empty without it or such data."""
     path = next((path.parent for path in run.glob("*/bundle/spec.json") if is_autoencoder(path)), None)
-    if path is None or not (sizes := pictures.prepared_sizes(data)):
+    if path is None:
         return []
-    originals, _ = pictures.prepared_images(data, max(sizes), 6)
+    size: int = json.loads((path / "spec.json").read_text())["image_size"]
+    if size not in pictures.prepared_sizes(data):
+        return []
+    originals, _ = pictures.prepared_images(data, size, 6)
     return pictures.reconstructions(path, originals)
 
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Self
 
+from workflows.again import Again
 from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,30 @@ class Stopping:
                     stage.drop(STOP)
                 except StorageError as error:  # the next start drops it; how this one ended is what counts
                     log.warning("storage: %s", error)
+
+
+class StopSign:
+    """Whether a stage is told to stop; a store is asked in the background, by the first worker alone."""
+
+    def __init__(self, home: Home, *, first: bool) -> None:
+        self.home, self.seen, self.asks = home, False, first and home.stored
+        self.asking = Again(self.ask)
+
+    def ask(self) -> None:
+        self.seen = self.seen or (self.asks and self.home.has(STOP))
+
+    def __enter__(self) -> Self:
+        if self.asks:
+            self.asking.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.asks:
+            self.asking.end()
+
+    def up(self) -> bool:
+        """Costs a look at a directory, and nothing where there is a store."""
+        return self.seen if self.home.stored else self.home.has(STOP)
 
 
 @contextmanager

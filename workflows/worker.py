@@ -10,8 +10,9 @@ import resource
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray.train
@@ -22,23 +23,24 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core import bundle, checkpoint, sealed
-from dd_core.stage import Trained
+from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train
 from workflows import cpus, feed, mailbox, samples
 from workflows.again import Again, Sending
+from workflows.checkpoints import newest, prune
+from workflows.files import INSISTED, insistently
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
 from workflows.reading import Reader, batches, paired
-from workflows.stopping import STOP
-from workflows.storage import Home
+from workflows.stopping import StopSign
+from workflows.storage import AddressError, Home, StorageError
 from workflows.train_spec import TrainSpec
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
-STEPPED_BACK = "stepped_back"
-"""In the directory of a stage: which checkpoints were passed over at this start, for the driver to say."""
 
 
 class Job(NamedTuple):
@@ -114,11 +116,12 @@ def trained_to_the_end(job: Job) -> Outcome:
     if who.rank == 0:
         job.home.rejoin(JOURNAL)
     state, seconds = started(job, who, parents)
-    reader = Reader(spec, feed.Order(job.pieces, spec.seed), job.wanted, who.rank, shared(who))
+    reader = Reader(spec, feed.Order(job.pieces, spec.seed, job.wanted), job.wanted, who.rank, shared(who))
     supply = batches(reader, first_step=state.step, device=device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
-    with StopSign(job, who) as sign, Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ()))):
+    sending = Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ())))
+    with StopSign(job.home, first=who.rank == 0) as sign, sending:
         return stepped(job, who, steps, recorder, sign)
 
 
@@ -138,7 +141,7 @@ def threads(local_workers: int, at_once: int) -> int:
 
 
 def stepped(
-    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: "StopSign"
+    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: StopSign
 ) -> Outcome:
     """Every step of the budget, or to a reason to stop."""
     spec, warned = job.spec, False
@@ -182,64 +185,10 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     return state, facts["seconds"]
 
 
-def newest(stage: Home) -> str:
-    """The newest checkpoint that verifies, within the stage's directory; empty if none was ever finished.
-
-    Raises:
-        sealed.SealError: Some were finished, and all of them are damaged.
-    """
-    place, damaged = stage.at("checkpoints"), list[str]()
-    for name in finished_checkpoints(stage):
-        try:
-            sealed.verify(place.at(name).fetched())
-        except sealed.SealError as error:
-            damaged.append(f"stepping back: {error}")
-            log.warning("%s", damaged[-1])
-            stage.write(STEPPED_BACK, "\n".join(damaged))
-        else:
-            return f"checkpoints/{name}"
-    if damaged:
-        raise sealed.SealError(
-            f"none of the {len(damaged)} checkpoints in {place.address} is whole; put a good copy there, or "
-            "remove that directory to begin at step 0"
-        )
-    return ""
-
-
-def finished_checkpoints(stage: Home) -> Iterator[str]:
-    """Names of those that have been sealed, the newest first."""
-    place = stage.at("checkpoints")
-    return (name for name in checkpoint.steps_of(place.names()) if place.at(name).has(sealed.MANIFEST))
-
-
 def accumulation(spec: TrainSpec) -> int:
     """Forwards of one optimizer step."""
     own = spec.batch_size // spec.num_workers
     return own // (spec.micro_batch_size or own)
-
-
-class StopSign:
-    """Whether the driver says stop; a store is asked in the background, by the first worker alone."""
-
-    def __init__(self, job: Job, who: Position) -> None:
-        self.home, self.seen, self.asks = job.home, False, who.rank == 0 and job.home.stored
-        self.asking = Again(self.ask)
-
-    def ask(self) -> None:
-        self.seen = self.seen or (self.asks and self.home.has(STOP))
-
-    def __enter__(self) -> Self:
-        if self.asks:
-            self.asking.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.asks:
-            self.asking.end()
-
-    def up(self) -> bool:
-        """Costs a look at a directory, and nothing where there is a store."""
-        return self.seen if self.home.stored else self.home.has(STOP)
 
 
 def told_to_stop(sign: StopSign, step: int, who: Position) -> bool:
@@ -259,6 +208,19 @@ def node_will_go(job: Job, step: int) -> bool:
     They save and go on: when the node is gone, Ray starts them on those that are left.
     """
     return job.drainable and step % AGREE_STEPS == 0 and ray.train.get_preemption_info() is not None
+
+
+def insisted(ask: Callable[[], T], home: Home) -> T:
+    """What the store of a checkpoint answers: to give up is to lose all since the last one.
+
+    Raises:
+        StorageError: It is away for longer than ten minutes, or the address is wrong.
+    """
+
+    def final(error: Exception) -> bool:
+        return isinstance(error, AddressError) or not isinstance(error, StorageError)
+
+    return insistently(ask, f"{home.address} cannot be written to", final=final, attempts=INSISTED)
 
 
 class Recorder:
@@ -285,23 +247,21 @@ class Recorder:
 
     def note(self, report: StepReport) -> None:
         """Add up the metrics of a step; write their mean at every report, draw at every sample."""
-        if self.who.rank:
-            return
         self.good += report.good
         for name, value in report.metrics.items() if report.good else ():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if report.step % self.spec.budget.report_every == 0 or report.step == self.spec.budget.steps:
             self.report(report)
         every = self.spec.budget.sample_every
-        if every and report.step % every == 0:
+        if every and report.step % every == 0 and self.who.rank == 0:
             self.draw(report.step)
 
     def report(self, report: StepReport) -> None:
-        """One line per metric in the journal."""
+        """One line per metric in the journal, by the first worker; all take part."""
         count = report.step - self.since_step
         pace = (time.monotonic() - self.since) / count
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {f"train/{name}": float(total) / self.good for name, total in self.sums.items()} | {
+        metrics = {f"train/{name}": value for name, value in self.means().items()} | {
             "train/skipped": float(report.skipped),
             "train/lr": report.learning_rate,
             "time/samples_per_second": self.spec.batch_size / pace,
@@ -310,24 +270,42 @@ class Recorder:
         }
         if torch.cuda.is_available():
             metrics["memory/peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
-        if report.step > self.reported:
+        if report.step > self.reported and self.who.rank == 0:
             self.journal.log(metrics, report.step)
         self.sums, self.good, self.since, self.since_step = {}, 0, time.monotonic(), report.step
 
+    def means(self) -> dict[str, float]:
+        """Of each metric, over the good steps since the last report and over all workers."""
+        own = {name: float(total) / self.good for name, total in self.sums.items()}
+        every = [own] * self.who.ranks
+        if self.who.ranks > 1:
+            dist.all_gather_object(every, own)
+        names = dict.fromkeys(name for one in every for name in one)
+        told = {name: [one[name] for one in every if name in one] for name in names}
+        return {name: sum(values) / len(values) for name, values in told.items()}
+
     def draw(self, step: int) -> None:
-        """A grid of pictures, if the stage is of a kind that draws."""
-        wanted, shown = self.job.wanted, self.spec.samples.pictures
-        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
-        order = feed.Order(self.job.pieces, self.spec.seed)
-        table = next(feed.read(order.picks(np.arange(min(shown, order.rows))), wanted))
-        known = paired(table, wanted, torch.device("cpu"))
-        now = Trained(self.spec.stage, self.state.average)
-        made = samples.drawn(now, self.parents, self.spec.samples, known)
-        if made is not None:
-            name = f"samples/step-{step:08d}.png"
+        """A grid of pictures, if the stage is of a kind that draws; a store that is away costs it alone."""
+        name = f"samples/step-{step:08d}.png"
+        try:
+            now = Trained(self.spec.stage, self.state.average)
+            made = samples.drawn(now, self.parents, self.spec.samples, self.shown())
+            if made is None:
+                return
             samples.save_grid(made, self.job.home.here / name)
             self.job.home.send(name)
+        except StorageError as error:
+            log.warning("%s: no %s: %s", self.spec.name, name, error)
+        else:
             self.journal.picture("samples", name, step)
+
+    def shown(self) -> PairBatch:
+        """The pairs that are drawn."""
+        wanted, count = self.job.wanted, self.spec.samples.pictures
+        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
+        order = feed.Order(self.job.pieces, self.spec.seed, wanted)
+        table = next(feed.read(order.picks(np.arange(min(count, order.rows))), wanted))
+        return paired(table, wanted, torch.device("cpu"))
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and the bundle say about themselves."""
@@ -341,23 +319,14 @@ class Recorder:
         place = home.at(f"checkpoints/step-{step:08d}")
         facts = self.facts() | {
             "spec": self.spec.model_dump(mode="json"),
-            "ledger": {"position": step * self.spec.batch_size},
             "skipped": self.state.skipped,
         }
         written = checkpoint.write(place.here, self.state.tensors(), facts)
-        kept, every = self.spec.checkpoints_kept, self.spec.keep_every
         if home.stored:
             self.send(place, written)
-            all_kept = home.at("checkpoints")
-            names = all_kept.names() if self.who.rank == 0 else []
-
-            def finished(name: str) -> bool:
-                return all_kept.at(name).has(sealed.MANIFEST)
-
-            for name in checkpoint.outlived(names, finished, step=step, kept=kept, every=every):
-                all_kept.drop(name)
-        elif self.who.rank == 0:
-            checkpoint.prune(home.here, step=step, kept=kept, every=every)
+        if self.who.rank == 0:
+            kept, every = self.spec.checkpoints_kept, self.spec.keep_every
+            insisted(partial(prune, home, step=step, kept=kept, every=every), home)
 
     def send(self, place: Home, written: list[str]) -> None:
         """Each rank its files, then the journal up to this step, then the manifest; none stays here.
@@ -365,13 +334,17 @@ class Recorder:
         Ranks of one machine share the directory: it goes when the manifest is in the store, not before.
         """
         if self.who.rank == 0:
-            place.unseal()
-        place.send(*(name for name in written if name != sealed.MANIFEST))
+            insisted(place.unseal, place)
+        for name in written:
+            if name != sealed.MANIFEST:
+                insisted(partial(place.send, name), place)
         if self.who.ranks > 1:
             dist.barrier()
         if self.who.rank == 0:
-            self.job.home.send(JOURNAL, missing_ok=True)  # before the first report there is none
-            place.send(sealed.MANIFEST)
+            insisted(
+                partial(self.job.home.send, JOURNAL, missing_ok=True), place
+            )  # none before the first report
+            insisted(partial(place.send, sealed.MANIFEST), place)
         if self.who.ranks > 1:
             dist.barrier()
         shutil.rmtree(self.job.home.here / "checkpoints", ignore_errors=True)
@@ -383,5 +356,5 @@ class Recorder:
         weights = {name: value.cpu() for name, value in self.state.average.items()}
         home = self.job.home
         bundle.save(home.here / "bundle", self.spec.stage, weights, parents=parents, facts=facts)
-        home.send(JOURNAL, missing_ok=True)
-        home.send("bundle")
+        insisted(partial(home.send, JOURNAL, missing_ok=True), home)
+        insisted(partial(home.send, "bundle"), home)

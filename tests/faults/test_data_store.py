@@ -16,7 +16,7 @@ from tests.conftest import write_shard
 from tests.faults.flaky_store import flaky_store
 from tests.s3 import s3_server
 from workflows import feed
-from workflows.files import DamagedError, MissingShardError, ShardFile, expand, fingerprint, located
+from workflows.files import DamagedError, MissingShardError, ShardFile, fingerprint, located
 from workflows.parts import plain_writer
 from workflows.shards import Limits, Sample, samples
 from workflows.storage import StorageError
@@ -84,19 +84,22 @@ def test_the_length_that_the_store_told_is_held_against_what_came(shard: Path) -
         file.read(10_000_000)
 
 
+def addresses(names: list[str]) -> list[str]:
+    return [found.url for found in located(names)]
+
+
 def test_names_expand_to_every_shard_once(tmp_path: Path) -> None:
     for name in ("00.tar", "01.tar", "02.tar", "x.txt"):
         (tmp_path / name).write_bytes(b"x")
     every = [str(tmp_path / f"0{i}.tar") for i in range(3)]
-    assert expand([f"{tmp_path}/{{00..02}}.tar"]) == every
-    assert expand([f"{tmp_path}/*.tar"]) == expand([f"{tmp_path}/0?.tar"]) == every
-    assert (
-        expand([str(tmp_path)]) == expand([f"file://{tmp_path}/{{00,01}}.tar", f"{tmp_path}/*.tar"]) == every
-    )
+    assert addresses([f"{tmp_path}/{{00..02}}.tar"]) == every
+    assert addresses([f"{tmp_path}/*.tar"]) == addresses([f"{tmp_path}/0?.tar"]) == every
+    assert addresses([str(tmp_path)]) == every
+    assert addresses([f"file://{tmp_path}/{{00,01}}.tar", f"{tmp_path}/*.tar"]) == every
     with flaky_store(tmp_path, []) as store:
-        assert expand([f"{store.url}/{{00..01}}.tar"]) == [f"{store.url}/00.tar", f"{store.url}/01.tar"]
+        assert addresses([f"{store.url}/{{00..01}}.tar"]) == [f"{store.url}/00.tar", f"{store.url}/01.tar"]
         with pytest.raises(MissingShardError, match=r"05.tar does not exist .*\(and 1 more\)"):
-            expand([f"{store.url}/{{02,05,06}}.tar"])
+            addresses([f"{store.url}/{{02,05,06}}.tar"])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_name_that_leads_nowhere_is_refused_before_work_starts(
     tmp_path: Path, names: list[str], error: str
 ) -> None:
     with pytest.raises(MissingShardError, match=error):
-        expand([name.replace("{tmp}", str(tmp_path)) for name in names])
+        located([name.replace("{tmp}", str(tmp_path)) for name in names])
 
 
 def test_the_fingerprint_of_a_source_changes_when_a_shard_does(shard: Path) -> None:

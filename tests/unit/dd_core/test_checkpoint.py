@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from dd_core import checkpoint, sealed
+from workflows.checkpoints import newest, prune
+from workflows.storage import Home
 
 
 def written(run: Path, step: int) -> Path:
     directory = run / "checkpoints" / f"step-{step:08d}"
     checkpoint.write(directory, {"w": torch.full((4,), float(step))}, {"step": step, "images": 8 * step})
     return directory
+
+
+def found(run: Path) -> Path:
+    """The checkpoint that a run continues from."""
+    return run / newest(Home.of(run))
 
 
 def steps(run: Path) -> list[int]:
@@ -22,9 +29,9 @@ def steps(run: Path) -> list[int]:
 def test_the_newest_and_every_nth_stay(tmp_path: Path) -> None:
     for step in range(10, 100, 10):
         written(tmp_path, step)
-        checkpoint.prune(tmp_path, step=step, kept=2, every=40)
+        prune(Home.of(tmp_path), step=step, kept=2, every=40)
     assert steps(tmp_path) == [40, 80, 90]
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000090"
+    assert found(tmp_path) == tmp_path / "checkpoints" / "step-00000090"
 
 
 @pytest.mark.parametrize(("kept", "left"), [(1, [350]), (2, [300, 350]), (9, [200, 300, 350])])
@@ -34,10 +41,10 @@ def test_what_a_lost_attempt_left_at_later_steps_outlives_no_good_one(
     for step in (200, 300, 400):
         written(tmp_path, step)
     (tmp_path / "checkpoints" / "step-00000400" / sealed.MANIFEST).unlink()
-    newest = written(tmp_path, 350)  # the run went on from 300
-    checkpoint.prune(tmp_path, step=350, kept=kept, every=400)
+    last = written(tmp_path, 350)  # the run went on from 300
+    prune(Home.of(tmp_path), step=350, kept=kept, every=400)
     assert steps(tmp_path) == left
-    assert checkpoint.newest(tmp_path) == newest
+    assert found(tmp_path) == last
 
 
 def test_what_was_never_finished_takes_no_good_ones_place_and_what_is_not_ours_stays(tmp_path: Path) -> None:
@@ -46,8 +53,8 @@ def test_what_was_never_finished_takes_no_good_ones_place_and_what_is_not_ours_s
     (tmp_path / "checkpoints" / "step-00000300" / sealed.MANIFEST).unlink()
     own = tmp_path / "checkpoints" / "step-00000200-good"
     own.mkdir()
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000400"
-    checkpoint.prune(tmp_path, step=400, kept=2)
+    assert found(tmp_path) == tmp_path / "checkpoints" / "step-00000400"
+    prune(Home.of(tmp_path), step=400, kept=2)
     assert own.is_dir()
     own.rmdir()
     assert steps(tmp_path) == [200, 400]
@@ -59,7 +66,7 @@ def test_a_write_cut_before_any_file_leaves_the_one_before(tmp_path: Path, lost:
     files = sorted(cut.iterdir(), key=lambda path: (path.name == sealed.MANIFEST, path.name))
     for path in files[-lost:]:
         path.unlink()
-    assert checkpoint.newest(tmp_path) == good
+    assert found(tmp_path) == good
     tensors = {"w": torch.zeros(4)}
     assert checkpoint.read(good, tensors) == {"step": 1, "images": 8}
     assert tensors["w"].tolist() == [1.0] * 4
@@ -80,7 +87,7 @@ def test_every_harm_to_a_tensor_file_is_found_before_it_is_read(tmp_path: Path, 
         case "older":
             data = bytearray((good / shard.name).read_bytes())
     shard.unlink() if harm == "gone" else shard.write_bytes(data)
-    assert checkpoint.newest(tmp_path) == good
+    assert found(tmp_path) == good
 
 
 def test_a_removal_that_is_cut_leaves_nothing_that_looks_good(
@@ -89,14 +96,14 @@ def test_a_removal_that_is_cut_leaves_nothing_that_looks_good(
     for step in (1, 2):
         written(tmp_path, step)
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, **_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.prune(tmp_path, step=2, kept=1)
+            prune(Home.of(tmp_path), step=2, kept=1)
     with pytest.raises(sealed.SealError, match="cut short"):
         sealed.verify(tmp_path / "checkpoints" / "step-00000001")
-    checkpoint.prune(tmp_path, step=2, kept=1)
+    prune(Home.of(tmp_path), step=2, kept=1)
     assert steps(tmp_path) == [2]

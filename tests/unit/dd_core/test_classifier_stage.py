@@ -1,5 +1,8 @@
 """The noised classifier learns labels at every noise level, and its gradient leads a sampling to them."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +17,11 @@ from dd_core.scores import of_class
 from dd_core.stage import Budget, OptimizerSpec, PairBatch
 from dd_core.stages import build_stage
 from dd_core.stages.classifier import ClassifierSpec, NoisedClassifier
+from tests.prepared import write_prepared
+from workflows.feed import DataError, Wanted, prepared_files, survey
 from workflows.labels import LabelSpec
 from workflows.train_spec import TrainSpec
+from workflows.training import refuse_unlabelled, train_stage
 
 UNET = UNetSpec(width=16, channel_mult=(1, 2), blocks_per_level=1, attention_at=(), head_width=8, groups=4)
 SPEC = ClassifierSpec(net=NetSpec(unet=UNET, image_size=16, classes=2), log_sigma_mean=0.0)
@@ -78,15 +84,34 @@ def test_its_gradient_leads_a_sampling_that_knows_no_classes(trained: NoisedClas
     assert drawn[3.0][labels == 1].mean() > drawn[3.0][labels == 0].mean() + 0.3
 
 
+ABOUT = {
+    "name": "classifier",
+    "stage": SPEC,
+    "optimizer": OptimizerSpec(learning_rate=1e-3),
+    "budget": Budget(steps=1, checkpoint_every=1),
+    "batch_size": 2,
+}
+
+
 def test_labels_must_be_named_and_as_many_as_the_network_has() -> None:
-    about = {
-        "name": "classifier",
-        "stage": SPEC,
-        "optimizer": OptimizerSpec(learning_rate=1e-3),
-        "budget": Budget(steps=1, checkpoint_every=1),
-        "batch_size": 2,
-    }
     with pytest.raises(ValueError, match=r"set label\.path and label\.classes"):
-        TrainSpec.model_validate(about)
+        TrainSpec.model_validate(ABOUT)
     with pytest.raises(ValueError, match=r"classes is 2, but label\.classes names 3"):
-        TrainSpec.model_validate(about | {"label": LabelSpec(path="a", classes=("x", "y", "z"))})
+        TrainSpec.model_validate(ABOUT | {"label": LabelSpec(path="a", classes=("x", "y", "z"))})
+
+
+@pytest.mark.parametrize("label", [{"path": "things.0.m"}, {"path": "things.0.n", "classes": ("one", "two")}])
+def test_data_in_which_nothing_has_a_label_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    spec = TrainSpec.model_validate(ABOUT | {"label": {"classes": ("0", "1")} | label})
+    said = rf"at '{label['path']}' none has one of .*; a json is .*things.*; mend label\.path"
+    with pytest.raises(DataError, match=said):
+        train_stage(spec, run=tmp_path / "run", data=write_prepared(tmp_path / "data"))
+
+
+def test_one_pair_with_a_label_is_enough(tmp_path: Path) -> None:
+    files = prepared_files(write_prepared(tmp_path / "data"))
+    only = LabelSpec(path="things.0.n", classes=("2", "none"))
+    refuse_unlabelled(survey(files, Wanted(16, only)), only)

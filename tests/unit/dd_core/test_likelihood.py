@@ -149,6 +149,16 @@ def test_losses_are_remembered_with_one_wait_for_the_device(monkeypatch: pytest.
     assert sampler.seen.eq(1).all()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_remembered(broken: float) -> None:
+    sampler, other = (likelihood.TimestepSampler(2, history=2) for _ in range(2))
+    sampler.observe(torch.tensor([0, 1, 0, 0, 1]), torch.tensor([1.0, 3.0, broken, 1.0, 3.0]))
+    other.observe(torch.tensor([0, 1, 0, 1]), torch.tensor([1.0, 3.0, 1.0, 3.0]))
+    assert torch.equal(sampler.probabilities(), other.probabilities())
+    assert sampler.seen.tolist() == [2, 2]
+    sampler.draw(8)
+
+
 def test_weights_keep_the_mean_of_the_loss() -> None:
     torch.manual_seed(0)
     loss = torch.tensor([0.1, 1.0, 5.0, 10.0])

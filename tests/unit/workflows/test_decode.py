@@ -192,6 +192,17 @@ def test_our_own_png_gives_back_every_pixel() -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(pixels)))), pixels)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_limit_is_that_of_the_spec_whatever_pillow_thinks_too_large(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = file_of(np.full((64, 64, 3), 90, np.uint8), kind)
+    assert np.abs(square(data) - 90).max() <= 2
+    assert reason(data, max_pixels=4000) == "image-large: 64x64 is over 4,000 pixels"
+    assert Image.MAX_IMAGE_PIXELS == 1000  # for whoever else opens images
+
+
 def test_bombs_take_no_memory() -> None:
     code = """
 import resource, struct, zlib

@@ -249,7 +249,7 @@ def test_a_clip_that_is_no_stage_of_the_run_has_a_place_of_its_own(tmp_path: Pat
 
 def test_a_batch_has_the_embeddings_of_its_rows_in_any_order(written: Made) -> None:
     wanted = Wanted(SIZE, None, written.what.home.address, WIDTH)
-    order = Order(feed.survey(written.what.files, wanted), seed=3)
+    order = Order(feed.survey(written.what.files, wanted), 3, wanted)
     batch = paired(next(feed.read(order.picks(np.arange(100)), wanted)), wanted, torch.device("cpu"))
     assert batch.embedding is not None
     known = {file: column(written.what.home.here / f"part-{file:05d}.parquet") for file in range(FILES)}
@@ -325,7 +325,7 @@ def test_a_grid_is_painted_from_the_embeddings_that_the_training_reads(written: 
 
 
 def read_all(files: tuple[str, ...], wanted: Wanted) -> None:
-    order = Order(feed.survey(files, wanted), seed=0)
+    order = Order(feed.survey(files, wanted), 0, wanted)
     list(feed.read(order.picks(np.arange(order.rows)), wanted))
 
 

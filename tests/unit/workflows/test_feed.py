@@ -21,7 +21,7 @@ LABEL = LabelSpec(path="things.0.n", classes=("1", "0"))
 
 
 def order_of(data: Path, seed: int = 3) -> Order:
-    return Order(feed.survey(feed.prepared_files(data), WANTED), seed)
+    return Order(feed.survey(feed.prepared_files(data), WANTED), seed, WANTED)
 
 
 def captions(order: Order, share: Share) -> list[int]:
@@ -54,7 +54,7 @@ def test_an_epoch_is_every_usable_pair_once_and_each_is_mixed_anew(data: Path) -
 
 def test_a_label_is_that_of_its_pair_and_what_is_no_class_is_told_apart(data: Path) -> None:
     wanted = Wanted(SIZE, LABEL)
-    order = Order(feed.survey(feed.prepared_files(data), wanted), seed=3)
+    order = Order(feed.survey(feed.prepared_files(data), wanted), 3, wanted)
     picks = feed.tasks(order, Share(0, 10, BATCH, 0, 1), wanted)[0]
     (table,) = feed.read(picks, wanted)
     numbers = [tokens[1] - 1 for tokens in table["tokens"].to_pylist()]
@@ -68,12 +68,18 @@ def test_a_label_is_that_of_its_pair_and_what_is_no_class_is_told_apart(data: Pa
         ('{"a": [{"b": "z"}]}', UNLABELLED),
         ('{"a": []}', UNLABELLED),
         ('{"a": 3}', UNLABELLED),
+        ('{"a": [{"b": true}]}', 2),
+        ('{"a": [{"b": "true"}]}', 2),
+        ('{"a": [{"b": 3}]}', 3),
+        ('{"a": [{"b": null}]}', UNLABELLED),
         ("[]", UNLABELLED),
         (None, UNLABELLED),
     ],
 )
-def test_a_json_without_the_value_is_unlabelled(meta: str | None, label: int) -> None:
-    assert label_of(meta, LabelSpec(path="a.0.b", classes=("x", "y"))) == label
+def test_a_label_is_what_json_writes_and_a_json_without_one_is_unlabelled(
+    meta: str | None, label: int
+) -> None:
+    assert label_of(meta, LabelSpec(path="a.0.b", classes=("x", "y", "true", "3"))) == label
 
 
 @pytest.mark.parametrize("cut", [1, 5, 17, 23])
@@ -94,28 +100,27 @@ def test_every_global_step_trains_on_the_same_pairs_whatever_the_number_of_worke
     assert np.array_equal(np.concatenate(together, axis=1), alone)
 
 
-def test_a_rank_that_trains_on_a_whole_mix_reads_it_once_however_many_tables_it_makes(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("table_rows", [1000, 30, 10, 4, 1])
+def test_an_epoch_reads_every_row_group_once_however_few_images_a_table_holds(
+    data: Path, monkeypatch: pytest.MonkeyPatch, table_rows: int
 ) -> None:
-    share = Share(0, 9, BATCH, 0, 1)
-    order = order_of(data)
-    whole, (mix, rest) = captions(order, share), order.picks(share.positions())
-    monkeypatch.setattr(feed, "TABLE_BYTES", 30 * WANTED.row_bytes)
-    reads, real = Counter[tuple[str, int]](), feed.row_group
+    monkeypatch.setattr(feed, "TABLE_BYTES", table_rows * WANTED.row_bytes)
+    order, reads, real = order_of(data), Counter[tuple[str, int]](), feed.row_group
 
     def counted(url: str, group: int, *how: Any) -> Any:
         reads[url, group] += 1
         return real(url, group, *how)
 
     monkeypatch.setattr(feed, "row_group", counted)
-    assert captions(order, share) == whole
-    assert reads == Counter([*mix.groups, *rest.groups])
-    first, *_ = feed.tasks(order, share, WANTED)
-    sizes = [len(table) for table in feed.read(first, WANTED)]
-    assert sizes == [30, 30, 30, len(mix.rows) - 90]
-    monkeypatch.setattr(feed, "TABLE_BYTES", 10 * WANTED.row_bytes)
-    assert captions(order, share) == whole
-    assert [sum(len(pick.rows) for pick in task) for task in feed.tasks(order, share, WANTED)][:2] == [40, 40]
+    share = Share(0, order.rows, 1, 0, 1)
+    assert sorted(captions(order, share)) == sorted(USABLE)
+    every = zip(order.pieces.file.tolist(), order.pieces.group.tolist(), strict=True)
+    assert reads == Counter((order.pieces.files[file], group) for file, group in every)
+    most = max(feed.TASK_TABLES * table_rows, int(order.pieces.rows.max()))
+    for task in feed.tasks(order, share, WANTED):
+        sizes = [len(table) for table in feed.read(task, WANTED)]
+        assert sum(sizes) <= most
+        assert sizes[:-1] == [table_rows] * (len(sizes) - 1)
 
 
 def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:
@@ -156,7 +161,7 @@ def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
         return real(*args, **options)
 
     monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
-    monkeypatch.setattr("workflows.feed.time.sleep", pauses.append)
+    monkeypatch.setattr("workflows.files.time.sleep", pauses.append)
     url = str(data / "part-00000.parquet")
     if times < files.ATTEMPTS:
         assert len(feed.row_group(url, 0, ["reject"], "")) == 16
@@ -177,7 +182,7 @@ def test_a_stage_begins_though_the_store_stumbles(data: Path, monkeypatch: pytes
         return real(*args, **options)
 
     monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
-    monkeypatch.setattr("workflows.feed.time.sleep", lambda _: None)
+    monkeypatch.setattr("workflows.files.time.sleep", lambda _: None)
     assert feed.survey(feed.prepared_files(data), WANTED).rows.tolist() == whole.rows.tolist()
     with pytest.raises(DataError, match=r"part-00009.parquet: .*prepare the data again"):
         feed.survey([str(data / "part-00009.parquet")], WANTED)

@@ -45,7 +45,7 @@ def spec_of(workers: int, micro: int | None = None) -> TrainSpec:
 @pytest.fixture(scope="module")
 def order(tmp_path_factory: pytest.TempPathFactory) -> Order:
     data = write_prepared(tmp_path_factory.mktemp("reading") / "prepared", files=3, rows=80, rejected=3)
-    return Order(feed.survey(feed.prepared_files(data), WANTED), seed=3)
+    return Order(feed.survey(feed.prepared_files(data), WANTED), 3, WANTED)
 
 
 @pytest.fixture

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from dd_core import bundle, images
+from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.stages.autoencoder import AutoencoderSpec
 from jobs import sample
 from jobs.recipes import smoke
 from tests.conftest import write_shard
-from tests.unit.workflows.tiny_run import make_run, write_parts
+from tests.unit.workflows.tiny_run import make_run, saved, write_parts
 from workflows import pictures, report
 from workflows.journal import Journal
 from workflows.pairs import PairsSpec
@@ -166,6 +168,18 @@ def flat(side: int, shade: tuple[int, int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), shade).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_an_autoencoder_is_judged_at_the_side_that_it_learned(run: Path, tmp_path: Path) -> None:
+    net = AutoencoderNetSpec(width=8, channel_mult=(1, 1), blocks=1, groups=4, mid_attention=False)
+    spec = AutoencoderSpec(net=net, image_size=16, crop=16, perceptual="none")
+    saved(tmp_path, "autoencoder", spec, {})
+    data = run / "data" / "prepared"
+    assert pictures.prepared_sizes(data) == [16, 64]
+    found = report.rebuilt(tmp_path, data)
+    assert [images.decoded(png).shape for pair in found for png in (pair.original, pair.rebuilt)] == [
+        (3, 16, 16)
+    ] * 12
 
 
 def test_the_sheets_of_a_run_hold_what_its_page_shows(run: Path) -> None:

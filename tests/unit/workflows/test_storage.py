@@ -16,9 +16,11 @@ from ray.exceptions import RayTaskError
 
 from dd_core import checkpoint, sealed
 from tests.conftest import room_for
+from tests.unit.workflows.test_outcome import SPEC
 from workflows import stopping, storage, training, worker
+from workflows.checkpoints import STEPPED_BACK, newest
 from workflows.feed import DataError
-from workflows.journal import JOURNAL
+from workflows.journal import JOURNAL, entries
 from workflows.storage import Home, StorageError
 
 WEIGHTS = {"w": torch.zeros(4)}
@@ -79,7 +81,70 @@ def test_workers_of_one_machine_leave_each_other_time_to_send_a_checkpoint(run: 
     (home.here / JOURNAL).write_text("1\n")
     mp.spawn(rank_main, (home, tmp_path / "meeting"), nprocs=2)
     assert home.text(JOURNAL) == "1\n"
-    assert worker.newest(home) == "checkpoints/step-00000010"
+    assert newest(home) == "checkpoints/step-00000010"
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the store says, one for each file that is sent, before it takes any."""
+    put_file, says = LocalFileSystem.put_file, list[str]()
+
+    def away(*args: Any, **options: Any) -> None:
+        if says:
+            raise OSError(says.pop())
+        put_file(*args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", away)
+    return says
+
+
+def recorder_of(stage: Home, step: int) -> worker.Recorder:
+    """Of the only worker of a training, at a step."""
+    job: Any = SimpleNamespace(home=stage, spec=SPEC.but(checkpoints_kept=1), facts={})
+    state: Any = SimpleNamespace(step=step, skipped=0, average=WEIGHTS, tensors=lambda: WEIGHTS)
+    return worker.Recorder(job, worker.Position(0, 1), state, {}, seconds_before=0.0)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_store_that_is_away_for_minutes_has_the_checkpoint_in_the_end(
+    run: Home, failing: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("workflows.files.time.sleep", pauses.append)
+    stage = run.at("stage")
+    recorder_of(stage, 4).save()
+    failing += ["the store is away"] * 12
+    recorder_of(stage, 8).save()
+    assert newest(stage) == "checkpoints/step-00000008"
+    assert stage.at("checkpoints").names() == ["step-00000008"]
+    assert len(pauses) == 12
+    (said,) = warnings_in(caplog)
+    assert "step-00000008 cannot be written to: " in said
+    failing += ["the store is away"] * 99
+    pauses.clear()
+    with pytest.raises(StorageError, match=r"-00000009 cannot be written to: .*the store is away.*; run the"):
+        recorder_of(stage, 9).save()
+    assert 590 < sum(pauses) < 700
+    assert newest(stage) == "checkpoints/step-00000008"
+
+
+def test_a_grid_that_the_store_does_not_take_is_missed_aloud_and_ends_no_run(
+    run: Home, failing: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("workflows.samples.drawn", lambda *_: torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(worker.Recorder, "shown", lambda _: None)
+    stage = run.at("stage")
+    recorder = recorder_of(stage, 4)
+    failing.append("the store is away")
+    recorder.draw(4)
+    (said,) = warnings_in(caplog)
+    assert said.startswith("x: no samples/step-00000004.png: ")
+    recorder.draw(8)
+    assert stage.at("samples").names() == ["step-00000008.png"]
+    assert [entry.step for entry in entries(recorder.journal.path)] == [8]
 
 
 @pytest.mark.parametrize(
@@ -136,17 +201,17 @@ def test_a_damaged_checkpoint_is_stepped_over_aloud_and_where_all_are_nothing_be
     tmp_path: Path,
 ) -> None:
     stage = Home.of(tmp_path / "stage")
-    assert worker.newest(stage) == ""
+    assert newest(stage) == ""
     first, second, unfinished = (saved_in(stage, step) for step in (10, 20, 30))
     (unfinished.here / sealed.MANIFEST).unlink()
     (stage.here / "checkpoints" / "step-00000010-good").mkdir()
     damaged(next(second.here.glob("shard-*")))
-    assert worker.newest(stage) == "checkpoints/step-00000010"
-    assert stage.text(worker.STEPPED_BACK).startswith("stepping back: ")
-    assert "step-00000020/shard" in stage.text(worker.STEPPED_BACK)
+    assert newest(stage) == "checkpoints/step-00000010"
+    assert stage.text(STEPPED_BACK).startswith("stepping back: ")
+    assert "step-00000020/shard" in stage.text(STEPPED_BACK)
     damaged(next(first.here.glob("shard-*")))
     with pytest.raises(sealed.SealError, match=r"none of the 2 checkpoints in .*/checkpoints is whole; put"):
-        worker.newest(stage)
+        newest(stage)
     assert second.has(sealed.MANIFEST)
 
 
@@ -154,11 +219,11 @@ def test_the_driver_says_once_what_workers_step_over_now_and_nothing_of_an_earli
     run: Home, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = run.at("base")
-    stage.write(worker.STEPPED_BACK, "stepping back: long ago")
+    stage.write(STEPPED_BACK, "stepping back: long ago")
     with training.stepping_back(stage) as looking:
-        stage.write(worker.STEPPED_BACK, "stepping back: one")
+        stage.write(STEPPED_BACK, "stepping back: one")
         looking.act()
-        stage.write(worker.STEPPED_BACK, "stepping back: one\nstepping back: two")
+        stage.write(STEPPED_BACK, "stepping back: one\nstepping back: two")
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == ["base: stepping back: one", "base: stepping back: two"]
 

@@ -31,7 +31,7 @@ def table_of(data: Home) -> pa.Table:
 
 def test_no_epoch_of_any_training_reads_a_caption_that_is_held_out(data: Home) -> None:
     wanted = feed.Wanted(8)
-    order = feed.Order(feed.survey(feed.prepared_files(data), wanted), seed=0)
+    order = feed.Order(feed.survey(feed.prepared_files(data), wanted), 0, wanted)
     share = feed.Share(0, order.rows, 1, 0, 1)
     tables = [table for task in feed.tasks(order, share, wanted) for table in feed.read(task, wanted)]
     read = {tuple(row) for table in tables for row in table["tokens"].to_pylist()}

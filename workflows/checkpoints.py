@@ -1,0 +1,55 @@
+"""The checkpoints of a stage, wherever it is: the one to continue from, and those that go."""
+
+import logging
+from collections.abc import Iterator
+
+from dd_core import checkpoint, sealed
+from workflows.storage import Home
+
+log = logging.getLogger(__name__)
+STEPPED_BACK = "stepped_back"
+"""In the directory of a stage: which checkpoints were passed over at this start, for the driver to say."""
+
+
+def newest(stage: Home) -> str:
+    """The newest checkpoint that verifies, within the stage's directory; empty if none was ever finished.
+
+    Raises:
+        sealed.SealError: Some were finished, and all of them are damaged.
+    """
+    place, damaged = stage.at("checkpoints"), list[str]()
+    for name in finished_checkpoints(stage):
+        try:
+            sealed.verify(place.at(name).fetched())
+        except sealed.SealError as error:
+            damaged.append(f"stepping back: {error}")
+            log.warning("%s", damaged[-1])
+            stage.write(STEPPED_BACK, "\n".join(damaged))
+        else:
+            return f"checkpoints/{name}"
+    if damaged:
+        raise sealed.SealError(
+            f"none of the {len(damaged)} checkpoints in {place.address} is whole; put a good copy there, or "
+            "remove that directory to begin at step 0"
+        )
+    return ""
+
+
+def finished_checkpoints(stage: Home) -> Iterator[str]:
+    """Names of those that have been sealed, the newest first."""
+    place = stage.at("checkpoints")
+    return (name for name in checkpoint.steps_of(place.names()) if place.at(name).has(sealed.MANIFEST))
+
+
+def prune(stage: Home, *, step: int, kept: int, every: int = 0) -> None:
+    """Remove the checkpoints of a stage that are `outlived` by the one just written and sealed at `step`.
+
+    One loses its manifest first, so that a cut removal leaves nothing that would be taken for good.
+    """
+    place = stage.at("checkpoints")
+
+    def finished(name: str) -> bool:
+        return place.at(name).has(sealed.MANIFEST)
+
+    for name in checkpoint.outlived(place.names(), finished, step=step, kept=kept, every=every):
+        place.drop(name)
