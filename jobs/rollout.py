@@ -6,6 +6,7 @@
 """
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,21 +20,21 @@ from pydantic import ValidationError
 
 from dd_core import sealed
 from jobs import environment
+from jobs.artifacts import address_in, code_address, keep_cascade, keep_code
 from jobs.config import ConfigError, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.deploy import serve_spec
 from serve import app, code
-from serve.fetching import in_a_store, on_this_machine
-from serve.replicas import opened
+from serve.fetching import in_a_store
 from workflows.registry import Registry, Version, split
 
 log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
-RAY_FETCHES = ("s3", "gs", "file")
-"""Kinds of address that Ray (2.60) unpacks code from and that are so written by fsspec."""
 POLL_S, MISSES = 0.5, 5
 """How often a cluster is asked how far it is, and how many times in a row it may not answer."""
+ANSWER_S = 30.0
+"""For the endpoint to answer us once Serve runs the cascade; it may be out of our reach."""
 
 
 class DeployError(RuntimeError):
@@ -95,19 +96,6 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
     spec = serve_spec(fields, changes)
     about = f"{wanted}: {version.says()}, digest {version.digest[:12]}, code {spec.code[:12]}"
     return Config(serve_fields(spec, code_address(storage)), about, version)
-
-
-def address_in(storage: str, name: str) -> str:
-    """The address of something that is kept there; a path where it is a directory."""
-    files, root = fsspec.url_to_fs(storage)
-    return str(files.unstrip_protocol(f"{root}/{name}")).removeprefix("file://")
-
-
-def code_address(storage: str) -> str:
-    """Where Ray fetches this code; empty where it cannot: then the nodes must have it, and are asked."""
-    place = address_in(storage, f"code/{code.digest()}.zip")
-    place = place if "://" in place else f"file://{place}"
-    return place if urlsplit(place).scheme in RAY_FETCHES else ""
 
 
 def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
@@ -189,42 +177,6 @@ def publish(config: Config) -> str:
                 config.spec.code[:12],
             )
     return kept(config, storage)
-
-
-def keep_code(storage: str) -> None:
-    """This code, where Ray fetches it; what is there is never changed."""
-    files, root = fsspec.url_to_fs(storage)
-    place = f"{root}/code/{code.digest()}.zip"
-    if not files.exists(place):
-        if not in_a_store(storage):
-            files.makedirs(f"{root}/code", exist_ok=True)
-            files.pipe_file(draft := f"{place}.{uuid.uuid4().hex}", code.packed())
-            files.mv(draft, place)
-        else:
-            files.pipe_file(place, code.packed())
-
-
-def keep_cascade(version: Version, storage: str) -> None:
-    """A cascade under its digest, where it stays for ever; copied there if it is not there yet.
-
-    Raises:
-        SealError: What its run left has been replaced since, so that only its digest is known.
-    """
-    files, root = fsspec.url_to_fs(storage)
-    place = f"{root}/cascades/{version.digest}"
-    if not files.exists(f"{place}/{sealed.MANIFEST}"):
-        source = on_this_machine(version.address, version.digest)
-        _, found = opened(source)
-        if found != version.digest:
-            raise sealed.SealError(
-                f"{version.address} holds cascade {found[:12]} by now, not {version.digest[:12]} as version "
-                f"{version.number} of {version.name} was; deploy a newer version"
-            )
-        names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: without it there is nothing
-        for name in names:
-            if not in_a_store(storage):
-                files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
-            files.put_file(str(source / name), f"{place}/{name}")
 
 
 def kept(config: Config, storage: str) -> str:
@@ -330,10 +282,10 @@ def on_air(details: dict[str, Any]) -> Config | None:
 
 
 def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> str:
-    """The address of the endpoint, when the cascade with this digest answers there.
+    """The address of the endpoint, when Serve runs the cascade and it answers there.
 
-    An endpoint that listens on the cluster's own loopback alone cannot be asked from elsewhere; then what
-    Serve says of it must do.
+    What Serve says decides: its endpoint may be out of our reach, or another one stand where we look, as
+    where the port of the dashboard alone is forwarded.  Then it is told of and taken for served.
 
     Args:
         dashboard: Of the cluster.
@@ -345,8 +297,8 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
     """
     way = f" (back to the former: ddiff deploy --config {back})" if back else ""
     url = endpoint_of(dashboard.address, spec)
-    until, why, missed = time.monotonic() + spec.startup_s, "", 0
-    while time.monotonic() < until:
+    until, runs_since, why, missed = time.monotonic() + spec.startup_s, math.inf, "", 0
+    while time.monotonic() < until or runs_since < math.inf:
         try:
             ours = dashboard.get(SERVE).get("applications", {}).get(app.APPLICATION, {})
         except DashboardError as error:  # a head that is busy starting replicas
@@ -362,9 +314,15 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             why = app.cause(ours.get("message", ""))
             raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
-        why = state_of(ours, spec) or (app.missing(url, spec.digest, spec.precision) if url else "")
-        if not why:
+        why = state_of(ours, spec)
+        runs_since = math.inf if why else min(runs_since, time.monotonic())
+        if not why and not (why := app.missing(url, spec.digest, spec.precision) if url else ""):
             return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
+        if time.monotonic() - runs_since > ANSWER_S:
+            log.warning(
+                "Serve runs %s, but %s does not show it to us (%s)", spec.digest[:12], url, why.strip()
+            )
+            return f"http://{spec.host}:{spec.port}, for who reaches the cluster's own machines"
         time.sleep(POLL_S)
     raise DeployError(
         f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; `serve status` says more"
