@@ -54,7 +54,12 @@ class Config(NamedTuple):
     @property
     def spec(self) -> app.ServeSpec:
         """The fields of our application."""
-        return app.ServeSpec.model_validate(self.fields["applications"][0]["args"])
+        return app.ServeSpec.model_validate(self.args)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The same as they were told, perhaps by another ddiff."""
+        return dict(self.fields["applications"][0]["args"])
 
     @property
     def code(self) -> str:
@@ -100,17 +105,24 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
 
 def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
     """The whole config of Ray Serve for one cascade; `code_at`: where Ray fetches our code."""
+    args = spec.model_dump(mode="json", exclude_defaults=True)
+    return fields_round(args | {"cascade": spec.cascade, "digest": spec.digest}, code_at)
+
+
+def fields_round(args: dict[str, Any], code_at: str) -> dict[str, Any]:
+    """The same of the fields of our application, which may be those of another ddiff."""
+    usual = app.ServeSpec.model_fields
+    door = {name: args.get(name, usual[name].default) for name in ("host", "port")}
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": spec.host, "port": spec.port},
+        "http_options": door,
         "logging_config": {"enable_access_log": False},
         "applications": [
             {
                 "name": app.APPLICATION,
                 "route_prefix": "/",
                 "import_path": ENTRY,
-                "args": spec.model_dump(mode="json", exclude_defaults=True)
-                | {"cascade": spec.cascade, "digest": spec.digest},
+                "args": args,
                 **({"runtime_env": {"working_dir": code_at}} if code_at else {}),
             }
         ],
@@ -125,11 +137,19 @@ def written_before(file: str) -> Config:
     """
     config = Config(fetched(file) if in_a_store(file) else loaded(Path(file)))
     try:
-        entry, digest = config.fields["applications"][0]["import_path"], config.spec.digest
-    except (KeyError, IndexError, TypeError, ValidationError):
+        entry, args = config.fields["applications"][0]["import_path"], config.args
+    except (KeyError, IndexError, TypeError, ValueError):
         raise ConfigError(f"{file} is no config of `ddiff deploy`") from None
-    if entry != ENTRY or not digest:
+    if entry != ENTRY or not args.get("digest"):
         raise ConfigError(f"{file} is no config of `ddiff deploy`: it needs {ENTRY} and a digest")
+    try:
+        app.ServeSpec.model_validate(args)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ConfigError(
+            f"{file}: {'.'.join(map(str, found['loc']))}: {found['msg']}; if another ddiff has written it "
+            f"(its code is {str(args.get('code', ''))[:12] or 'not named'}), deploy it with that one"
+        ) from None
     return config
 
 
@@ -182,7 +202,7 @@ def publish(config: Config) -> str:
 def kept(config: Config, storage: str) -> str:
     """Write a config where `ddiff deploy --config` finds it again; one cascade and its settings, one file."""
     files, root = fsspec.url_to_fs(storage)
-    cascade = config.spec.cascade.rstrip("/").rpartition("/")[2][:12]
+    cascade = str(config.args["cascade"]).rstrip("/").rpartition("/")[2][:12]
     name = f"deployments/{cascade}-{sealed.digest_of(config.fields)[:8]}.yaml"
     if not in_a_store(storage):
         files.makedirs(f"{root}/deployments", exist_ok=True)
@@ -241,9 +261,9 @@ def put_back(dashboard: Dashboard, former: Config) -> None:
     try:
         dashboard.put(SERVE, beside_others(former, dashboard.get(SERVE)))
     except DashboardError as error:
-        log.warning("%s could not be put back: %s", former.spec.digest[:12], error)
+        log.warning("%s could not be put back: %s", former.args["digest"][:12], error)
     else:
-        log.warning("%s is put back on the air", former.spec.digest[:12])
+        log.warning("%s is put back on the air", former.args["digest"][:12])
 
 
 def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
@@ -271,14 +291,12 @@ def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:
 
 
 def on_air(details: dict[str, Any]) -> Config | None:
-    """What Serve runs now, if it is ours."""
+    """What Serve runs now, if it is ours; its fields as they are, for another ddiff may have told them."""
     ours = details.get("applications", {}).get(app.APPLICATION, {}).get("deployed_app_config")
     if not ours or not ours.get("args", {}).get("digest"):
         return None
     code_at = (ours.get("runtime_env") or {}).get("working_dir", "")
-    return Config(
-        serve_fields(app.ServeSpec.model_validate(ours["args"]), code_at), "what was on the air before"
-    )
+    return Config(fields_round(ours["args"], code_at), "what was on the air before")
 
 
 def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> str:

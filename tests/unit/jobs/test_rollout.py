@@ -88,6 +88,22 @@ def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_a
     assert serve.told == [CONFIG.fields["applications"][0], serve.former]  # some hops may be new by now
 
 
+def test_a_cascade_is_deployed_over_one_of_another_ddiff_which_is_put_back_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve = Serve(caplog)
+    strange = {"field_of_another_ddiff": 1, "hop": {"threads": "many"}, "code": "e" * 64}
+    serve.former = serve.former | {"args": serve.former["args"] | strange}
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    with pytest.raises(rollout.DeployError, match="no memory"):
+        rollout.deploy(CONFIG, serve.address)
+    assert serve.told == [CONFIG.fields["applications"][0], serve.former]
+    (former,) = [path for path in (tmp_path / "deployments").iterdir() if "b" * 64 in path.read_text()]
+    with pytest.raises(ConfigError, match=f"another ddiff has written it .its code is {'e' * 12}., deploy"):
+        rollout.written_before(str(former))
+
+
 class Behind(Serve):
     """One that runs what it is told."""
 
