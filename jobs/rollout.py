@@ -26,6 +26,7 @@ from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.deploy import serve_spec
 from serve import app, code
 from serve.fetching import in_a_store
+from serve.spec import ServeSpec
 from workflows.registry import Registry, Version, split
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,9 @@ class Config(NamedTuple):
     """Of the registry, if what the config names may not be at its address yet."""
 
     @property
-    def spec(self) -> app.ServeSpec:
+    def spec(self) -> ServeSpec:
         """The fields of our application."""
-        return app.ServeSpec.model_validate(self.args)
+        return ServeSpec.model_validate(self.args)
 
     @property
     def args(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
 
     Args:
         wanted: NAME@ALIAS, or NAME for its current version.
-        changes: Of the fields of serve.app.ServeSpec, such as `hops.base.num_gpus=1`.
+        changes: Of the fields of serve.spec.ServeSpec, such as `hops.base.num_gpus=1`.
         where: The dashboard of the cluster that is to serve it; empty: nobody knows yet.
 
     Raises:
@@ -103,7 +104,7 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
     return Config(serve_fields(spec, code_address(storage)), about, version)
 
 
-def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
+def serve_fields(spec: ServeSpec, code_at: str = "") -> dict[str, Any]:
     """The whole config of Ray Serve for one cascade; `code_at`: where Ray fetches our code."""
     args = spec.model_dump(mode="json", exclude_defaults=True)
     return fields_round(args | {"cascade": spec.cascade, "digest": spec.digest}, code_at)
@@ -111,7 +112,7 @@ def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
 
 def fields_round(args: dict[str, Any], code_at: str) -> dict[str, Any]:
     """The same of the fields of our application, which may be those of another ddiff."""
-    usual = app.ServeSpec.model_fields
+    usual = ServeSpec.model_fields
     door = {name: args.get(name, usual[name].default) for name in ("host", "port")}
     return {
         "proxy_location": "HeadOnly",
@@ -143,7 +144,7 @@ def written_before(file: str) -> Config:
     if entry != ENTRY or not args.get("digest"):
         raise ConfigError(f"{file} is no config of `ddiff deploy`: it needs {ENTRY} and a digest")
     try:
-        app.ServeSpec.model_validate(args)
+        ServeSpec.model_validate(args)
     except ValidationError as error:
         found = error.errors()[0]
         raise ConfigError(
@@ -279,7 +280,7 @@ def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
     return config.fields | {"applications": [*config.fields["applications"], *others]}
 
 
-def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:
+def same_door(details: dict[str, Any], spec: ServeSpec) -> None:
     """A Serve that runs keeps the address it was started with; another one would be waited for in vain."""
     http = details.get("http_options") or {}
     running = (http.get("host"), http.get("port"))
@@ -299,7 +300,7 @@ def on_air(details: dict[str, Any]) -> Config | None:
     return Config(fields_round(ours["args"], code_at), "what was on the air before")
 
 
-def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> str:
+def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
     """The address of the endpoint, when Serve runs the cascade and it answers there.
 
     What Serve says decides: its endpoint may be out of our reach, or another one stand where we look, as
@@ -347,7 +348,7 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
     )
 
 
-def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
+def state_of(ours: dict[str, Any], spec: ServeSpec) -> str:
     """What Serve still has to do; nothing if it runs this very cascade."""
     running = (ours.get("deployed_app_config") or {}).get("args", {})
     of = (running.get("digest"), running.get("code", ""), running.get("precision", "auto"))
@@ -358,7 +359,7 @@ def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
     )
 
 
-def endpoint_of(dashboard: str, spec: app.ServeSpec) -> str:
+def endpoint_of(dashboard: str, spec: ServeSpec) -> str:
     """Where clients reach it; empty if they cannot."""
     head = urlsplit(dashboard).hostname or ""
     loopback = {"127.0.0.1", "localhost"}

@@ -14,7 +14,7 @@ from jobs.dashboard import DashboardError
 from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
 from serve import app, code
-from serve.app import ServeSpec
+from serve.spec import ServeSpec
 from tests.unit.serve.tiny import tiny_cascade
 from workflows.registry import Version
 

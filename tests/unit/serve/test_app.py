@@ -12,6 +12,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.steering import GradientSpec
 from serve import app
+from serve.spec import ServeSpec
 from tests.unit.dd_core.test_chain import DDPM
 from tests.unit.dd_core.test_chain import trained as trained_chain
 from tests.unit.dd_core.test_guides import PARENTS
@@ -57,7 +58,7 @@ def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
     cascade = CascadeSpec(
         name="tiny", hops=(HopSpec(stage="base"), HopSpec(stage="upsampler")), context_length=8, image_size=8
     )
-    asked = app.ServeSpec.model_validate(
+    asked = ServeSpec.model_validate(
         {"cascade": "c", "hops": {"base": {"num_gpus": 1}, "upsampler": {"max_rows": 2}}}
     )
     for gpus, share in ((2, 0.25), (0, 0)):
@@ -78,6 +79,29 @@ def test_who_leaves_a_serve_that_others_use_takes_away_nothing_of_theirs(
     monkeypatch.setattr("ray.serve.shutdown", lambda: gone.append("all"))
     app.leave()
     assert gone == left
+
+
+@pytest.mark.parametrize(
+    ("now", "gone"),
+    [
+        ((b"me", 1.0), ["all"]),
+        ((b"another", 1.0), []),  # of `ddiff serve`
+        ((b"me", 2.0), []),  # of `ddiff deploy`
+    ],
+)
+def test_who_is_told_to_stop_stops_only_what_is_still_its_own(
+    now: tuple[bytes, float], gone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+    found = SimpleNamespace(last_deployed_time_s=now[1])
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"ddiff": found}))
+    monkeypatch.setattr("serve.app._internal_kv_get", lambda key: now[0])
+    monkeypatch.setattr("ray.serve.shutdown", lambda: left.append("all"))
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: Ingress([0]))
+    monkeypatch.setattr("serve.app.SENDING_S", 0)
+    monkeypatch.setattr("signal.signal", lambda number, told: told())
+    app.wait(60, (b"me", 1.0))
+    assert left == gone
 
 
 class Ingress:
