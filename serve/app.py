@@ -60,8 +60,8 @@ class ServeError(RuntimeError):
 class Ingress:
     """HTTP for one cascade; the application is built in the replica, where the handles work.
 
-    Where it replaces another cascade it is there when every hop has changed: until then, and for good if
-    the hops do not come up, what was on the air answers.
+    Where it replaces another cascade it is there when every hop has changed.  Until then, and for good if a
+    hop does not come up, the former ingress answers: with 503 as soon as one of its own hops is gone.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
@@ -213,9 +213,11 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
     mine = (me, owner()[1])
     try:
         await_ready(url, digest, spec)
-    except BaseException:
+    except BaseException as error:
         if fresh and owner() == mine:  # it would go on the air later, with nobody there to stop it
             leave()
+        if isinstance(error, ServeError) and not fresh:
+            raise ServeError(f"{error}; what was on the air may be half replaced: serve it again") from None
         raise
     log.info("serving %s at %s", digest[:12], url)
     if blocking:

@@ -104,6 +104,24 @@ def test_who_is_told_to_stop_stops_only_what_is_still_its_own(
     assert left == gone
 
 
+def test_who_fails_to_replace_a_cascade_is_told_that_it_may_be_half_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_cascade(tmp_path)
+    found = SimpleNamespace(status="DEPLOY_FAILED", message="OSError: no disk", last_deployed_time_s=1.0)
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"ddiff": found}))
+    monkeypatch.setattr("ray.serve.start", lambda **_: None)
+    monkeypatch.setattr("ray.serve.run_many", lambda *_, **__: None)
+    monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("it was not ours to stop"))
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("serve.app._internal_kv_put", lambda *_: None)
+    monkeypatch.setattr("serve.app._internal_kv_get", lambda key: b"me")
+    monkeypatch.setattr(app, "serving", lambda url: True)
+    monkeypatch.setattr(app, "missing", lambda *_: "cascade another answers")
+    with pytest.raises(app.ServeError, match="no disk; what was on the air may be half replaced: serve it"):
+        app.run(ServeSpec(cascade=str(tmp_path / "cascade")))
+
+
 class Ingress:
     """One whose replicas have these many images in progress, asked one time after another."""
 
