@@ -81,6 +81,7 @@ class Ingress:
         self.api = Api(
             painter,
             created=created,
+            room=spec.room(links),
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
         )
@@ -153,14 +154,14 @@ def deployment(
 ) -> ray.serve.Application:
     """A hop with its own replicas.
 
-    The engine bounds its queue itself, so Serve hands it a few requests more than it takes: they are
-    refused there at once, and only when every replica is full.
+    It takes whatever the ingress has let in (`ServeSpec.room`).  A replica is handed as many images as it has
+    room for, and a few requests that ask after its health; the others wait in Serve until one has.
     """
     options = {
         "name": stage,
         "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus or 0},
         "max_ongoing_requests": spec.max_rows + spec.max_waiting + 16,
-        "max_queued_requests": spec.max_rows + spec.max_waiting,
+        "max_queued_requests": -1,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=spec.min_replicas,
             max_replicas=spec.most_replicas,
@@ -176,7 +177,6 @@ def deployment(
         stage,
         digest=digest,
         max_rows=spec.max_rows,
-        max_waiting=spec.max_waiting,
         shared=spec.shared,
         threads=spec.threads,
         precision=precision,

@@ -3,13 +3,13 @@
 import asyncio
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from dd_core.cascade import CascadeState
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
-from serve.engine import BusyError, DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
+from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
 from serve.painter import HopLostError, Served
 
 PAUSE_S = 1.0
@@ -61,8 +61,6 @@ class ReplicaLink:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except BackPressureError:
-            raise BusyError(f"too many requests wait for {self.stage}") from None
         except RefusedError as error:  # Ray's copy reads as a traceback, its cause as it was raised
             raise RefusedError(str(getattr(error, "cause", error))) from None
         except DeploymentUnavailableError as error:

@@ -57,7 +57,6 @@ class Link(Protocol):
         """The state after the hop; cancelling the caller cancels the work.
 
         Raises:
-            BusyError: Too many are there already.
             TimeoutError: timeout_s passed first.
             HopLostError: It cannot be reached.
             RefusedError: It cannot do what the request asks.
@@ -116,7 +115,7 @@ class Painter:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
 
         Raises:
-            BusyError, TimeoutError, HopLostError, RefusedError: As the links do; the last also before any of
+            TimeoutError, HopLostError, RefusedError: As the links do; the last also before any of
                 them is asked.
         """
         plan = self.plan(order)

@@ -1,5 +1,7 @@
 """How a cascade is served: the fields that a config of Ray Serve hands to `serve.app:build`."""
 
+from collections.abc import Iterable
+
 from pydantic import Field
 
 from dd_core.precision import Precision
@@ -24,7 +26,7 @@ class ReplicaSpec(Spec):
     max_rows: int = Field(8, ge=1)
     """Samples in progress at once; what fits the memory of the device."""
     max_waiting: int = Field(64, ge=0)
-    """Images that may wait for them; more are told to come back later."""
+    """Images that may wait for them."""
     shared: bool | None = None
     """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
     image would no longer be the same to the last bit whatever is served beside it."""
@@ -33,6 +35,11 @@ class ReplicaSpec(Spec):
     def most_replicas(self) -> int:
         """How many there may be."""
         return max(self.min_replicas, self.max_replicas)
+
+    @property
+    def room(self) -> int:
+        """Images that may be with all of them, in work or waiting."""
+        return self.most_replicas * (self.max_rows + self.max_waiting)
 
 
 class ServeSpec(Spec):
@@ -59,3 +66,12 @@ class ServeSpec(Spec):
     """For the hops that `hops` does not name."""
     hops: dict[SafeName, ReplicaSpec] = Field(default_factory=dict)
     """Stage -> its replicas."""
+
+    def room(self, stages: Iterable[str]) -> int:
+        """Images that one ingress lets in at once, more are told to come back later.
+
+        It is what the hop with the least room takes, so that no hop of these stages has to refuse an image
+        on which those before it have worked.
+        """
+        least = min(self.hops.get(stage, self.hop).room for stage in stages)
+        return max(1, least // self.ingress_replicas)

@@ -52,7 +52,7 @@ def engine_overhead(requests: int, steps: int) -> dict[str, float]:
 
     def served(shared: bool) -> float:
         async def main() -> float:
-            engine = Engine(GaussianHop(), max_rows=requests, max_waiting=0, shared=shared)
+            engine = Engine(GaussianHop(), max_rows=requests, shared=shared)
             ticking, began = asyncio.create_task(engine.run()), time.perf_counter()
             await asyncio.gather(*(engine.submit(state, how, timeout_s=600) for state in states))
             took = time.perf_counter() - began

@@ -46,6 +46,16 @@ def test_the_ingress_knows_the_classes_of_a_classifier_and_hears_no_class_where_
         assert app.hears_classes(spec, specs) == hears
 
 
+def test_the_door_lets_in_what_the_hop_with_the_least_room_takes_in_all_its_replicas() -> None:
+    asked = {"cascade": "c", "hops": {"base": {"max_rows": 2, "max_waiting": 8}}}
+    assert ServeSpec.model_validate(asked).room(["base", "upsampler"]) == 10
+    asked["hops"] = {"base": {"max_rows": 2, "max_waiting": 8, "max_replicas": 3}}
+    spec = ServeSpec.model_validate(asked)
+    assert spec.room(["base", "upsampler"]) == 30
+    assert spec.room(["upsampler"]) == 8 + 64
+    assert spec.but(ingress_replicas=2).room(["base", "upsampler"]) == 15
+
+
 @pytest.mark.parametrize("hops", [1, 2, 3, 7])
 def test_all_hops_fit_one_gpu_beside_those_that_replace_them(hops: int) -> None:
     share = app.gpu_share(4, hops)

@@ -29,7 +29,7 @@ from dd_core.steering import GradientSpec
 from dd_core.text import tokens, too_long
 from jobs.recipes import consistency, ddpm, guided
 from serve import painter as painting
-from serve.engine import BusyError, Engine, RefusedError
+from serve.engine import Engine, RefusedError
 from serve.ingress import Api
 from serve.openai_api import EFFORT, GenerationRequest
 from serve.painter import HopLostError, Order, Painter, chosen
@@ -51,7 +51,7 @@ class EngineLink:
     """A hop in this process: its engine, without Ray in between."""
 
     def __init__(self, hop: GaussianHop) -> None:
-        self.hop, self.engine = hop, Engine(hop, max_rows=8, max_waiting=8)
+        self.hop, self.engine = hop, Engine(hop, max_rows=8)
         self.running: asyncio.Task[None] | None = None
         self.hows: list[SamplingSpec] = []
         self.labels: list[torch.Tensor | None] = []
@@ -78,11 +78,17 @@ class Served:
     """The application over two hops, and its client."""
 
     def __init__(
-        self, timeout_s: float = 20, *, by_class: bool = False, cascade: CascadeSpec = CASCADE, **more: Any
+        self,
+        timeout_s: float = 20,
+        *,
+        room: int = 16,
+        by_class: bool = False,
+        cascade: CascadeSpec = CASCADE,
+        **more: Any,
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
         painter = Painter(cascade, DIGEST, self.links, by_class=by_class, **more)
-        self.api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
+        self.api = Api(painter, created=1_700_000_000, room=room, timeout_s=timeout_s, max_body_bytes=20_000)
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
@@ -367,7 +373,6 @@ def test_any_json_gets_its_images_or_a_reason(served: Served, body: dict[str, An
 @pytest.mark.parametrize(
     ("error", "status", "code", "header"),
     [
-        (BusyError("full"), 429, "busy", ("retry-after", "1")),
         (TimeoutError(), 504, "deadline_exceeded", ("x-should-retry", "false")),
         (HopLostError("no replica", again=True), 503, "unavailable", ("retry-after", "2")),
         (torch.OutOfMemoryError("CUDA out of memory"), 503, "unavailable", ("retry-after", "2")),
@@ -411,11 +416,33 @@ def test_the_deadline_is_the_shorter_of_the_server_s_and_the_client_s(patience: 
         assert refused(answer, 504) == f"not finished in {'0.2' if patience == '0.2' else '0.4'} s"
 
 
+def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop() -> None:
+    one = Served(room=4)
+    base, last = (one.links[stage] for stage in ("base", "upsampler"))
+    with one.client, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        last.hop.gate.clear()
+        begun = [pool.submit(one.post, n=3)]
+        while not last.engine.active:
+            time.sleep(0.01)
+        asked = len(base.hows)
+        answer = one.post(n=2)
+        assert refused(answer, 429) == "busy: too many images wait; try again later"
+        assert (answer.json()["error"]["code"], answer.headers["retry-after"]) == ("busy", "1")
+        refused(one.post(n=2, style="vivid"), 400, "style")  # which no later time would mend
+        assert len(base.hows) == asked
+        begun.append(pool.submit(one.post, n=1))
+        while one.api.painting < 4:
+            time.sleep(0.01)
+        last.hop.gate.set()
+        assert [len(pngs(request.result())) for request in begun] == [3, 1]
+        assert len(pngs(one.post(n=9))) == 9  # alone
+
+
 def test_one_failing_image_of_several_stops_the_others() -> None:
     one = Served(timeout_s=20)
     with one.client:
-        one.links["upsampler"].failing = BusyError("full")
-        refused(one.post(n=8, num_inference_steps=3), 429)
+        one.links["upsampler"].failing = HopLostError("gone", again=True)
+        refused(one.post(n=8, num_inference_steps=3), 503)
         time.sleep(0.1)
         assert one.links["base"].engine.load() == 0
 
@@ -549,7 +576,7 @@ def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_
 def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop_s_own(
     own: int, quality: Any, steps: int
 ) -> None:
-    order = Api(Painter(CASCADE, DIGEST, {}), created=0, timeout_s=1, max_body_bytes=1).order(
+    order = Api(Painter(CASCADE, DIGEST, {}), created=0, room=1, timeout_s=1, max_body_bytes=1).order(
         GenerationRequest(prompt="a", quality=quality)
     )
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)

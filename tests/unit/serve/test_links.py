@@ -103,7 +103,7 @@ def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
 def test_a_replica_draws_for_its_own_cascade_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", list)
     digest = tiny_cascade(tmp_path)
-    limits = {"max_rows": 8, "max_waiting": 8, "shared": False, "threads": 0, "precision": "fp32"}
+    limits = {"max_rows": 8, "shared": False, "threads": 0, "precision": "fp32"}
     replica = HopReplica.func_or_class(str(tmp_path / "cascade"), "prior", digest=digest, **limits)
     state = requested(["a"], [1], 12)
     how = SamplingSpec(num_steps=2)
