@@ -2,7 +2,7 @@
 
 import asyncio
 
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -23,7 +23,8 @@ class ReplicaLink:
 
     A sampling is seeded, so it may be asked again: when a replica dies, its request goes once more to
     another one.  Two deaths under one request are more likely than not its own fault; a replica that
-    had failed before it was asked is none, and is asked again until it has been replaced.
+    had failed before it was asked is none, nor is a picture that was lost with its node on the way: these are
+    asked for again until the deadline.
 
     While a cascade is replaced by another one each hop changes at its own time, so each request says
     whose it is, and in which numbers: no image is drawn half by the one and half by the other.
@@ -40,7 +41,7 @@ class ReplicaLink:
         while True:
             try:
                 return await self.asked(state, how, until - clock())
-            except (RayActorError, EngineDownError, OtherCascadeError) as error:
+            except (RayActorError, ObjectLostError, EngineDownError, OtherCascadeError) as error:
                 lost: Exception = error
             deaths += isinstance(lost, RayActorError | DeviceLostError)
             strangers += isinstance(lost, OtherCascadeError)

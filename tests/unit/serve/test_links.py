@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
@@ -20,6 +20,7 @@ from tests.unit.serve.tiny import tiny_cascade
 STATE = CascadeState(seeds=[1], tokens=torch.zeros(1, 12))
 DEAD, DOWN, STRUCK = RayActorError(), EngineDownError("failed"), DeviceLostError("failed")
 OTHER = OtherCascadeError("another")
+LOST = [kind("ab" * 28, None, "") for kind in (ObjectLostError, OwnerDiedError)]
 OLD, NEW = "a" * 64, "b" * 64
 
 
@@ -47,8 +48,10 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.links.PAUSE_S", 0.01)
 
 
-@pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, OTHER]], ids=str)
-def test_a_request_outlives_one_death_and_any_number_of_failed_engines(answers: list[Exception]) -> None:
+@pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, OTHER], LOST * 3], ids=str)
+def test_a_request_outlives_one_death_and_any_number_of_failed_engines_and_lost_pictures(
+    answers: list[Exception],
+) -> None:
     assert asked(Handle(*answers)) is STATE
 
 
