@@ -337,6 +337,29 @@ def test_a_body_that_is_no_request_is_400(served: Served, body: bytes) -> None:
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (None, "the body has no Content-Type; "),
+        (
+            "application/x-www-form-urlencoded",
+            "Content-Type 'application/x-www-form-urlencoded' is not taken; ",
+        ),
+        ("multipart/form-data; boundary=a", "Content-Type 'multipart/form-data' is not taken; "),
+    ],
+)
+def test_a_body_that_is_not_said_to_be_json_is_told_what_is_taken(
+    served: Served, kind: str | None, said: str
+) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    answer = served.client.post(URL, content=b'{"prompt": "a"}', headers=headers)
+    told = "send the body as JSON, with the header Content-Type: application/json"
+    assert refused(answer, 415) == said + told
+    assert answer.json()["error"]["code"] == "unsupported_content_type"
+    kind = "Application/JSON; charset=utf-8"
+    assert served.client.post(URL, content=b'{"prompt": "a"}', headers={"content-type": kind}).is_success
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 ANYTHING = st.recursive(
     SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5
