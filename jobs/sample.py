@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dd_core import bundle, images
@@ -342,7 +342,7 @@ def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> I
     """A picture of this mode and size, or why not."""
     try:
         found = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
-        found.load()
+        found = ImageOps.exif_transpose(found)  # as it is shown, and as data are read
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no PNG, JPEG or WebP that can be read ({error})") from None
     if found.mode != mode:
