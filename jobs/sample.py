@@ -345,8 +345,8 @@ def hole(path: Path, side: int) -> Bool[Tensor, " 1 1 h w"]:
 def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> Image.Image:
     """A picture of this mode and size, or why not."""
     try:
-        found = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
-        found = ImageOps.exif_transpose(found)  # as it is shown, and as data are read
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as stored:
+            found = ImageOps.exif_transpose(stored)  # as it is shown, and as data are read
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no PNG, JPEG or WebP that can be read ({error})") from None
     if found.mode != mode:
