@@ -30,9 +30,7 @@ class ReplicaLink:
     whose it is, and in which numbers: no image is drawn half by the one and half by the other.
     """
 
-    def __init__(
-        self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision = "auto"
-    ) -> None:
+    def __init__(self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision) -> None:
         self.stage, self.handle, self.whose = stage, handle, (digest, precision)
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:

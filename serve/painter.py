@@ -91,11 +91,11 @@ class Painter:
         cascade: Its hops and how each is sampled.
         digest: Which cascade the links must serve.
         links: One per stage.
+        precision: In which numbers the links must serve it.
         by_class: Whether a hop is told, or led to, classes.
         stages: What the hops and their guides are, so that what they cannot do is refused, and effort rounded
             to steps that they can take, before one is asked; of a stage that is not there its hop says so
             itself.
-        precision: In which numbers the links must serve it.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Painter:
         digest: str,
         links: Mapping[str, Link],
         *,
+        precision: Precision,
         by_class: bool = False,
         stages: Mapping[str, StageSpec] | None = None,
-        precision: Precision = "auto",
     ) -> None:
         self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
         self.stages, self.precision = stages or {}, precision

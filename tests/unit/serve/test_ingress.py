@@ -87,7 +87,7 @@ class Served:
         **more: Any,
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
-        painter = Painter(cascade, DIGEST, self.links, by_class=by_class, **more)
+        painter = Painter(cascade, DIGEST, self.links, precision="auto", by_class=by_class, **more)
         self.api = Api(painter, created=1_700_000_000, room=room, timeout_s=timeout_s, max_body_bytes=20_000)
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
@@ -533,7 +533,7 @@ def test_a_server_that_stops_finishes_what_it_has_begun_and_begins_nothing() -> 
 
 def test_a_replica_of_another_cascade_is_not_ready() -> None:
     one = Served()
-    painter = Painter(CASCADE, DIGEST, one.links)
+    painter = Painter(CASCADE, DIGEST, one.links, precision="auto")
     assert not asyncio.run(painter.replacing(1))
     one.links["base"].digest = "cd" * 32
     one.links["upsampler"].failing = RuntimeError()
@@ -544,7 +544,7 @@ def test_a_replica_of_another_cascade_is_not_ready() -> None:
 
 def test_a_replica_of_the_same_cascade_in_other_numbers_is_not_ready() -> None:
     one = Served()
-    painted_by = Painter(CASCADE, DIGEST, one.links)
+    painted_by = Painter(CASCADE, DIGEST, one.links, precision="auto")
     one.links["base"].precision = "fp32"
     assert asyncio.run(painted_by.replacing(1))
     with one.client:
@@ -557,18 +557,24 @@ def test_a_replica_of_former_code_is_not_ready_and_is_waited_for(monkeypatch: py
 
     one = Served()
     monkeypatch.setattr(one.links["base"], "ready", former)
-    assert asyncio.run(Painter(CASCADE, DIGEST, one.links).replacing(1))
+    assert asyncio.run(Painter(CASCADE, DIGEST, one.links, precision="auto").replacing(1))
     with one.client:
         assert "base: serves by other code" in one.client.get("/health/ready").text
 
 
 def test_a_file_says_unknown_until_every_hop_has_said_what_it_computes_in() -> None:
     one = Served()
-    whole = asyncio.run(Painter(CASCADE, DIGEST, one.links).served(1))
-    assert Painter(CASCADE, DIGEST, one.links).computes(whole) == "bf16"
-    assert Painter(CASCADE, DIGEST, one.links).computes(whole | {"base": TimeoutError()}) == "unknown"
+    whole = asyncio.run(Painter(CASCADE, DIGEST, one.links, precision="auto").served(1))
+    assert Painter(CASCADE, DIGEST, one.links, precision="auto").computes(whole) == "bf16"
+    assert (
+        Painter(CASCADE, DIGEST, one.links, precision="auto").computes(whole | {"base": TimeoutError()})
+        == "unknown"
+    )
     one.links["base"].computes = ""  # as a prior
-    assert Painter(CASCADE, DIGEST, one.links).computes(asyncio.run(one.api.painter.served(1))) == "bf16"
+    assert (
+        Painter(CASCADE, DIGEST, one.links, precision="auto").computes(asyncio.run(one.api.painter.served(1)))
+        == "bf16"
+    )
 
 
 def test_a_file_says_that_its_hops_computed_in_different_numbers() -> None:
@@ -599,9 +605,9 @@ def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_
 def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop_s_own(
     own: int, quality: Any, steps: int
 ) -> None:
-    order = Api(Painter(CASCADE, DIGEST, {}), created=0, room=1, timeout_s=1, max_body_bytes=1).order(
-        GenerationRequest(prompt="a", quality=quality)
-    )
+    order = Api(
+        Painter(CASCADE, DIGEST, {}, precision="auto"), created=0, room=1, timeout_s=1, max_body_bytes=1
+    ).order(GenerationRequest(prompt="a", quality=quality))
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)
     assert chosen(hop, order).num_steps == steps
 

@@ -40,7 +40,7 @@ class Handle:
 
 
 def asked(handle: Any, *, timeout_s: float = 60) -> CascadeState:
-    return asyncio.run(ReplicaLink("base", handle, OLD).advance(STATE, SamplingSpec(), timeout_s))
+    return asyncio.run(ReplicaLink("base", handle, OLD, "auto").advance(STATE, SamplingSpec(), timeout_s))
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +92,13 @@ class Replica(Handle):
 
 def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
     hops = {"prior": Replica(OLD), "base": Replica(NEW)}  # in the middle of a rollout
-    links = {stage: ReplicaLink(stage, hop, OLD) for stage, hop in hops.items()}  # type: ignore[arg-type]
+    links = {stage: ReplicaLink(stage, hop, OLD, "auto") for stage, hop in hops.items()}  # type: ignore[arg-type]
     cascade = CascadeSpec(
         name="two", hops=(HopSpec(stage="prior"), HopSpec(stage="base")), context_length=12, image_size=4
     )
     order = Order(prompt="a", negative="", seeds=[1], steps=None, effort=1, scale=None)
     with pytest.raises(HopLostError, match="base is being replaced") as lost:
-        asyncio.run(Painter(cascade, OLD, links).paint(order, 60))
+        asyncio.run(Painter(cascade, OLD, links, precision="auto").paint(order, 60))
     assert lost.value.again
     assert [hop.drawn for hop in hops.values()] == [1, 0]
 
