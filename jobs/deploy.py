@@ -23,7 +23,7 @@ from jobs.failures import PortTakenError
 from workflows.storage import Home
 
 if TYPE_CHECKING:
-    from serve import app
+    from serve.spec import ServeSpec
 
 log = logging.getLogger(__name__)
 NOTE = "endpoint.json"
@@ -67,7 +67,7 @@ def serve_here(
         cascade: Its directory.
         address: Where to listen.
         precision: Of the networks that paint.
-        changes: Of the fields of serve.app.ServeSpec, such as `hops.base.max_replicas=2`.
+        changes: Of the fields of serve.spec.ServeSpec, such as `hops.base.max_replicas=2`.
         verbose: Let Ray say all it has to.
 
     Raises:
@@ -89,19 +89,19 @@ def serve_here(
         app.run(spec, blocking=True)
 
 
-def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "app.ServeSpec":
+def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "ServeSpec":
     """How a cascade is served: as these fields say, with changes on top.
 
     Raises:
         ConfigError: A change is refused.
     """
-    from serve import app  # noqa: PLC0415 seconds, as above
+    from serve.spec import ServeSpec  # noqa: PLC0415 torch, as above
 
     changed = dict(fields)
     for change in changes:
         apply(changed, change)
     try:
-        return app.ServeSpec.model_validate(changed)
+        return ServeSpec.model_validate(changed)
     except ValidationError as error:
         found = error.errors()[0]
         raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None

@@ -6,6 +6,7 @@
 """
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,21 +20,22 @@ from pydantic import ValidationError
 
 from dd_core import sealed
 from jobs import environment
+from jobs.artifacts import address_in, code_address, keep_cascade, keep_code
 from jobs.config import ConfigError, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.deploy import serve_spec
 from serve import app, code
-from serve.fetching import in_a_store, on_this_machine
-from serve.replicas import opened
+from serve.fetching import in_a_store
+from serve.spec import ServeSpec
 from workflows.registry import Registry, Version, split
 
 log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
-RAY_FETCHES = ("s3", "gs", "file")
-"""Kinds of address that Ray (2.60) unpacks code from and that are so written by fsspec."""
 POLL_S, MISSES = 0.5, 5
 """How often a cluster is asked how far it is, and how many times in a row it may not answer."""
+ANSWER_S = 30.0
+"""For the endpoint to answer us once Serve runs the cascade; it may be out of our reach."""
 
 
 class DeployError(RuntimeError):
@@ -51,9 +53,14 @@ class Config(NamedTuple):
     """Of the registry, if what the config names may not be at its address yet."""
 
     @property
-    def spec(self) -> app.ServeSpec:
+    def spec(self) -> ServeSpec:
         """The fields of our application."""
-        return app.ServeSpec.model_validate(self.fields["applications"][0]["args"])
+        return ServeSpec.model_validate(self.args)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The same as they were told, perhaps by another ddiff."""
+        return dict(self.fields["applications"][0]["args"])
 
     @property
     def code(self) -> str:
@@ -73,7 +80,7 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
 
     Args:
         wanted: NAME@ALIAS, or NAME for its current version.
-        changes: Of the fields of serve.app.ServeSpec, such as `hops.base.num_gpus=1`.
+        changes: Of the fields of serve.spec.ServeSpec, such as `hops.base.num_gpus=1`.
         where: The dashboard of the cluster that is to serve it; empty: nobody knows yet.
 
     Raises:
@@ -97,32 +104,26 @@ def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Confi
     return Config(serve_fields(spec, code_address(storage)), about, version)
 
 
-def address_in(storage: str, name: str) -> str:
-    """The address of something that is kept there; a path where it is a directory."""
-    files, root = fsspec.url_to_fs(storage)
-    return str(files.unstrip_protocol(f"{root}/{name}")).removeprefix("file://")
-
-
-def code_address(storage: str) -> str:
-    """Where Ray fetches this code; empty where it cannot: then the nodes must have it, and are asked."""
-    place = address_in(storage, f"code/{code.digest()}.zip")
-    place = place if "://" in place else f"file://{place}"
-    return place if urlsplit(place).scheme in RAY_FETCHES else ""
-
-
-def serve_fields(spec: app.ServeSpec, code_at: str = "") -> dict[str, Any]:
+def serve_fields(spec: ServeSpec, code_at: str = "") -> dict[str, Any]:
     """The whole config of Ray Serve for one cascade; `code_at`: where Ray fetches our code."""
+    args = spec.model_dump(mode="json", exclude_defaults=True)
+    return fields_round(args | {"cascade": spec.cascade, "digest": spec.digest}, code_at)
+
+
+def fields_round(args: dict[str, Any], code_at: str) -> dict[str, Any]:
+    """The same of the fields of our application, which may be those of another ddiff."""
+    usual = ServeSpec.model_fields
+    door = {name: args.get(name, usual[name].default) for name in ("host", "port")}
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": spec.host, "port": spec.port},
+        "http_options": door,
         "logging_config": {"enable_access_log": False},
         "applications": [
             {
                 "name": app.APPLICATION,
                 "route_prefix": "/",
                 "import_path": ENTRY,
-                "args": spec.model_dump(mode="json", exclude_defaults=True)
-                | {"cascade": spec.cascade, "digest": spec.digest},
+                "args": args,
                 **({"runtime_env": {"working_dir": code_at}} if code_at else {}),
             }
         ],
@@ -137,11 +138,19 @@ def written_before(file: str) -> Config:
     """
     config = Config(fetched(file) if in_a_store(file) else loaded(Path(file)))
     try:
-        entry, digest = config.fields["applications"][0]["import_path"], config.spec.digest
-    except (KeyError, IndexError, TypeError, ValidationError):
+        entry, args = config.fields["applications"][0]["import_path"], config.args
+    except (KeyError, IndexError, TypeError, ValueError):
         raise ConfigError(f"{file} is no config of `ddiff deploy`") from None
-    if entry != ENTRY or not digest:
+    if entry != ENTRY or not args.get("digest"):
         raise ConfigError(f"{file} is no config of `ddiff deploy`: it needs {ENTRY} and a digest")
+    try:
+        ServeSpec.model_validate(args)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ConfigError(
+            f"{file}: {'.'.join(map(str, found['loc']))}: {found['msg']}; if another ddiff has written it "
+            f"(its code is {str(args.get('code', ''))[:12] or 'not named'}), deploy it with that one"
+        ) from None
     return config
 
 
@@ -191,46 +200,10 @@ def publish(config: Config) -> str:
     return kept(config, storage)
 
 
-def keep_code(storage: str) -> None:
-    """This code, where Ray fetches it; what is there is never changed."""
-    files, root = fsspec.url_to_fs(storage)
-    place = f"{root}/code/{code.digest()}.zip"
-    if not files.exists(place):
-        if not in_a_store(storage):
-            files.makedirs(f"{root}/code", exist_ok=True)
-            files.pipe_file(draft := f"{place}.{uuid.uuid4().hex}", code.packed())
-            files.mv(draft, place)
-        else:
-            files.pipe_file(place, code.packed())
-
-
-def keep_cascade(version: Version, storage: str) -> None:
-    """A cascade under its digest, where it stays for ever; copied there if it is not there yet.
-
-    Raises:
-        SealError: What its run left has been replaced since, so that only its digest is known.
-    """
-    files, root = fsspec.url_to_fs(storage)
-    place = f"{root}/cascades/{version.digest}"
-    if not files.exists(f"{place}/{sealed.MANIFEST}"):
-        source = on_this_machine(version.address, version.digest)
-        _, found = opened(source)
-        if found != version.digest:
-            raise sealed.SealError(
-                f"{version.address} holds cascade {found[:12]} by now, not {version.digest[:12]} as version "
-                f"{version.number} of {version.name} was; deploy a newer version"
-            )
-        names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: without it there is nothing
-        for name in names:
-            if not in_a_store(storage):
-                files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
-            files.put_file(str(source / name), f"{place}/{name}")
-
-
 def kept(config: Config, storage: str) -> str:
     """Write a config where `ddiff deploy --config` finds it again; one cascade and its settings, one file."""
     files, root = fsspec.url_to_fs(storage)
-    cascade = config.spec.cascade.rstrip("/").rpartition("/")[2][:12]
+    cascade = str(config.args["cascade"]).rstrip("/").rpartition("/")[2][:12]
     name = f"deployments/{cascade}-{sealed.digest_of(config.fields)[:8]}.yaml"
     if not in_a_store(storage):
         files.makedirs(f"{root}/deployments", exist_ok=True)
@@ -289,9 +262,9 @@ def put_back(dashboard: Dashboard, former: Config) -> None:
     try:
         dashboard.put(SERVE, beside_others(former, dashboard.get(SERVE)))
     except DashboardError as error:
-        log.warning("%s could not be put back: %s", former.spec.digest[:12], error)
+        log.warning("%s could not be put back: %s", former.args["digest"][:12], error)
     else:
-        log.warning("%s is put back on the air", former.spec.digest[:12])
+        log.warning("%s is put back on the air", former.args["digest"][:12])
 
 
 def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +280,7 @@ def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
     return config.fields | {"applications": [*config.fields["applications"], *others]}
 
 
-def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:
+def same_door(details: dict[str, Any], spec: ServeSpec) -> None:
     """A Serve that runs keeps the address it was started with; another one would be waited for in vain."""
     http = details.get("http_options") or {}
     running = (http.get("host"), http.get("port"))
@@ -319,21 +292,19 @@ def same_door(details: dict[str, Any], spec: app.ServeSpec) -> None:
 
 
 def on_air(details: dict[str, Any]) -> Config | None:
-    """What Serve runs now, if it is ours."""
+    """What Serve runs now, if it is ours; its fields as they are, for another ddiff may have told them."""
     ours = details.get("applications", {}).get(app.APPLICATION, {}).get("deployed_app_config")
     if not ours or not ours.get("args", {}).get("digest"):
         return None
     code_at = (ours.get("runtime_env") or {}).get("working_dir", "")
-    return Config(
-        serve_fields(app.ServeSpec.model_validate(ours["args"]), code_at), "what was on the air before"
-    )
+    return Config(fields_round(ours["args"], code_at), "what was on the air before")
 
 
-def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> str:
-    """The address of the endpoint, when the cascade with this digest answers there.
+def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
+    """The address of the endpoint, when Serve runs the cascade and it answers there.
 
-    An endpoint that listens on the cluster's own loopback alone cannot be asked from elsewhere; then what
-    Serve says of it must do.
+    What Serve says decides: its endpoint may be out of our reach, or another one stand where we look, as
+    where the port of the dashboard alone is forwarded.  Then it is told of and taken for served.
 
     Args:
         dashboard: Of the cluster.
@@ -345,8 +316,8 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
     """
     way = f" (back to the former: ddiff deploy --config {back})" if back else ""
     url = endpoint_of(dashboard.address, spec)
-    until, why, missed = time.monotonic() + spec.startup_s, "", 0
-    while time.monotonic() < until:
+    until, runs_since, why, missed = time.monotonic() + spec.startup_s, math.inf, "", 0
+    while time.monotonic() < until or runs_since < math.inf:
         try:
             ours = dashboard.get(SERVE).get("applications", {}).get(app.APPLICATION, {})
         except DashboardError as error:  # a head that is busy starting replicas
@@ -362,16 +333,22 @@ def await_running(dashboard: Dashboard, spec: app.ServeSpec, back: str = "") -> 
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             why = app.cause(ours.get("message", ""))
             raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
-        why = state_of(ours, spec) or (app.missing(url, spec.digest, spec.precision) if url else "")
-        if not why:
+        why = state_of(ours, spec)
+        runs_since = math.inf if why else min(runs_since, time.monotonic())
+        if not why and not (why := app.missing(url, spec.digest, spec.precision) if url else ""):
             return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
+        if time.monotonic() - runs_since > ANSWER_S:
+            log.warning(
+                "Serve runs %s, but %s does not show it to us (%s)", spec.digest[:12], url, why.strip()
+            )
+            return f"http://{spec.host}:{spec.port}, for who reaches the cluster's own machines"
         time.sleep(POLL_S)
     raise DeployError(
         f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; `serve status` says more"
     )
 
 
-def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
+def state_of(ours: dict[str, Any], spec: ServeSpec) -> str:
     """What Serve still has to do; nothing if it runs this very cascade."""
     running = (ours.get("deployed_app_config") or {}).get("args", {})
     of = (running.get("digest"), running.get("code", ""), running.get("precision", "auto"))
@@ -382,7 +359,7 @@ def state_of(ours: dict[str, Any], spec: app.ServeSpec) -> str:
     )
 
 
-def endpoint_of(dashboard: str, spec: app.ServeSpec) -> str:
+def endpoint_of(dashboard: str, spec: ServeSpec) -> str:
     """Where clients reach it; empty if they cannot."""
     head = urlsplit(dashboard).hostname or ""
     loopback = {"127.0.0.1", "localhost"}

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dd_core import bundle, images
@@ -29,6 +29,8 @@ from jobs.provenance import facts_of
 from jobs.settings import changed, refuse_overruled
 
 log = logging.getLogger(__name__)
+SEEDS = 2**32
+"""A CPU generator hears no more of a seed: from here on pictures would come again."""
 
 
 class Order(NamedTuple):
@@ -36,7 +38,7 @@ class Order(NamedTuple):
 
     prompt: str
     seed: int = 0
-    """Of the first picture, from 0; the next has the next one."""
+    """Of the first picture, from 0; the next has the next one, and all are below SEEDS."""
     images: int = 1
     steps: int | None = None
     """Denoising steps of the hop that follows requests; None as the cascade says."""
@@ -181,6 +183,8 @@ def refuse_order(order: Order) -> None:
         raise ValueError(
             f"--keep {order.keep} of {order.images} images; paint more, -n {order.keep} at least"
         )
+    if order.seed + order.images > SEEDS:
+        raise ValueError(f"--seed {order.seed}: pictures come again from {SEEDS} on; take a smaller one")
     if order.training_free and order.mask is None:
         raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
 
@@ -341,8 +345,8 @@ def hole(path: Path, side: int) -> Bool[Tensor, " 1 1 h w"]:
 def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> Image.Image:
     """A picture of this mode and size, or why not."""
     try:
-        found = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
-        found.load()
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as stored:
+            found = ImageOps.exif_transpose(stored)  # as it is shown, and as data are read
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no PNG, JPEG or WebP that can be read ({error})") from None
     if found.mode != mode:

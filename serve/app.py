@@ -16,11 +16,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import ray.serve
-from pydantic import Field
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
@@ -28,7 +29,6 @@ from dd_core import bundle
 from dd_core.cascade import CascadeSpec
 from dd_core.precision import Precision
 from dd_core.sealed import MANIFEST
-from dd_core.spec import SafeName, Spec
 from dd_core.stages import StageSpec
 from serve import code
 from serve.fetching import in_a_store, on_this_machine
@@ -36,9 +36,12 @@ from serve.ingress import Api
 from serve.links import ReplicaLink
 from serve.painter import Painter
 from serve.replicas import HopReplica, opened
+from serve.spec import ReplicaSpec, ServeSpec
 
 log = logging.getLogger(__name__)
 APPLICATION = "ddiff"
+OWNER = b"ddiff-serve-owner"
+"""Under which Ray keeps who has put on the air what is there."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """To what is served here, past the proxies of the environment, to which this machine is another."""
 GRACE_S = 5.0
@@ -52,68 +55,13 @@ class ServeError(RuntimeError):
     """The cascade cannot be put on the air; the message says what to do."""
 
 
-class ReplicaSpec(Spec):
-    """What a replica of a hop may use, and how many there are."""
-
-    num_cpus: float = Field(0.5, ge=0)
-    """Reserved in Ray."""
-    num_gpus: float | None = Field(None, ge=0)
-    """Reserved in Ray; with any the hop lives on the GPU.  None: its `gpu_share` where `ddiff serve` or
-    `ddiff run` finds GPUs in Ray; in a config of Ray Serve, which says what it wants, none."""
-    threads: int = Field(0, ge=0)
-    """Of PyTorch on the CPU; 0: as many as num_cpus, at least one."""
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
-    """No fewer than the least, whatever it says."""
-    busy_requests: float = Field(8, gt=0)
-    """Requests in progress per replica above which another replica is started."""
-    max_rows: int = Field(8, ge=1)
-    """Samples in progress at once; what fits the memory of the device."""
-    max_waiting: int = Field(64, ge=0)
-    """Images that may wait for them; more are told to come back later."""
-    shared: bool | None = None
-    """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
-    image would no longer be the same to the last bit whatever is served beside it."""
-
-    @property
-    def most_replicas(self) -> int:
-        """How many there may be."""
-        return max(self.min_replicas, self.max_replicas)
-
-
-class ServeSpec(Spec):
-    """A cascade on the air."""
-
-    cascade: str
-    """Directory of the cascade, or its address in a store, such as s3://bucket/runs/demo/cascade."""
-    digest: str = ""
-    """Serve this cascade only; empty: whatever is in the directory."""
-    code: str = ""
-    """Be served by this code only, `serve.code.digest()`; empty: by whatever code a node has."""
-    precision: Precision = "auto"
-    """Of the networks that paint (`dd_core.stages.load_hop`); auto: bfloat16 where a replica's device
-    multiplies it, so say which where the machines of a cluster differ in that."""
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    timeout_s: float = Field(120, gt=0)
-    """Longest time for one request."""
-    startup_s: float = Field(300, gt=0)
-    """Longest time until every hop has drawn its first image."""
-    max_body_bytes: int = Field(64_000, ge=1)
-    ingress_replicas: int = Field(1, ge=1)
-    hop: ReplicaSpec = ReplicaSpec()
-    """For the hops that `hops` does not name."""
-    hops: dict[SafeName, ReplicaSpec] = Field(default_factory=dict)
-    """Stage -> its replicas."""
-
-
 @ray.serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_surge_percent=100)
 @ray.serve.ingress()
 class Ingress:
     """HTTP for one cascade; the application is built in the replica, where the handles work.
 
-    Where it replaces another cascade it is there when every hop has changed: until then, and for good if
-    the hops do not come up, what was on the air answers.
+    Where it replaces another cascade it is there when every hop has changed.  Until then, and for good if a
+    hop does not come up, the former ingress answers: with 503 as soon as one of its own hops is gone.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
@@ -133,6 +81,7 @@ class Ingress:
         self.api = Api(
             painter,
             created=created,
+            room=spec.room(links),
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
         )
@@ -205,14 +154,14 @@ def deployment(
 ) -> ray.serve.Application:
     """A hop with its own replicas.
 
-    The engine bounds its queue itself, so Serve hands it a few requests more than it takes: they are
-    refused there at once, and only when every replica is full.
+    It takes whatever the ingress has let in (`ServeSpec.room`).  A replica is handed as many images as it has
+    room for, and a few requests that ask after its health; the others wait in Serve until one has.
     """
     options = {
         "name": stage,
         "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus or 0},
         "max_ongoing_requests": spec.max_rows + spec.max_waiting + 16,
-        "max_queued_requests": spec.max_rows + spec.max_waiting,
+        "max_queued_requests": -1,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=spec.min_replicas,
             max_replicas=spec.most_replicas,
@@ -228,7 +177,6 @@ def deployment(
         stage,
         digest=digest,
         max_rows=spec.max_rows,
-        max_waiting=spec.max_waiting,
         shared=spec.shared,
         threads=spec.threads,
         precision=precision,
@@ -260,17 +208,27 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
     placed = on_gpus(spec, cascade, ray.cluster_resources().get("GPU", 0))
     target = ray.serve.RunTarget(build(placed.model_dump()), name=APPLICATION, route_prefix="/")
     fresh = APPLICATION not in ray.serve.status().applications
+    _internal_kv_put(OWNER, me := uuid.uuid4().bytes)
     ray.serve.run_many([target], wait_for_applications_running=False)
+    mine = (me, owner()[1])
     try:
         await_ready(url, digest, spec)
-    except BaseException:
-        if fresh:  # it would go on the air later, with nobody there to stop it
+    except BaseException as error:
+        if fresh and owner() == mine:  # it would go on the air later, with nobody there to stop it
             leave()
+        if isinstance(error, ServeError) and not fresh:
+            raise ServeError(f"{error}; what was on the air may be half replaced: serve it again") from None
         raise
     log.info("serving %s at %s", digest[:12], url)
     if blocking:
-        wait(spec.timeout_s)
+        wait(spec.timeout_s, mine)
     return url
+
+
+def owner() -> tuple[bytes | None, float]:
+    """Who has put on the air what is there: another after each `ddiff serve`, and each config deployed."""
+    found = ray.serve.status().applications.get(APPLICATION)
+    return _internal_kv_get(OWNER), found.last_deployed_time_s if found else 0.0
 
 
 def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
@@ -296,17 +254,21 @@ def gpu_share(gpus: float, hops: int) -> float:
     return 0.0 if gpus < 1 else math.floor(10_000 / (2 * hops)) / 10_000
 
 
-def wait(limit_s: float) -> None:
+def wait(limit_s: float, mine: tuple[bytes | None, float]) -> None:
     """Until Ctrl-C or SIGTERM; then stop serving, letting requests in progress finish.
 
     Args:
         limit_s: Longest time for these; a second signal cuts it short.
+        mine: What `owner` says as long as nobody else has taken over; then theirs is left as it is.
     """
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
     stopped.clear()
+    if owner() != mine:
+        log.warning("another has taken over what was served here; theirs stays on the air")
+        return
     drain(limit_s, hurried=stopped)
     leave()
 

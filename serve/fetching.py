@@ -6,11 +6,12 @@ of it, so it is verified again before it is opened, and fetched anew if it is da
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import re
 import shutil
-import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 DIGEST = re.compile("[0-9a-f]{64}")
+DRAFT, LOCK = ".draft", ".lock"
+"""Beside a cascade: what is being fetched, and what is locked by the one who does."""
 
 
 def on_this_machine(address: str, digest: str) -> Path:
@@ -41,25 +44,39 @@ def on_this_machine(address: str, digest: str) -> Path:
         raise ValueError(f"{address} is fetched by its digest; set digest, as `ddiff deploy` does")
     place = scratch_directory("cascades") / digest
     if not whole(place):
-        fetch(address, digest, place)
+        with alone(place):
+            if not whole(place):  # nobody has fetched it meanwhile
+                shutil.rmtree(place, ignore_errors=True)
+                fetch(address, digest, place)
     return place
 
 
 def whole(place: Path) -> bool:
-    """Whether a fetched cascade can be opened; a damaged one is removed, under a name of its own first."""
+    """Whether a fetched cascade can be opened."""
     if not place.exists():
         return False
     try:
         sealed.verify(place)
     except (sealed.SealError, OSError) as error:
         log.warning("fetching it anew: %s", error)
-    else:
-        return True
-    aside = draft_of(place)
-    with contextlib.suppress(FileNotFoundError):  # another process of this machine was sooner
-        place.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-    return False
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Be the only one of this machine who fetches a cascade; the others wait, and what the dead left goes.
+
+    A lock goes with the process that holds it, so a draft whose lock is free is nobody's.
+    """
+    with place.with_suffix(LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for draft in place.parent.glob(f"*{DRAFT}"):
+            with contextlib.suppress(BlockingIOError), draft.with_suffix(LOCK).open("w") as other:
+                if draft != place.with_suffix(DRAFT):
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(draft, ignore_errors=True)
+        yield
 
 
 def in_a_store(address: str) -> bool:
@@ -68,29 +85,20 @@ def in_a_store(address: str) -> bool:
 
 
 def fetch(address: str, digest: str, place: Path) -> None:
-    """Every file that the manifest lists, verified, then renamed into place; the first of two wins."""
+    """Every file that the manifest lists, verified, then renamed into place."""
     try:
         files, root = fsspec.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(f"{address} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
-    draft = draft_of(place)
+    draft = place.with_suffix(DRAFT)
     try:
         copy(files, root, address, draft)
         found = sealed.verify(draft).digest
         if found != digest:
             raise sealed.SealError(f"{address} is cascade {found[:12]}, not {digest[:12]} as asked for")
-        try:
-            draft.rename(place)
-        except OSError:  # another process of this machine was sooner
-            if not place.exists():
-                raise
+        draft.rename(place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def draft_of(place: Path) -> Path:
-    """A name beside it that nobody else has."""
-    return place.with_name(f".{place.name[:16]}-{uuid.uuid4().hex}")
 
 
 def copy(files: Any, root: str, address: str, draft: Path) -> None:

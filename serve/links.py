@@ -2,14 +2,14 @@
 
 import asyncio
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from dd_core.cascade import CascadeState
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
-from serve.engine import BusyError, DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
+from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
 from serve.painter import HopLostError, Served
 
 PAUSE_S = 1.0
@@ -23,15 +23,14 @@ class ReplicaLink:
 
     A sampling is seeded, so it may be asked again: when a replica dies, its request goes once more to
     another one.  Two deaths under one request are more likely than not its own fault; a replica that
-    had failed before it was asked is none, and is asked again until it has been replaced.
+    had failed before it was asked is none, nor is a picture that was lost with its node on the way: these are
+    asked for again until the deadline.
 
     While a cascade is replaced by another one each hop changes at its own time, so each request says
     whose it is, and in which numbers: no image is drawn half by the one and half by the other.
     """
 
-    def __init__(
-        self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision = "auto"
-    ) -> None:
+    def __init__(self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision) -> None:
         self.stage, self.handle, self.whose = stage, handle, (digest, precision)
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
@@ -40,7 +39,7 @@ class ReplicaLink:
         while True:
             try:
                 return await self.asked(state, how, until - clock())
-            except (RayActorError, EngineDownError, OtherCascadeError) as error:
+            except (RayActorError, ObjectLostError, EngineDownError, OtherCascadeError) as error:
                 lost: Exception = error
             deaths += isinstance(lost, RayActorError | DeviceLostError)
             strangers += isinstance(lost, OtherCascadeError)
@@ -61,8 +60,6 @@ class ReplicaLink:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except BackPressureError:
-            raise BusyError(f"too many requests wait for {self.stage}") from None
         except RefusedError as error:  # Ray's copy reads as a traceback, its cause as it was raised
             raise RefusedError(str(getattr(error, "cause", error))) from None
         except DeploymentUnavailableError as error:

@@ -57,7 +57,6 @@ class Link(Protocol):
         """The state after the hop; cancelling the caller cancels the work.
 
         Raises:
-            BusyError: Too many are there already.
             TimeoutError: timeout_s passed first.
             HopLostError: It cannot be reached.
             RefusedError: It cannot do what the request asks.
@@ -92,11 +91,11 @@ class Painter:
         cascade: Its hops and how each is sampled.
         digest: Which cascade the links must serve.
         links: One per stage.
+        precision: In which numbers the links must serve it.
         by_class: Whether a hop is told, or led to, classes.
         stages: What the hops and their guides are, so that what they cannot do is refused, and effort rounded
             to steps that they can take, before one is asked; of a stage that is not there its hop says so
             itself.
-        precision: In which numbers the links must serve it.
     """
 
     def __init__(
@@ -105,9 +104,9 @@ class Painter:
         digest: str,
         links: Mapping[str, Link],
         *,
+        precision: Precision,
         by_class: bool = False,
         stages: Mapping[str, StageSpec] | None = None,
-        precision: Precision = "auto",
     ) -> None:
         self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
         self.stages, self.precision = stages or {}, precision
@@ -116,7 +115,7 @@ class Painter:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
 
         Raises:
-            BusyError, TimeoutError, HopLostError, RefusedError: As the links do; the last also before any of
+            TimeoutError, HopLostError, RefusedError: As the links do; the last also before any of
                 them is asked.
         """
         plan = self.plan(order)

@@ -17,7 +17,7 @@ from jobs.inputs import refuse_local
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
 from jobs.secrecy import refuse_secrets, texts
-from serve.app import ReplicaSpec, ServeSpec
+from serve.spec import ReplicaSpec, ServeSpec
 from workflows.run_spec import RunSpec
 
 KIND = "ddiff.io/stage-kind"

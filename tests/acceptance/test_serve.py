@@ -23,6 +23,7 @@ from dd_core import bundle, images, sealed
 from dd_core.cascade import CascadeState, run
 from dd_core.text import tokens
 from serve import app
+from serve.spec import ReplicaSpec, ServeSpec
 from tests.unit.serve.tiny import tiny_cascade
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -52,11 +53,11 @@ def free_port() -> int:
 def on_air(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnAir]:
     directory = tmp_path_factory.mktemp("served")
     digest = tiny_cascade(directory)
-    spec = app.ServeSpec(
+    spec = ServeSpec(
         cascade=str(directory / "cascade"),
         port=free_port(),
         timeout_s=TIMEOUT_S,
-        hop=app.ReplicaSpec(threads=1),
+        hop=ReplicaSpec(threads=1),
     )
     yield OnAir(app.run(spec), directory / "cascade", digest)
     ray.serve.shutdown()
@@ -185,9 +186,11 @@ def kill(stage: str) -> None:
             ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=False)
 
 
-def test_the_same_command_again_finds_its_own_service(on_air: OnAir) -> None:
-    spec = app.ServeSpec(cascade=str(on_air.directory), port=int(on_air.url.rsplit(":", 1)[1]))
+def test_the_same_command_again_finds_its_own_service_and_takes_it_over(on_air: OnAir) -> None:
+    spec = ServeSpec(cascade=str(on_air.directory), port=int(on_air.url.rsplit(":", 1)[1]))
+    before = app.owner()
     assert app.run(spec) == on_air.url
+    assert app.owner()[0] not in (None, before[0])
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(app.ServeError, match=f"port {port} of 127.0.0.1: .* choose another port"):
-            app.run(app.ServeSpec(cascade=str(tmp_path / "cascade"), port=port))
+            app.run(ServeSpec(cascade=str(tmp_path / "cascade"), port=port))
 
 
 def test_a_cascade_that_is_damaged_or_not_the_one_asked_for_is_not_served(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def by_steps(cascade: Path, name: str, *, shared: bool) -> Ask:
     from serve.replicas import HopReplica  # noqa: PLC0415
 
     digest = sealed.verify(cascade).digest
-    told = {"digest": digest, "max_rows": AT_ONCE, "max_waiting": 1000, "shared": shared, "threads": 1}
+    told = {"digest": digest, "max_rows": AT_ONCE, "shared": shared, "threads": 1}
     told["precision"] = PRECISION
     options = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 1}}
     app = HopReplica.options(**options).bind(str(cascade), STAGE, **told)

@@ -52,7 +52,7 @@ def engine_overhead(requests: int, steps: int) -> dict[str, float]:
 
     def served(shared: bool) -> float:
         async def main() -> float:
-            engine = Engine(GaussianHop(), max_rows=requests, max_waiting=0, shared=shared)
+            engine = Engine(GaussianHop(), max_rows=requests, shared=shared)
             ticking, began = asyncio.create_task(engine.run()), time.perf_counter()
             await asyncio.gather(*(engine.submit(state, how, timeout_s=600) for state in states))
             took = time.perf_counter() - began
@@ -74,13 +74,14 @@ def serve_overhead(images: int) -> dict[str, float]:
     import ray.serve  # noqa: PLC0415 - the engine's figures need none
 
     from serve import app  # noqa: PLC0415
+    from serve.spec import ReplicaSpec, ServeSpec  # noqa: PLC0415
     from tests.acceptance.test_serve import free_port  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as directory:
         tiny_cascade(Path(directory))
         served = Path(directory) / "cascade"
         cascade = bundle.load_cascade(served, precision="auto")  # as it is served
-        url = app.run(app.ServeSpec(cascade=str(served), port=free_port(), hop=app.ReplicaSpec(threads=1)))
+        url = app.run(ServeSpec(cascade=str(served), port=free_port(), hop=ReplicaSpec(threads=1)))
 
         def here(seed: int) -> None:
             caption = torch.tensor(tokens(["a circle"], CASCADE.context_length))

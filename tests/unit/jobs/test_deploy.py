@@ -29,6 +29,7 @@ from jobs.deploy import (
 )
 from jobs.failures import PortTakenError, StoppedError
 from serve import app
+from serve.spec import ReplicaSpec, ServeSpec
 from workflows.storage import Home
 
 
@@ -142,10 +143,10 @@ def cascade(tmp_path: Path) -> Path:
 def test_the_replicas_of_a_hop_may_be_set_by_the_one_command(
     cascade: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served: list[app.ServeSpec] = []
+    served: list[ServeSpec] = []
     monkeypatch.setattr(deploy, "ray_cluster", lambda verbose: nullcontext())
 
-    def run(spec: app.ServeSpec, *, blocking: bool) -> None:
+    def run(spec: ServeSpec, *, blocking: bool) -> None:
         assert blocking
         served.append(spec)
 
@@ -155,8 +156,8 @@ def test_the_replicas_of_a_hop_may_be_set_by_the_one_command(
     changes = ["hops.base.max_replicas=3", "hops.base.busy_requests=2", "hop.num_cpus=1", "timeout_s=9"]
     done = CliRunner().invoke(main, [*words, *(word for change in changes for word in ("--set", change))])
     assert done.exit_code == 0, done.stderr
-    usual = app.ServeSpec(cascade=str(cascade), port=address.port)
-    base, hop = app.ReplicaSpec(max_replicas=3, busy_requests=2), app.ReplicaSpec(num_cpus=1)
+    usual = ServeSpec(cascade=str(cascade), port=address.port)
+    base, hop = ReplicaSpec(max_replicas=3, busy_requests=2), ReplicaSpec(num_cpus=1)
     assert served == [usual.but(timeout_s=9, hop=hop, hops={"base": base})]
 
 

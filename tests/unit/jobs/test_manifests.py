@@ -26,7 +26,7 @@ from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of, refusals
 from jobs.recipes import smoke
 from jobs.rollout import Config, serve_fields
-from serve.app import ServeSpec
+from serve.spec import ServeSpec
 from tests.unit.jobs.kuberay import CLUSTER_IN, SCHEMAS, refused
 from workflows.run_spec import RunSpec
 

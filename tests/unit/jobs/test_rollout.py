@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import ray.serve.schema
 
-from jobs import rollout
+from jobs import artifacts, rollout
 from jobs.config import ConfigError
 from jobs.dashboard import DashboardError
 from jobs.failures import line_of
 from jobs.rollout import Config, beside_others, serve_fields
 from serve import app, code
-from serve.app import ServeSpec
+from serve.spec import ServeSpec
 from tests.unit.serve.tiny import tiny_cascade
 from workflows.registry import Version
 
@@ -86,6 +86,50 @@ def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_a
     assert way in serve.said_before
     assert way in line_of(failed.value)
     assert serve.told == [CONFIG.fields["applications"][0], serve.former]  # some hops may be new by now
+
+
+def test_a_cascade_is_deployed_over_one_of_another_ddiff_which_is_put_back_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve = Serve(caplog)
+    strange = {"field_of_another_ddiff": 1, "hop": {"threads": "many"}, "code": "e" * 64}
+    serve.former = serve.former | {"args": serve.former["args"] | strange}
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    with pytest.raises(rollout.DeployError, match="no memory"):
+        rollout.deploy(CONFIG, serve.address)
+    assert serve.told == [CONFIG.fields["applications"][0], serve.former]
+    (former,) = [path for path in (tmp_path / "deployments").iterdir() if "b" * 64 in path.read_text()]
+    with pytest.raises(ConfigError, match=f"another ddiff has written it .its code is {'e' * 12}., deploy"):
+        rollout.written_before(str(former))
+
+
+class Behind(Serve):
+    """One that runs what it is told."""
+
+    def put(self, path: str, fields: dict[str, Any]) -> None:
+        super().put(path, fields)
+        self.former, self.status = self.told[-1], "RUNNING"
+
+
+@pytest.mark.parametrize("why", ["Connection refused", f"cascade {'c' * 12} answers, not {'a' * 12}"])
+def test_what_serve_runs_is_not_put_back_where_its_endpoint_is_out_of_our_reach(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve = Behind(caplog)
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    monkeypatch.setattr(rollout, "ANSWER_S", 0.0)
+    monkeypatch.setattr(app, "missing", lambda *_: why)
+    (ours,) = CONFIG.fields["applications"]
+    quick = CONFIG._replace(
+        fields=CONFIG.fields | {"applications": [ours | {"args": ours["args"] | {"startup_s": 0.5}}]}
+    )
+    found = rollout.deploy(quick, serve.address)
+    assert found["endpoint"] == "http://127.0.0.1:8000, for who reaches the cluster's own machines"
+    assert len(serve.told) == 1
+    assert why in caplog.text
 
 
 def test_what_has_failed_is_another_to_serve_when_it_is_deployed_again(
@@ -175,8 +219,8 @@ def test_what_a_config_names_is_put_there_when_it_is_published_and_not_when_it_i
 
 
 def test_a_store_that_ray_fetches_nothing_from_leaves_the_code_to_the_nodes() -> None:
-    assert rollout.code_address("memory://runs") == ""
-    assert rollout.code_address("s3://bucket/runs") == f"s3://bucket/runs/code/{code.digest()}.zip"
+    assert artifacts.code_address("memory://runs") == ""
+    assert artifacts.code_address("s3://bucket/runs") == f"s3://bucket/runs/code/{code.digest()}.zip"
 
 
 def test_equal_code_is_packed_into_equal_bytes() -> None:

@@ -85,3 +85,11 @@ def test_more_cannot_be_kept_than_painted(cascade: Path, tmp_path: Path) -> None
     assert done.exit_code == 2
     assert "paint more, -n 3 at least" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_seeds_that_would_give_the_pictures_of_others_are_refused(cascade: Path, tmp_path: Path) -> None:
+    paint(Order(PROMPT, seed=2**32 - 1), cascade, tmp_path)
+    for seed, count in ((2**32, 1), (2**32 - 1, 2)):
+        with pytest.raises(ValueError, match=f"--seed {seed}: pictures come again from {2**32} on"):
+            paint(Order(PROMPT, seed=seed, images=count), cascade, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1

@@ -23,6 +23,17 @@ def test_a_picture_is_in_the_range_of_models_and_a_mask_is_open_where_white(tmp_
     assert torch.equal(hole(tmp_path / "m.png", 8)[0, 0, :, 0], torch.tensor([True] * 4 + [False] * 4))
 
 
+def test_a_photograph_is_taken_as_it_is_shown(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was on its side
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=turned)
+    picture = rgb(tmp_path / "a.png", None)
+    assert picture.shape == (1, 3, 16, 8)
+    assert torch.equal(picture[0, 0, :, 0], torch.tensor([1.0] * 8 + [-1.0] * 8))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
 def test_an_image_that_is_not_rgb_is_refused(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (8, 8)).save(tmp_path / "a.png")

@@ -12,6 +12,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.steering import GradientSpec
 from serve import app
+from serve.spec import ServeSpec
 from tests.unit.dd_core.test_chain import DDPM
 from tests.unit.dd_core.test_chain import trained as trained_chain
 from tests.unit.dd_core.test_guides import PARENTS
@@ -45,6 +46,16 @@ def test_the_ingress_knows_the_classes_of_a_classifier_and_hears_no_class_where_
         assert app.hears_classes(spec, specs) == hears
 
 
+def test_the_door_lets_in_what_the_hop_with_the_least_room_takes_in_all_its_replicas() -> None:
+    asked = {"cascade": "c", "hops": {"base": {"max_rows": 2, "max_waiting": 8}}}
+    assert ServeSpec.model_validate(asked).room(["base", "upsampler"]) == 10
+    asked["hops"] = {"base": {"max_rows": 2, "max_waiting": 8, "max_replicas": 3}}
+    spec = ServeSpec.model_validate(asked)
+    assert spec.room(["base", "upsampler"]) == 30
+    assert spec.room(["upsampler"]) == 8 + 64
+    assert spec.but(ingress_replicas=2).room(["base", "upsampler"]) == 15
+
+
 @pytest.mark.parametrize("hops", [1, 2, 3, 7])
 def test_all_hops_fit_one_gpu_beside_those_that_replace_them(hops: int) -> None:
     share = app.gpu_share(4, hops)
@@ -57,7 +68,7 @@ def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
     cascade = CascadeSpec(
         name="tiny", hops=(HopSpec(stage="base"), HopSpec(stage="upsampler")), context_length=8, image_size=8
     )
-    asked = app.ServeSpec.model_validate(
+    asked = ServeSpec.model_validate(
         {"cascade": "c", "hops": {"base": {"num_gpus": 1}, "upsampler": {"max_rows": 2}}}
     )
     for gpus, share in ((2, 0.25), (0, 0)):
@@ -78,6 +89,47 @@ def test_who_leaves_a_serve_that_others_use_takes_away_nothing_of_theirs(
     monkeypatch.setattr("ray.serve.shutdown", lambda: gone.append("all"))
     app.leave()
     assert gone == left
+
+
+@pytest.mark.parametrize(
+    ("now", "gone"),
+    [
+        ((b"me", 1.0), ["all"]),
+        ((b"another", 1.0), []),  # of `ddiff serve`
+        ((b"me", 2.0), []),  # of `ddiff deploy`
+    ],
+)
+def test_who_is_told_to_stop_stops_only_what_is_still_its_own(
+    now: tuple[bytes, float], gone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+    found = SimpleNamespace(last_deployed_time_s=now[1])
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"ddiff": found}))
+    monkeypatch.setattr("serve.app._internal_kv_get", lambda key: now[0])
+    monkeypatch.setattr("ray.serve.shutdown", lambda: left.append("all"))
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: Ingress([0]))
+    monkeypatch.setattr("serve.app.SENDING_S", 0)
+    monkeypatch.setattr("signal.signal", lambda number, told: told())
+    app.wait(60, (b"me", 1.0))
+    assert left == gone
+
+
+def test_who_fails_to_replace_a_cascade_is_told_that_it_may_be_half_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_cascade(tmp_path)
+    found = SimpleNamespace(status="DEPLOY_FAILED", message="OSError: no disk", last_deployed_time_s=1.0)
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"ddiff": found}))
+    monkeypatch.setattr("ray.serve.start", lambda **_: None)
+    monkeypatch.setattr("ray.serve.run_many", lambda *_, **__: None)
+    monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("it was not ours to stop"))
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("serve.app._internal_kv_put", lambda *_: None)
+    monkeypatch.setattr("serve.app._internal_kv_get", lambda key: b"me")
+    monkeypatch.setattr(app, "serving", lambda url: True)
+    monkeypatch.setattr(app, "missing", lambda *_: "cascade another answers")
+    with pytest.raises(app.ServeError, match="no disk; what was on the air may be half replaced: serve it"):
+        app.run(ServeSpec(cascade=str(tmp_path / "cascade")))
 
 
 class Ingress:

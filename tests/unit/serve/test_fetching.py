@@ -1,14 +1,20 @@
 """A cascade from a store: whole and the one that was asked for, or not at all."""
 
+import fcntl
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
 
 from dd_core import sealed
-from serve.fetching import on_this_machine
+from dd_core.scratch import scratch_directory
+from serve.fetching import copy, on_this_machine
 from tests.unit.serve.tiny import tiny_cascade
 
 STORE = fsspec.filesystem("memory")
@@ -42,7 +48,52 @@ def test_a_fetched_cascade_that_has_lost_a_file_is_fetched_anew(stored: tuple[st
     (path / lost).unlink()
     assert on_this_machine(*stored) == path
     assert sealed.verify(path).digest == stored[1]
-    assert list(path.parent.iterdir()) == [path]
+    assert [one for one in path.parent.iterdir() if one.is_dir()] == [path]
+
+
+class Slow:
+    """A store that says who fetches from it, and lets nobody go on before it is told."""
+
+    def __init__(self) -> None:
+        self.asked, self.gate = 0, threading.Event()
+
+    def copy(self, files: Any, root: str, address: str, draft: Path) -> None:
+        self.asked += 1
+        assert self.gate.wait(20)
+        copy(files, root, address, draft)
+
+
+def test_one_replica_of_a_machine_fetches_a_cascade_and_the_others_wait_for_it(
+    stored: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, waiting = Slow(), threading.Barrier(4)
+
+    def lock(file: Any, how: int) -> None:
+        waiting.wait(20)  # each has looked, and found nothing
+        fcntl.flock(file, how)
+
+    monkeypatch.setattr("serve.fetching.copy", slow.copy)
+    monkeypatch.setattr("serve.fetching.fcntl", SimpleNamespace(flock=lock, LOCK_EX=fcntl.LOCK_EX))
+    with ThreadPoolExecutor(3) as pool:
+        replicas = [pool.submit(on_this_machine, *stored) for _ in range(3)]
+        waiting.wait(20)
+        slow.gate.set()
+        assert len({one.result() for one in replicas}) == 1
+    assert slow.asked == 1
+
+
+@pytest.mark.fault
+def test_what_a_killed_replica_had_begun_to_fetch_is_removed_and_what_is_being_fetched_is_not(
+    stored: tuple[str, str],
+) -> None:
+    place = scratch_directory("cascades") / stored[1]
+    left, others, fetched = (place.with_name(name) for name in (stored[1], "c" * 64, "d" * 64))
+    for one in (left, others, fetched):
+        one.with_suffix(".draft").mkdir()
+    with fetched.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        on_this_machine(*stored)
+    assert {one for one in place.parent.iterdir() if one.is_dir()} == {place, fetched.with_suffix(".draft")}
 
 
 @pytest.mark.fault

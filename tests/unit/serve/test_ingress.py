@@ -29,7 +29,7 @@ from dd_core.steering import GradientSpec
 from dd_core.text import tokens, too_long
 from jobs.recipes import consistency, ddpm, guided
 from serve import painter as painting
-from serve.engine import BusyError, Engine, RefusedError
+from serve.engine import Engine, RefusedError
 from serve.ingress import Api
 from serve.openai_api import EFFORT, GenerationRequest
 from serve.painter import HopLostError, Order, Painter, chosen
@@ -51,7 +51,7 @@ class EngineLink:
     """A hop in this process: its engine, without Ray in between."""
 
     def __init__(self, hop: GaussianHop) -> None:
-        self.hop, self.engine = hop, Engine(hop, max_rows=8, max_waiting=8)
+        self.hop, self.engine = hop, Engine(hop, max_rows=8)
         self.running: asyncio.Task[None] | None = None
         self.hows: list[SamplingSpec] = []
         self.labels: list[torch.Tensor | None] = []
@@ -78,11 +78,17 @@ class Served:
     """The application over two hops, and its client."""
 
     def __init__(
-        self, timeout_s: float = 20, *, by_class: bool = False, cascade: CascadeSpec = CASCADE, **more: Any
+        self,
+        timeout_s: float = 20,
+        *,
+        room: int = 16,
+        by_class: bool = False,
+        cascade: CascadeSpec = CASCADE,
+        **more: Any,
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
-        painter = Painter(cascade, DIGEST, self.links, by_class=by_class, **more)
-        self.api = Api(painter, created=1_700_000_000, timeout_s=timeout_s, max_body_bytes=20_000)
+        painter = Painter(cascade, DIGEST, self.links, precision="auto", by_class=by_class, **more)
+        self.api = Api(painter, created=1_700_000_000, room=room, timeout_s=timeout_s, max_body_bytes=20_000)
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
@@ -331,6 +337,29 @@ def test_a_body_that_is_no_request_is_400(served: Served, body: bytes) -> None:
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (None, "the body has no Content-Type; "),
+        (
+            "application/x-www-form-urlencoded",
+            "Content-Type 'application/x-www-form-urlencoded' is not taken; ",
+        ),
+        ("multipart/form-data; boundary=a", "Content-Type 'multipart/form-data' is not taken; "),
+    ],
+)
+def test_a_body_that_is_not_said_to_be_json_is_told_what_is_taken(
+    served: Served, kind: str | None, said: str
+) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    answer = served.client.post(URL, content=b'{"prompt": "a"}', headers=headers)
+    told = "send the body as JSON, with the header Content-Type: application/json"
+    assert refused(answer, 415) == said + told
+    assert answer.json()["error"]["code"] == "unsupported_content_type"
+    kind = "Application/JSON; charset=utf-8"
+    assert served.client.post(URL, content=b'{"prompt": "a"}', headers={"content-type": kind}).is_success
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 ANYTHING = st.recursive(
     SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5
@@ -367,7 +396,6 @@ def test_any_json_gets_its_images_or_a_reason(served: Served, body: dict[str, An
 @pytest.mark.parametrize(
     ("error", "status", "code", "header"),
     [
-        (BusyError("full"), 429, "busy", ("retry-after", "1")),
         (TimeoutError(), 504, "deadline_exceeded", ("x-should-retry", "false")),
         (HopLostError("no replica", again=True), 503, "unavailable", ("retry-after", "2")),
         (torch.OutOfMemoryError("CUDA out of memory"), 503, "unavailable", ("retry-after", "2")),
@@ -411,11 +439,33 @@ def test_the_deadline_is_the_shorter_of_the_server_s_and_the_client_s(patience: 
         assert refused(answer, 504) == f"not finished in {'0.2' if patience == '0.2' else '0.4'} s"
 
 
+def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop() -> None:
+    one = Served(room=4)
+    base, last = (one.links[stage] for stage in ("base", "upsampler"))
+    with one.client, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        last.hop.gate.clear()
+        begun = [pool.submit(one.post, n=3)]
+        while not last.engine.active:
+            time.sleep(0.01)
+        asked = len(base.hows)
+        answer = one.post(n=2)
+        assert refused(answer, 429) == "busy: too many images wait; try again later"
+        assert (answer.json()["error"]["code"], answer.headers["retry-after"]) == ("busy", "1")
+        refused(one.post(n=2, style="vivid"), 400, "style")  # which no later time would mend
+        assert len(base.hows) == asked
+        begun.append(pool.submit(one.post, n=1))
+        while one.api.painting < 4:
+            time.sleep(0.01)
+        last.hop.gate.set()
+        assert [len(pngs(request.result())) for request in begun] == [3, 1]
+        assert len(pngs(one.post(n=9))) == 9  # alone
+
+
 def test_one_failing_image_of_several_stops_the_others() -> None:
     one = Served(timeout_s=20)
     with one.client:
-        one.links["upsampler"].failing = BusyError("full")
-        refused(one.post(n=8, num_inference_steps=3), 429)
+        one.links["upsampler"].failing = HopLostError("gone", again=True)
+        refused(one.post(n=8, num_inference_steps=3), 503)
         time.sleep(0.1)
         assert one.links["base"].engine.load() == 0
 
@@ -483,7 +533,7 @@ def test_a_server_that_stops_finishes_what_it_has_begun_and_begins_nothing() -> 
 
 def test_a_replica_of_another_cascade_is_not_ready() -> None:
     one = Served()
-    painter = Painter(CASCADE, DIGEST, one.links)
+    painter = Painter(CASCADE, DIGEST, one.links, precision="auto")
     assert not asyncio.run(painter.replacing(1))
     one.links["base"].digest = "cd" * 32
     one.links["upsampler"].failing = RuntimeError()
@@ -494,7 +544,7 @@ def test_a_replica_of_another_cascade_is_not_ready() -> None:
 
 def test_a_replica_of_the_same_cascade_in_other_numbers_is_not_ready() -> None:
     one = Served()
-    painted_by = Painter(CASCADE, DIGEST, one.links)
+    painted_by = Painter(CASCADE, DIGEST, one.links, precision="auto")
     one.links["base"].precision = "fp32"
     assert asyncio.run(painted_by.replacing(1))
     with one.client:
@@ -507,18 +557,24 @@ def test_a_replica_of_former_code_is_not_ready_and_is_waited_for(monkeypatch: py
 
     one = Served()
     monkeypatch.setattr(one.links["base"], "ready", former)
-    assert asyncio.run(Painter(CASCADE, DIGEST, one.links).replacing(1))
+    assert asyncio.run(Painter(CASCADE, DIGEST, one.links, precision="auto").replacing(1))
     with one.client:
         assert "base: serves by other code" in one.client.get("/health/ready").text
 
 
 def test_a_file_says_unknown_until_every_hop_has_said_what_it_computes_in() -> None:
     one = Served()
-    whole = asyncio.run(Painter(CASCADE, DIGEST, one.links).served(1))
-    assert Painter(CASCADE, DIGEST, one.links).computes(whole) == "bf16"
-    assert Painter(CASCADE, DIGEST, one.links).computes(whole | {"base": TimeoutError()}) == "unknown"
+    whole = asyncio.run(Painter(CASCADE, DIGEST, one.links, precision="auto").served(1))
+    assert Painter(CASCADE, DIGEST, one.links, precision="auto").computes(whole) == "bf16"
+    assert (
+        Painter(CASCADE, DIGEST, one.links, precision="auto").computes(whole | {"base": TimeoutError()})
+        == "unknown"
+    )
     one.links["base"].computes = ""  # as a prior
-    assert Painter(CASCADE, DIGEST, one.links).computes(asyncio.run(one.api.painter.served(1))) == "bf16"
+    assert (
+        Painter(CASCADE, DIGEST, one.links, precision="auto").computes(asyncio.run(one.api.painter.served(1)))
+        == "bf16"
+    )
 
 
 def test_a_file_says_that_its_hops_computed_in_different_numbers() -> None:
@@ -549,9 +605,9 @@ def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_
 def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop_s_own(
     own: int, quality: Any, steps: int
 ) -> None:
-    order = Api(Painter(CASCADE, DIGEST, {}), created=0, timeout_s=1, max_body_bytes=1).order(
-        GenerationRequest(prompt="a", quality=quality)
-    )
+    order = Api(
+        Painter(CASCADE, DIGEST, {}, precision="auto"), created=0, room=1, timeout_s=1, max_body_bytes=1
+    ).order(GenerationRequest(prompt="a", quality=quality))
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)
     assert chosen(hop, order).num_steps == steps
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
@@ -20,6 +20,7 @@ from tests.unit.serve.tiny import tiny_cascade
 STATE = CascadeState(seeds=[1], tokens=torch.zeros(1, 12))
 DEAD, DOWN, STRUCK = RayActorError(), EngineDownError("failed"), DeviceLostError("failed")
 OTHER = OtherCascadeError("another")
+LOST = [kind("ab" * 28, None, "") for kind in (ObjectLostError, OwnerDiedError)]
 OLD, NEW = "a" * 64, "b" * 64
 
 
@@ -39,7 +40,7 @@ class Handle:
 
 
 def asked(handle: Any, *, timeout_s: float = 60) -> CascadeState:
-    return asyncio.run(ReplicaLink("base", handle, OLD).advance(STATE, SamplingSpec(), timeout_s))
+    return asyncio.run(ReplicaLink("base", handle, OLD, "auto").advance(STATE, SamplingSpec(), timeout_s))
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +48,10 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.links.PAUSE_S", 0.01)
 
 
-@pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, OTHER]], ids=str)
-def test_a_request_outlives_one_death_and_any_number_of_failed_engines(answers: list[Exception]) -> None:
+@pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, OTHER], LOST * 3], ids=str)
+def test_a_request_outlives_one_death_and_any_number_of_failed_engines_and_lost_pictures(
+    answers: list[Exception],
+) -> None:
     assert asked(Handle(*answers)) is STATE
 
 
@@ -89,13 +92,13 @@ class Replica(Handle):
 
 def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
     hops = {"prior": Replica(OLD), "base": Replica(NEW)}  # in the middle of a rollout
-    links = {stage: ReplicaLink(stage, hop, OLD) for stage, hop in hops.items()}  # type: ignore[arg-type]
+    links = {stage: ReplicaLink(stage, hop, OLD, "auto") for stage, hop in hops.items()}  # type: ignore[arg-type]
     cascade = CascadeSpec(
         name="two", hops=(HopSpec(stage="prior"), HopSpec(stage="base")), context_length=12, image_size=4
     )
     order = Order(prompt="a", negative="", seeds=[1], steps=None, effort=1, scale=None)
     with pytest.raises(HopLostError, match="base is being replaced") as lost:
-        asyncio.run(Painter(cascade, OLD, links).paint(order, 60))
+        asyncio.run(Painter(cascade, OLD, links, precision="auto").paint(order, 60))
     assert lost.value.again
     assert [hop.drawn for hop in hops.values()] == [1, 0]
 
@@ -103,7 +106,7 @@ def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
 def test_a_replica_draws_for_its_own_cascade_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", list)
     digest = tiny_cascade(tmp_path)
-    limits = {"max_rows": 8, "max_waiting": 8, "shared": False, "threads": 0, "precision": "fp32"}
+    limits = {"max_rows": 8, "shared": False, "threads": 0, "precision": "fp32"}
     replica = HopReplica.func_or_class(str(tmp_path / "cascade"), "prior", digest=digest, **limits)
     state = requested(["a"], [1], 12)
     how = SamplingSpec(num_steps=2)

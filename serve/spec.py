@@ -1,0 +1,77 @@
+"""How a cascade is served: the fields that a config of Ray Serve hands to `serve.app:build`."""
+
+from collections.abc import Iterable
+
+from pydantic import Field
+
+from dd_core.precision import Precision
+from dd_core.spec import SafeName, Spec
+
+
+class ReplicaSpec(Spec):
+    """What a replica of a hop may use, and how many there are."""
+
+    num_cpus: float = Field(0.5, ge=0)
+    """Reserved in Ray."""
+    num_gpus: float | None = Field(None, ge=0)
+    """Reserved in Ray; with any the hop lives on the GPU.  None: its `gpu_share` where `ddiff serve` or
+    `ddiff run` finds GPUs in Ray; in a config of Ray Serve, which says what it wants, none."""
+    threads: int = Field(0, ge=0)
+    """Of PyTorch on the CPU; 0: as many as num_cpus, at least one."""
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    """No fewer than the least, whatever it says."""
+    busy_requests: float = Field(8, gt=0)
+    """Requests in progress per replica above which another replica is started."""
+    max_rows: int = Field(8, ge=1)
+    """Samples in progress at once; what fits the memory of the device."""
+    max_waiting: int = Field(64, ge=0)
+    """Images that may wait for them."""
+    shared: bool | None = None
+    """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
+    image would no longer be the same to the last bit whatever is served beside it."""
+
+    @property
+    def most_replicas(self) -> int:
+        """How many there may be."""
+        return max(self.min_replicas, self.max_replicas)
+
+    @property
+    def room(self) -> int:
+        """Images that may be with all of them, in work or waiting."""
+        return self.most_replicas * (self.max_rows + self.max_waiting)
+
+
+class ServeSpec(Spec):
+    """A cascade on the air."""
+
+    cascade: str
+    """Directory of the cascade, or its address in a store, such as s3://bucket/runs/demo/cascade."""
+    digest: str = ""
+    """Serve this cascade only; empty: whatever is in the directory."""
+    code: str = ""
+    """Be served by this code only, `serve.code.digest()`; empty: by whatever code a node has."""
+    precision: Precision = "auto"
+    """Of the networks that paint (`dd_core.stages.load_hop`); auto: bfloat16 where a replica's device
+    multiplies it, so say which where the machines of a cluster differ in that."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    timeout_s: float = Field(120, gt=0)
+    """Longest time for one request."""
+    startup_s: float = Field(300, gt=0)
+    """Longest time until every hop has drawn its first image."""
+    max_body_bytes: int = Field(64_000, ge=1)
+    ingress_replicas: int = Field(1, ge=1)
+    hop: ReplicaSpec = ReplicaSpec()
+    """For the hops that `hops` does not name."""
+    hops: dict[SafeName, ReplicaSpec] = Field(default_factory=dict)
+    """Stage -> its replicas."""
+
+    def room(self, stages: Iterable[str]) -> int:
+        """Images that one ingress lets in at once, more are told to come back later.
+
+        It is what the hop with the least room takes, so that no hop of these stages has to refuse an image
+        on which those before it have worked.
+        """
+        least = min(self.hops.get(stage, self.hop).room for stage in stages)
+        return max(1, least // self.ingress_replicas)
