@@ -1,8 +1,8 @@
 /* Group normalisation, an affine map for each channel of each sample, and SiLU; forwards and backwards.
 
    A sample is `pixels` rows of `channels` numbers, float32 or bfloat16.  Arithmetic is in float32, sums over
-   more than a block of pixels are in float64.  A block stays in a near cache, sixteen of its channels at a
-   time in registers.  What comes of a sample depends neither on its batch nor on the number of threads:
+   more than a block of pixels are in float64.  A block stays in a near cache, as many of its channels in a
+   register as that holds.  What comes of a sample depends neither on its batch nor on the number of threads:
    where samples are fewer than threads the blocks of each are shared out, and added up in the same order. */
 
 #include <math.h>
@@ -15,7 +15,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#ifdef __AVX512DQ__
 enum { BLOCK = 128, LANES = 16 };
+#else
+enum { BLOCK = 128, LANES = 8 }; /* with vectors wider than its registers gcc takes three times as long */
+#endif
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
