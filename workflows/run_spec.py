@@ -15,6 +15,16 @@ from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import TrainSpec
 
+TAKEN = (
+    *("cascade", "data", "evaluation", "evaluation.new", "mark", "mlartifacts", "mlflow.db"),
+    *("metrics.jsonl", "metrics.run", "metrics.sent", "seconds.json", "summary.json", "report.html"),
+    *("endpoint.json", "endpoint.log", "cascade.json", "manifest.json", "README.md"),
+    *("embeddings", "report", "total"),
+)
+"""Names of what else lies in the directory of a run or of a cascade; the last are timed in seconds.json."""
+RECORDED = "evaluation-"
+"""So begin those of the evaluations that `ddiff eval --record` keeps."""
+
 
 class RunSpec(Spec):
     """Everything from raw pairs to a judged cascade."""
@@ -38,6 +48,9 @@ class RunSpec(Spec):
         names = [stage.name for stage in self.stages]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two stages are named {min(twice)!r}")
+        for name in names:
+            if name in TAKEN or name.startswith(RECORDED):
+                raise ValueError(f"a stage is named {name!r}, as a run names something else; rename it")
         for stage in self.stages:
             self.check_sizes(stage)
         for hop in self.cascade.hops:

@@ -70,6 +70,19 @@ def test_a_graph_that_cannot_be_trained_is_refused_by_name(
         run_spec(*stages, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cascade", "data", "embeddings", "evaluation", "evaluation-1a2b3c4d", "report", "total"),
+        *("summary.json", "mlflow.db", "mark"),
+    ],
+)
+def test_a_stage_does_not_take_the_place_of_what_a_run_keeps(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"a stage is named '{name}', .* rename it"):
+        run_spec(stage(name), hop=name)
+    assert run_spec(stage(f"{name[0]}-stage"), hop=f"{name[0]}-stage")
+
+
 def test_a_parent_that_is_nowhere_is_named_before_any_work(tmp_path: Path) -> None:
     spec = run_spec(stage("a", clip="clap"))
     with pytest.raises(
