@@ -7,8 +7,10 @@ from pydantic import Field, model_validator
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
+from dd_core.stages import StageSpec
 from dd_core.stages.asking import refuse_sampling
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
@@ -53,6 +55,7 @@ class RunSpec(Spec):
                 raise ValueError(f"a stage is named {name!r}, as a run names something else; rename it")
         for stage in self.stages:
             self.check_sizes(stage)
+            self.check_lengths(stage)
         for hop in self.cascade.hops:
             for name in (hop.stage, *hop.guides.values()):
                 if name not in names:
@@ -83,6 +86,19 @@ class RunSpec(Spec):
             raise ValueError(
                 f"stage {stage.name!r} is told embeddings of images of {by.size} px (embedded_at), "
                 f"but pairs.sizes is {sizes}; add it there"
+            )
+
+    def check_lengths(self, stage: TrainSpec) -> None:
+        """Captions are prepared as long as a stage reads them.
+
+        Raises:
+            ValueError: It has places for more tokens, or for fewer.
+        """
+        field, length = reading(stage.stage)
+        if length not in (0, self.pairs.context_length):
+            raise ValueError(
+                f"stage {stage.name!r} reads {length} tokens ({field}), pairs.context_length is "
+                f"{self.pairs.context_length}; make them equal"
             )
 
     def check_embeddings(self) -> None:
@@ -143,12 +159,6 @@ class RunSpec(Spec):
             refuse_sampling(spec, hop.how, hop.guides)
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
-        chain = spec.base if isinstance(spec, ConsistencySpec) else spec
-        if isinstance(chain, ChainSpec) and chain.context_length not in (0, self.pairs.context_length):
-            raise ValueError(
-                f"stage {hop.stage!r} reads {chain.context_length} tokens, pairs.context_length is "
-                f"{self.pairs.context_length}; make them equal"
-            )
 
     def check_draft(self, prior: HopSpec) -> None:
         """A draft paints the embeddings that it has heard: of images of one size.
@@ -186,6 +196,23 @@ class RunSpec(Spec):
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
         )
+
+
+def reading(spec: StageSpec) -> tuple[str, int]:
+    """The field of a stage that says how many tokens of prepared captions it reads, and its value.
+
+    0: it reads none, or as its parent does; so does a CLIP that is taken as it is, by its children alone.
+    """
+    match spec:
+        case ConsistencySpec():
+            field, length = reading(spec.base)
+            return field.replace("stage", "stage.base", 1), length
+        case ChainSpec():
+            return "stage.net.text.context_length", spec.context_length
+        case ClipSpec(pretrained="") | LearnsEmbeddings():
+            return "stage.net.context_length", spec.net.context_length
+        case _:
+            return "", 0
 
 
 def refuse_other_clip(told: TrainSpec, first: TrainSpec) -> None:
