@@ -17,8 +17,17 @@ from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
 from jobs.environment import experiment, joins_cluster, node_groups, ray_cluster, runs, tracking_uri
-from jobs.evaluate import NOTHING_HELD_OUT, Way, judge_endpoint, score_tags, verdict_of, way_of, whole
-from jobs.failures import JobFailedError, StoppedError
+from jobs.evaluate import (
+    NOTHING_HELD_OUT,
+    Way,
+    judge_endpoint,
+    refuse_parts,
+    score_tags,
+    verdict_of,
+    way_of,
+    whole,
+)
+from jobs.failures import StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
@@ -37,10 +46,6 @@ from workflows.training import PreemptedError
 
 log = logging.getLogger(__name__)
 TOLD_TO_STOP = (StoppedError, PreemptedError)
-
-
-class UnjudgedError(JobFailedError):
-    """The cascade is made, and its scores are not to be trusted."""
 
 
 class Summary(NamedTuple):
@@ -142,11 +147,8 @@ def concluded(
     if not known or not home.has("report.html") or not told_scores(journal, facts, way):
         report(home, spec, journal, facts, way)
         facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
-    if not whole(scores):
-        raise UnjudgedError(
-            f"{scores['failed']} of {scores['n']} pictures did not come, so the cascade is not judged; "
-            f"see {home.at('evaluation').address} and run the same command again to ask for them all"
-        )
+    remedy = f"see {home.at('evaluation').address} and run the same command again to ask for them all"
+    refuse_parts(scores, remedy)
     return facts
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs import run
 from jobs.cli import main
-from jobs.evaluate import Way, way_of
+from jobs.evaluate import UnjudgedError, Way, way_of
 from jobs.nodes import Node
 from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
@@ -115,7 +115,7 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
 ) -> None:
     spec, ours = smoke.run(), made(home)
     short = {"all": 0.25, "n": 8, "failed": 3, "intervals": {"all": [0.1, 0.5]}}
-    with pytest.raises(run.UnjudgedError, match="3 of 8 pictures did not come"):
+    with pytest.raises(UnjudgedError, match="3 of 8 pictures did not come"):
         run.concluded(home, spec, ours, ORACLE, short, journal)
     assert run.judged_before(home, ours, ORACLE) is None
     assert not curves(journal.path)
