@@ -39,6 +39,8 @@ __all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
+SHOWN = ("train/loss", "time/samples_per_second", "time/remaining_estimate")
+"""Metrics that are told of while a stage is trained."""
 SECONDS = "seconds.json"
 EMBEDDING = threading.Lock()
 """Two stages of one CLIP may begin at once; the second finds what the first has made."""
@@ -325,10 +327,10 @@ def watched(stage: TrainSpec, making: Making) -> Iterator[None]:
 
     def look() -> None:
         now = curves(journal)
-        if losses := now.get("train/loss"):
-            step = max(losses)
-            rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
-            progress.show(step, loss=losses[step], rate=rate, left_s=left)
+        loss, rate, left = (now.get(name, {}) for name in SHOWN)
+        if steps := loss.keys() & rate.keys() & left.keys():  # the last line may be cut
+            step = max(steps)
+            progress.show(step, loss=loss[step], rate=rate[step], left_s=left[step])
 
     with progress, Again(look, every_s=2.0 if making.bars.console.is_terminal else PROGRESS_S):
         yield
