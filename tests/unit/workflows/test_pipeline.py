@@ -134,6 +134,22 @@ def test_a_bundle_from_elsewhere_that_gave_the_first_weights_is_not_in_the_casca
     assert [path.name for path in (run / "cascade").iterdir() if path.is_dir()] == ["a"]
 
 
+def test_what_a_parent_from_elsewhere_stands_on_is_wanted_before_any_work(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    clip = sealed_bundle(other / "clip" / "bundle", {"start": "b" * 64})
+    sealed_bundle(other / "draft" / "bundle", {"clip": clip})
+    named = {role: str(other / role / "bundle") for role in ("clip", "draft")}
+    run, whole = tmp_path / "run", stage("b", clip=named["clip"])
+    lacking = run_spec(stage("a", draft=named["draft"]), stage("clip"))
+    with pytest.raises(ValueError, match=f"a: its draft .* was trained on clip {clip[:12]}, which no"):
+        check_parents(lacking, run)
+    check_parents(run_spec(stage("a", draft=named["draft"]), whole), run)
+    check_parents(run_spec(stage("a", start=named["draft"])), run)
+    run.mkdir()
+    (other / "clip").rename(run / "clip")
+    check_parents(lacking, run)  # its own stage is that clip
+
+
 def test_a_report_whose_last_lines_are_not_written_yet_does_not_end_the_telling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
