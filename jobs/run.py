@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from jobs.failures import StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
+from jobs.source import source_tags
 from workflows.clip_judge import judge_of
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
@@ -108,9 +109,13 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     return Summary(facts | {"mlflow": page}, text)
 
 
-def tracked_run(home: Home) -> AbstractContextManager[Tracked]:
-    """The run in MLflow: where, and under which experiment, this environment says."""
-    return tracked(home, uri=tracking_uri() or "", experiment=experiment(), stopped=TOLD_TO_STOP)
+@contextmanager
+def tracked_run(home: Home) -> Iterator[Tracked]:
+    """The run in MLflow: where, and under which experiment, this environment says; with whose code it is."""
+    uri = tracking_uri() or ""
+    with tracked(home, uri=uri, experiment=experiment(), stopped=TOLD_TO_STOP) as tracking:
+        tracking.journal.tags(source_tags())
+        yield tracking
 
 
 class Left(NamedTuple):
