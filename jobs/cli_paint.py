@@ -87,7 +87,10 @@ def sample(
     precision: Precision,
     out: Path,
 ) -> None:
-    """Paint PROMPT without a server.  The same seed gives the same picture to the bit.
+    """Paint PROMPT without a server.  The same seed gives the same picture, on one machine to the bit.
+
+    Another kind of CPU or GPU may compute in other numbers (--precision says in which), or add in another
+    order.
 
     With --vary and --between PROMPT may be empty: the pictures say what to paint.  --colourise and --enlarge
     are for cascades whose base is a consistency model.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dd_core.stages.clip import ClipSpec
+from jobs.failures import JobFailedError
 from workflows.clip_judge import OwnData, evaluate_own
 from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
@@ -26,6 +27,10 @@ NOTHING_HELD_OUT = (
 NO_JUDGE = (
     "none of its stages is a CLIP: name one with --set evaluation.judge=MODEL/TAG, MODEL:FILE or a bundle"
 )
+
+
+class UnjudgedError(JobFailedError):
+    """The cascade is made, and its scores are not to be trusted."""
 
 
 class Way(NamedTuple):
@@ -103,6 +108,13 @@ def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str,
 def whole(scores: Mapping[str, Any]) -> bool:
     """Whether every picture that was asked for came; what nobody has judged lacks none."""
     return not scores.get("failed")
+
+
+def refuse_parts(scores: Mapping[str, Any], remedy: str) -> None:
+    """Raises UnjudgedError, with what to do about it, unless every picture came."""
+    if not whole(scores):
+        lacking = f"{scores['failed']} of {scores['n']} pictures"
+        raise UnjudgedError(f"{lacking} did not come, so the cascade is not judged; {remedy}")
 
 
 def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:

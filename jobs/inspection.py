@@ -58,7 +58,7 @@ def verified(path: Path) -> dict[str, Any]:
 def manifest(path: Path) -> dict[str, Any]:
     """The manifest as it stands."""
     try:
-        body: dict[str, Any] = json.loads((path / sealed.MANIFEST).read_text())
+        body = json.loads((path / sealed.MANIFEST).read_text())
     except FileNotFoundError:
         sealed.refuse_absent(path)
         raise sealed.SealError(
@@ -69,6 +69,8 @@ def manifest(path: Path) -> dict[str, Any]:
         raise sealed.SealError(
             f"{path}/{sealed.MANIFEST} is damaged: {error}; restore it from a copy"
         ) from None
+    if not isinstance(body, dict):
+        raise sealed.SealError(f"{path}/{sealed.MANIFEST} is damaged: no object; restore it from a copy")
     return body
 
 

@@ -75,18 +75,27 @@ def here(device: torch.device) -> str:
     return f"ddiff {version('ddiff')}, torch {version('torch')}, {device.type}"
 
 
+def text_of(picture: Path) -> dict[str, str]:
+    """The text inside a PNG.
+
+    Raises:
+        ValueError: It is no PNG.
+    """
+    try:
+        with Image.open(picture, formats=("PNG",)) as opened:
+            opened.load()
+            return {str(name): value for name, value in opened.info.items() if isinstance(value, str)}
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture}: no PNG that can be read ({error})") from None
+
+
 def told_by(picture: Path) -> Told:
     """What a PNG says of itself.
 
     Raises:
         ValueError: It is no PNG, or says too little.
     """
-    try:
-        with Image.open(picture, formats=("PNG",)) as opened:
-            opened.load()
-            text = {name: value for name, value in opened.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture}: no PNG that can be read ({error})") from None
+    text = text_of(picture)
     if lacking := [name for name in NEEDED if name not in text]:
         raise ValueError(
             f"{picture}: its text does not say its {', '.join(lacking)}; it was not painted by ddiff, or "

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,21 @@ from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
 from jobs.environment import experiment, joins_cluster, node_groups, ray_cluster, runs, tracking_uri
-from jobs.evaluate import NOTHING_HELD_OUT, Way, judge_endpoint, score_tags, verdict_of, way_of, whole
-from jobs.failures import JobFailedError, StoppedError
+from jobs.evaluate import (
+    NOTHING_HELD_OUT,
+    Way,
+    judge_endpoint,
+    refuse_parts,
+    score_tags,
+    verdict_of,
+    way_of,
+    whole,
+)
+from jobs.failures import StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
+from jobs.source import source_tags
 from workflows.clip_judge import judge_of
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
@@ -37,10 +47,6 @@ from workflows.training import PreemptedError
 
 log = logging.getLogger(__name__)
 TOLD_TO_STOP = (StoppedError, PreemptedError)
-
-
-class UnjudgedError(JobFailedError):
-    """The cascade is made, and its scores are not to be trusted."""
 
 
 class Summary(NamedTuple):
@@ -103,9 +109,13 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
     return Summary(facts | {"mlflow": page}, text)
 
 
-def tracked_run(home: Home) -> AbstractContextManager[Tracked]:
-    """The run in MLflow: where, and under which experiment, this environment says."""
-    return tracked(home, uri=tracking_uri() or "", experiment=experiment(), stopped=TOLD_TO_STOP)
+@contextmanager
+def tracked_run(home: Home) -> Iterator[Tracked]:
+    """The run in MLflow: where, and under which experiment, this environment says; with whose code it is."""
+    uri = tracking_uri() or ""
+    with tracked(home, uri=uri, experiment=experiment(), stopped=TOLD_TO_STOP) as tracking:
+        tracking.journal.tags(source_tags())
+        yield tracking
 
 
 class Left(NamedTuple):
@@ -142,11 +152,8 @@ def concluded(
     if not known or not home.has("report.html") or not told_scores(journal, facts, way):
         report(home, spec, journal, facts, way)
         facts = write_summary(home, spec, made, way, scores)  # with the seconds of the report
-    if not whole(scores):
-        raise UnjudgedError(
-            f"{scores['failed']} of {scores['n']} pictures did not come, so the cascade is not judged; "
-            f"see {home.at('evaluation').address} and run the same command again to ask for them all"
-        )
+    remedy = f"see {home.at('evaluation').address} and run the same command again to ask for them all"
+    refuse_parts(scores, remedy)
     return facts
 
 

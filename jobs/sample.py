@@ -1,5 +1,6 @@
 """`ddiff sample`: a prompt painted by a cascade in this process, without Ray or HTTP."""
 
+import hashlib
 import heapq
 import json
 import logging
@@ -25,7 +26,7 @@ from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency_hop import ConsistencyHop
 from dd_core.text import too_long
 from jobs import remake
-from jobs.provenance import facts_of
+from jobs.provenance import facts_of, text_of
 from jobs.settings import changed, refuse_overruled
 
 log = logging.getLogger(__name__)
@@ -121,8 +122,8 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         out: Directory for the PNGs; made if missing.
 
     Returns:
-        The files, named after the seed, with all that decides them in their text (`provenance`); the best
-        first if they were ranked.
+        The files, named after the seed (and the order, see `place_of`), with all that decides them in their
+        text (`provenance`); the best first if they were ranked.
 
     Raises:
         ValueError: The prompt is empty, a picture cannot be used, more are to be kept than painted, the
@@ -298,10 +299,22 @@ def ranking(
 
 def saved(canvas: Canvas, score: float | None, facts: dict[str, str], out: Path) -> Painted:
     """The picture as a file, renamed when it is whole."""
-    told = {**facts, "seed": str(canvas.seed)} | ({} if score is None else {"clip": f"{score:.4f}"})
-    draft = out / f".{canvas.seed:08d}.png"
-    draft.write_bytes(images.png(canvas.image, told))
-    return Painted(draft.rename(out / f"{canvas.seed:08d}.png"), score)
+    told = {**facts, "seed": str(canvas.seed)}
+    path = place_of(told, out)
+    draft = path.with_name(f".{path.name}")
+    draft.write_bytes(images.png(canvas.image, told | ({} if score is None else {"clip": f"{score:.4f}"})))
+    return Painted(draft.rename(path), score)
+
+
+def place_of(told: dict[str, str], out: Path) -> Path:
+    """Where a picture with this text goes: at its seed, or beside what lies there and was made otherwise."""
+    path = out / f"{int(told['seed']):08d}.png"
+    try:
+        same = not path.exists() or text_of(path).items() >= told.items()
+    except ValueError:
+        same = False
+    origin = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return path if same else path.with_stem(f"{path.stem}-{origin[:8]}")
 
 
 def how_of(hop: HopSpec, order: Order) -> SamplingSpec:

@@ -18,9 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dd_core.devices import imagined
 from dd_core.precision import autocast
-from dd_core.stage import PairBatch, Stage, Trained
-from dd_core.stages import build_stage
+from dd_core.stage import LearnsEmbeddings, PairBatch, Stage, Trained
+from dd_core.stages import StageSpec, build_stage
+from dd_core.stages.base import BaseSpec
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.training import TrainState
 from workflows.parents import outline, parent_home
 from workflows.storage import Home
@@ -118,7 +122,7 @@ def needs(
         gpus: How many there are; None: that is not known, and a stage may come to train on either device.
 
     Raises:
-        ValueError: A parent is missing, or does not fit its child.
+        ValueError: A parent is missing, or does not fit its child or the captions.
         dd_core.sealed.SealError: A parent that was trained before is damaged.
     """
     trained: dict[str, Trained] = {}
@@ -126,12 +130,38 @@ def needs(
     with FakeTensorMode(allow_non_fake_inputs=True), Content():
         for spec in stages:
             parents = {role: parent(spec, role, trained, run) for role in spec.parents}
+            refuse_length(spec, parents, context_length)
             fresh = not (isinstance(spec.stage, ClipSpec) and spec.stage.pretrained)
             state = TrainState(build_stage(spec.stage, parents), spec.optimizer)
             trained[spec.name] = Trained(spec.stage, state.average)
             on = {spec.on_gpu(there) for there in ([0, math.inf] if gpus is None else [gpus])}
             found[spec.name] = need(spec, state, parents, context_length if fresh else 0, on)
     return found
+
+
+def refuse_length(spec: TrainSpec, parents: Mapping[str, Trained], context_length: int) -> None:
+    """Raises ValueError if a stage is told captions by a CLIP that reads longer or shorter ones."""
+    clip = parents["clip"].spec if "clip" in parents else None
+    if not isinstance(clip, ClipSpec) or not told_captions(spec.stage):
+        return
+    if (length := clip.net.context_length) != context_length:
+        raise ValueError(
+            f"{spec.name}: its clip {spec.parents['clip']!r} reads {length} tokens, pairs.context_length is "
+            f"{context_length}; make them equal"
+        )
+
+
+def told_captions(spec: StageSpec) -> bool:
+    """Whether a stage hears captions as its CLIP reads them."""
+    match spec:
+        case ConsistencySpec():
+            return told_captions(spec.base)
+        case ChainSpec():
+            return bool(spec.text_width and not spec.context_length)
+        case NoisedClipSpec():
+            return spec.target == "caption"
+        case _:
+            return isinstance(spec, BaseSpec | LearnsEmbeddings)
 
 
 def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Home | Path) -> Trained:

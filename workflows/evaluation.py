@@ -31,6 +31,8 @@ ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
 BUSY = (429, 503)
 ROUNDS, PAUSE_S = 3, 5.0
 """How often captions are asked whose pictures did not come, and the pause before they are asked again."""
+NOT_THERE = f"HTTP {httpx.codes.NOT_FOUND}"
+ADDRESS = "give the address that `ddiff serve` or `ddiff deploy` has said"
 LOST_S = 60.0
 """How long a server that cannot be reached is waited for with one picture, of hundreds."""
 
@@ -46,7 +48,7 @@ class Answer(NamedTuple):
 
 
 class EndpointError(ValueError):
-    """Nothing answers there."""
+    """Nothing that paints answers there."""
 
 
 class Verdict(NamedTuple):
@@ -74,7 +76,7 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
         [low, high] at 95 %; precision (`computed_in`).
 
     Raises:
-        EndpointError: Nothing answers there; nobody has been judged.
+        EndpointError: Nothing that paints answers there; nobody has been judged.
     """
     asked = spec.cases()
     answers = answered(url, [case.caption for case in asked], spec)
@@ -101,7 +103,7 @@ def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[An
     """One picture of each caption, the first with the seed of the spec, the next with the next one.
 
     Raises:
-        EndpointError: Nothing answers there.
+        EndpointError: Nothing answers there, or something that paints no pictures.
     """
     with (
         client_of(url, spec.timeout_s) as client,
@@ -116,12 +118,26 @@ def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[An
             found = pool.map(lambda n: painted(client, captions[n], spec.seed + n, spec), left)
             for number, answer in zip(left, found, strict=True):
                 answers[number] = answer
+    if all(answer.failure.startswith(NOT_THERE) for answer in answers):
+        raise EndpointError(f"{url} paints no pictures ({answers[0].failure}); {ADDRESS}")
     return answers
 
 
 def client_of(url: str, timeout_s: float) -> httpx.Client:
-    """Asks an endpoint; one on this machine past the proxies of the environment, which do not know it."""
-    host = httpx.URL(url).host
+    """Asks an endpoint; one on this machine past the proxies of the environment, which do not know it.
+
+    Args:
+        url: Of the server, as it is or, as clients of OpenAI have it, with /v1.
+        timeout_s: Of each request.
+
+    Raises:
+        EndpointError: That is no address.
+    """
+    url = url.rstrip("/").removesuffix("/v1")
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL as error:
+        raise EndpointError(f"{url!r} is no address ({error}); {ADDRESS}") from None
     here = host == "localhost" or host.startswith("127.") or host == "::1"
     return httpx.Client(base_url=url, timeout=timeout_s, trust_env=not here)
 
@@ -142,8 +158,7 @@ def refuse_nobody(client: httpx.Client) -> None:
         client.get("/health/live")
     except httpx.TransportError as error:
         raise EndpointError(
-            f"{client.base_url} does not answer ({type(error).__name__}: {error}); "
-            "give the address that `ddiff serve` or `ddiff deploy` has said"
+            f"{client.base_url} does not answer ({type(error).__name__}: {error}); {ADDRESS}"
         ) from None
 
 

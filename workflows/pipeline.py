@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
@@ -39,6 +39,8 @@ __all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
+SHOWN = ("train/loss", "time/samples_per_second", "time/remaining_estimate")
+"""Metrics that are told of while a stage is trained."""
 SECONDS = "seconds.json"
 EMBEDDING = threading.Lock()
 """Two stages of one CLIP may begin at once; the second finds what the first has made."""
@@ -145,12 +147,31 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
 
 
 def check_parents(spec: RunSpec, run: Home | Path) -> None:
-    """Before any work: every parent is a stage of the run or a bundle that is there."""
-    names = {stage.name for stage in spec.stages}
+    """Before any work: every parent is a stage of the run or a bundle that is there.
+
+    What such a bundle itself stands on is in the cascade too, so it is a parent of some stage as well.
+
+    Raises:
+        ValueError: One is not.
+    """
+    names, known, elsewhere = set[str](), set[str](), dict[tuple[str, str], dict[str, Any]]()
     for stage in spec.stages:
-        for role, named in stage.parents.items():
-            if named not in names:
-                parent_home(stage, role, run)
+        names.add(stage.name)
+        known.add(Home.of(run).at(f"{stage.name}/bundle").facts(sealed.MANIFEST).get("digest", ""))
+    for stage in spec.stages:
+        for role in (role for role, named in stage.parents.items() if named not in names):
+            facts = parent_home(stage, role, run).facts(sealed.MANIFEST)
+            if role != "start":
+                elsewhere[stage.name, role] = facts
+                known.add(facts.get("digest", ""))
+    for (name, role), facts in elsewhere.items():
+        for theirs, digest in facts.get("parents", {}).items():
+            if theirs != "start" and digest not in known:
+                raise ValueError(
+                    f"{name}: its {role} {spec.stage(name).parents[role]!r} was trained on {theirs} "
+                    f"{digest[:12]}, which no stage of {spec.name} stands on; name the bundle of that "
+                    f"{theirs} where stages here have a {theirs}, or train the {role} in this run"
+                )
 
 
 def prepared_data(spec: RunSpec, run: Home) -> Prepared:
@@ -325,10 +346,10 @@ def watched(stage: TrainSpec, making: Making) -> Iterator[None]:
 
     def look() -> None:
         now = curves(journal)
-        if losses := now.get("train/loss"):
-            step = max(losses)
-            rate, left = now["time/samples_per_second"][step], now["time/remaining_estimate"][step]
-            progress.show(step, loss=losses[step], rate=rate, left_s=left)
+        loss, rate, left = (now.get(name, {}) for name in SHOWN)
+        if steps := loss.keys() & rate.keys() & left.keys():  # the last line may be cut
+            step = max(steps)
+            progress.show(step, loss=loss[step], rate=rate[step], left_s=left[step])
 
     with progress, Again(look, every_s=2.0 if making.bars.console.is_terminal else PROGRESS_S):
         yield

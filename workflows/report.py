@@ -19,7 +19,7 @@ from workflows import clip_page, pictures
 from workflows.curves import chart
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
-from workflows.samples import heading
+from workflows.samples import device, heading
 from workflows.storage import Home
 from workflows.superseded import MADE_OF
 from workflows.tracking import curves
@@ -69,7 +69,9 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
     summary = summary_of(run)
-    cascade = bundle.load_cascade(run / "cascade", precision="auto") if (run / "cascade").exists() else None
+    cascade = None
+    if (run / "cascade").exists():
+        cascade = bundle.load_cascade(run / "cascade", device=device(), precision="auto")
     data = data_of(run, summary)
     known = prompts or captions(data, pictures.SHOWN)
     shown = Shown(

@@ -7,13 +7,25 @@ from pydantic import Field, model_validator
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
+from dd_core.stages import StageSpec
 from dd_core.stages.asking import refuse_sampling
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import TrainSpec
+
+TAKEN = (
+    *("cascade", "data", "evaluation", "evaluation.new", "mark", "mlartifacts", "mlflow.db"),
+    *("metrics.jsonl", "metrics.run", "metrics.sent", "seconds.json", "summary.json", "report.html"),
+    *("endpoint.json", "endpoint.log", "cascade.json", "manifest.json", "README.md"),
+    *("embeddings", "report", "total"),
+)
+"""Names of what else lies in the directory of a run or of a cascade; the last are timed in seconds.json."""
+RECORDED = "evaluation-"
+"""So begin those of the evaluations that `ddiff eval --record` keeps."""
 
 
 class RunSpec(Spec):
@@ -38,8 +50,12 @@ class RunSpec(Spec):
         names = [stage.name for stage in self.stages]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two stages are named {min(twice)!r}")
+        for name in names:
+            if name in TAKEN or name.startswith(RECORDED):
+                raise ValueError(f"a stage is named {name!r}, as a run names something else; rename it")
         for stage in self.stages:
             self.check_sizes(stage)
+            self.check_lengths(stage)
         for hop in self.cascade.hops:
             for name in (hop.stage, *hop.guides.values()):
                 if name not in names:
@@ -70,6 +86,19 @@ class RunSpec(Spec):
             raise ValueError(
                 f"stage {stage.name!r} is told embeddings of images of {by.size} px (embedded_at), "
                 f"but pairs.sizes is {sizes}; add it there"
+            )
+
+    def check_lengths(self, stage: TrainSpec) -> None:
+        """Captions are prepared as long as a stage reads them.
+
+        Raises:
+            ValueError: It has places for more tokens, or for fewer.
+        """
+        field, length = reading(stage.stage)
+        if length not in (0, self.pairs.context_length):
+            raise ValueError(
+                f"stage {stage.name!r} reads {length} tokens ({field}), pairs.context_length is "
+                f"{self.pairs.context_length}; make them equal"
             )
 
     def check_embeddings(self) -> None:
@@ -130,12 +159,6 @@ class RunSpec(Spec):
             refuse_sampling(spec, hop.how, hop.guides)
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
-        chain = spec.base if isinstance(spec, ConsistencySpec) else spec
-        if isinstance(chain, ChainSpec) and chain.context_length not in (0, self.pairs.context_length):
-            raise ValueError(
-                f"stage {hop.stage!r} reads {chain.context_length} tokens, pairs.context_length is "
-                f"{self.pairs.context_length}; make them equal"
-            )
 
     def check_draft(self, prior: HopSpec) -> None:
         """A draft paints the embeddings that it has heard: of images of one size.
@@ -173,6 +196,23 @@ class RunSpec(Spec):
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
         )
+
+
+def reading(spec: StageSpec) -> tuple[str, int]:
+    """The field of a stage that says how many tokens of prepared captions it reads, and its value.
+
+    0: it reads none, or as its parent does; so does a CLIP that is taken as it is, by its children alone.
+    """
+    match spec:
+        case ConsistencySpec():
+            field, length = reading(spec.base)
+            return field.replace("stage", "stage.base", 1), length
+        case ChainSpec():
+            return "stage.net.text.context_length", spec.context_length
+        case ClipSpec(pretrained="") | LearnsEmbeddings():
+            return "stage.net.context_length", spec.net.context_length
+        case _:
+            return "", 0
 
 
 def refuse_other_clip(told: TrainSpec, first: TrainSpec) -> None:

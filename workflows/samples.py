@@ -112,7 +112,7 @@ def prompted(
 
 
 def device() -> torch.device:
-    """Where the training runs, which these pictures interrupt."""
+    """The GPU where there is one: of a training, which these pictures interrupt, the one that it has."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -269,7 +269,7 @@ class Home(NamedTuple):
         draft.mkdir(parents=True)
         try:
             names = list(json.loads(manifest)["files"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise sealed.SealError(f"{self.address}/{sealed.MANIFEST} is damaged: {error!r}") from None
         with said(self.address):
             for name in names:
@@ -341,7 +341,7 @@ def is_copy(directory: Path, manifest: str) -> bool:
     """Whether a directory here is whole and the one of this manifest."""
     try:
         return sealed.verify(directory).digest == json.loads(manifest).get("digest")
-    except (sealed.SealError, ValueError):
+    except (sealed.SealError, ValueError, AttributeError):
         return False
 
 

@@ -153,6 +153,14 @@ def test_a_directory_without_a_manifest_is_no_bundle(words: list[str], tmp_path:
     refused(ddiff(*words, "half"), 4, "half has no manifest.json", "cut short")
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
+@pytest.mark.parametrize("text", ["[]", "null", "7", '"files"'])
+def test_a_manifest_that_is_no_object_is_damaged(words: list[str], text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text(text)
+    refused(ddiff(*words, "mine"), 4, "mine/manifest.json is damaged")
+
+
 @pytest.mark.parametrize(
     "words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"], ["serve", "--cascade"]]
 )

@@ -129,6 +129,14 @@ def test_an_endpoint_of_which_no_run_is_known_is_judged_by_data_and_judge_togeth
         assert (done.exit_code, "--data and --judge go together" in done.stderr) == (2, True)
 
 
+def test_scores_that_lack_pictures_are_told_and_are_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.evaluate.judge_endpoint", lambda *_, **__: ORACLE | {"failed": 3})
+    done = CliRunner().invoke(main, ["eval", "--url", "http://127.0.0.1:9", "--json"])
+    assert json.loads(done.stdout)["failed"] == 3
+    assert done.exit_code == 70
+    assert "3 of 8 pictures did not come, so the cascade is not judged" in json.loads(done.stderr)["error"]
+
+
 def test_tags_are_short_enough_for_mlflow(own: OwnData) -> None:
     tags = score_tags(Way("clip", SPEC, own), by_clip(0.5, 0.3))
     assert all(len(value) < 5000 for value in tags.values())

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs import run
 from jobs.cli import main
-from jobs.evaluate import Way, way_of
+from jobs.evaluate import UnjudgedError, Way, way_of
 from jobs.nodes import Node
 from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
+from jobs.source import source_tags
+from serve import code
 from tests.unit.workflows.tiny_run import prepared
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.parts import Part
@@ -115,7 +120,7 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
 ) -> None:
     spec, ours = smoke.run(), made(home)
     short = {"all": 0.25, "n": 8, "failed": 3, "intervals": {"all": [0.1, 0.5]}}
-    with pytest.raises(run.UnjudgedError, match="3 of 8 pictures did not come"):
+    with pytest.raises(UnjudgedError, match="3 of 8 pictures did not come"):
         run.concluded(home, spec, ours, ORACLE, short, journal)
     assert run.judged_before(home, ours, ORACLE) is None
     assert not curves(journal.path)
@@ -132,6 +137,23 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
         run.concluded(home, spec, ours, ORACLE, GOOD, journal)
         said = [entry for entry in entries(journal.path) if entry.kind == "model"]
         assert [entry.value["tags"]["score.all"] for entry in said] == ["0.5"]
+
+
+def test_a_run_says_by_which_code_and_command_it_was_made(
+    home: Home, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "tracked", lambda *_, **__: nullcontext(SimpleNamespace(journal=journal)))
+    monkeypatch.setattr("sys.argv", ["/somewhere/ddiff", "run", "--recipe", "smoke"])
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
+    asked = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(asked, check=False, cwd=code.ROOT, capture_output=True, text=True)
+    with run.tracked_run(home):
+        (said,) = [entry.value for entry in entries(journal.path) if entry.kind == "tags"]
+    assert (said["mlflow.source.name"], said["mlflow.user"]) == ("ddiff run --recipe smoke", "ada")
+    assert said.get("mlflow.source.git.commit", "") == head.stdout.strip()
+    assert said["ddiff.code"] == code.digest()
+    monkeypatch.setattr(code, "ROOT", home.here)  # installed, and no checkout
+    assert "mlflow.source.git.commit" not in source_tags()
 
 
 def test_the_pictures_of_the_page_are_pictures_of_the_parent_run(home: Home, journal: Journal) -> None:

@@ -79,6 +79,27 @@ def test_a_text_that_is_longer_than_the_cascade_reads_is_said_to_be_cut(
         assert ("is not heard; say it shorter" in done.stderr) == bool(lost)
 
 
+def test_pictures_of_another_order_stay_and_those_of_the_same_are_painted_over(
+    cascade: Path, tmp_path: Path
+) -> None:
+    (first,) = paint(Order(PROMPT), cascade, tmp_path)
+    was = first.path.read_bytes()
+    others = [paint(order, cascade, tmp_path)[0].path for order in (Order("a star"), Order(PROMPT, steps=2))]
+    assert first.path.name == "00000000.png"
+    assert len({first.path, *others}) == 3
+    assert all(path.name.startswith("00000000-") for path in others)
+    assert first.path.read_bytes() == was
+    for order, path in ((Order(PROMPT), first.path), (Order("a star"), others[0])):
+        assert paint(order, cascade, tmp_path)[0].path == path
+    (kept,) = paint(Order(PROMPT, keep=1), cascade, tmp_path)
+    assert kept.path == first.path  # the same picture, and its score
+    foreign = tmp_path / "00000005.png"
+    foreign.write_bytes(b"no PNG")
+    assert paint(Order(PROMPT, seed=5), cascade, tmp_path)[0].path != foreign
+    assert foreign.read_bytes() == b"no PNG"
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_more_cannot_be_kept_than_painted(cascade: Path, tmp_path: Path) -> None:
     words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path / "none"), "--keep", "3"]
     done = CliRunner().invoke(main, words)

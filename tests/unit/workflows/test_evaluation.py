@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -67,6 +68,32 @@ def test_an_endpoint_that_is_not_there_is_an_error_at_once() -> None:
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(EndpointError, match=f"{url} does not answer .*; give the address"):
             evaluate_endpoint(url, EvaluationSpec(captions=320))
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port"])
+def test_what_is_no_address_is_an_error_that_names_it(url: str) -> None:
+    with pytest.raises(EndpointError, match=f"^'{re.escape(url)}' is no address .*; give the address"):
+        evaluate_endpoint(url, EvaluationSpec(captions=4))
+
+
+def test_the_address_that_clients_of_openai_are_given_is_that_of_the_server(moody_url: str) -> None:
+    with client_of(f"{moody_url}/v1/", 20) as client:
+        assert str(client.base_url).rstrip("/") == moody_url
+
+
+class Nowhere(BaseHTTPRequestHandler):
+    """Answers, and has nothing of what is asked for."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        self.send_error(404)
+
+
+def test_a_server_that_paints_no_pictures_is_named_and_not_judged() -> None:
+    with answering(Nowhere) as url, pytest.raises(EndpointError, match=f"{url} paints no pictures .HTTP 404"):
+        evaluate_endpoint(url, EvaluationSpec(captions=4))
 
 
 def test_wilson_interval_has_its_known_values() -> None:

@@ -1,26 +1,49 @@
 """A run's graph is checked before any work, and its clock counts every start."""
 
+import io
 import itertools
 import json
+import logging
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 from dd_core import sealed
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
+from workflows import pipeline
+from workflows.journal import JOURNAL, Journal
 from workflows.pairs import PairsSpec
-from workflows.pipeline import RunSpec, card, cascade_of, check_parents, clock, in_order, seconds_of, timed
+from workflows.pipeline import (
+    Making,
+    RunSpec,
+    card,
+    cascade_of,
+    check_parents,
+    clock,
+    in_order,
+    seconds_of,
+    timed,
+    watched,
+)
+from workflows.progress import StepBars
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 from workflows.worker import threads
+
+if TYPE_CHECKING:
+    from workflows.prepare import Prepared
+    from workflows.stopping import Stopping
+    from workflows.tracking import Tracked
 
 NET = UNetSpec(width=8, channel_mult=(1,), attention_at=(), attention_in_middle=False, groups=4)
 
@@ -70,6 +93,19 @@ def test_a_graph_that_cannot_be_trained_is_refused_by_name(
         run_spec(*stages, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cascade", "data", "embeddings", "evaluation", "evaluation-1a2b3c4d", "report", "total"),
+        *("summary.json", "mlflow.db", "mark"),
+    ],
+)
+def test_a_stage_does_not_take_the_place_of_what_a_run_keeps(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"a stage is named '{name}', .* rename it"):
+        run_spec(stage(name), hop=name)
+    assert run_spec(stage(f"{name[0]}-stage"), hop=f"{name[0]}-stage")
+
+
 def test_a_parent_that_is_nowhere_is_named_before_any_work(tmp_path: Path) -> None:
     spec = run_spec(stage("a", clip="clap"))
     with pytest.raises(
@@ -96,6 +132,38 @@ def test_a_bundle_from_elsewhere_that_gave_the_first_weights_is_not_in_the_casca
     digest = cascade_of(spec, Home.of(run), bundles)
     assert sealed.verify(run / "cascade").digest == digest == cascade_of(spec, Home.of(run), bundles)
     assert [path.name for path in (run / "cascade").iterdir() if path.is_dir()] == ["a"]
+
+
+def test_what_a_parent_from_elsewhere_stands_on_is_wanted_before_any_work(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    clip = sealed_bundle(other / "clip" / "bundle", {"start": "b" * 64})
+    sealed_bundle(other / "draft" / "bundle", {"clip": clip})
+    named = {role: str(other / role / "bundle") for role in ("clip", "draft")}
+    run, whole = tmp_path / "run", stage("b", clip=named["clip"])
+    lacking = run_spec(stage("a", draft=named["draft"]), stage("clip"))
+    with pytest.raises(ValueError, match=f"a: its draft .* was trained on clip {clip[:12]}, which no"):
+        check_parents(lacking, run)
+    check_parents(run_spec(stage("a", draft=named["draft"]), whole), run)
+    check_parents(run_spec(stage("a", start=named["draft"])), run)
+    run.mkdir()
+    (other / "clip").rename(run / "clip")
+    check_parents(lacking, run)  # its own stage is that clip
+
+
+def test_a_report_whose_last_lines_are_not_written_yet_does_not_end_the_telling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "PROGRESS_S", 0.0)
+    one = stage("a").but(budget=Budget(steps=9, checkpoint_every=9))
+    journal = Journal(tmp_path / "a" / JOURNAL)
+    journal.log({"train/loss": 0.5, "time/samples_per_second": 2.0, "time/remaining_estimate": 3.0}, 1)
+    journal.log({"train/loss": 0.25}, 2)
+    stopping = cast("Stopping", None)
+    with caplog.at_level(logging.INFO), StepBars(Console(file=io.StringIO(), force_terminal=False)) as bars:
+        making = Making(Home.of(tmp_path), cast("Prepared", None), cast("Tracked", None), 1, stopping, bars)
+        with watched(one, making):
+            pass
+    assert "a: step 1 of 9, loss 0.5" in caplog.text
 
 
 def test_the_card_of_a_cascade_names_its_data_without_a_signature() -> None:

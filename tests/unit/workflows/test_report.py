@@ -15,6 +15,7 @@ from PIL import Image
 
 from dd_core import bundle, images
 from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.precision import Precision
 from dd_core.stages.autoencoder import AutoencoderSpec
 from jobs import sample
 from jobs.recipes import smoke
@@ -255,3 +256,20 @@ def test_pictures_in_the_page_can_be_read(text: str) -> None:
     pngs = [address for address in page.wanted if address.startswith("data:image/png")]
     sizes = {Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2]))).size for one in pngs}
     assert {(16, 16), (64, 64)} <= sizes
+
+
+def test_the_pictures_are_painted_on_the_gpu_where_there_is_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    load = bundle.load_cascade
+
+    def loaded(path: Path, *, device: torch.device, precision: Precision) -> bundle.Cascade:
+        asked.append(device.type)
+        return load(path)
+
+    monkeypatch.setattr(bundle, "load_cascade", loaded)
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        write_report(run, prompts=["a red circle"])
+    assert asked == ["cuda", "cpu"]
