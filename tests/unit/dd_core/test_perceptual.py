@@ -56,6 +56,17 @@ def test_a_distance_depends_on_its_own_pair_alone(build: Callable[[], nn.Module]
     torch.testing.assert_close(distance(x, y), alone, rtol=1e-4, atol=1e-6)
 
 
+@DISTANCES
+def test_neighbouring_images_are_as_far_apart_inside_autocast(build: Callable[[], nn.Module]) -> None:
+    distance, x = build(), torch.rand(2, 3, 32, 32) * 2 - 1
+    y = x + 0.001 * torch.randn_like(x)
+    expected = distance(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=0.0)
+        halves = distance(x.bfloat16(), x.bfloat16())
+    assert halves.dtype == torch.float32
+
+
 def test_lpips_stays_in_eval_mode_inside_a_module_in_training() -> None:
     parent = nn.Sequential(lpips())
     parent.train()
