@@ -7,7 +7,7 @@ float32 also inside autocast: of images a thousandth apart bfloat16 would show t
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ from dd_core.nets.clip import Clip
 from dd_core.spec import Spec
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Convolutions of each stage of VGG16; a max-pool stands between two stages."""
+"""Convolutions of each stage of VGG16; a pooling stands between two stages."""
+Pooling = Literal["max", "average"]
+"""max: VGG's own, with which people's judgements were learned; average: what consistency models were trained
+with, whose piq.LPIPS has replace_pooling."""
 
 
 class PerceptualDistance(Protocol):
@@ -44,12 +47,13 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, pooling: Pooling = "max") -> None:
         super().__init__()
         self.stages = nn.ModuleList()
+        pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
         before = 3
         for index, widths in enumerate(VGG16):
-            layers: list[nn.Module] = [nn.MaxPool2d(2)] if index else []
+            layers: list[nn.Module] = [pool(2)] if index else []
             for width in widths:
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
                 before = width
@@ -78,11 +82,12 @@ class Lpips(nn.Module):
         return total
 
 
-def load_lpips(path: Path) -> Lpips:
+def load_lpips(path: Path, pooling: Pooling = "max") -> Lpips:
     """LPIPS with published weights, from a safetensors file of `lpips.LPIPS(net="vgg").state_dict()`.
 
     Args:
         path: Names as in that package: `net.slice{1-5}.{layer}.weight`, `.bias`, `lin{0-4}.model.1.weight`.
+        pooling: Between two stages; there are no weights in it.
 
     Raises:
         ValueError: There is no such file, it is damaged, or a weight is missing or of another size.
@@ -90,7 +95,7 @@ def load_lpips(path: Path) -> Lpips:
     if not path.is_file():
         raise ValueError(f"lpips_weights: there is no file {path}; name one or set perceptual: clip")
     try:
-        given, lpips = load_file(path), Lpips()
+        given, lpips = load_file(path), Lpips(pooling)
     except SafetensorError as error:
         raise ValueError(
             f"lpips_weights: {path} is damaged or no safetensors file: {error}; fetch it again"

@@ -63,8 +63,8 @@ class ConsistencySpec(LearnedSpec):
     sigma_min: float | None = Field(None, gt=0)
     """The last level before their end at 0; None: the base's lowest, which it may not fall below."""
     distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
-    """Between two answers.  lpips, as published, with the weights of `lpips_weights`; clip: features of the
-    parent CLIP in its place."""
+    """Between two answers.  lpips, as published, with the weights of `lpips_weights` and averages in place
+    of VGG's maxima; clip: features of the parent CLIP in its place."""
     lpips_weights: str = ""
     """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
     segments: int = Field(1, ge=1)
@@ -326,7 +326,7 @@ def seeing_of(
     """
     match spec.distance:
         case "lpips":
-            return load_lpips(Path(spec.lpips_weights))
+            return load_lpips(Path(spec.lpips_weights), pooling="average")
         case "clip":
             there = next((part for part in frozen if isinstance(part, Clip)), None)
             return ClipFeatures(there or clip_of(parents["clip"]))
