@@ -6,9 +6,42 @@ from typing import Any
 from dd_core.denoiser import SIGMA_DATA
 from dd_core.layouts.moves import LayoutError
 from dd_core.layouts.published import Process
+from dd_core.schedules import LogNormalSpec
 
 SCHEDULES = {"linear": "linear", "sqrt_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+JUMPS = "CMStochasticIterativeScheduler"
+DDPM, SMALLER = ("linear", 1e-4, 0.02), ("linear", 0.00085, 0.012)
+UNSAID = {
+    "DDIMInverseScheduler": DDPM,
+    "DDIMParallelScheduler": DDPM,
+    "DDIMScheduler": DDPM,
+    "DDPMParallelScheduler": DDPM,
+    "DDPMScheduler": DDPM,
+    "DEISMultistepScheduler": DDPM,
+    "DPMSolverMultistepInverseScheduler": DDPM,
+    "DPMSolverMultistepScheduler": DDPM,
+    "DPMSolverSinglestepScheduler": DDPM,
+    "EulerAncestralDiscreteScheduler": DDPM,
+    "EulerDiscreteScheduler": DDPM,
+    "HeunDiscreteScheduler": SMALLER,
+    "KDPM2AncestralDiscreteScheduler": SMALLER,
+    "KDPM2DiscreteScheduler": SMALLER,
+    "LMSDiscreteScheduler": DDPM,
+    "PNDMScheduler": DDPM,
+    "RePaintScheduler": DDPM,
+    "SASolverScheduler": DDPM,
+    "UnCLIPScheduler": ("squaredcos_cap_v2", 1e-4, 0.02),
+    "UniPCMultistepScheduler": DDPM,
+}
+"""Schedulers whose process is that of betas -> the schedule, first and last beta that they do not say."""
+REFUSED = {
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (None, False),
+    "use_flow_sigmas": (None, False),
+    "timestep_type": (None, "discrete"),
+}
+"""What is known to ours only so."""
 
 
 def config_of(process: Process) -> dict[str, Any]:
@@ -40,7 +73,7 @@ def config_of(process: Process) -> dict[str, Any]:
 def jumps_of(sigma_min: float, sigma_max: float) -> dict[str, Any]:
     """The scheduler_config.json of a consistency model that is the identity at its lowest level."""
     return {
-        "_class_name": "CMStochasticIterativeScheduler",
+        "_class_name": JUMPS,
         "num_train_timesteps": 40,
         "sigma_min": sigma_min,
         "sigma_max": sigma_max,
@@ -53,28 +86,54 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
     """The process behind a scheduler_config.json.
 
     Raises:
-        LayoutError: It is one that ours does not know; the field is named.
+        LayoutError: It is one that ours does not know; the class or the field is named.
     """
-    ours = {theirs: mine for mine, theirs in (SCHEDULES | PREDICTIONS).items()}
-    for name, default in (("beta_schedule", "linear"), ("prediction_type", "epsilon")):
-        if config.get(name, default) not in ours:
-            raise LayoutError(f"scheduler_config.json: {name} is {config[name]!r}, unknown to ours")
-    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+    kind = config.get("_class_name")
+    if kind == JUMPS:
+        return process_of_jumps(config, image_size=image_size)
+    if kind not in UNSAID:
         raise LayoutError(
-            "scheduler_config.json: trained_betas and rescale_betas_zero_snr are unknown to ours"
+            f"scheduler_config.json: _class_name is {kind!r}, ours knows the process of {JUMPS}, "
+            f"{', '.join(UNSAID)}; put the scheduler there that the network was trained with"
         )
+    usual, first, last = UNSAID[kind]
+    schedule, predicts = config.get("beta_schedule", usual), config.get("prediction_type", "epsilon")
+    ours = {theirs: mine for mine, theirs in (SCHEDULES | PREDICTIONS).items()}
+    for name, value in (("beta_schedule", schedule), ("prediction_type", predicts)):
+        if value not in ours:
+            raise LayoutError(f"scheduler_config.json: {name} is {value!r}, unknown to ours")
+    for name, known in REFUSED.items():
+        if config.get(name) not in known:
+            raise LayoutError(f"scheduler_config.json: {name} is {config[name]!r}, unknown to ours")
     timesteps = config.get("num_train_timesteps", 1000)
-    share = share_of(ours[config.get("beta_schedule", "linear")], timesteps)
+    share = share_of(ours[schedule], timesteps)
     return Process.model_validate(
         {
-            "schedule": ours[config.get("beta_schedule", "linear")],
-            "beta_range": (config.get("beta_start", 1e-4) / share, config.get("beta_end", 0.02) / share),
+            "schedule": ours[schedule],
+            "beta_range": (config.get("beta_start", first) / share, config.get("beta_end", last) / share),
             "timesteps": timesteps,
-            "predicts": ours[config.get("prediction_type", "epsilon")],
+            "predicts": ours[predicts],
             "learned_variance": learned_variance,
             "image_size": image_size,
         }
     )
+
+
+def process_of_jumps(config: Mapping[str, Any], *, image_size: int) -> Process:
+    """The process of a consistency model, whose levels and scaling are the published ones.
+
+    Raises:
+        LayoutError: They are others; the field is named.
+    """
+    levels = LogNormalSpec()
+    published = jumps_of(levels.sigma_min, levels.sigma_max)
+    for name in ("sigma_min", "sigma_max", "sigma_data"):
+        if (value := config.get(name, published[name])) != published[name]:
+            raise LayoutError(
+                f"scheduler_config.json: {name} is {value!r}, ours knows consistency models of "
+                f"{published[name]} only"
+            )
+    return Process(schedule="karras", predicts="consistency", image_size=image_size)
 
 
 def share_of(schedule: str, timesteps: int) -> float:

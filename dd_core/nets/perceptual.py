@@ -1,12 +1,13 @@
 """What a picture looks like to a network: perceptual distances and a discriminator of patches.
 
 A perceptual distance compares what a frozen network sees in two images instead of their pixels:
-`Lpips` with a VGG16 whose weights must be given, `ClipFeatures` with a CLIP tower trained here.
+`Lpips` with a VGG16 whose weights must be given, `ClipFeatures` with a CLIP tower trained here.  Both see in
+float32 also inside autocast: of images a thousandth apart bfloat16 would show twenty times the distance.
 """
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from dd_core.nets.clip import Clip
 from dd_core.spec import Spec
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Convolutions of each stage of VGG16; a max-pool stands between two stages."""
+"""Convolutions of each stage of VGG16; a pooling stands between two stages."""
+Pooling = Literal["max", "average"]
+"""max: VGG's own, with which people's judgements were learned; average: what consistency models were trained
+with, whose piq.LPIPS has replace_pooling."""
 
 
 class PerceptualDistance(Protocol):
@@ -43,12 +47,13 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, pooling: Pooling = "max") -> None:
         super().__init__()
         self.stages = nn.ModuleList()
+        pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
         before = 3
         for index, widths in enumerate(VGG16):
-            layers: list[nn.Module] = [nn.MaxPool2d(2)] if index else []
+            layers: list[nn.Module] = [pool(2)] if index else []
             for width in widths:
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
                 before = width
@@ -67,20 +72,22 @@ class Lpips(nn.Module):
     def forward(
         self, image: Float[Tensor, " b 3 h w"], reference: Float[Tensor, " b 3 h w"]
     ) -> Float[Tensor, " b"]:
-        x, y = ((picture - self.shift) / self.scale for picture in (image, reference))
         total = torch.zeros(len(image), device=image.device)
-        for stage, weight in zip(self.stages, self.weights, strict=True):
-            x, y = stage(x), stage(y)
-            apart = (unit(x, dim=1) - unit(y, dim=1)).square()
-            total = total + torch.einsum("bchw,c->bhw", apart, weight).mean((1, 2))
+        with torch.autocast(image.device.type, enabled=False):
+            x, y = ((picture.float() - self.shift) / self.scale for picture in (image, reference))
+            for stage, weight in zip(self.stages, self.weights, strict=True):
+                x, y = stage(x), stage(y)
+                apart = (unit(x, dim=1) - unit(y, dim=1)).square()
+                total = total + torch.einsum("bchw,c->bhw", apart, weight).mean((1, 2))
         return total
 
 
-def load_lpips(path: Path) -> Lpips:
+def load_lpips(path: Path, pooling: Pooling = "max") -> Lpips:
     """LPIPS with published weights, from a safetensors file of `lpips.LPIPS(net="vgg").state_dict()`.
 
     Args:
         path: Names as in that package: `net.slice{1-5}.{layer}.weight`, `.bias`, `lin{0-4}.model.1.weight`.
+        pooling: Between two stages; there are no weights in it.
 
     Raises:
         ValueError: There is no such file, it is damaged, or a weight is missing or of another size.
@@ -88,7 +95,7 @@ def load_lpips(path: Path) -> Lpips:
     if not path.is_file():
         raise ValueError(f"lpips_weights: there is no file {path}; name one or set perceptual: clip")
     try:
-        given, lpips = load_file(path), Lpips()
+        given, lpips = load_file(path), Lpips(pooling)
     except SafetensorError as error:
         raise ValueError(
             f"lpips_weights: {path} is damaged or no safetensors file: {error}; fetch it again"
@@ -139,7 +146,8 @@ class ClipFeatures(nn.Module):
     def forward(
         self, image: Float[Tensor, " b 3 h w"], reference: Float[Tensor, " b 3 h w"]
     ) -> Float[Tensor, " b"]:
-        seen = zip(self.patches(image), self.patches(reference), strict=True)
+        with torch.autocast(image.device.type, enabled=False):
+            seen = zip(self.patches(image.float()), self.patches(reference.float()), strict=True)
         apart = [(unit(x, dim=-1) - unit(y, dim=-1)).square().sum(-1).mean(1) for x, y in seen]
         return torch.stack(apart).mean(0)
 
@@ -155,12 +163,12 @@ class ClipFeatures(nn.Module):
             intermediates_only=True,
             output_fmt="NLC",
         )
-        return [features.float() for features in seen["image_intermediates"]]
+        features: list[Tensor] = seen["image_intermediates"]
+        return features
 
 
 def unit(x: Float[Tensor, " *s"], *, dim: int) -> Float[Tensor, " *s"]:
     """Vectors of length one; a vector of zeros stays (eps under the root, for its gradient)."""
-    x = x.float()
     return x * (x.square().sum(dim, keepdim=True) + 1e-8).rsqrt()
 
 

@@ -246,8 +246,15 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
     refuse_unlearned(how.guidance_scale, spec.guides_itself, "told_dropout")
     if how.gradient is not None:
         how.gradient.refuse_lacking(guides)
-    if how.dynamic_threshold is not None and spec.latent_channels:
-        raise ValueError("dynamic_threshold is for pixels, and this model paints latents; leave it out")
+    if spec.latent_channels and (keeps := kept_in_range(how)):
+        raise ValueError(f"{keeps} is for pixels, and this model paints latents; leave it out")
+
+
+def kept_in_range(how: SamplingSpec) -> str:
+    """What asks that estimates or images keep to the range of pixels; empty: nothing does by its name."""
+    if how.dynamic_threshold is not None:
+        return "dynamic_threshold"
+    return f"clip {how.clip}" if how.clip in {"estimate", "image"} else ""
 
 
 def refuse_told(

@@ -45,6 +45,9 @@ class TeacherSpec(Spec):
     steps: int = Field(1, ge=1)
     """From one level to the next.  With several, fewer levels will do: what the parent has walked no average
     of the model needs to have learned before."""
+    clipped: bool = True
+    """Whether its estimates are kept in the range of pixels, as where it is sampled, and latents never; as
+    published they are not."""
 
 
 class ConsistencySpec(LearnedSpec):
@@ -63,8 +66,8 @@ class ConsistencySpec(LearnedSpec):
     sigma_min: float | None = Field(None, gt=0)
     """The last level before their end at 0; None: the base's lowest, which it may not fall below."""
     distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
-    """Between two answers.  lpips, as published, with the weights of `lpips_weights`; clip: features of the
-    parent CLIP in its place."""
+    """Between two answers.  lpips, as published, with the weights of `lpips_weights` and averages in place
+    of VGG's maxima; clip: features of the parent CLIP in its place."""
     lpips_weights: str = ""
     """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
     segments: int = Field(1, ge=1)
@@ -213,14 +216,14 @@ class ConsistencyStage(Stage):
 
     @torch.no_grad()
     def walker(self, how: TeacherSpec, example: Example) -> Denoiser:
-        """The parent as it is sampled: guided, then clipped, unless it paints latents."""
+        """The parent as it is sampled: guided, then clipped if it should be, unless it paints latents."""
         teacher = next(part for part in self.frozen if isinstance(part, NetworkDenoiser))
         cond = example.told(teacher.network)
         null = cond if how.guidance_scale == 1 else example.untold(teacher.network)
         scale = torch.full((len(example.x0),), how.guidance_scale)
         guided = classifier_free(teacher, Rows(cond, null, scale))
         latent = isinstance(self.spec.base, ChainSpec) and self.spec.base.latent_channels
-        return guided if latent else clip_x0(guided)
+        return clip_x0(guided) if how.clipped and not latent else guided
 
 
 def refuse_cut(levels: FixedLevels | GrowingLevels, segments: int) -> None:
@@ -326,7 +329,7 @@ def seeing_of(
     """
     match spec.distance:
         case "lpips":
-            return load_lpips(Path(spec.lpips_weights))
+            return load_lpips(Path(spec.lpips_weights), pooling="average")
         case "clip":
             there = next((part for part in frozen if isinstance(part, Clip)), None)
             return ClipFeatures(there or clip_of(parents["clip"]))

@@ -19,7 +19,7 @@ from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec, begin, ddim, sigmas_of
 from dd_core.stage import Trained
 from dd_core.stages.base import BaseHop, BaseSpec
-from dd_core.stages.chain_hop import ChainHop, refuse_told
+from dd_core.stages.chain_hop import ChainHop, kept_in_range, refuse_told
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.known import known_of, refuse_known
@@ -122,8 +122,8 @@ def refuse_jumps(spec: ConsistencySpec, how: SamplingSpec) -> None:
             f"there are any, end in {last}",
         ),
         (
-            how.dynamic_threshold is not None and (latent or spec.segments > 1),
-            "dynamic_threshold is for pictures, and this model answers with "
+            bool(kept_in_range(how)) and (latent or spec.segments > 1),
+            f"{kept_in_range(how)} is for pictures, and this model answers with "
             f"{'latents' if latent else 'ends of segments'}; leave it out",
         ),
     )

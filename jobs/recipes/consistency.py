@@ -224,7 +224,7 @@ def paper_student(teacher: TrainSpec) -> TrainSpec:
     assert isinstance(teacher.stage, ChainSpec)
     stage = ConsistencySpec(
         base=teacher.stage.but(net=published()["consistency-imagenet64"].net),
-        teacher=TeacherSpec(guidance_scale=1.0),
+        teacher=TeacherSpec(guidance_scale=1.0, clipped=False),
         levels=FixedLevels(num_levels=40, mu=0.95),
         distance="clip",
     )

@@ -20,6 +20,7 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.published import process_of
+from dd_core.stages.start import levels_of
 from jobs import export
 from tests.parity.reference import randomised
 
@@ -139,6 +140,17 @@ def test_a_consistency_model_is_asked_by_diffusers_at_the_same_levels(tmp_path: 
         model.load_state_dict({f"network.{name}": weight for name, weight in net.state_dict().items()})
         wanted = model(x, torch.full((2,), 80.0), Conditioning(level=net.of_class(label))).x0
     torch.testing.assert_close(found, wanted.clamp(-1, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", diffusers_scheduler.UNSAID)
+def test_what_a_scheduler_leaves_unsaid_is_what_diffusers_takes(kind: str) -> None:
+    scheduler = getattr(diffusers, kind)()
+    found = diffusers_scheduler.process_of({"_class_name": kind}, image_size=64, learned_variance=False)
+    levels = levels_of(found)
+    assert isinstance(levels, ScheduleSpec)
+    torch.testing.assert_close(scheduler.betas.double(), schedules.betas(levels), rtol=1e-5, atol=1e-8)
+    assert scheduler.config.get("prediction_type", "epsilon") == diffusers_scheduler.PREDICTIONS["eps"]
+    assert found.predicts == "eps"
 
 
 @pytest.mark.parametrize(

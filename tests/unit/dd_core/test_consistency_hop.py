@@ -148,6 +148,9 @@ def test_what_it_was_not_trained_for_is_refused(parents: dict[str, Trained]) -> 
     for spec in (SPEC.but(levels=FixedLevels(num_levels=9), segments=2), LATENTS):
         with pytest.raises(ValueError, match="dynamic_threshold is for pictures, and this model answers"):
             refuse_jumps(spec, JUMPS.but(dynamic_threshold=0.9))
+        with pytest.raises(ValueError, match="clip estimate is for pictures, and this model answers"):
+            refuse_jumps(spec, JUMPS.but(clip="estimate"))
+    refuse_jumps(SPEC, JUMPS.but(clip="estimate"))
     refuse_jumps(SPEC, JUMPS.but(dynamic_threshold=0.9))
 
 

@@ -71,6 +71,17 @@ def test_the_teacher_is_followed_as_it_would_be_sampled(parents: dict[str, Train
     assert torch.equal(followed.x0, sampled.x0)
 
 
+def test_a_teacher_whose_estimates_are_not_clipped_is_followed_beyond_the_range_of_pixels(
+    parents: dict[str, Trained],
+) -> None:
+    stage, x, sigma = made(SPEC, parents), 30 * torch.randn(2, 3, 16, 16), torch.tensor([3.0, 0.4])
+    example, how = stage.example(next(squares(2))), TeacherSpec(guidance_scale=1.0)
+    with torch.no_grad():
+        kept, free = (stage.walker(how.but(clipped=on), example)(x, sigma).x0 for on in (True, False))
+    assert free.abs().max() > 1
+    assert torch.equal(kept, free.clamp(-1, 1))
+
+
 @pytest.mark.parametrize("spec", [SPEC, ALONE], ids=["distilled", "alone"])
 def test_the_model_alone_is_trained_and_the_target_follows_it(
     spec: ConsistencySpec, parents: dict[str, Trained]
@@ -363,7 +374,7 @@ def test_answers_are_compared_by_what_a_network_sees_of_them(
     lacking = [name for name, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert lacking == []
     a, b = torch.rand(2, 1, 3, 16, 16) * 2 - 1
-    sees = load_lpips(Path(weights)) if weights else ClipFeatures(clip_of(parents["clip"]))
+    sees = load_lpips(Path(weights), pooling="average") if weights else ClipFeatures(clip_of(parents["clip"]))
     large = [torch.nn.functional.interpolate(one, (224, 224), mode="bilinear") for one in (a, b)]
     expected = sees(*large) if weights else sees(a, b)
     torch.testing.assert_close(stage.distance(a, b), expected)

@@ -56,6 +56,32 @@ def test_a_distance_depends_on_its_own_pair_alone(build: Callable[[], nn.Module]
     torch.testing.assert_close(distance(x, y), alone, rtol=1e-4, atol=1e-6)
 
 
+@DISTANCES
+def test_neighbouring_images_are_as_far_apart_inside_autocast(build: Callable[[], nn.Module]) -> None:
+    distance, x = build(), torch.rand(2, 3, 32, 32) * 2 - 1
+    y = x + 0.001 * torch.randn_like(x)
+    expected = distance(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=0.0)
+        halves = distance(x.bfloat16(), x.bfloat16())
+    assert halves.dtype == torch.float32
+
+
+def test_average_pooling_stands_where_the_maxima_were_and_nothing_else_changes() -> None:
+    """As `replace_pooling` of piq.LPIPS does; the first stage, before any pooling, sees the same."""
+    own, mean = lpips(), Lpips(pooling="average")
+    mean.load_state_dict(own.state_dict())
+    for before, after in zip(own.modules(), mean.modules(), strict=True):
+        if isinstance(before, nn.MaxPool2d):
+            assert isinstance(after, nn.AvgPool2d)
+            assert (after.kernel_size, after.stride) == (before.kernel_size, before.stride)
+        else:
+            assert type(before) is type(after)
+    x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert float(own(x, y)) != pytest.approx(float(mean(x, y)), rel=1e-3)
+
+
 def test_lpips_stays_in_eval_mode_inside_a_module_in_training() -> None:
     parent = nn.Sequential(lpips())
     parent.train()

@@ -78,6 +78,8 @@ def silent(made: Hop) -> Hop:
         (EDM, {}, {"label": None}, "give a label"),
         (EDM, {}, {"label": torch.tensor([-1])}, r"label \[-1\]: classes are 0 to 2"),  # no class of nothing
         (LATENT, {"dynamic_threshold": 0.9}, {}, "for pixels, and this model paints latents"),
+        (LATENT, {"clip": "estimate"}, {}, "clip estimate is for pixels, and this model paints latents"),
+        (LATENT, {"sampler": "ddim", "clip": "image"}, {}, "clip image is for pixels, and this model"),
     ],
 )
 def test_a_chain_refuses(

@@ -322,6 +322,38 @@ def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refus
         diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)
 
 
+def test_a_consistency_model_that_was_exported_is_asked_as_one_when_it_comes_back(tmp_path: Path) -> None:
+    jumps = diffusers_scheduler.jumps_of(0.002, 80.0)
+    found = diffusers_scheduler.process_of(jumps, image_size=64, learned_variance=False)
+    assert found == published.published()["consistency-imagenet64"].process
+    with pytest.raises(LayoutError, match=r"sigma_max is 40\.0, ours knows consistency models of 80\.0 only"):
+        diffusers_scheduler.process_of(jumps | {"sigma_max": 40.0}, image_size=64, learned_variance=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatchEuler"),
+        ({"beta_schedule": "linear"}, "_class_name is None, ours knows the process of CM"),
+        ({"_class_name": "LCMScheduler", "beta_schedule": "scaled_linear"}, "_class_name is 'LCM"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "timestep_type is 'continuous'",
+        ),
+        ({"_class_name": "DDPMScheduler", "prediction_type": "flow_prediction"}, "prediction_type is 'flow"),
+        ({"_class_name": "DDPMScheduler", "trained_betas": [0.1]}, r"trained_betas is \[0.1\]"),
+    ],
+)
+def test_a_scheduler_of_another_process_is_refused(
+    config: dict[str, Any], said: str, folder: Path, tmp_path: Path
+) -> None:
+    (folder.parent / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match=said):
+        exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
+    assert not (tmp_path / "back").exists()
+
+
 LENGTH = 12
 FAST = SamplingSpec(sampler="ddpm", num_steps=2, spacing="linspace", guidance_scale=3.0)
 
