@@ -229,10 +229,11 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
     """
     storage = environment.runs()
     with Dashboard(address) as dashboard:
-        details = dashboard.get(SERVE)
+        same_door(dashboard.get(SERVE), config.spec)  # refused before minutes of copying
+        path = publish(config)
+        details = dashboard.get(SERVE)  # others may have deployed meanwhile
         same_door(details, config.spec)
         former = on_air(details)
-        path = publish(config)
         back = kept(former, storage) if former and former.fields != config.fields else ""
         if back:
             log.info("what is on the air now comes back with: ddiff deploy --config %s", back)

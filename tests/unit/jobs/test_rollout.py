@@ -50,6 +50,8 @@ class Serve:
         self.status, self.log, self.said_before, self.away = "RUNNING", log, "", 0
         self.told: list[dict[str, Any]] = []
         """The fields of ours, from time to time."""
+        self.others: dict[str, dict[str, Any]] = {}
+        self.told_beside: list[list[dict[str, Any]]] = []
 
     def __enter__(self) -> "Serve":
         return self
@@ -64,11 +66,13 @@ class Serve:
         ours = {"status": self.status, "message": "Error: no memory", "deployed_app_config": self.former}
         return {
             "http_options": {"host": "127.0.0.1", "port": 8000},
-            "applications": {"ddiff": ours},
+            "applications": {"ddiff": ours, **self.others},
         }
 
     def put(self, _: str, fields: dict[str, Any]) -> None:
-        self.told.append(fields["applications"][0])
+        ours, *others = fields["applications"]
+        self.told.append(ours)
+        self.told_beside.append(others)
         self.said_before, self.status = self.said_before or self.log.text, "DEPLOY_FAILED"
 
 
@@ -102,6 +106,42 @@ def test_a_cascade_is_deployed_over_one_of_another_ddiff_which_is_put_back_as_it
     (former,) = [path for path in (tmp_path / "deployments").iterdir() if "b" * 64 in path.read_text()]
     with pytest.raises(ConfigError, match=f"another ddiff has written it .its code is {'e' * 12}., deploy"):
         rollout.written_before(str(former))
+
+
+def test_what_somebody_deploys_while_the_cascade_is_copied_stays_and_is_what_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    theirs = {"name": "theirs", "route_prefix": "/theirs", "import_path": "theirs:app"}
+    serve, publish = Serve(caplog), rollout.publish
+
+    def copied(config: Config) -> str:
+        serve.others["theirs"] = {"deployed_app_config": theirs}
+        serve.former = serve.former | {"args": serve.former["args"] | {"digest": "c" * 64}}
+        return publish(config)
+
+    monkeypatch.setattr(rollout, "publish", copied)
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    with pytest.raises(rollout.DeployError):
+        rollout.deploy(CONFIG, serve.address)
+    (ours,) = CONFIG.fields["applications"]
+    assert serve.told == [ours, serve.former]
+    assert serve.told_beside == [[theirs], [theirs]]
+
+
+def test_an_address_that_serve_does_not_have_is_refused_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "kept"))
+    serve = Serve(caplog)
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    (ours,) = CONFIG.fields["applications"]
+    moved = CONFIG._replace(
+        fields=CONFIG.fields | {"applications": [ours | {"args": ours["args"] | {"port": 9}}]}
+    )
+    with pytest.raises(ConfigError, match=r"listens at 127\.0\.0\.1:8000, not at 127\.0\.0\.1:9; --set host"):
+        rollout.deploy(moved, serve.address)
+    assert (serve.told, (tmp_path / "kept").exists()) == ([], False)
 
 
 class Behind(Serve):
