@@ -191,20 +191,66 @@ def test_what_has_failed_is_another_to_serve_when_it_is_deployed_again(
     ray.serve.schema.ServeDeploySchema.model_validate(CONFIG.fields | {"applications": [second]})
 
 
-@pytest.mark.parametrize(("away", "why"), [(2, "no memory"), (99, "no answer in 20 s")])
-def test_a_dashboard_that_is_silent_for_a_while_is_asked_again_and_not_for_ever(
-    away: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("silence", "why", "puts"), [((9, 60.0), "no memory", 2), ((10**9, 0.01), "no answer in 20 s", 1)]
+)
+def test_a_dashboard_that_is_silent_is_waited_for_and_what_nobody_knows_to_have_failed_is_not_put_back(
+    silence: tuple[int, float],
+    why: str,
+    puts: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
     serve = Serve(caplog)
-    serve.away = away
+    serve.away, limit_s = silence
     monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
     monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    monkeypatch.setattr(rollout, "SILENT_S", limit_s)
     caplog.set_level("INFO", "jobs")
     with pytest.raises(rollout.DeployError) as failed:
         rollout.deploy(CONFIG, serve.address)
     assert why in str(failed.value)
+    assert ("nothing is put back" in str(failed.value)) is (puts == 1)
     assert "back to the former: ddiff deploy --config" in str(failed.value)
+    assert len(serve.told) == puts
+
+
+class Dying(Behind):
+    """One of whose hops loses a replica while another starts, and has a new one a few questions later."""
+
+    def __init__(self, log: pytest.LogCaptureFixture, trigger: str) -> None:
+        super().__init__(log)
+        self.trigger, self.asked = trigger, 0
+
+    def get(self, path: str) -> dict[str, Any]:
+        details = super().get(path)
+        self.asked += bool(self.told)
+        if self.told and self.asked < 20:
+            lost = {"status": "DEPLOY_FAILED", "status_trigger": self.trigger}
+            starts = {"status": "UPDATING", "status_trigger": "CONFIG_UPDATE_STARTED"}
+            details["applications"]["ddiff"] |= {
+                "status": "DEPLOY_FAILED",
+                "deployments": {"base": lost, "upsampler": starts},
+            }
+        return details
+
+
+def test_a_replica_that_dies_meanwhile_is_no_failure_and_one_that_never_starts_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    monkeypatch.setattr(app, "missing", lambda *_: "")
+    serve = Dying(caplog, "HEALTH_CHECK_FAILED")
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    assert rollout.deploy(CONFIG, serve.address)["endpoint"] == "http://127.0.0.1:8000"
+    assert len(serve.told) == 1
+    serve = Dying(caplog, "REPLICA_STARTUP_FAILED")
+    with pytest.raises(rollout.DeployError, match="is not served"):
+        rollout.deploy(CONFIG, serve.address)
+    assert len(serve.told) == 2
 
 
 def test_a_cluster_elsewhere_is_not_told_of_a_folder_of_this_machine(
