@@ -84,7 +84,10 @@ lock: $(TESTS)  ## pin what is installed now, with every extra
 
 clean:  ## remove .venv and runs; endpoints are stopped first
 	for note in runs/*/endpoint.json "$${DDIFF_STORAGE:-runs}"/*/endpoint.json; do \
-	  if [ -e "$$note" ]; then $(BIN)/ddiff stop --run "$${note%/endpoint.json}"; fi; done
+	  if [ ! -e "$$note" ]; then continue; fi; \
+	  if [ -x $(BIN)/ddiff ]; then $(BIN)/ddiff stop --run "$${note%/endpoint.json}"; \
+	  else echo "no $(BIN)/ddiff to stop the endpoint in $$note; its process may still run: $$(cat "$$note")"; \
+	  fi; done
 	rm -rf .venv runs
 
 .PHONY: stale

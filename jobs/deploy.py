@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -107,14 +108,21 @@ def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "ServeSpec"
         raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
 
 
-def refuse_taken(address: Address) -> None:
+def refuse_taken(address: Address, run: Path | None = None) -> None:
     """Say so before anything is started.
 
+    Args:
+        address: Where to listen.
+        run: Whose own endpoint may be at that port; it is stopped before another is started.
+
     Raises:
-        PortTakenError: Something listens there.
+        PortTakenError: Something listens there, or nothing can.
     """
     from serve import app  # noqa: PLC0415 seconds, as above
 
+    own = noted(run) if run else None
+    if own and alive(own) and urlsplit(own.url).port == address.port:
+        return
     try:
         app.refuse_taken_port(*address)
     except app.ServeError as error:
@@ -165,17 +173,22 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
 
 
 def stop_endpoint(run: Path) -> str:
-    """Stop the endpoint that a run left running, and return its address; nothing if there is none.
-
-    A note that cannot be read was cut while it was written, and its endpoint stopped: it is as none.
-    """
-    facts = Home.of(run).facts(NOTE)
-    endpoint = Endpoint(**facts) if facts.keys() == set(Endpoint._fields) else None
+    """Stop the endpoint that a run left running, and return its address; nothing if there is none."""
+    endpoint = noted(run)
     was = endpoint.url if endpoint and alive(endpoint) else ""
     if endpoint:
         end(endpoint)
     (run / NOTE).unlink(missing_ok=True)
     return was
+
+
+def noted(run: Path) -> Endpoint | None:
+    """The endpoint that a run left, dead or alive.
+
+    A note that cannot be read was cut while it was written, and its endpoint stopped: it is as none.
+    """
+    facts = Home.of(run).facts(NOTE)
+    return Endpoint(**facts) if facts.keys() == set(Endpoint._fields) else None
 
 
 def end(endpoint: Endpoint) -> None:

@@ -32,14 +32,18 @@ from workflows.registry import Registry, Version, split
 log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
-POLL_S, MISSES = 0.5, 5
-"""How often a cluster is asked how far it is, and how many times in a row it may not answer."""
+POLL_S, SILENT_S = 0.5, 60.0
+"""How often a cluster is asked how far it is, and how long it may not answer."""
 ANSWER_S = 30.0
 """For the endpoint to answer us once Serve runs the cascade; it may be out of our reach."""
 
 
 class DeployError(RuntimeError):
     """The cascade is not on the air; what was there before is, unless the message says otherwise."""
+
+
+class UnheardError(DeployError):
+    """Nobody knows whether it is on the air, and nothing has been put back."""
 
 
 class Config(NamedTuple):
@@ -216,6 +220,7 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
 
     What was on the air answers until the new replicas have drawn an image, and is put back where they do not
     come to it: Serve replaces hop by hop, and some of the new ones may be there.  Other applications stay.
+    Where the cluster falls silent nothing is put back: the new one may be on the air.
 
     Args:
         config: What.
@@ -229,10 +234,11 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
     """
     storage = environment.runs()
     with Dashboard(address) as dashboard:
-        details = dashboard.get(SERVE)
+        same_door(dashboard.get(SERVE), config.spec)  # refused before minutes of copying
+        path = publish(config)
+        details = dashboard.get(SERVE)  # others may have deployed meanwhile
         same_door(details, config.spec)
         former = on_air(details)
-        path = publish(config)
         back = kept(former, storage) if former and former.fields != config.fields else ""
         if back:
             log.info("what is on the air now comes back with: ddiff deploy --config %s", back)
@@ -241,6 +247,8 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
         dashboard.put(SERVE, beside_others(renewed(config) if again else config, details))
         try:
             url = await_running(dashboard, config.spec, back)
+        except UnheardError:
+            raise
         except DeployError:
             if back and former:
                 put_back(dashboard, former)
@@ -312,25 +320,25 @@ def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
         back: The former config, for who has to go back to it.
 
     Raises:
-        DeployError: It does not come up, or the cluster is no longer heard of.
+        UnheardError: The cluster is no longer heard of.
+        DeployError: It does not come up.
     """
     way = f" (back to the former: ddiff deploy --config {back})" if back else ""
     url = endpoint_of(dashboard.address, spec)
-    until, runs_since, why, missed = time.monotonic() + spec.startup_s, math.inf, "", 0
-    while time.monotonic() < until or runs_since < math.inf:
+    heard = time.monotonic()
+    until, runs_since = heard + spec.startup_s, math.inf
+    while True:
         try:
             ours = dashboard.get(SERVE).get("applications", {}).get(app.APPLICATION, {})
         except DashboardError as error:  # a head that is busy starting replicas
-            missed += 1
-            if missed == MISSES:
-                raise DeployError(
-                    f"nobody knows whether {spec.digest[:12]} is served{way}: {error}"
+            if time.monotonic() - heard > SILENT_S:
+                raise UnheardError(
+                    f"nobody knows whether {spec.digest[:12]} is served; nothing is put back{way}: {error}"
                 ) from None
             time.sleep(POLL_S)
             continue
-        missed = 0
-        status = ours.get("status", "UNKNOWN")
-        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        heard = time.monotonic()
+        if given_up(ours):
             why = app.cause(ours.get("message", ""))
             raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
         why = state_of(ours, spec)
@@ -342,10 +350,21 @@ def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
                 "Serve runs %s, but %s does not show it to us (%s)", spec.digest[:12], url, why.strip()
             )
             return f"http://{spec.host}:{spec.port}, for who reaches the cluster's own machines"
+        if heard > until and runs_since == math.inf:
+            raise DeployError(
+                f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; "
+                "`serve status` says more"
+            )
         time.sleep(POLL_S)
-    raise DeployError(
-        f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; `serve status` says more"
-    )
+
+
+def given_up(ours: dict[str, Any]) -> bool:
+    """Whether Serve tries no more; a replica that died counts as failed until another has taken its place."""
+    bad = ("DEPLOY_FAILED", "UNHEALTHY")
+    if ours.get("status") not in bad:
+        return False
+    failed = [part for part in (ours.get("deployments") or {}).values() if part["status"] in bad]
+    return not failed or any(part["status_trigger"] != "HEALTH_CHECK_FAILED" for part in failed)
 
 
 def state_of(ours: dict[str, Any], spec: ServeSpec) -> str:

@@ -85,18 +85,19 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
 
 def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, verbose: bool) -> Summary:
     """The same, by the only driver of the run."""
-    stop_endpoint(driver.home.here)
     if address:
-        refuse_taken(address)
+        refuse_taken(address, driver.home.here)
     way = way_of(spec, driver.home)
     look_ahead(spec, way)
     if not joins_cluster():
         announce(spec, this_machine())
+        take_down(driver.home.here)
     home = driver.opened()
     with tracked_run(home) as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():
                 spec = bound(spec, announce(spec, joined()))
+                take_down(home.here)
             made = run_pipeline(spec, run=home, tracked=tracking)
         scores, url = judged_before(home, made, way) or {}, ""
         left = left_to_do(way, scores, stays=address is not None, on_cluster=joins_cluster())
@@ -107,6 +108,12 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
         page = tracking.book.page()
     text = told(home, facts | {"mlflow": page}, way, url if address else "")
     return Summary(facts | {"mlflow": page}, text)
+
+
+def take_down(run: Path) -> None:
+    """Stop what an earlier start has left on the air, now that this one may begin, which needs the room."""
+    if was := stop_endpoint(run):
+        log.info("the endpoint at %s, left by an earlier start, is stopped", was)
 
 
 @contextmanager

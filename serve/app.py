@@ -7,6 +7,7 @@ A cascade that is already running is replaced replica by replica.
 """
 
 import asyncio
+import errno
 import json
 import logging
 import math
@@ -305,19 +306,21 @@ def serving(url: str) -> bool:
 
 
 def refuse_taken_port(host: str, port: int) -> None:
-    """Serve would try for ever to listen where somebody else does.
+    """Serve would try for ever to listen where somebody else does, or where it cannot.
 
     Raises:
-        ServeError: Somebody does.
+        ServeError: Somebody does, or this machine has no such address, or keeps the port for root.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServeError(
-                f"port {port} of {host}: {error.strerror}; stop what listens there or choose another port"
-            ) from None
+            fix = {
+                errno.EADDRINUSE: "stop what listens there or choose another port",
+                errno.EACCES: "this machine keeps ports below 1024 for root; choose another port",
+            }.get(error.errno or 0, f"{host} is no address of this machine; use 127.0.0.1 or 0.0.0.0")
+            raise ServeError(f"port {port} of {host}: {error.strerror}; {fix}") from None
 
 
 def await_ready(url: str, digest: str, spec: ServeSpec) -> None:

@@ -84,7 +84,7 @@ def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
             ),
             "backoffLimit": cluster.retries,
             "submitterConfig": {"backoffLimit": 2},
-            **({"submitterPodTemplate": submitter(cluster)} if cluster.pull_secret else {}),
+            "submitterPodTemplate": submitter(cluster, name),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": ray_cluster(cluster, groups, name=name, config=f"{name}-run"),

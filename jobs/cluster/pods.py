@@ -156,8 +156,12 @@ def pulling(cluster: ClusterSpec) -> dict[str, Any]:
     return {"imagePullSecrets": [{"name": cluster.pull_secret}]} if cluster.pull_secret else {}
 
 
-def submitter(cluster: ClusterSpec) -> dict[str, Any]:
-    """The pod that hands a RayJob to its cluster: as KubeRay makes it, which leaves the pull secret out."""
+def submitter(cluster: ClusterSpec, name: str) -> dict[str, Any]:
+    """The pod that hands a RayJob to its cluster: as KubeRay makes it, with our label and the pull secret.
+
+    By the label `network_policy` lets it in: KubeRay itself labels this pod since 1.7 only.  Its command is
+    left to KubeRay.
+    """
     container = {
         "name": "ray-job-submitter",
         "image": cluster.image_name,
@@ -166,7 +170,8 @@ def submitter(cluster: ClusterSpec) -> dict[str, Any]:
             "limits": {"cpu": "1", "memory": "1Gi"},
         },
     }
-    return {"spec": {"restartPolicy": "Never", **pulling(cluster), "containers": [container]}}
+    pod = {"restartPolicy": "Never", **pulling(cluster), "containers": [container]}
+    return {"metadata": {"labels": {PART: name}}, "spec": pod}
 
 
 def leaving(grace_s: int) -> str:
@@ -190,9 +195,8 @@ def network_policy(cluster: ClusterSpec, name: str, *, ports: list[int]) -> dict
         }
 
     ours = {"podSelector": {"matchLabels": {PART: name}}}
-    submitter = {"podSelector": {"matchLabels": {"ray.io/originated-from-cr-name": name}}}
     ingress = [
-        {"from": [ours, submitter]},
+        {"from": [ours]},
         from_namespace(cluster.operator_namespace, [8265, *ports]),
         *([from_namespace(cluster.client_namespace, ports)] if ports else []),
     ]

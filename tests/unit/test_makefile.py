@@ -106,6 +106,16 @@ def test_endpoints_are_stopped_before_their_runs_are_removed_or_nothing_is(folde
     assert (folder / "runs" / "a b").exists()
 
 
+def test_without_a_venv_an_endpoint_cannot_be_stopped_which_is_said_and_the_rest_is_removed(
+    folder: Path,
+) -> None:
+    program(folder / "runs" / "a b" / "endpoint.json", '{"pid": 4711}')
+    done = make(folder, "clean")
+    assert done.returncode == 0, done.stderr
+    assert 'endpoint in runs/a b/endpoint.json; its process may still run: {"pid": 4711}\n' in done.stdout
+    assert not (folder / "runs").exists()
+
+
 PIP = """#!/bin/sh
 case $1 in
   install) echo "$*" >> installed;;

@@ -188,3 +188,19 @@ def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
         address = Address("127.0.0.1", taken.getsockname()[1])
         with pytest.raises(PortTakenError, match=f"port {address.port}.*another port"):
             refuse_taken(address)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
+def test_an_address_that_this_machine_does_not_have_is_no_port_that_is_taken(host: str) -> None:
+    with pytest.raises(PortTakenError, match=f"; {host} is no address of this machine; use 127") as refused:
+        refuse_taken(Address(host, free_address().port))
+    assert "stop what listens there" not in str(refused.value)
+
+
+def test_a_port_that_is_kept_for_root_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(PortTakenError, match=r"port 80 of 127.*below 1024 for root; choose another"):
+        refuse_taken(Address("127.0.0.1", 80))

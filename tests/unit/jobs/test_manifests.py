@@ -218,7 +218,7 @@ def test_every_pod_has_the_account_and_the_pull_secret_that_the_settings_name() 
     assert submitter["imagePullSecrets"] == [{"name": "registry"}]
     assert submitter["containers"][0]["image"] == settings.image_name
     for document in (job(smoke.run(), SETTINGS)[-1], standing(smoke.run(), SETTINGS)[-1]):
-        for word in ("serviceAccountName", "imagePullSecrets", "submitterPodTemplate"):
+        for word in ("serviceAccountName", "imagePullSecrets"):
             assert word not in str(document)
 
 
@@ -290,6 +290,32 @@ def test_only_its_own_pods_the_operator_and_clients_reach_a_cluster(
     ports = [[port["port"] for port in rule.get("ports", [])] for rule in policy["ingress"]]
     assert ports == [[], [8265, 8000], [8000]]
     assert all(rule["from"] for rule in policy["ingress"])  # an empty one would let everybody in
+
+
+def test_the_pod_that_submits_a_job_is_kuberays_own_and_reaches_its_cluster(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    body = one(made["job"], "RayJob")["spec"]
+    template = body["submitterPodTemplate"]
+    policy = one(made["job"], "NetworkPolicy")["spec"]
+    let_in = [peer["podSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
+    assert template["metadata"]["labels"] in let_in
+    assert "ports" not in policy["ingress"][0]
+    assert template["spec"] == {  # GetSubmitterTemplate of KubeRay, which adds the command
+        "restartPolicy": "Never",
+        "containers": [
+            {
+                "name": "ray-job-submitter",
+                "image": body["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+                    "image"
+                ],
+                "resources": {
+                    "requests": {"cpu": "500m", "memory": "200Mi"},
+                    "limits": {"cpu": "1", "memory": "1Gi"},
+                },
+            }
+        ],
+    }
 
 
 def test_a_service_embeds_a_config_that_serve_reads_and_that_our_application_builds_from(

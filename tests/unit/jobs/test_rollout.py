@@ -50,6 +50,8 @@ class Serve:
         self.status, self.log, self.said_before, self.away = "RUNNING", log, "", 0
         self.told: list[dict[str, Any]] = []
         """The fields of ours, from time to time."""
+        self.others: dict[str, dict[str, Any]] = {}
+        self.told_beside: list[list[dict[str, Any]]] = []
 
     def __enter__(self) -> "Serve":
         return self
@@ -64,11 +66,13 @@ class Serve:
         ours = {"status": self.status, "message": "Error: no memory", "deployed_app_config": self.former}
         return {
             "http_options": {"host": "127.0.0.1", "port": 8000},
-            "applications": {"ddiff": ours},
+            "applications": {"ddiff": ours, **self.others},
         }
 
     def put(self, _: str, fields: dict[str, Any]) -> None:
-        self.told.append(fields["applications"][0])
+        ours, *others = fields["applications"]
+        self.told.append(ours)
+        self.told_beside.append(others)
         self.said_before, self.status = self.said_before or self.log.text, "DEPLOY_FAILED"
 
 
@@ -102,6 +106,42 @@ def test_a_cascade_is_deployed_over_one_of_another_ddiff_which_is_put_back_as_it
     (former,) = [path for path in (tmp_path / "deployments").iterdir() if "b" * 64 in path.read_text()]
     with pytest.raises(ConfigError, match=f"another ddiff has written it .its code is {'e' * 12}., deploy"):
         rollout.written_before(str(former))
+
+
+def test_what_somebody_deploys_while_the_cascade_is_copied_stays_and_is_what_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    theirs = {"name": "theirs", "route_prefix": "/theirs", "import_path": "theirs:app"}
+    serve, publish = Serve(caplog), rollout.publish
+
+    def copied(config: Config) -> str:
+        serve.others["theirs"] = {"deployed_app_config": theirs}
+        serve.former = serve.former | {"args": serve.former["args"] | {"digest": "c" * 64}}
+        return publish(config)
+
+    monkeypatch.setattr(rollout, "publish", copied)
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    with pytest.raises(rollout.DeployError):
+        rollout.deploy(CONFIG, serve.address)
+    (ours,) = CONFIG.fields["applications"]
+    assert serve.told == [ours, serve.former]
+    assert serve.told_beside == [[theirs], [theirs]]
+
+
+def test_an_address_that_serve_does_not_have_is_refused_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path / "kept"))
+    serve = Serve(caplog)
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    (ours,) = CONFIG.fields["applications"]
+    moved = CONFIG._replace(
+        fields=CONFIG.fields | {"applications": [ours | {"args": ours["args"] | {"port": 9}}]}
+    )
+    with pytest.raises(ConfigError, match=r"listens at 127\.0\.0\.1:8000, not at 127\.0\.0\.1:9; --set host"):
+        rollout.deploy(moved, serve.address)
+    assert (serve.told, (tmp_path / "kept").exists()) == ([], False)
 
 
 class Behind(Serve):
@@ -151,20 +191,66 @@ def test_what_has_failed_is_another_to_serve_when_it_is_deployed_again(
     ray.serve.schema.ServeDeploySchema.model_validate(CONFIG.fields | {"applications": [second]})
 
 
-@pytest.mark.parametrize(("away", "why"), [(2, "no memory"), (99, "no answer in 20 s")])
-def test_a_dashboard_that_is_silent_for_a_while_is_asked_again_and_not_for_ever(
-    away: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("silence", "why", "puts"), [((9, 60.0), "no memory", 2), ((10**9, 0.01), "no answer in 20 s", 1)]
+)
+def test_a_dashboard_that_is_silent_is_waited_for_and_what_nobody_knows_to_have_failed_is_not_put_back(
+    silence: tuple[int, float],
+    why: str,
+    puts: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
     serve = Serve(caplog)
-    serve.away = away
+    serve.away, limit_s = silence
     monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
     monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    monkeypatch.setattr(rollout, "SILENT_S", limit_s)
     caplog.set_level("INFO", "jobs")
     with pytest.raises(rollout.DeployError) as failed:
         rollout.deploy(CONFIG, serve.address)
     assert why in str(failed.value)
+    assert ("nothing is put back" in str(failed.value)) is (puts == 1)
     assert "back to the former: ddiff deploy --config" in str(failed.value)
+    assert len(serve.told) == puts
+
+
+class Dying(Behind):
+    """One of whose hops loses a replica while another starts, and has a new one a few questions later."""
+
+    def __init__(self, log: pytest.LogCaptureFixture, trigger: str) -> None:
+        super().__init__(log)
+        self.trigger, self.asked = trigger, 0
+
+    def get(self, path: str) -> dict[str, Any]:
+        details = super().get(path)
+        self.asked += bool(self.told)
+        if self.told and self.asked < 20:
+            lost = {"status": "DEPLOY_FAILED", "status_trigger": self.trigger}
+            starts = {"status": "UPDATING", "status_trigger": "CONFIG_UPDATE_STARTED"}
+            details["applications"]["ddiff"] |= {
+                "status": "DEPLOY_FAILED",
+                "deployments": {"base": lost, "upsampler": starts},
+            }
+        return details
+
+
+def test_a_replica_that_dies_meanwhile_is_no_failure_and_one_that_never_starts_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    monkeypatch.setattr(app, "missing", lambda *_: "")
+    serve = Dying(caplog, "HEALTH_CHECK_FAILED")
+    monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
+    assert rollout.deploy(CONFIG, serve.address)["endpoint"] == "http://127.0.0.1:8000"
+    assert len(serve.told) == 1
+    serve = Dying(caplog, "REPLICA_STARTUP_FAILED")
+    with pytest.raises(rollout.DeployError, match="is not served"):
+        rollout.deploy(CONFIG, serve.address)
+    assert len(serve.told) == 2
 
 
 def test_a_cluster_elsewhere_is_not_told_of_a_folder_of_this_machine(

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,11 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs import run
 from jobs.cli import main
+from jobs.deploy import Address, Endpoint, alive, started_at
 from jobs.evaluate import UnjudgedError, Way, way_of
+from jobs.failures import PortTakenError
 from jobs.nodes import Node
-from jobs.plan import plan_of
+from jobs.plan import PlanError, plan_of
 from jobs.recipes import ddpm, smoke
 from jobs.source import source_tags
 from serve import code
@@ -102,6 +106,41 @@ def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(
     assert "`ddiff submit deploy smoke@current`" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_endpoint_of_an_earlier_start_answers_until_the_plan_is_found_to_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    here = tmp_path / "smoke"
+    here.mkdir()
+
+    def no_room(*_: object) -> None:
+        raise PlanError("no room")
+
+    def begun(_: Home) -> None:
+        raise RuntimeError("begun")
+
+    monkeypatch.setattr(run, "announce", no_room)
+    monkeypatch.setattr(run, "tracked_run", begun)
+    caplog.set_level("INFO", "jobs")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = Address("127.0.0.1", taken.getsockname()[1])
+        left = Endpoint(process.pid, started_at(process.pid), address.url, "")
+        (here / "endpoint.json").write_text(json.dumps(left._asdict()))
+        with pytest.raises(PlanError):  # its own endpoint is no reason to refuse the port
+            run.run_all(smoke.run(), address=address, verbose=False)
+        assert alive(left)
+        monkeypatch.setattr(run, "announce", lambda *_: None)
+        with pytest.raises(RuntimeError, match="begun"):
+            run.run_all(smoke.run(), address=address, verbose=False)
+        assert process.wait(timeout=10) != 0
+        assert f"the endpoint at {address.url}, left by an earlier start, is stopped" in caplog.text
+        with pytest.raises(PortTakenError):
+            run.run_all(smoke.run(), address=address, verbose=False)
 
 
 @pytest.mark.parametrize("port", ["0", "99999"])
