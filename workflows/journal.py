@@ -3,7 +3,7 @@
 Writing a line is all that a training step waits for.  One thread of the driver sends what the
 journals hold and remembers how far it got.  So a server that is away costs nothing and loses
 nothing: the rest is sent when it is back, or by the next start of the same run.  A line may be
-sent twice; the server keeps one of equal points.
+sent twice; the server keeps one of equal points, and one of equal pictures.
 """
 
 import json
