@@ -454,7 +454,7 @@ def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop()
         refused(one.post(n=2, style="vivid"), 400, "style")  # which no later time would mend
         assert len(base.hows) == asked
         begun.append(pool.submit(one.post, n=1))
-        while one.api.painting < 4:
+        while one.api.door.images < 4:
             time.sleep(0.01)
         last.hop.gate.set()
         assert [len(pngs(request.result())) for request in begun] == [3, 1]
