@@ -1,6 +1,7 @@
 """The painter: an order for images, sent down the cascade hop after hop.  Knows neither Ray nor HTTP."""
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,9 @@ from serve.engine import RefusedError
 
 MOST_STEPS = 250
 """That effort asks for, but of a hop that takes more by itself."""
+
+ANSWERED_S = 30.0
+"""After its last state a hop counts as ready, if the question whether it is stands in line behind others."""
 
 
 class HopLostError(RuntimeError):
@@ -110,6 +114,10 @@ class Painter:
     ) -> None:
         self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
         self.stages, self.precision = stages or {}, precision
+        self.known: dict[str, Served] = {}
+        """What each stage said last that it serves."""
+        self.answered: dict[str, float] = {}
+        """When each last handed on a state, on the loop's clock."""
 
     async def paint(self, order: Order, timeout_s: float) -> list[Tensor]:
         """The images, each [1, 3, h, w] in [-1, 1]; when one fails the others are cancelled.
@@ -157,6 +165,7 @@ class Painter:
         clock = asyncio.get_running_loop().time
         for hop, how in zip(self.cascade.hops, plan, strict=True):
             state = await self.links[hop.stage].advance(state, how, until - clock())
+            self.answered[hop.stage] = clock()
         if state.image is None:
             raise ValueError(f"cascade {self.cascade.name} ends without an image: its last hop draws none")
         return state.image
@@ -211,9 +220,17 @@ class Painter:
         return "+".join(sorted({one.computes for one in found.values() if isinstance(one, Served)} - {""}))
 
     async def served(self, timeout_s: float) -> dict[str, object]:
-        """What each stage serves, or why that is not known."""
+        """What each stage serves, or why that is not known; a busy one serves what it said last."""
         asked = (asyncio.wait_for(link.ready(), timeout_s) for link in self.links.values())
-        return dict(zip(self.links, await asyncio.gather(*asked, return_exceptions=True), strict=True))
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        found: dict[str, object] = dict(zip(self.links, told, strict=True))
+        busy_since = asyncio.get_running_loop().time() - ANSWERED_S
+        for stage, one in found.items():
+            if isinstance(one, Served):
+                self.known[stage] = one
+            elif isinstance(one, TimeoutError) and self.answered.get(stage, -math.inf) > busy_since:
+                found[stage] = self.known.get(stage, one)
+        return found
 
     def lacks(self, found: object) -> str:
         """Why one of these cannot serve now, or nothing."""

@@ -454,7 +454,7 @@ def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop()
         refused(one.post(n=2, style="vivid"), 400, "style")  # which no later time would mend
         assert len(base.hows) == asked
         begun.append(pool.submit(one.post, n=1))
-        while one.api.painting < 4:
+        while one.api.door.images < 4:
             time.sleep(0.01)
         last.hop.gate.set()
         assert [len(pngs(request.result())) for request in begun] == [3, 1]
@@ -513,6 +513,25 @@ def test_ready_means_that_every_hop_answers_and_live_does_not() -> None:
         message = refused(one.client.get("/health/ready"), 503)
         assert message == "not ready: upsampler: RuntimeError"
         assert one.client.get("/health/live").json() == {"status": "live"}
+
+
+def test_a_hop_too_busy_to_say_so_is_ready_as_long_as_it_paints(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def queued() -> painting.Served:
+        raise TimeoutError
+
+    one = Served()
+    with one.client:
+        monkeypatch.setattr(one.links["base"], "ready", queued)
+        assert refused(one.client.get("/health/ready"), 503) == "not ready: base: no answer yet"
+        monkeypatch.undo()
+        one.post()  # after which every hop is asked what it serves
+        monkeypatch.setattr(one.links["base"], "ready", queued)
+        assert one.client.get("/health/ready").json()["status"] == "ready"
+        monkeypatch.setattr(painting, "ANSWERED_S", 0.0)
+        assert refused(one.client.get("/health/ready"), 503) == "not ready: base: no answer yet"
+        monkeypatch.undo()
+        one.links["base"].failing = RuntimeError()
+        assert refused(one.client.get("/health/ready"), 503) == "not ready: base: RuntimeError"
 
 
 def test_a_server_that_stops_finishes_what_it_has_begun_and_begins_nothing() -> None:

@@ -1,0 +1,74 @@
+"""The door: lets in what will be painted in time, at the pace that was measured.  No Ray, no HTTP routes."""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from serve.openai_api import ApiError
+
+KEPT = 0.98
+"""Of what was measured, whenever a request leaves: half of it is of the last 34 requests."""
+SURE = 0.8
+"""Of a request's patience, that its wait by the measured pace may fill."""
+LONGEST_RETRY_S = 120
+
+
+class Door:
+    """Counts who is inside, and measures seconds per unit of work with as many side by side as there are.
+
+    Work is in steps: images times the steps of their plan.  Time that ended in no image (a deadline, a client
+    that has gone) is counted too, so waste closes the door; a request alone is always let in, so it opens
+    again.
+
+    Args:
+        room: Images that may be inside at once; a single request of more is let in alone.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.images, self.work = room, 0, 0
+        self.busy_s, self.done = 0.0, 0.0  # of the same requests, the older the less
+        self.since = 0.0
+        """When a request last left, or the first came in; of the loop's clock, in seconds."""
+
+    @property
+    def pace(self) -> float:
+        """Seconds per unit of work; 0 before any was measured, infinite if none of it was finished."""
+        if not self.done:
+            return math.inf if self.busy_s else 0.0
+        return self.busy_s / self.done
+
+    @contextmanager
+    def let_in(self, images: int, work: int, patience_s: float) -> Iterator[None]:
+        """Inside is a request; it is painted if no exception leaves.
+
+        Raises:
+            ApiError: 429, with when there will be room: it would wait too long, or too many are inside.
+        """
+        if self.images and (over_s := self.over(images, work, patience_s)) > 0:
+            after = math.ceil(min(max(over_s, 1), LONGEST_RETRY_S))
+            told = "busy: too many images wait; try again later"
+            raise ApiError(429, told, code="busy", headers={"Retry-After": str(after)})
+        clock = asyncio.get_running_loop().time
+        if not self.images:
+            self.since = clock()
+        self.images += images
+        self.work += work
+        painted = 0
+        try:
+            yield
+            painted = work
+        finally:
+            self.images -= images
+            self.work -= work
+            now = clock()
+            self.busy_s = KEPT * self.busy_s + now - self.since
+            self.done = KEPT * self.done + painted
+            self.since = now
+
+    def over(self, images: int, work: int, patience_s: float) -> float:
+        """Seconds until there is room for a request, where there are others; 0 if there is."""
+        late_s = (self.work + work) * self.pace - SURE * patience_s
+        crowd = (self.images + images - self.room) / self.images
+        full_s = max(1.0, crowd * self.work * self.pace) if crowd > 0 else 0.0
+        return max(0.0, late_s, full_s)
