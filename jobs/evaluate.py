@@ -6,19 +6,21 @@ the two say nothing of each other.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dd_core.stages.clip import ClipSpec
 from jobs.failures import JobFailedError
-from workflows.clip_judge import OwnData, evaluate_own
+from workflows.clip_judge import OwnData, evaluate_own, judge_of
 from workflows.evaluation import evaluate_endpoint
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import ASKED, COSINE, JUDGED, PAINTED_IN, SCORE, SCORE_HIGH, SCORE_LOW, SCORED_BY, WAY
 from workflows.run_spec import RunSpec
 from workflows.storage import Home
 
+log = logging.getLogger(__name__)
 Judges = Literal["oracle", "clip"]
 NOTHING_HELD_OUT = (
     "nothing is held out of the data, so the cascade will be judged by captions that it was trained on; "
@@ -83,6 +85,21 @@ def way_by(spec: EvaluationSpec, data: str) -> Way:
     if bool(data) != bool(spec.judge):
         raise ValueError("--data and --judge go together: prepared pairs, and the CLIP that judges by them")
     return Way("clip", spec, OwnData(Home.of(data).address, spec.judge)) if data else Way("oracle", spec)
+
+
+def look_ahead(spec: RunSpec, way: Way) -> None:
+    """What would be found out at the end only: who is to judge, and by what.
+
+    Raises:
+        ValueError: There is no such judge.
+        sealed.SealError: It is damaged.
+    """
+    if way.by == "oracle":
+        return
+    if spec.evaluation.judge:
+        judge_of(spec.evaluation.judge)  # weights that open_clip has to fetch are fetched now
+    if not spec.pairs.held_out:
+        log.warning("%s", NOTHING_HELD_OUT)
 
 
 def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, sto
 from jobs.driver import Driver
 from jobs.environment import experiment, joins_cluster, node_groups, ray_cluster, runs, tracking_uri
 from jobs.evaluate import (
-    NOTHING_HELD_OUT,
     Way,
     judge_endpoint,
+    look_ahead,
     refuse_parts,
     score_tags,
     verdict_of,
@@ -32,7 +32,6 @@ from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from jobs.source import source_tags
-from workflows.clip_judge import judge_of
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
 from workflows.pictures import SHOWN, last_parts
@@ -162,21 +161,6 @@ def concluded(
     remedy = f"see {home.at('evaluation').address} and run the same command again to ask for them all"
     refuse_parts(scores, remedy)
     return facts
-
-
-def look_ahead(spec: RunSpec, way: Way) -> None:
-    """What would be found out at the end only: who is to judge, and by what.
-
-    Raises:
-        ValueError: There is no such judge.
-        sealed.SealError: It is damaged.
-    """
-    if way.by == "oracle":
-        return
-    if spec.evaluation.judge:
-        judge_of(spec.evaluation.judge)  # weights that open_clip has to fetch are fetched now
-    if not spec.pairs.held_out:
-        log.warning("%s", NOTHING_HELD_OUT)
 
 
 def home_of(spec: RunSpec) -> Home:

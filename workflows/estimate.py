@@ -86,6 +86,10 @@ class Content(TorchDispatchMode):
             return args[0].fake_device  # asked half as often as everything else together
         if func in FILLS:
             return args[0]
+        return self.answer(func, args, kwargs or {})
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What an operation comes to."""
         if func is OPS._local_scalar_dense.default:
             if any(args[0] is answer for answer in self.arrived):
                 return True
@@ -97,7 +101,7 @@ class Content(TorchDispatchMode):
         if func is OPS.index.Tensor:
             source, places, *rest = args
             args = (source, [all_rows(place) for place in places], *rest)
-        answer = func(*args, **(kwargs or {}))
+        answer = func(*args, **kwargs)
         if func in COMES_UP_TO and not args[0].ndim and not args[0].is_floating_point():
             self.arrived.append(answer)
         return answer
@@ -187,7 +191,7 @@ def need(
     if not context_length:
         return Need(count, weights, weights, 0, 0, 0, 0)
     gradients = sum(size(parameter) for parameter in stage.parameters() if parameter.requires_grad)
-    inside = sum(size(tensor) for module in stage.frozen for tensor in module.state_dict(keep_vars=True).values())
+    frozen = [tensor for part in stage.frozen for tensor in part.state_dict(keep_vars=True).values()]
     beside = sum(size(tensor) for known in parents.values() for tensor in known.weights.values())
     phases = stage.phases
     activations = {
@@ -198,7 +202,7 @@ def need(
         bundle=weights,
         state=sum(size(tensor) for tensor in state.tensors().values()),
         gradients=gradients * (1 if spec.num_workers == 1 else 2),
-        frozen=inside + beside,
+        frozen=sum(map(size, frozen)) + beside,
         activations=activations[min(on)],
         activations_on_gpu=activations[max(on)],
     )

@@ -17,7 +17,7 @@ from dd_core import sealed
 from jobs import run
 from jobs.cli import main
 from jobs.deploy import Address, Endpoint, alive, started_at
-from jobs.evaluate import UnjudgedError, Way, way_of
+from jobs.evaluate import UnjudgedError, Way, look_ahead, way_of
 from jobs.failures import PortTakenError
 from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of
@@ -219,7 +219,7 @@ def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another
     judge = {"name": "clip", "digest": "d", "taught": True}
     good = figures | about | {"judge": judge, "intervals": {name: [0.1, 0.9] for name in figures}}
     way, ours = way_of(mine, home), made(home)
-    run.look_ahead(mine, way)
+    look_ahead(mine, way)
     assert "judged by captions that it was trained on" in caplog.text
     for _ in range(2):  # the second start finds it judged
         facts = run.concluded(home, mine, ours, way, good, journal)
