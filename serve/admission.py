@@ -33,10 +33,8 @@ class Door:
 
     @property
     def pace(self) -> float:
-        """Seconds per unit of work; 0 before any was measured, infinite if none of it was finished."""
-        if not self.done:
-            return math.inf if self.busy_s else 0.0
-        return self.busy_s / self.done
+        """Seconds per unit of work; 0 before any was measured.  Where none was finished, one counts as if."""
+        return self.busy_s / max(self.done, 1.0)
 
     @contextmanager
     def let_in(self, images: int, work: int, patience_s: float) -> Iterator[None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.denoiser import Conditioning, Denoised
 from dd_core.samplers import SamplingSpec
+from serve.admission import Door
 from serve.ingress import Api
 from serve.openai_api import ApiError, GenerationRequest
 from serve.painter import Painter
@@ -114,3 +115,16 @@ def test_the_door_counts_steps_and_not_images() -> None:
     finished, told = simulated(0.6, lambda api: crowd(api, bodies, 2 * SETTLED_S))
     assert sum(finished) >= 0.95 * SETTLED_S / 0.6
     assert len(told) > 1  # more for those who ask for more
+
+
+def test_a_client_that_goes_at_once_does_not_close_the_door() -> None:
+    async def burst() -> None:
+        door = Door(ROOM)
+        with pytest.raises(ConnectionError), door.let_in(1, 30, 120):
+            await asyncio.sleep(0.1)
+            raise ConnectionError
+        with door.let_in(1, 30, 120), door.let_in(10, 300, 120):
+            assert door.images == 11
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        runner.run(burst())
