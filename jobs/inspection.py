@@ -35,10 +35,13 @@ def described(path: Path) -> dict[str, Any]:
 def verified(path: Path) -> dict[str, Any]:
     """Every byte compared with the manifest, every spec read strictly, also those of nested bundles.
 
+    Prepared data are judged by what is listed: the next may be made beside them.
+
     Raises:
         sealed.SealError: Something is missing, changed, not listed or refused; it is named.
     """
-    seal = sealed.verify(path)
+    has_parts = any(path.glob("*.parquet")) and kind_of(path) == "prepared data"
+    seal = sealed.verify(path, listed_only=has_parts)
     inner = sorted(found.parent for found in path.glob(f"*/{sealed.MANIFEST}"))
     for stage in (path, *inner):
         if stage != path:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dd_core import sealed
 from jobs.failures import code_of, line_of
+from jobs.inspection import verified
 from jobs.prepare import check_shards, stats_of, summary
 from tests.conftest import jpg, needs_ray, write_shard
 from workflows import feed, prepare
@@ -279,6 +280,8 @@ def test_what_is_sealed_stays_until_what_is_new_is_good_and_shards_that_stayed_a
     with pytest.raises(TooManyRejectsError):
         prepare_pairs(spec, progress=False)
     assert prepared(out) == first
+    assert {prepare.REFUSED, UNFINISHED} < {path.name for path in out.iterdir()}
+    assert verified(out)["digest"] == first.digest
     assert tuple(feed.prepared_files(out)) == first.files  # and not the part that is there for the next time
     assert prepare_pairs(spec_of(tmp_path, 2), progress=False) == first
     assert sealed.verify(out).digest == first.digest  # nothing of what was refused is left
