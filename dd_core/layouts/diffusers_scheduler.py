@@ -40,6 +40,14 @@ REFUSED = {
     "rescale_betas_zero_snr": (None, False),
     "use_flow_sigmas": (None, False),
     "timestep_type": (None, "discrete"),
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned_range",
+    ),
 }
 """What is known to ours only so."""
 
@@ -82,7 +90,7 @@ def jumps_of(sigma_min: float, sigma_max: float) -> dict[str, Any]:
     }
 
 
-def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: bool) -> Process:
+def process_of(config: Mapping[str, Any], *, image_size: int) -> Process:
     """The process behind a scheduler_config.json.
 
     Raises:
@@ -113,7 +121,7 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
             "beta_range": (config.get("beta_start", first) / share, config.get("beta_end", last) / share),
             "timesteps": timesteps,
             "predicts": ours[predicts],
-            "learned_variance": learned_variance,
+            "learned_variance": config.get("variance_type") == "learned_range",
             "image_size": image_size,
         }
     )

@@ -116,7 +116,7 @@ def test_a_chain_of_pixels_that_is_told_classes_answers_in_diffusers_as_here(tmp
     config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert isinstance(PIXELS.schedule, ScheduleSpec)
     process = process_of(PIXELS, PIXELS.schedule)
-    assert diffusers_scheduler.process_of(config, image_size=16, learned_variance=True) == process
+    assert diffusers_scheduler.process_of(config, image_size=16) == process
 
 
 def test_a_consistency_model_is_asked_by_diffusers_at_the_same_levels(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_consistency_model_is_asked_by_diffusers_at_the_same_levels(tmp_path: 
 @pytest.mark.parametrize("kind", diffusers_scheduler.UNSAID)
 def test_what_a_scheduler_leaves_unsaid_is_what_diffusers_takes(kind: str) -> None:
     scheduler = getattr(diffusers, kind)()
-    found = diffusers_scheduler.process_of({"_class_name": kind}, image_size=64, learned_variance=False)
+    found = diffusers_scheduler.process_of({"_class_name": kind}, image_size=64)
     levels = levels_of(found)
     assert isinstance(levels, ScheduleSpec)
     torch.testing.assert_close(scheduler.betas.double(), schedules.betas(levels), rtol=1e-5, atol=1e-8)
