@@ -35,6 +35,13 @@ UNSAID = {
     "UniPCMultistepScheduler": DDPM,
 }
 """Schedulers whose process is that of betas -> the schedule, first and last beta that they do not say."""
+PLUS_ONE = {
+    "_class_name": "DDIMScheduler",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+"""Latent diffusion's steps, our spacing ldm_plus_one, of which the last leads to the level of timestep 0."""
 REFUSED = {
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (None, False),
@@ -65,8 +72,12 @@ def config_of(process: Process) -> dict[str, Any]:
     if process.rescaled_time:
         raise LayoutError("this network is told t * 1000 / T, and diffusers tells t; it cannot be exported")
     share = share_of(process.schedule, process.timesteps)
-    return {
-        "_class_name": "DDPMScheduler",
+    walked = (
+        PLUS_ONE
+        if process.last == "first"
+        else {"_class_name": "DDPMScheduler", "timestep_spacing": "linspace"}
+    )
+    return walked | {
         "beta_schedule": SCHEDULES[process.schedule],
         "beta_start": share * process.beta_range[0],
         "beta_end": share * process.beta_range[1],
@@ -74,7 +85,6 @@ def config_of(process: Process) -> dict[str, Any]:
         "prediction_type": PREDICTIONS[process.predicts],
         "variance_type": "learned_range" if process.learned_variance else "fixed_small",
         "clip_sample": process.learned_variance,
-        "timestep_spacing": "linspace",
     }
 
 
@@ -122,6 +132,7 @@ def process_of(config: Mapping[str, Any], *, image_size: int) -> Process:
             "timesteps": timesteps,
             "predicts": ours[predicts],
             "learned_variance": config.get("variance_type") == "learned_range",
+            "last": "clean" if config.get("set_alpha_to_one", kind != "PNDMScheduler") else "first",
             "image_size": image_size,
         }
     )

@@ -57,7 +57,7 @@ FIRST = AutoencoderNetSpec(width=32, channel_mult=(1, 2), blocks=1)
 TINY = Published(
     PlainSpec(unet=UNET, in_channels=4, out_channels=4),
     "ldm",
-    Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012)),
+    Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012), last="first"),
     FIRST,
     0.18215,
 )
