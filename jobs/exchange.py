@@ -380,11 +380,8 @@ def import_folder(folder: Path, out: Path) -> list[Facts]:
     beside = folder.parent / "scheduler" / "scheduler_config.json"
     process = None
     if beside.is_file():
-        process = diffusers_scheduler.process_of(
-            json_in(beside),
-            image_size=config.get("sample_size") or 64,
-            learned_variance=spec.out_channels == 2 * spec.in_channels,
-        )
+        process = diffusers_scheduler.process_of(json_in(beside), image_size=config.get("sample_size") or 64)
+        spec = diffusers_config.told_apart(spec, learned_variance=process.learned_variance)
     return [written(out, NetworkSpec(source="diffusers", net=spec, process=process), weights, "diffusers")]
 
 

@@ -175,6 +175,28 @@ def spec_of(config: Mapping[str, Any]) -> PlainSpec:
     return PlainSpec(unet=unet, **({"in_channels": 4, "out_channels": 4} | given if told else given))
 
 
+def told_apart(spec: PlainSpec, *, learned_variance: bool) -> PlainSpec:
+    """The same UNet, of whose input channels those of x come first and the others are a picture it is told.
+
+    Args:
+        spec: As its config.json has it, which knows one number of input channels.
+        learned_variance: Whether half of what it answers is the variance, as its scheduler says.
+
+    Raises:
+        LayoutError: The numbers of channels say otherwise.
+    """
+    answers = 1 + learned_variance
+    x, odd = divmod(spec.out_channels, answers)
+    told = spec.in_channels - x
+    if odd or told < 0:
+        raise LayoutError(
+            f"config.json: in_channels is {spec.in_channels} and out_channels {spec.out_channels}, of a "
+            f"variance that is {'learned' if learned_variance else 'not learned'}: make variance_type of "
+            "scheduler_config.json what the network was trained with"
+        )
+    return spec.but(in_channels=x, unet=spec.unet.but(image_channels=told))
+
+
 def check_understood(config: Mapping[str, Any]) -> None:
     """Refuse what ours cannot do."""
     if config.get("_class_name") not in ("UNet2DModel", "UNet2DConditionModel"):

@@ -35,11 +35,26 @@ UNSAID = {
     "UniPCMultistepScheduler": DDPM,
 }
 """Schedulers whose process is that of betas -> the schedule, first and last beta that they do not say."""
+PLUS_ONE = {
+    "_class_name": "DDIMScheduler",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+"""Latent diffusion's steps, our spacing ldm_plus_one, of which the last leads to the level of timestep 0."""
 REFUSED = {
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (None, False),
     "use_flow_sigmas": (None, False),
     "timestep_type": (None, "discrete"),
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned_range",
+    ),
 }
 """What is known to ours only so."""
 
@@ -57,8 +72,12 @@ def config_of(process: Process) -> dict[str, Any]:
     if process.rescaled_time:
         raise LayoutError("this network is told t * 1000 / T, and diffusers tells t; it cannot be exported")
     share = share_of(process.schedule, process.timesteps)
-    return {
-        "_class_name": "DDPMScheduler",
+    walked = (
+        PLUS_ONE
+        if process.last == "first"
+        else {"_class_name": "DDPMScheduler", "timestep_spacing": "linspace"}
+    )
+    return walked | {
         "beta_schedule": SCHEDULES[process.schedule],
         "beta_start": share * process.beta_range[0],
         "beta_end": share * process.beta_range[1],
@@ -66,7 +85,6 @@ def config_of(process: Process) -> dict[str, Any]:
         "prediction_type": PREDICTIONS[process.predicts],
         "variance_type": "learned_range" if process.learned_variance else "fixed_small",
         "clip_sample": process.learned_variance,
-        "timestep_spacing": "linspace",
     }
 
 
@@ -82,7 +100,7 @@ def jumps_of(sigma_min: float, sigma_max: float) -> dict[str, Any]:
     }
 
 
-def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: bool) -> Process:
+def process_of(config: Mapping[str, Any], *, image_size: int) -> Process:
     """The process behind a scheduler_config.json.
 
     Raises:
@@ -113,7 +131,8 @@ def process_of(config: Mapping[str, Any], *, image_size: int, learned_variance: 
             "beta_range": (config.get("beta_start", first) / share, config.get("beta_end", last) / share),
             "timesteps": timesteps,
             "predicts": ours[predicts],
-            "learned_variance": learned_variance,
+            "learned_variance": config.get("variance_type") == "learned_range",
+            "last": "clean" if config.get("set_alpha_to_one", kind != "PNDMScheduler") else "first",
             "image_size": image_size,
         }
     )

@@ -42,6 +42,8 @@ class Process(Spec):
     consistency: likewise, x itself at the smallest sigma, 0.002 (arXiv:2303.01469, appendix C)."""
     learned_variance: bool = False
     """The second half of its channels is v of Nichol & Dhariwal 2021, eq. 15."""
+    last: Literal["clean", "first"] = "clean"
+    """Where the last step of its sampler leads, as of `schedules.ScheduleSpec`."""
     image_size: int = Field(64, ge=1)
     """Side of x, in pixels or latents; 1 for an embedding."""
 
@@ -100,8 +102,8 @@ def crossed(unet: UNetSpec, text_width: int) -> UNetSpec:
 
 ADM = Process(learned_variance=True)
 EDM = Process(schedule="karras", predicts="edm")
-LDM = Process(schedule="sqrt_linear", beta_range=(0.0015, 0.0195))
-SD = Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012))
+LDM = Process(schedule="sqrt_linear", beta_range=(0.0015, 0.0195), last="first")
+SD = Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012), last="first")
 FIRST_READER = ClipNetSpec(
     towers="text",
     embedding_width=768,

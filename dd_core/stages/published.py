@@ -46,16 +46,13 @@ def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec |
     unread = unet.text_width and source.reader is None
     if unread or unet.embedding_width or (unet.image_channels and (latent or not enlarges)):
         return None
-    levels = levels_of(process)
-    if isinstance(levels, ScheduleSpec) and latent:
-        levels = levels.but(last="first")
     chain = ChainSpec(
         net=net,
         image_size=process.image_size * (autoencoder.factor if autoencoder else 1),
         latent_channels=latent,
         factor=ENLARGED if enlarges else 1,
         enlarged_by="bicubic" if source.layout in BICUBIC else "bilinear",
-        schedule=levels,
+        schedule=levels_of(process),
         rescaled_time=process.rescaled_time,
         predicts=process.predicts,
         loss="hybrid" if process.learned_variance else "simple",
@@ -78,6 +75,7 @@ def process_of(chain: ChainSpec, schedule: ScheduleSpec) -> Process:
             "rescaled_time": chain.rescaled_time and schedule.num_timesteps != 1000,
             "predicts": chain.predicts,
             "learned_variance": chain.learns_variance,
+            "last": schedule.last,
             "image_size": chain.image_size,
         }
     )

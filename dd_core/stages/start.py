@@ -180,6 +180,7 @@ def levels_of(process: Process) -> ScheduleSpec | LogNormalSpec:
             "num_timesteps": process.timesteps,
             "beta_start": first,
             "beta_end": last,
+            "last": process.last,
         }
     )
 

@@ -85,7 +85,7 @@ def test_a_chain_of_latents_is_the_unet_that_diffusers_samples_by_its_betas(tmp_
     )
     net = saved(LATENTS, LATENTS, run / "base" / "bundle", {"autoencoder": digest})
     export.export_diffusers(run / "base" / "bundle", tmp_path / "out")
-    theirs, scheduler = opened(tmp_path / "out", "UNet2DConditionModel", "DDPMScheduler")
+    theirs, scheduler = opened(tmp_path / "out", "UNet2DConditionModel", "DDIMScheduler")
     text, t = torch.randn(2, 5, 24), torch.tensor([3, 871])
     with torch.no_grad():
         wanted = net(X, t.float(), Conditioning(text=text))
@@ -94,6 +94,12 @@ def test_a_chain_of_latents_is_the_unet_that_diffusers_samples_by_its_betas(tmp_
     torch.testing.assert_close(scheduler.alphas_cumprod, bars, rtol=1e-4, atol=1e-6)
     assert scheduler.config.prediction_type == "v_prediction"
     assert not scheduler.config.clip_sample
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == schedules.timesteps("ldm_plus_one", 1000, 20).flip(0).tolist()
+    assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
+    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "DDIMScheduler"
+    assert diffusers_scheduler.process_of(config, image_size=32) == process_of(LATENTS, LATENTS.schedule)  # type: ignore[arg-type]
     assert theirs.config.sample_size == 16
     alone = tmp_path / "alone"
     (run / "base" / "bundle").rename(alone)
@@ -116,7 +122,7 @@ def test_a_chain_of_pixels_that_is_told_classes_answers_in_diffusers_as_here(tmp
     config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert isinstance(PIXELS.schedule, ScheduleSpec)
     process = process_of(PIXELS, PIXELS.schedule)
-    assert diffusers_scheduler.process_of(config, image_size=16, learned_variance=True) == process
+    assert diffusers_scheduler.process_of(config, image_size=16) == process
 
 
 def test_a_consistency_model_is_asked_by_diffusers_at_the_same_levels(tmp_path: Path) -> None:
@@ -145,12 +151,14 @@ def test_a_consistency_model_is_asked_by_diffusers_at_the_same_levels(tmp_path: 
 @pytest.mark.parametrize("kind", diffusers_scheduler.UNSAID)
 def test_what_a_scheduler_leaves_unsaid_is_what_diffusers_takes(kind: str) -> None:
     scheduler = getattr(diffusers, kind)()
-    found = diffusers_scheduler.process_of({"_class_name": kind}, image_size=64, learned_variance=False)
+    found = diffusers_scheduler.process_of({"_class_name": kind}, image_size=64)
     levels = levels_of(found)
     assert isinstance(levels, ScheduleSpec)
     torch.testing.assert_close(scheduler.betas.double(), schedules.betas(levels), rtol=1e-5, atol=1e-8)
     assert scheduler.config.get("prediction_type", "epsilon") == diffusers_scheduler.PREDICTIONS["eps"]
     assert found.predicts == "eps"
+    first = getattr(scheduler, "final_alpha_cumprod", 1.0) == scheduler.alphas_cumprod[0]
+    assert found.last == ("first" if first else "clean")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ FIRST = AutoencoderNetSpec(width=32, channel_mult=(1, 2), blocks=1)
 TINY = Published(
     PlainSpec(unet=UNET, in_channels=4, out_channels=4),
     "ldm",
-    Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012)),
+    Process(schedule="sqrt_linear", beta_range=(0.00085, 0.012), last="first"),
     FIRST,
     0.18215,
 )
@@ -313,21 +313,21 @@ def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refus
     process = published.published()["improved-upsampler-64-256"].process
     config = diffusers_scheduler.config_of(process)
     assert (config["num_train_timesteps"], config["beta_start"]) == (4000, 2.5e-5)
-    assert diffusers_scheduler.process_of(config, image_size=256, learned_variance=True) == process
+    assert diffusers_scheduler.process_of(config, image_size=256) == process
     squares = Process(schedule="sqrt_linear", timesteps=500, beta_range=(0.00085, 0.012))
     config = diffusers_scheduler.config_of(squares)
     assert config["beta_start"] == 0.00085
-    assert diffusers_scheduler.process_of(config, image_size=64, learned_variance=False) == squares
+    assert diffusers_scheduler.process_of(config, image_size=64) == squares
     with pytest.raises(LayoutError, match="diffusers tells t; it cannot be exported"):
         diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)
 
 
 def test_a_consistency_model_that_was_exported_is_asked_as_one_when_it_comes_back(tmp_path: Path) -> None:
     jumps = diffusers_scheduler.jumps_of(0.002, 80.0)
-    found = diffusers_scheduler.process_of(jumps, image_size=64, learned_variance=False)
+    found = diffusers_scheduler.process_of(jumps, image_size=64)
     assert found == published.published()["consistency-imagenet64"].process
     with pytest.raises(LayoutError, match=r"sigma_max is 40\.0, ours knows consistency models of 80\.0 only"):
-        diffusers_scheduler.process_of(jumps | {"sigma_max": 40.0}, image_size=64, learned_variance=False)
+        diffusers_scheduler.process_of(jumps | {"sigma_max": 40.0}, image_size=64)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +349,52 @@ def test_a_scheduler_of_another_process_is_refused(
     config: dict[str, Any], said: str, folder: Path, tmp_path: Path
 ) -> None:
     (folder.parent / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match=said):
+        exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
+    assert not (tmp_path / "back").exists()
+
+
+def test_an_enlarging_network_that_learned_its_variance_comes_back_as_one(tmp_path: Path) -> None:
+    """ADM's upsampler: six channels go in and six come out, and neither half is like the other."""
+    unet = UNetSpec(
+        width=32,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_at=(2,),
+        head_width=16,
+        level_scale=1.0,
+        image_channels=3,
+    )
+    process = published.ADM.but(image_size=16)
+    spec = NetworkSpec(source="adm", net=PlainSpec(unet=unet, out_channels=6), process=process)
+    bundle.save(tmp_path / "adm", spec, build(spec.net).state_dict(), parents={}, facts={})
+    folder = Path(export.export_diffusers(tmp_path / "adm", tmp_path / "folder")["path"])
+    exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
+    back = bundle.load(tmp_path / "back").trained.spec
+    assert isinstance(back, NetworkSpec)
+    assert isinstance(back.net, PlainSpec)
+    assert back.process == process
+    assert (back.net.in_channels, back.net.unet.image_channels, back.net.out_channels) == (3, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("learned_range", "of a variance that is learned: make variance_type"),
+        ("learned", "variance_type is 'learned', unknown to ours"),
+    ],
+)
+def test_a_variance_that_the_channels_contradict_is_refused(
+    kind: str, said: str, folder: Path, tmp_path: Path
+) -> None:
+    path, config = folder.parent / "scheduler" / "scheduler_config.json", folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"variance_type": kind}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 1}))
+    weights = exchange.weights_in_folder(folder, WEIGHTS)
+    weights["conv_in.weight"] = weights["conv_in.weight"][:, :1].contiguous()
+    for part in folder.glob("*.safetensors*"):
+        part.unlink()
+    save_file(weights, folder / WEIGHTS)
     with pytest.raises(LayoutError, match=said):
         exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
     assert not (tmp_path / "back").exists()
