@@ -15,7 +15,7 @@ from jobs.failures import Code, JobFailedError, code_elsewhere
 
 T = TypeVar("T")
 CUTS, PAUSE_S = 20, 3.0
-"""How many connections in a row may bring nothing new of a log, and the pause before the next."""
+"""How many connections to a log may fail in a row, and the pause before the next."""
 MOST_LINES = 15
 """Of what is shown of a job that failed: an empty one, a heading, the error, how the job ended."""
 PREFIX = re.compile(
@@ -187,14 +187,15 @@ class Cluster:
         """Whole lines of a job, as they are written, until it is over.
 
         A connection that is cut is made again; each begins with the whole log, of which what was told is
-        passed over.  It ends before the job where CUTS connections have brought nothing new.
+        passed over.  One has failed if it brought nothing new and the job could not be asked afterwards; or,
+        whatever the job says, if its error kept us from the begin of the log, or from the end.
 
         Raises:
-            ClusterError: The last of them could not even be made.
+            ClusterError: CUTS have failed in a row.
         """
         told = cuts = 0
         while True:
-            rest, passed = "", 0
+            rest, passed, failed, over = "", 0, None, False
             try:
                 for piece in self.pieces(job):
                     *lines, rest = (rest + piece).split("\n")
@@ -203,15 +204,18 @@ class Cluster:
                     if new:
                         told, cuts = passed, 0
                         yield from new
+            except ClusterError as error:
+                failed = error
+            try:
                 over = self.job(job.id).over
-            except ClusterError:
-                cuts += 1
-                if cuts == CUTS:
-                    raise
-            else:
-                cuts += 1
-                if over or cuts == CUTS:
-                    break
+                failed = failed if over or not told else None
+            except ClusterError as error:
+                failed = error
+            cuts = cuts + 1 if failed else 0
+            if failed and cuts == CUTS:
+                raise failed
+            if over and not failed:
+                break
             time.sleep(PAUSE_S)
         if rest:
             yield rest

@@ -1,5 +1,6 @@
 """A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
 
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from jobs import following
 from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
 from jobs.failures import line_of
-from jobs.following import MOST_LINES, Cluster, ClusterError, facts_of, first_error, merged, reason
+from jobs.following import (
+    MOST_LINES,
+    Cluster,
+    ClusterError,
+    JobFacts,
+    facts_of,
+    first_error,
+    merged,
+    reason,
+)
 from tests.answering import answering
 from workflows import worker
 from workflows.registry import split
@@ -171,6 +182,45 @@ def test_a_job_that_ray_lists_without_our_marks_is_known_by_its_name() -> None:
     assert (facts_of(job).run, facts_of(job).attempt, facts_of(job).over) == ("smoke", 2, True)
     job.submission_id = "raysubmit_x"
     assert (facts_of(job).run, facts_of(job).attempt) == ("", 0)
+
+
+class Cut(Cluster):
+    """A cluster that cuts each connection to a log; a job is over after so many questions, or unheard of."""
+
+    def __init__(self, *, questions: int, told: str = "begun\n", refuses: bool = False) -> None:
+        self.questions, self.told, self.refuses = questions, told, refuses
+
+    def pieces(self, _: JobFacts) -> Iterator[str]:
+        yield self.told
+        if self.refuses:
+            raise ClusterError("cut")
+        if not self.questions:
+            yield "done"
+
+    def job(self, _: str) -> JobFacts:
+        if self.questions < 0:
+            raise ClusterError("does not answer")
+        status = "RUNNING" if self.questions else "SUCCEEDED"
+        self.questions = max(0, self.questions - 1)
+        return JOB._replace(status=status)
+
+
+JOB = JobFacts("demo.1", "demo", 1, "RUNNING", "", "run", 0.0, 0.0)
+
+
+def test_a_job_that_says_it_is_at_work_is_followed_however_often_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(following, "PAUSE_S", 0.0)
+    many = 3 * following.CUTS
+    assert list(Cut(questions=many).follow(JOB)) == ["begun", "done"]
+    for lost in (
+        Cut(questions=-1),  # nobody answers
+        Cut(questions=0, refuses=True),  # the end is never seen
+        Cut(questions=10**9, refuses=True, told=""),  # nor the begin: a proxy that lets no log through
+    ):
+        with pytest.raises(ClusterError, match=r"cut|does not answer"):
+            list(lost.follow(JOB))
 
 
 def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
