@@ -118,11 +118,15 @@ def test_the_door_counts_steps_and_not_images() -> None:
 
 
 def test_a_client_that_goes_at_once_does_not_close_the_door() -> None:
-    async def burst() -> None:
-        door = Door(ROOM)
-        with pytest.raises(ConnectionError), door.let_in(1, 30, 120):
+    async def gone(door: Door) -> None:
+        with door.let_in(1, 30, 120):
             await asyncio.sleep(0.1)
             raise ConnectionError
+
+    async def burst() -> None:
+        door = Door(ROOM)
+        with pytest.raises(ConnectionError):
+            await gone(door)
         with door.let_in(1, 30, 120), door.let_in(10, 300, 120):
             assert door.images == 11
 
