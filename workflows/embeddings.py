@@ -38,11 +38,11 @@ from workflows.parts import (
     UNFINISHED,
     Part,
     finish,
-    is_whole,
     parts_of,
     plain_writer,
     refusal,
     resumed,
+    whole,
     write_json,
 )
 from workflows.progress import LINE_EVERY_S, clock
@@ -134,7 +134,8 @@ def facts_of(what: Embeddings) -> dict[str, Any]:
 def is_finished(what: Embeddings) -> bool:
     """True if every file is there as it was written, of the same data and CLIP."""
     facts = facts_of(what)
-    return facts.get("source") == what.source and all(is_whole(what.home, part) for part in parts_of(facts))
+    parts = parts_of(facts)
+    return facts.get("source") == what.source and len(whole(what.home, parts)) == len(parts)
 
 
 def made(what: Embeddings, told_to_stop: Callable[[], bool]) -> None:

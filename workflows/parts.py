@@ -15,6 +15,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ SOURCE = f"{UNFINISHED}/source.json"
 LOCK = f"{UNFINISHED}/lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A write that failed for want of room: nothing is wrong with what was asked for."""
+AT_ONCE, LONG = 16, 10**10
+"""Files that are read side by side, and how many bytes of them are told of before."""
 
 
 class DestinationError(ValueError):
@@ -287,7 +290,7 @@ def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> di
                 good.append(part)
             else:
                 stale.append(name)
-        known = {part.shard: part for part in good if is_whole(home, part)}
+        known = {part.shard: part for part in whole(home, good)}
         if not same:  # notes of another source never stand beside this one, and at every moment it is ours
             for name in stale:
                 home.drop(name)
@@ -342,11 +345,12 @@ def notes(home: Home) -> list[str]:
     return [f"{UNFINISHED}/{name}" for name in home.at(UNFINISHED).names() if fnmatch(name, "part-*.json")]
 
 
-def noted(home: Home) -> Iterator[tuple[str, Part | None]]:
+def noted(home: Home) -> list[tuple[str, Part | None]]:
     """The notes that an earlier run left, each with its part; None if it was cut: that is made again."""
-    for name in notes(home):
-        found = parts_of({"parts": [home.facts(name)]})
-        yield name, found[0] if found else None
+    names = notes(home)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = pool.map(lambda name: parts_of({"parts": [home.facts(name)]}), names)
+        return [(name, parts[0] if parts else None) for name, parts in zip(names, found, strict=True)]
 
 
 def data_digest(facts: dict[str, Any]) -> str:
@@ -365,15 +369,21 @@ def parts_of(facts: dict[str, Any]) -> list[Part]:
         return []
 
 
-def is_whole(home: Home, part: Part) -> bool:
-    """True if the file is there and its bytes are those that were written.
+def whole(home: Home, parts: Sequence[Part]) -> list[Part]:
+    """Those of some parts whose file is there and whose bytes are those that were written.
 
-    A store shows an object when all of it has arrived, and its pages are checked when they are read; a
-    file system may have lost or changed bytes after a crash.
+    A store shows an object when all of it has arrived, and its pages are checked when they are read, so one
+    listing tells; a file system may have lost or changed bytes after a crash, so every byte is read.
     """
-    if home.size(part.file) != part.bytes:
-        return False
-    return home.stored or sealed.sha256(home.here / part.file) == part.sha256
+    sizes = home.sizes()
+    there = [part for part in parts if sizes.get(part.file) == part.bytes]
+    if home.stored:
+        return there
+    if (size := sum(part.bytes for part in there)) > LONG:
+        log.info("%s: reading %d finished parts again, %.0f GB", home.address, len(there), size / 1e9)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        same = pool.map(lambda part: sealed.sha256(home.here / part.file) == part.sha256, there)
+        return [part for part, kept in zip(there, same, strict=True) if kept]
 
 
 def write_json(home: Home, name: str, content: dict[str, Any]) -> None:

@@ -141,6 +141,20 @@ def test_what_an_earlier_run_finished_stays_and_what_it_spoilt_goes(tmp_path: Pa
     assert list(out.glob("*part*")) == []
 
 
+def test_of_thousands_of_parts_a_store_is_asked_by_one_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, out = spec_of(tars(tmp_path, 3), 3), Home.of(f"memory://listed/{tmp_path.name}")
+    resumed(out, "s")
+    for shard in range(3):
+        list(write_part(out, shard, f"{tmp_path}/{shard:05d}.tar", spec))
+    out.drop("part-00001.parquet")
+    asked = list[str]()
+    monkeypatch.setattr(Home, "size", lambda _, name: asked.append(name))
+    assert resumed(out, "s").keys() == {0, 2}
+    assert asked == []
+
+
 @pytest.mark.parametrize("failure", [ConnectionError, PermissionError])
 def test_a_shard_that_a_store_did_not_give_is_read_by_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[OSError]
