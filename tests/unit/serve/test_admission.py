@@ -19,8 +19,8 @@ from serve.admission import Door
 from serve.ingress import Api
 from serve.openai_api import ApiError, GenerationRequest
 from serve.painter import Painter
+from tests.unit.serve.endpoint import DIGEST, EngineLink
 from tests.unit.serve.gaussian import GaussianHop
-from tests.unit.serve.test_ingress import DIGEST, EngineLink
 
 HOW = SamplingSpec(num_steps=2, guidance_scale=1.0)
 CASCADE = CascadeSpec(

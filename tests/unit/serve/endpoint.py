@@ -1,0 +1,97 @@
+"""The application over two hops in this process, and what its answers must look like."""
+
+import asyncio
+import base64
+from typing import Any
+
+import torch
+from fastapi.testclient import TestClient
+
+from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
+from dd_core.precision import Precision
+from dd_core.samplers import SamplingSpec
+from serve import painter as painting
+from serve.engine import Engine
+from serve.ingress import Api
+from serve.painter import Painter
+from tests.unit.serve.gaussian import GaussianHop
+
+DIGEST = "ab" * 32
+
+BASE = SamplingSpec(num_steps=3, guidance_scale=1.0)
+
+LAST = SamplingSpec(num_steps=2, guidance_scale=1.0)
+
+CASCADE = CascadeSpec(
+    name="demo",
+    hops=(HopSpec(stage="base", how=BASE, follows_request=True), HopSpec(stage="upsampler", how=LAST)),
+    context_length=16,
+    image_size=4,
+)
+
+URL = "/v1/images/generations"
+
+
+class EngineLink:
+    """A hop in this process: its engine, without Ray in between."""
+
+    def __init__(self, hop: GaussianHop) -> None:
+        self.hop, self.engine = hop, Engine(hop, max_rows=8)
+        self.running: asyncio.Task[None] | None = None
+        self.hows: list[SamplingSpec] = []
+        self.labels: list[torch.Tensor | None] = []
+        self.failing: Exception | None = None
+        self.digest = DIGEST
+        self.precision: Precision = "auto"
+        self.computes = "bf16"
+
+    async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
+        self.running = self.running or asyncio.create_task(self.engine.run())
+        self.hows.append(how)
+        self.labels.append(state.label)
+        if self.failing:
+            raise self.failing
+        return await self.engine.submit(state, how, timeout_s=timeout_s)
+
+    async def ready(self) -> painting.Served:
+        if self.failing:
+            raise self.failing
+        return painting.Served(self.digest, self.precision, self.computes)
+
+
+class Served:
+    """The application over two hops, and its client."""
+
+    def __init__(
+        self,
+        timeout_s: float = 20,
+        *,
+        room: int = 16,
+        by_class: bool = False,
+        cascade: CascadeSpec = CASCADE,
+        **more: Any,
+    ) -> None:
+        self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
+        painter = Painter(cascade, DIGEST, self.links, precision="auto", by_class=by_class, **more)
+        self.api = Api(painter, created=1_700_000_000, room=room, timeout_s=timeout_s, max_body_bytes=20_000)
+        self.app = self.api.app()
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def post(self, **body: Any) -> Any:
+        return self.client.post(URL, json={"prompt": "a red circle"} | body)
+
+
+def pngs(answer: Any) -> list[bytes]:
+    assert answer.status_code == 200, answer.text
+    return [base64.b64decode(item["b64_json"]) for item in answer.json()["data"]]
+
+
+def refused(answer: Any, status: int, param: str | None = None) -> str:
+    """The message of an error, whose form is checked."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["type"] == ("invalid_request_error" if status < 429 else "server_error")
+    assert answer.headers["x-request-id"]
+    return error["message"]

@@ -1,0 +1,121 @@
+"""What a request gets when hops fail, time runs out, the room is full or the client goes."""
+
+import asyncio
+import concurrent.futures
+import json
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from dd_core.cascade import CascadeState
+from serve.painter import HopLostError
+from tests.unit.serve.endpoint import LAST, URL, Served, pngs, refused
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "header"),
+    [
+        (TimeoutError(), 504, "deadline_exceeded", ("x-should-retry", "false")),
+        (HopLostError("no replica", again=True), 503, "unavailable", ("retry-after", "2")),
+        (torch.OutOfMemoryError("CUDA out of memory"), 503, "unavailable", ("retry-after", "2")),
+        (HopLostError("two died", again=False), 500, "replica_died", ("x-should-retry", "false")),
+        (FloatingPointError(), 500, "not_finite", ("x-should-retry", "false")),
+    ],
+)
+def test_each_failure_of_a_hop_says_whether_to_come_back(
+    error: Exception, status: int, code: str, header: tuple[str, str]
+) -> None:
+    one = Served()
+    with one.client:
+        one.links["upsampler"].failing = error
+        answer = one.post(n=2)
+    refused(answer, status)
+    assert answer.json()["error"]["code"] == code
+    assert answer.headers[header[0]] == header[1]
+
+
+def test_a_fault_of_ours_shows_nothing_of_the_inside_and_logs_no_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one = Served()
+    with one.client, caplog.at_level(logging.DEBUG):
+        one.links["base"].failing = RuntimeError("/secret/path says: a red circle")
+        answer = one.post()
+    message = refused(answer, 500)
+    assert message == f"internal error; the server's log has it as {answer.headers['x-request-id']}"
+    assert answer.headers["x-request-id"] in caplog.text
+    assert "RuntimeError" in caplog.text
+    assert "red circle" not in caplog.text
+
+
+@pytest.mark.parametrize("patience", ["0.2", "5", "-1", "nan", "inf", "soon"])
+def test_the_deadline_is_the_shorter_of_the_server_s_and_the_client_s(patience: str) -> None:
+    one = Served(timeout_s=0.4)
+    with one.client:
+        one.links["base"].hop.gate.clear()
+        answer = one.client.post(URL, json={"prompt": "a"}, headers={"x-stainless-read-timeout": patience})
+        one.links["base"].hop.gate.set()
+        assert refused(answer, 504) == f"not finished in {'0.2' if patience == '0.2' else '0.4'} s"
+
+
+def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop() -> None:
+    one = Served(room=4)
+    base, last = (one.links[stage] for stage in ("base", "upsampler"))
+    with one.client, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        last.hop.gate.clear()
+        begun = [pool.submit(one.post, n=3)]
+        while not last.engine.active:
+            time.sleep(0.01)
+        asked = len(base.hows)
+        answer = one.post(n=2)
+        assert refused(answer, 429) == "busy: too many images wait; try again later"
+        assert (answer.json()["error"]["code"], answer.headers["retry-after"]) == ("busy", "1")
+        refused(one.post(n=2, style="vivid"), 400, "style")  # which no later time would mend
+        assert len(base.hows) == asked
+        begun.append(pool.submit(one.post, n=1))
+        while one.api.door.images < 4:
+            time.sleep(0.01)
+        last.hop.gate.set()
+        assert [len(pngs(request.result())) for request in begun] == [3, 1]
+        assert len(pngs(one.post(n=9))) == 9  # alone
+
+
+def test_one_failing_image_of_several_stops_the_others() -> None:
+    one = Served(timeout_s=20)
+    with one.client:
+        one.links["upsampler"].failing = HopLostError("gone", again=True)
+        refused(one.post(n=8, num_inference_steps=3), 503)
+        time.sleep(0.1)
+        assert one.links["base"].engine.load() == 0
+
+
+def test_a_client_that_goes_away_frees_every_hop_whatever_its_headers_say() -> None:
+    body = json.dumps({"prompt": "a", "n": 4, "num_inference_steps": 250}).encode()
+    one = Served()
+    base = one.links["base"]
+
+    async def scenario() -> int:
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            while len(base.hop.batches) < 5:
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json"), (b"x-request-disconnect-disabled", b"?1")]
+        scope = {"type": "http", "method": "POST", "path": URL, "headers": headers, "query_string": b""}
+        await one.app(scope, receive, send)
+        seen = len(base.hop.batches)
+        await base.engine.submit(CascadeState([0], torch.zeros(1, 16).long()), LAST, timeout_s=9)
+        return len(base.hop.batches) - seen
+
+    assert asyncio.run(scenario()) <= 1 + 2
+    assert base.engine.load() == 0
