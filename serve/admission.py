@@ -18,15 +18,17 @@ class Door:
     """Counts who is inside, and measures seconds per unit of work with as many side by side as there are.
 
     Work is in steps: images times the steps of their plan.  Time that ended in no image (a deadline, a client
-    that has gone) is counted too, so waste closes the door; a request alone is always let in, so it opens
-    again.
+    that has gone) is counted too, so waste closes the door; as many requests as may have a replica each are
+    let in whatever the pace, so it opens again, and replicas are started for what is slow.
 
     Args:
         room: Images that may be inside at once; a single request of more is let in alone.
+        replicas: How many there may be of the hop that has the fewest.
     """
 
-    def __init__(self, room: int) -> None:
-        self.room, self.images, self.work = room, 0, 0
+    def __init__(self, room: int, replicas: int = 1) -> None:
+        self.room, self.replicas = room, replicas
+        self.requests = self.images = self.work = 0
         self.busy_s, self.done = 0.0, 0.0  # of the same requests, the older the less
         self.since = 0.0
         """When a request last left, or the first came in; of the loop's clock, in seconds."""
@@ -43,13 +45,14 @@ class Door:
         Raises:
             ApiError: 429, with when there will be room: it would wait too long, or too many are inside.
         """
-        if self.images and (over_s := self.over(images, work, patience_s)) > 0:
+        if self.requests >= self.replicas and (over_s := self.over(images, work, patience_s)) > 0:
             after = math.ceil(min(max(over_s, 1), LONGEST_RETRY_S))
             told = "busy: too many images wait; try again later"
             raise ApiError(429, told, code="busy", headers={"Retry-After": str(after)})
         clock = asyncio.get_running_loop().time
-        if not self.images:
+        if not self.requests:
             self.since = clock()
+        self.requests += 1
         self.images += images
         self.work += work
         painted = 0
@@ -57,6 +60,7 @@ class Door:
             yield
             painted = work
         finally:
+            self.requests -= 1
             self.images -= images
             self.work -= work
             now = clock()

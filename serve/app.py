@@ -32,6 +32,7 @@ from dd_core.precision import Precision
 from dd_core.sealed import MANIFEST
 from dd_core.stages import StageSpec
 from serve import code
+from serve.admission import Door
 from serve.fetching import in_a_store, on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
@@ -82,7 +83,7 @@ class Ingress:
         self.api = Api(
             painter,
             created=created,
-            room=spec.room(links),
+            door=Door(spec.room(links), spec.replicas(links)),
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
         )

@@ -75,3 +75,8 @@ class ServeSpec(Spec):
         """
         least = min(self.hops.get(stage, self.hop).room for stage in stages)
         return max(1, least // self.ingress_replicas)
+
+    def replicas(self, stages: Iterable[str]) -> int:
+        """How many there may be, for one ingress, of the hop with the fewest of these stages."""
+        least = min(self.hops.get(stage, self.hop).most_replicas for stage in stages)
+        return max(1, least // self.ingress_replicas)

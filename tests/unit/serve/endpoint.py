@@ -11,6 +11,7 @@ from dd_core.cascade import CascadeSpec, CascadeState, HopSpec
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from serve import painter as painting
+from serve.admission import Door
 from serve.engine import Engine
 from serve.ingress import Api
 from serve.painter import Painter
@@ -73,7 +74,8 @@ class Served:
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
         painter = Painter(cascade, DIGEST, self.links, precision="auto", by_class=by_class, **more)
-        self.api = Api(painter, created=1_700_000_000, room=room, timeout_s=timeout_s, max_body_bytes=20_000)
+        limits = {"timeout_s": timeout_s, "max_body_bytes": 20_000}
+        self.api = Api(painter, created=1_700_000_000, door=Door(room), **limits)
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
 

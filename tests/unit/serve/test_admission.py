@@ -4,6 +4,7 @@ The real door, painter and engine, on a clock that jumps from event to event; on
 """
 
 import asyncio
+import contextlib
 import heapq
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -78,7 +79,7 @@ def simulated(step_s: float, scenario: Callable[[Api], Awaitable[Any]]) -> Any:
         loop = runner.get_loop()
         assert isinstance(loop, JumpingLoop)
         painter = Painter(CASCADE, DIGEST, {"base": EngineLink(SlowHop(loop, step_s))}, precision="auto")
-        api = Api(painter, created=0, room=ROOM, timeout_s=120, max_body_bytes=20_000)
+        api = Api(painter, created=0, door=Door(ROOM), timeout_s=120, max_body_bytes=20_000)
         return runner.run(scenario(api))  # type: ignore[arg-type]
 
 
@@ -132,3 +133,18 @@ def test_a_client_that_goes_at_once_does_not_close_the_door() -> None:
 
     with asyncio.Runner(loop_factory=JumpingLoop) as runner:
         runner.run(burst())
+
+
+def test_what_is_slow_is_let_in_beside_others_where_each_may_have_a_replica() -> None:
+    async def crowded() -> None:
+        door = Door(4 * ROOM, replicas=4)
+        with door.let_in(1, 30, 120):
+            await asyncio.sleep(60)
+        with contextlib.ExitStack() as inside:
+            for _ in range(4):
+                inside.enter_context(door.let_in(1, 30, 120))
+            with pytest.raises(ApiError, match="busy"):
+                inside.enter_context(door.let_in(1, 30, 120))
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        runner.run(crowded())

@@ -54,6 +54,7 @@ def test_the_door_lets_in_what_the_hop_with_the_least_room_takes_in_all_its_repl
     assert spec.room(["base", "upsampler"]) == 30
     assert spec.room(["upsampler"]) == 8 + 64
     assert spec.but(ingress_replicas=2).room(["base", "upsampler"]) == 15
+    assert (spec.replicas(["base"]), spec.replicas(["base", "upsampler"])) == (3, 1)
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3, 7])

@@ -16,6 +16,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.steering import GradientSpec
 from jobs.recipes import consistency, ddpm, guided
+from serve.admission import Door
 from serve.engine import RefusedError
 from serve.ingress import Api
 from serve.openai_api import EFFORT, GenerationRequest
@@ -52,7 +53,7 @@ def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop
     own: int, quality: Any, steps: int
 ) -> None:
     order = Api(
-        Painter(CASCADE, DIGEST, {}, precision="auto"), created=0, room=1, timeout_s=1, max_body_bytes=1
+        Painter(CASCADE, DIGEST, {}, precision="auto"), created=0, door=Door(1), timeout_s=1, max_body_bytes=1
     ).order(GenerationRequest(prompt="a", quality=quality))
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)
     assert chosen(hop, order).num_steps == steps
