@@ -45,7 +45,7 @@ class Door:
         Raises:
             ApiError: 429, with when there will be room: it would wait too long, or too many are inside.
         """
-        if self.requests >= self.replicas and (over_s := self.over(images, work, patience_s)) > 0:
+        if self.requests and (over_s := self.over(images, work, patience_s)) > 0:
             after = math.ceil(min(max(over_s, 1), LONGEST_RETRY_S))
             told = "busy: too many images wait; try again later"
             raise ApiError(429, told, code="busy", headers={"Retry-After": str(after)})
@@ -70,7 +70,8 @@ class Door:
 
     def over(self, images: int, work: int, patience_s: float) -> float:
         """Seconds until there is room for a request, where there are others; 0 if there is."""
-        late_s = (self.work + work) * self.pace - SURE * patience_s
+        slow = self.requests >= self.replicas
+        late_s = (self.work + work) * self.pace - SURE * patience_s if slow else 0.0
         crowd = (self.images + images - self.room) / self.images
         full_s = max(1.0, crowd * self.work * self.pace) if crowd > 0 else 0.0
         return max(0.0, late_s, full_s)

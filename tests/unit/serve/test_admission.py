@@ -137,11 +137,14 @@ def test_a_client_that_goes_at_once_does_not_close_the_door() -> None:
 
 def test_what_is_slow_is_let_in_beside_others_where_each_may_have_a_replica() -> None:
     async def crowded() -> None:
-        door = Door(4 * ROOM, replicas=4)
+        door = Door(5, replicas=4)
         with door.let_in(1, 30, 120):
             await asyncio.sleep(60)
         with contextlib.ExitStack() as inside:
-            for _ in range(4):
+            inside.enter_context(door.let_in(1, 30, 120))
+            with pytest.raises(ApiError, match="busy"):
+                inside.enter_context(door.let_in(5, 30, 120))  # there is no room for so many
+            for _ in range(3):
                 inside.enter_context(door.let_in(1, 30, 120))
             with pytest.raises(ApiError, match="busy"):
                 inside.enter_context(door.let_in(1, 30, 120))
