@@ -71,7 +71,7 @@ def side_by_side(
             first = error
             stop.ask()
         elif error is not None:
-            log.warning("%s", error)
+            log.warning("%s", str(error) or repr(error))
     if first is not None:
         raise first
     return {name: made[name] for name in parents if name in made}

@@ -30,7 +30,7 @@ class Stop:
 
 
 class Steps:
-    """Steps that begin when the scheduler says and end when the test says."""
+    """Steps that begin when the scheduler says and end when the test says, at the latest with the test."""
 
     def __init__(self, parents: dict[str, list[str]], at_once: int) -> None:
         self.parents, self.at_once, self.stop = parents, at_once, Stop()
@@ -39,6 +39,16 @@ class Steps:
         self.result: dict[str, str] | BaseException | None = None
         self.thread = threading.Thread(target=self.schedule, daemon=True)
         self.thread.start()
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A test that is broken off (hypothesis gives up examples) leaves no thread that complains later."""
+        self.stop.ask()
+        for end in self.ends.values():
+            end.put(None)
+        self.thread.join(WAIT_S)
 
     def schedule(self) -> None:
         try:
@@ -86,19 +96,19 @@ def turns(parents: dict[str, list[str]], begun: set[str], ended: set[str], free:
 def test_every_step_runs_once_after_its_parents_in_the_order_of_the_list_and_so_many_at_a_time(
     parents: dict[str, list[str]], at_once: int, data: st.DataObject
 ) -> None:
-    steps = Steps(parents, at_once)
-    begun, ended = set[str](), set[str]()
-    while len(ended) < len(parents):
-        now = turns(parents, begun, ended, at_once - len(begun - ended))
-        steps.expect(now)
-        begun |= now
-        one = data.draw(st.sampled_from(sorted(begun - ended)))
-        steps.ends[one].put(None)
-        ended.add(one)
-    steps.over()
-    assert steps.result == {name: name.upper() for name in parents}
-    assert list(steps.result) == list(parents)
-    assert not steps.stop.asked
+    with Steps(parents, at_once) as steps:
+        begun, ended = set[str](), set[str]()
+        while len(ended) < len(parents):
+            now = turns(parents, begun, ended, at_once - len(begun - ended))
+            steps.expect(now)
+            begun |= now
+            one = data.draw(st.sampled_from(sorted(begun - ended)))
+            steps.ends[one].put(None)
+            ended.add(one)
+        steps.over()
+        assert steps.result == {name: name.upper() for name in parents}
+        assert list(steps.result) == list(parents)
+        assert not steps.stop.asked
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,34 +116,34 @@ def test_every_step_runs_once_after_its_parents_in_the_order_of_the_list_and_so_
 def test_the_first_failure_begins_nothing_more_tells_the_others_once_and_is_raised(
     parents: dict[str, list[str]], at_once: int, data: st.DataObject
 ) -> None:
-    steps = Steps(parents, at_once)
-    begun, ended, bad = set[str](), set[str](), data.draw(st.sampled_from(sorted(parents)))
-    while True:
-        now = turns(parents, begun, ended, at_once - len(begun - ended))
-        steps.expect(now)
-        begun |= now
-        one = data.draw(st.sampled_from(sorted(begun - ended)))
-        ended.add(one)
-        if one == bad:
-            break
-        steps.ends[one].put(None)
-    steps.ends[bad].put(ValueError(bad))
-    assert steps.stop.told.wait(WAIT_S)
-    for number, one in enumerate(sorted(begun - ended)):  # those beside it end as they like
-        steps.ends[one].put(RuntimeError("told to stop") if number % 2 else None)
-    steps.over()
-    assert isinstance(steps.result, ValueError)
-    assert str(steps.result) == bad
-    assert steps.stop.times == 1
+    with Steps(parents, at_once) as steps:
+        begun, ended, bad = set[str](), set[str](), data.draw(st.sampled_from(sorted(parents)))
+        while True:
+            now = turns(parents, begun, ended, at_once - len(begun - ended))
+            steps.expect(now)
+            begun |= now
+            one = data.draw(st.sampled_from(sorted(begun - ended)))
+            ended.add(one)
+            if one == bad:
+                break
+            steps.ends[one].put(None)
+        steps.ends[bad].put(ValueError(bad))
+        assert steps.stop.told.wait(WAIT_S)
+        for number, one in enumerate(sorted(begun - ended)):  # those beside it end as they like
+            steps.ends[one].put(RuntimeError("told to stop") if number % 2 else None)
+        steps.over()
+        assert isinstance(steps.result, ValueError)
+        assert str(steps.result) == bad
+        assert steps.stop.times == 1
 
 
 def test_a_stop_asked_by_somebody_else_begins_nothing_more_and_hands_back_what_was_made() -> None:
-    steps = Steps({"a": [], "b": ["a"], "c": []}, at_once=1)
-    steps.expect({"a"})
-    steps.stop.ask()
-    steps.ends["a"].put(None)
-    steps.over()
-    assert steps.result == {"a": "A"}
+    with Steps({"a": [], "b": ["a"], "c": []}, at_once=1) as steps:
+        steps.expect({"a"})
+        steps.stop.ask()
+        steps.ends["a"].put(None)
+        steps.over()
+        assert steps.result == {"a": "A"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
