@@ -173,6 +173,7 @@ def test_consistency_models() -> None:
 )
 def test_latent_diffusion(changes: dict[str, Any], theirs: dict[str, Any], layout: AdmLayout) -> None:
     pytest.importorskip("einops", reason="latent diffusion needs einops")
+    pytest.importorskip("omegaconf", reason="latent diffusion needs omegaconf")
     path = checkout("CompVis/latent-diffusion", "ldm/modules/diffusionmodules/openaimodel.py")
     text = torch.randn(2, 5, 24) if "context_dim" in theirs else None
     with importing(path) as load:
@@ -196,6 +197,7 @@ def test_latent_diffusion(changes: dict[str, Any], theirs: dict[str, Any], layou
 def test_the_second_stable_diffusion(vector: bool) -> None:
     """Linear layers into its transformers, and a vector beside the timestep for its unCLIP."""
     pytest.importorskip("einops", reason="Stable Diffusion needs einops")
+    pytest.importorskip("omegaconf", reason="Stable Diffusion needs omegaconf")
     path = checkout("Stability-AI/stablediffusion", "ldm/modules/diffusionmodules/openaimodel.py")
     x, text, embedding = image(), torch.randn(2, 5, 24), torch.randn(2, 7)
     options = {"num_head_channels": 16, "use_spatial_transformer": True, "context_dim": 24, "legacy": False}

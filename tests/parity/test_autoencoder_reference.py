@@ -48,6 +48,7 @@ class Theirs(nn.Module):
 )
 def test_both_halves(spec: AutoencoderNetSpec) -> None:
     pytest.importorskip("einops", reason="latent diffusion needs einops")
+    pytest.importorskip("omegaconf", reason="latent diffusion needs omegaconf")
     path = checkout("CompVis/latent-diffusion", "ldm/modules/diffusionmodules/model.py")
     options = {
         "ch": spec.width,
@@ -81,6 +82,7 @@ def test_both_halves(spec: AutoencoderNetSpec) -> None:
 
 def test_the_codebook() -> None:
     pytest.importorskip("einops", reason="taming transformers needs einops")
+    pytest.importorskip("omegaconf", reason="taming transformers needs omegaconf")
     path = checkout("CompVis/taming-transformers", "taming/modules/vqvae/quantize.py")
     latent = torch.randn(3, 4, 6, 5)
     with importing(path) as load:

@@ -14,12 +14,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from dd_core.layouts.clip import OPEN_CLIP
 from dd_core.layouts.importing import imported, moves_of
 from dd_core.layouts.ldm import AUTOENCODER, UNET, autoencoder_moves
 from dd_core.layouts.moves import fitted, inward
 from dd_core.layouts.published import AUTOENCODERS, published
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.network import build
+from dd_core.towers import open_clip
 from tests.parity.reference import SHIMS, checkout, importing
 
 pytestmark = pytest.mark.parity
@@ -244,8 +246,12 @@ class Halves(nn.Module):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_latent_and_stable_diffusion(name: str) -> None:
-    """UNet and autoencoder of the configuration, in one file."""
+    """UNet and autoencoder of the configuration, and open_clip's text tower where it reads, in one file.
+
+    The text tower of Stable Diffusion 1 is transformers'; tests/parity/test_stable_diffusion.py reads that.
+    """
     pytest.importorskip("einops", reason="latent diffusion needs einops")
+    pytest.importorskip("omegaconf", reason="latent diffusion needs omegaconf")
     repository, config = CONFIGS[name]
     path = checkout(repository, config)
     model = yaml.safe_load((path / config).read_text())["model"]["params"]
@@ -256,14 +262,23 @@ def test_latent_and_stable_diffusion(name: str) -> None:
     state = {UNET + key: t for key, t in theirs.items()}
     state |= {AUTOENCODER + key: t for key, t in first.state_dict().items()}
     source = published()[name]
-    found = imported(source._replace(latent_scale=source.latent_scale or 1.0), [state], averaged=False)
+    source = source._replace(latent_scale=source.latent_scale or 1.0)
+    if source.layout == "ldm":
+        source = source._replace(reader=None)
+    if source.reader is not None:
+        with torch.device("meta"):
+            tower = open_clip().CLIP(**open_clip().get_model_config("ViT-H-14")).state_dict()
+        state |= {OPEN_CLIP + key: t for key, t in tower.items() if not key.startswith("visual.")}
+    found = imported(source, [state], averaged=False)
     assert found.weights
     assert found.autoencoder
+    assert (found.reader is None) == (source.reader is None)
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_the_first_stages_of_latent_diffusion(name: str) -> None:
     pytest.importorskip("einops", reason="latent diffusion needs einops")
+    pytest.importorskip("omegaconf", reason="latent diffusion needs omegaconf")
     config = f"models/first_stage_models/{name.removeprefix('ldm-')}/config.yaml"
     path = checkout("CompVis/latent-diffusion", config)
     params = yaml.safe_load((path / config).read_text())["model"]["params"]
