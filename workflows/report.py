@@ -17,12 +17,12 @@ from dd_core.bundle import Cascade
 from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
+from workflows.journal import curves
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
 from workflows.samples import device, heading
 from workflows.storage import Home
 from workflows.superseded import MADE_OF
-from workflows.tracking import curves
 
 SHEETS = ("prompts", "denoising", "noising", "reconstructions")
 """What the page shows, each as NAME.png in a run's directory, for MLflow."""
