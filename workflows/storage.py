@@ -140,11 +140,7 @@ class Home(NamedTuple):
 
     def facts(self, name: str) -> dict[str, Any]:
         """A small JSON object; empty if it is not there or was cut."""
-        try:
-            found = json.loads(self.text(name))
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        return parsed(self.text(name))
 
     # changing it
 
@@ -281,6 +277,15 @@ class Home(NamedTuple):
         (draft / sealed.MANIFEST).write_text(manifest)
         shutil.rmtree(self.here, ignore_errors=True)
         draft.rename(self.here)
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A JSON object; empty if it was cut or is something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_address(place: str) -> bool:
