@@ -17,6 +17,7 @@ from dd_core.bundle import Cascade
 from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
+from workflows.evaluation import VERDICTS
 from workflows.journal import curves
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
@@ -191,7 +192,7 @@ def judged_grid(run: Path, count: int = 64) -> str:
 
 def verdicts_of(run: Path) -> list[dict[str, Any]]:
     """What was said of each picture; empty if nothing was kept."""
-    path = run / "evaluation" / "verdicts.jsonl"
+    path = run / "evaluation" / VERDICTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
