@@ -211,7 +211,7 @@ def judged(
         found.append(list(zip(cosines.tolist(), nearest.tolist(), strict=True)))
     failures = [UNREADABLE * (row is None) for row in own]
     return [
-        Verdict(caption, *ours, *true, failure)
+        Verdict(caption, *ours, *true)._replace(failure=failure)
         for caption, ours, true, failure in zip(captions, *found, failures, strict=True)
     ]
 
