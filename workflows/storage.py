@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +182,14 @@ class Home(NamedTuple):
                     fs.rm_file(f"{address}/{sealed.MANIFEST}")
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm(address, recursive=True)
+
+    def drop_files(self, names: Sequence[str]) -> None:
+        """Remove plain files; a store is asked for all of them at once."""
+        for name in names:
+            (self.here / name).unlink(missing_ok=True)
+        if self.stored and names:
+            with said(self.address), contextlib.suppress(FileNotFoundError):
+                store(self.root).rm([self.at(name).address for name in names])
 
     # between this machine and the store; all of it nothing where the directory is one for all
 
