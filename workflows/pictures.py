@@ -211,7 +211,10 @@ def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " 
 
 
 def prepared_captions(data: Path, count: int) -> list[str]:
-    """Of the last files of prepared data the captions that were held out, then the last of the others."""
+    """Of the last files of prepared data the captions that were held out, then the last of the others.
+
+    None before data are prepared.
+    """
     marks = ("", HELD_OUT) if Home.of(data).facts(MANIFEST).get("held_out") else ("",)
     return [row["caption"] for mark in marks for row in last_rows(data, ("caption",), count, mark)][-count:]
 

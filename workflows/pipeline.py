@@ -35,8 +35,6 @@ from workflows.storage import Home, StorageError
 from workflows.tracking import Tracked
 from workflows.train_spec import TrainSpec
 
-__all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
-
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
 SHOWN = ("train/loss", "time/samples_per_second", "time/remaining_estimate")

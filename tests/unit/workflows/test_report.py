@@ -91,7 +91,7 @@ def test_data_that_lie_elsewhere_are_shown_too_with_their_own_captions(tmp_path:
     said = Page(write_report(run).read_text()).said
     assert "Noising" in said
     assert "dB PSNR" in said
-    assert report.captions(report.data_of(run, report.summary_of(run)), 2)
+    assert pictures.prepared_captions(report.data_of(run, report.summary_of(run)), 2)
 
 
 def test_of_prepared_data_no_more_is_read_than_is_shown_and_what_is_read_is_checked(
@@ -138,7 +138,7 @@ def test_a_last_part_without_a_usable_pair_is_passed_over(tmp_path: Path) -> Non
         prepared.mkdir()
         write_parts(prepared, [str(tar) for tar in tars], spec)
     pairs = data / "prepared"
-    assert report.captions(with_empty, 16) == report.captions(pairs, 16)
+    assert pictures.prepared_captions(with_empty, 16) == pictures.prepared_captions(pairs, 16)
     for count in (1, 6, 100):
         ours, theirs = (pictures.prepared_images(place, 64, count)[0] for place in (pairs, with_empty))
         assert len(ours) == min(count, 12)
