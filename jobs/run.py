@@ -35,9 +35,10 @@ from jobs.source import source_tags
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.parents import parent_home
 from workflows.pictures import SHOWN, last_parts
-from workflows.pipeline import RunResult, RunSpec, run_pipeline, run_stage, seconds_of, timed
+from workflows.pipeline import RunResult, run_pipeline, run_stage, seconds_of, timed
 from workflows.registry import CURRENT
 from workflows.report import SHEETS, write_report
+from workflows.run_spec import RunSpec
 from workflows.standing import standings
 from workflows.storage import Home
 from workflows.superseded import MADE_OF

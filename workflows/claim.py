@@ -18,10 +18,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from workflows.again import Again
-from workflows.storage import Home, StorageError
+from workflows.storage import Home, StorageError, parsed
 
 log = logging.getLogger(__name__)
 LOOK_S, RENEW_S, DEAD_S = 1.0, 5.0, 60.0
@@ -88,6 +87,11 @@ def locked(path: Path, text: str) -> Iterator[str]:
         yield before
 
 
+def holder(lease: str) -> str:
+    """Who works there by the text of a lease."""
+    return str(parsed(lease).get("who", "another process"))
+
+
 class Lease:
     """A small file in a store that says who works there; changed while that process lives."""
 
@@ -107,32 +111,39 @@ class Lease:
         Raises:
             TakenError: Somebody does.
         """
-        while (theirs := self.home.facts(self.name)) or not self.home.create(self.name, self.text()):
-            if theirs.get("token", "?") not in before:
+        while (theirs := self.seen()) is not None or not self.home.create(self.name, self.text()):
+            if theirs is None:  # another was faster
+                continue
+            if parsed(theirs).get("token", "?") not in before:
                 self.watch(theirs)
-            if theirs and theirs == self.home.facts(self.name):
-                log.warning("%s: taking over from %s", self.home.address, theirs.get("who"))
+            if theirs == self.seen():
+                log.warning("%s: taking over from %s", self.home.address, holder(theirs))
                 self.home.drop(self.name)
 
-    def watch(self, theirs: dict[str, Any]) -> None:
+    def seen(self) -> str | None:
+        """What stands in it, however it was cut; None if there is none."""
+        text = self.home.text(self.name)
+        return text if text or self.home.has(self.name) else None
+
+    def watch(self, theirs: str) -> None:
         """Look whether a lease is let go of, or not renewed for so long that its holder is gone.
 
         Raises:
             TakenError: It is renewed.
         """
         until, told = time.monotonic() + DEAD_S, False
-        while theirs and time.monotonic() < until:
+        while time.monotonic() < until:
             time.sleep(LOOK_S)
-            now = self.home.facts(self.name)
-            if not now:
+            now = self.seen()
+            if now is None:
                 return
             if now != theirs:
-                raise TakenError(str(now.get("who", "another process")))
+                raise TakenError(holder(now))
             if not told and time.monotonic() > until - DEAD_S + 2 * RENEW_S:
                 log.warning(
                     "%s: no sign of %s; going on in %g s if there is none",
                     self.home.address,
-                    theirs.get("who"),
+                    holder(theirs),
                     DEAD_S - 2 * RENEW_S,
                 )
                 told = True

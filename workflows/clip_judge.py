@@ -18,7 +18,7 @@ from dd_core import bundle, images, metrics, sealed, text
 from dd_core.layouts.clip import net_of
 from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of, published
-from workflows.evaluation import Answer, answered, computed_in, missing, pixels, wilson, write_down
+from workflows.evaluation import answered, computed_in, keep_pictures, missing, pixels, wilson, write_down
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.parts import data_digest
 from workflows.storage import Home
@@ -147,28 +147,36 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
     places, held_out = chosen(data, spec.captions, seed=spec.seed)
     captions = [place.caption for place in places]
     answers = answered(url, captions, spec)
-    painted = [readable(answer) for answer in answers]
-    side = next((picture.shape[-1] for picture in painted if picture is not None), 1)
-    truth = true_pictures(data, places, side)
-    verdicts = judged(judge, captions, painted, [unit(one) for one in truth], spec)
-    failures = [one.failure or UNREADABLE * (it is None) for one, it in zip(answers, painted, strict=True)]
-    verdicts = [one._replace(failure=failure) for one, failure in zip(verdicts, failures, strict=True)]
-    missing(answers)
+    painted = [answer.png for answer in answers]
+    truth = true_pictures(data, places, side_of(painted))
     if keep is not None:
-        write_down(keep, [verdict._asdict() for verdict in verdicts], answers)
+        keep_pictures(keep, answers)
         for number, png in enumerate(truth):
             (keep / f"{number:05d}-true.png").write_bytes(png)
+    verdicts = [
+        one._replace(failure=answer.failure or one.failure)
+        for one, answer in zip(judged(judge, captions, painted, truth, spec), answers, strict=True)
+    ]
+    missing(answers)
+    if keep is not None:
+        write_down(keep, [verdict._asdict() for verdict in verdicts])
     about = {"name": own.clip, "digest": clip_digest(own.clip), "taught": own.taught}
     asked = {"among": among(spec, len(captions)), "held_out": held_out, "judge": about}
     return {**scores(verdicts), **asked, "precision": computed_in(answers)}
 
 
-def readable(answer: Answer) -> Float[Tensor, " 1 3 h w"] | None:
-    """The picture of an answer in [-1, 1]; None if none came that can be read."""
+def readable(png: bytes) -> Float[Tensor, " 1 3 h w"] | None:
+    """A picture in [-1, 1]; None if it cannot be read."""
     try:
-        return unit(answer.png)
+        return unit(png)
     except (OSError, SyntaxError):
         return None
+
+
+def side_of(pngs: Sequence[bytes]) -> int:
+    """Of the first that can be read; 1 if none can."""
+    pictures = (readable(png) for png in pngs)
+    return next((picture.shape[-1] for picture in pictures if picture is not None), 1)
 
 
 def unit(png: bytes) -> Float[Tensor, " 1 3 h w"]:
@@ -184,20 +192,34 @@ def among(spec: EvaluationSpec, count: int) -> int:
 def judged(
     judge: Judge,
     captions: Sequence[str],
-    painted: Sequence[Float[Tensor, " 1 3 h w"] | None],
-    truth: Sequence[Float[Tensor, " 1 3 h w"]],
+    painted: Sequence[bytes],
+    truth: Sequence[bytes],
     spec: EvaluationSpec,
 ) -> list[Verdict]:
-    """A verdict for each caption; the true pictures are compared with the same captions as the painted."""
+    """A verdict for each caption; the true pictures are compared with the same captions as the painted.
+
+    Pictures are PNGs, of which one is decoded at a time.
+    """
     wanted = judge.captions(captions)
     drawn = metrics.others(len(captions), among(spec, len(captions)), seed=spec.seed)
+    own = [read(judge, png) for png in painted]
     nothing = torch.zeros_like(wanted[:1])
     found = []
-    for pictures in (painted, truth):
-        seen = torch.cat([nothing if one is None else judge.pictures(one) for one in pictures])
+    for rows in (own, [judge.pictures(unit(png)) for png in truth]):
+        seen = torch.cat([nothing if row is None else row for row in rows])
         cosines, nearest = metrics.cosines(seen, wanted), metrics.found_own(seen, wanted, drawn)
         found.append(list(zip(cosines.tolist(), nearest.tolist(), strict=True)))
-    return [Verdict(caption, *own, *true) for caption, own, true in zip(captions, *found, strict=True)]
+    failures = [UNREADABLE * (row is None) for row in own]
+    return [
+        Verdict(caption, *ours, *true)._replace(failure=failure)
+        for caption, ours, true, failure in zip(captions, *found, failures, strict=True)
+    ]
+
+
+def read(judge: Judge, png: bytes) -> Float[Tensor, " 1 d"] | None:
+    """What the judge sees in a picture; None if it cannot be read."""
+    picture = readable(png)
+    return None if picture is None else judge.pictures(picture)
 
 
 def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from workflows.oracle import judged
 log = logging.getLogger(__name__)
 GROUPS = ("one_object", "two_object", "unseen")
 ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
+VERDICTS = "verdicts.jsonl"
 BUSY = (429, 503)
 ROUNDS, PAUSE_S = 3, 5.0
 """How often captions are asked whose pictures did not come, and the pause before they are asked again."""
@@ -80,10 +81,12 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
     """
     asked = spec.cases()
     answers = answered(url, [case.caption for case in asked], spec)
+    if keep is not None:
+        keep_pictures(keep, answers)
     verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]
     missing(answers)
     if keep is not None:
-        write_down(keep, [one._asdict() for one in verdicts], answers)
+        write_down(keep, [one._asdict() for one in verdicts])
     return scores(verdicts) | {"precision": computed_in(answers)}
 
 
@@ -244,13 +247,19 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def write_down(directory: Path, verdicts: Iterable[Mapping[str, Any]], answers: Iterable[Answer]) -> None:
-    """The pictures and what was said of each, for the report and for doubters."""
+def keep_pictures(directory: Path, answers: Iterable[Answer]) -> None:
+    """The pictures, for the report and for doubters; what was said of others in their place goes."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "verdicts.jsonl").open("w") as file:
-        for number, (found, answer) in enumerate(zip(verdicts, answers, strict=True)):
+    (directory / VERDICTS).unlink(missing_ok=True)
+    for number, answer in enumerate(answers):
+        picture = directory / f"{number:05d}.png"
+        picture.unlink(missing_ok=True)  # of a cascade that was judged before
+        if answer.png:
+            picture.write_bytes(answer.png)
+
+
+def write_down(directory: Path, verdicts: Iterable[Mapping[str, Any]]) -> None:
+    """What is said of each picture that is kept there."""
+    with (directory / VERDICTS).open("w") as file:
+        for number, found in enumerate(verdicts):
             file.write(json.dumps({"picture": f"{number:05d}.png", **found}) + "\n")
-            picture = directory / f"{number:05d}.png"
-            picture.unlink(missing_ok=True)  # of a cascade that was judged before
-            if answer.png:
-                picture.write_bytes(answer.png)

@@ -192,8 +192,8 @@ def insistently(
 class ShardFile:
     """Sequential reads that survive a failing store: re-opened at the byte where it failed."""
 
-    def __init__(self, url: str, *, attempts: int = ATTEMPTS, pause_s: float = PAUSE_S) -> None:
-        self.url, self.attempts, self.pause_s = url, attempts, pause_s
+    def __init__(self, url: str, *, attempts: int = ATTEMPTS) -> None:
+        self.url, self.attempts = url, attempts
         self.file: Any = None
         self.position = 0
         self.reopened = 0
@@ -218,7 +218,7 @@ class ShardFile:
                 break
             self.close()
             self.reopened += 1
-            time.sleep(self.pause_s * 2**attempt)
+            time.sleep(PAUSE_S * 2**attempt)
         raise StorageError(f"{self.unread(failure)}; when the store gives it, run the same command again")
 
     def unread(self, failure: Exception) -> str:

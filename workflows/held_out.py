@@ -1,5 +1,6 @@
 """Pairs of prepared data to measure by: those that were held out, else the last.  Read without Ray."""
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,14 +42,13 @@ def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | Non
     wanted = feed.Wanted(side, label)
     held_out = bool(Home.of(data).facts(sealed.MANIFEST).get("held_out"))
     tables: list[pa.Table] = []
-    for url in reversed(feed.prepared_files(data)):
-        groups, names = layout(url)
+    for url, group, names in backwards(reversed(feed.prepared_files(data))):
         if lacking := [name for name in wanted.columns if name not in names]:
             raise feed.DataError(f"{url} has no {lacking[0]}; prepare the data with that")
         columns = [*wanted.columns, *(["caption"] if "caption" in names else [])]
-        for group in reversed(range(groups)):
-            if sum(map(len, tables)) < count:
-                tables.insert(0, marked(url, group, columns, HELD_OUT if held_out else ""))
+        tables.insert(0, marked(url, group, columns, HELD_OUT if held_out else ""))
+        if sum(map(len, tables)) >= count:
+            break
     rows = pa.concat_tables(tables)
     rows = rows.slice(max(0, len(rows) - count))
     if not len(rows):
@@ -56,6 +56,17 @@ def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | Non
     captions = rows["caption"].to_pylist() if "caption" in rows.column_names else [""] * len(rows)
     ready = feed.ready(rows.append_column("position", pa.array(range(len(rows)), pa.int64())), wanted)
     return Yardstick(paired(ready, side), captions, held_out)
+
+
+def backwards(files: Iterable[str]) -> Iterator[tuple[str, int, list[str]]]:
+    """Every row group of some files, each file's last first: address, number, columns of the file.
+
+    A file is looked into when its turn comes.
+    """
+    for url in files:
+        groups, names = layout(url)
+        for group in reversed(range(groups)):
+            yield url, group, names
 
 
 def layout(url: str) -> tuple[int, list[str]]:

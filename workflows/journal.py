@@ -233,19 +233,23 @@ def settle(journal: Path) -> None:
     A machine that is lost may have sent the mark and not the lines; those that are written in their place
     have not been delivered.
     """
-    known = journal.with_suffix(".sent")
     size = journal.stat().st_size if journal.exists() else 0
-    if known.exists() and int(known.read_text()) > size:
+    if noted(journal) > size:
         mark(journal, journal.read_bytes().rfind(b"\n") + 1 if size else 0)
+
+
+def noted(journal: Path) -> int:
+    """The position that the mark of a journal says; 0 without one."""
+    try:
+        return int(journal.with_suffix(".sent").read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def sent(journal: Path) -> int:
     """Bytes of a journal that have been delivered."""
-    mark = journal.with_suffix(".sent")
-    if not mark.exists():
-        return 0
     size = journal.stat().st_size if journal.exists() else 0
-    return min(int(mark.read_text()), size)  # a copy of the journal may be older than that of its mark
+    return min(noted(journal), size)  # a copy of the journal may be older than that of its mark
 
 
 def backlog(journal: Path) -> int:

@@ -292,8 +292,7 @@ def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> di
                 stale.append(name)
         known = {part.shard: part for part in whole(home, good)}
         if not same:  # notes of another source never stand beside this one, and at every moment it is ours
-            for name in stale:
-                home.drop(name)
+            home.drop_files(stale)
             write_json(home, SOURCE, {"source": source})
         if not keys:
             home.drop(sealed.MANIFEST)  # from here on it is unfinished
@@ -312,9 +311,8 @@ def fits(part: Part, keys: Sequence[str], *, same: bool) -> bool:
 
 def swept(home: Home, names: Sequence[str], *, keep: Collection[str]) -> None:
     """Remove what was to be a part, or was one."""
-    for name in names:
-        if name not in keep and (fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")):
-            home.drop(name)
+    ours = [name for name in names if fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")]
+    home.drop_files([name for name in ours if name not in keep])
 
 
 def tidied(home: Home, files: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from dd_core.noise import SeededNoise
 from dd_core.samplers import Sampling
 from dd_core.sealed import MANIFEST
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
+from workflows.held_out import backwards, marked
 from workflows.pairs import HELD_OUT
 from workflows.parts import parts_of
 from workflows.storage import Home
@@ -185,27 +187,36 @@ def last_parts(data: Home | Path, pairs: int) -> list[str]:
     return files
 
 
-def last_rows(data: Path, columns: Sequence[str], pairs: int) -> list[dict[str, Any]]:
-    """Rows that are usable or held out, in their order, of the last files that have so many to train on."""
-    tables = [pq.read_table(data / file, columns=[*columns, "reject"]) for file in last_parts(data, pairs)]
-    rows = [row for table in reversed(tables) for row in table.to_pylist()]
-    return [row for row in rows if row["reject"] in ("", HELD_OUT)]
+def last_rows(data: Path, columns: Sequence[str], pairs: int, mark: str = "") -> list[dict[str, Any]]:
+    """The last rows in whose column `reject` this stands, in their order, of `last_parts`.
+
+    Raises:
+        DataError: A file is gone or damaged.
+    """
+    tables: list[pa.Table] = []
+    for url, group, _ in backwards(str(data / file) for file in last_parts(data, pairs)):
+        tables.insert(0, marked(url, group, [*columns], mark))
+        if sum(map(len, tables)) >= pairs:
+            break
+    return [row for table in tables for row in table.to_pylist()][-pairs:]
 
 
 def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " b 3 h w"], list[str]]:
     """The last usable images of prepared data in [-1, 1], with their captions; fewer where there are."""
     column = f"image{size}"
-    rows = [row for row in last_rows(data, (column, "caption"), count) if not row["reject"]][-count:]
+    rows = last_rows(data, (column, "caption"), count)
     pixels = [np.asarray(Image.open(io.BytesIO(row[column])).convert("RGB")) for row in rows]
     stacked = torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8))
     return images.to_unit(stacked.permute(0, 3, 1, 2)), [row["caption"] for row in rows]
 
 
 def prepared_captions(data: Path, count: int) -> list[str]:
-    """Of the last files of prepared data the captions that were held out, then the last of the others."""
-    rows = last_rows(data, ("caption",), count)
-    held, others = ([row["caption"] for row in rows if row["reject"] == mark] for mark in (HELD_OUT, ""))
-    return [*others, *held][-count:]
+    """Of the last files of prepared data the captions that were held out, then the last of the others.
+
+    None before data are prepared.
+    """
+    marks = ("", HELD_OUT) if Home.of(data).facts(MANIFEST).get("held_out") else ("",)
+    return [row["caption"] for mark in marks for row in last_rows(data, ("caption",), count, mark)][-count:]
 
 
 def prepared_sizes(data: Path) -> list[int]:

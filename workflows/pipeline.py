@@ -23,7 +23,7 @@ from workflows import training
 from workflows.addresses import shown
 from workflows.again import Again
 from workflows.embeddings import embed
-from workflows.journal import JOURNAL, Journal, entries
+from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.parents import parent_home
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepBars, StepProgress, clock
@@ -32,10 +32,8 @@ from workflows.shape_shards import write_shards
 from workflows.side_by_side import side_by_side
 from workflows.stopping import Stopping, stopped_by_signals
 from workflows.storage import Home, StorageError
-from workflows.tracking import Tracked, curves
+from workflows.tracking import Tracked
 from workflows.train_spec import TrainSpec
-
-__all__ = ["RunResult", "RunSpec", "in_order", "run_pipeline", "run_stage"]
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0

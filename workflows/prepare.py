@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -46,6 +47,8 @@ LAYOUT = 1
 """Changes when the same source and spec would give other files."""
 TOKENIZER = "open_clip SimpleTokenizer"
 REFUSED = "refused.json"
+REPORT_EVERY_S = 2.0
+"""How often a task says how far it is: what it says goes through the driver, as a block of Ray's."""
 
 
 class Prepared(NamedTuple):
@@ -313,11 +316,16 @@ def reports(todo: list[dict[str, Any]], spec: PairsSpec, home: Home) -> Iterator
 
 
 def reported(batch: dict[str, np.ndarray], *, spec: PairsSpec, home: Home) -> Iterator[dict[str, np.ndarray]]:
-    """What a task runs: a report for every row group of its shard, and one with the part at the end."""
+    """What a task runs: now and then a report of the rows since the last, at the end one with the part."""
     shard, url, key = int(batch["shard"][0]), str(batch["url"][0]), str(batch["key"][0])
+    told, since = time.monotonic(), 0
     try:
         for rows, position, part in write_part(home, shard, url, spec, key):
-            yield report(shard, rows, position, part=part.model_dump_json() if part else "")
+            since += rows
+            if part is None and time.monotonic() - told < REPORT_EVERY_S:
+                continue
+            yield report(shard, since, position, part=part.model_dump_json() if part else "")
+            told, since = time.monotonic(), 0
     except OSError as failure:
         yield report(shard, 0, 0, error=one_line(failure), errno=failure.errno or 0)
     except StorageError as failure:

@@ -17,17 +17,17 @@ from dd_core.bundle import Cascade
 from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
+from workflows.evaluation import ATTRIBUTES, GROUPS, VERDICTS
+from workflows.journal import curves
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
 from workflows.samples import device, heading
 from workflows.storage import Home
 from workflows.superseded import MADE_OF
-from workflows.tracking import curves
 
 SHEETS = ("prompts", "denoising", "noising", "reconstructions")
 """What the page shows, each as NAME.png in a run's directory, for MLflow."""
-SCORES = ("all", "one_object", "two_object", "unseen")
-ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
+SCORES = ("all", *GROUPS)
 
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     if (run / "cascade").exists():
         cascade = bundle.load_cascade(run / "cascade", device=device(), precision="auto")
     data = data_of(run, summary)
-    known = prompts or captions(data, pictures.SHOWN)
+    known = prompts or pictures.prepared_captions(data, pictures.SHOWN)
     shown = Shown(
         pictures.painted(cascade, known, seed=seed) if cascade is not None else [],
         pictures.trajectory(cascade, known[0], seed=seed) if cascade is not None and known else [],
@@ -110,11 +110,6 @@ def data_of(run: Path, summary: Mapping[str, Any]) -> Path:
     """The prepared data of a run, or this machine's copy of them; without a word of where, within the run."""
     named = summary.get("data")
     return Home.of(named).here if named else run / "data" / "prepared"
-
-
-def captions(data: Path, count: int) -> list[str]:
-    """Captions of the prepared data; none before it is prepared."""
-    return pictures.prepared_captions(data, count)
 
 
 def save_sheets(run: Path, shown: Shown) -> None:
@@ -191,7 +186,7 @@ def judged_grid(run: Path, count: int = 64) -> str:
 
 def verdicts_of(run: Path) -> list[dict[str, Any]]:
     """What was said of each picture; empty if nothing was kept."""
-    path = run / "evaluation" / "verdicts.jsonl"
+    path = run / "evaluation" / VERDICTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

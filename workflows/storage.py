@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,11 +140,7 @@ class Home(NamedTuple):
 
     def facts(self, name: str) -> dict[str, Any]:
         """A small JSON object; empty if it is not there or was cut."""
-        try:
-            found = json.loads(self.text(name))
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        return parsed(self.text(name))
 
     # changing it
 
@@ -186,6 +182,14 @@ class Home(NamedTuple):
                     fs.rm_file(f"{address}/{sealed.MANIFEST}")
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm(address, recursive=True)
+
+    def drop_files(self, names: Sequence[str]) -> None:
+        """Remove plain files; a store is asked for all of them at once."""
+        for name in names:
+            (self.here / name).unlink(missing_ok=True)
+        if self.stored and names:
+            with said(self.address), contextlib.suppress(FileNotFoundError):
+                store(self.root).rm([self.at(name).address for name in names])
 
     # between this machine and the store; all of it nothing where the directory is one for all
 
@@ -281,6 +285,15 @@ class Home(NamedTuple):
         (draft / sealed.MANIFEST).write_text(manifest)
         shutil.rmtree(self.here, ignore_errors=True)
         draft.rename(self.here)
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A JSON object; empty if it was cut or is something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_address(place: str) -> bool:

@@ -41,6 +41,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 AGREE_STEPS = 10
 """Workers ask each other whether to stop at multiples of so many steps."""
+FEWER = "lower samples.pictures, name fewer samples.prompts, or set budget.sample_every=0"
+"""What to do about a grid that is too large for the GPU beside the training."""
 
 
 class Job(NamedTuple):
@@ -153,6 +155,8 @@ def stepped(
         if stop or last or new_warning or report.step % spec.budget.checkpoint_every == 0:
             recorder.save()
         warned |= new_warning
+        if (every := spec.budget.sample_every) and report.step % every == 0 and who.rank == 0:
+            recorder.draw(report.step)  # after the checkpoint, which is worth more
         if stop and not last:
             return Outcome("preempted", f"stopped at step {report.step:,} of {spec.budget.steps:,}")
     if who.rank == 0:
@@ -246,15 +250,12 @@ class Recorder:
         self.since, self.since_step = time.monotonic(), state.step
 
     def note(self, report: StepReport) -> None:
-        """Add up the metrics of a step; write their mean at every report, draw at every sample."""
+        """Add up the metrics of a step; write their mean at every report."""
         self.good += report.good
         for name, value in report.metrics.items() if report.good else ():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if report.step % self.spec.budget.report_every == 0 or report.step == self.spec.budget.steps:
             self.report(report)
-        every = self.spec.budget.sample_every
-        if every and report.step % every == 0 and self.who.rank == 0:
-            self.draw(report.step)
 
     def report(self, report: StepReport) -> None:
         """One line per metric in the journal, by the first worker; all take part."""
@@ -285,7 +286,10 @@ class Recorder:
         return {name: sum(values) / len(values) for name, values in told.items()}
 
     def draw(self, step: int) -> None:
-        """A grid of pictures, if the stage is of a kind that draws; a store that is away costs it alone."""
+        """A grid of pictures, if the stage is of a kind that draws; whatever fails costs it alone.
+
+        The other workers wait for this one in the next step, and for nothing in here.
+        """
         name = f"samples/step-{step:08d}.png"
         try:
             now = Trained(self.spec.stage, self.state.average)
@@ -294,10 +298,14 @@ class Recorder:
                 return
             samples.save_grid(made, self.job.home.here / name)
             self.job.home.send(name)
-        except StorageError as error:
-            log.warning("%s: no %s: %s", self.spec.name, name, error)
+        except torch.OutOfMemoryError:
+            log.warning("%s: no %s: out of memory; %s", self.spec.name, name, FEWER)
+        except Exception as error:  # noqa: BLE001 - it would fail again at this step after every restart
+            log.warning("%s: no %s: %s", self.spec.name, name, feed.first_line(error))
         else:
             self.journal.picture("samples", name, step)
+            return
+        torch.cuda.empty_cache()  # here the error holds no pictures any more
 
     def shown(self) -> PairBatch:
         """The pairs that are drawn."""

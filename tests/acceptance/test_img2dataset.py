@@ -17,10 +17,10 @@ from dd_core.stage import Budget
 from jobs.recipes import smoke
 from tests.conftest import RAY_MARKS, file_of, photo
 from tests.faults.flaky_store import flaky_store
+from workflows.journal import curves
 from workflows.pairs import PairsSpec
 from workflows.parts import resumed, write_part
 from workflows.prepare import prepare_pairs, prepared
-from workflows.tracking import curves
 from workflows.training import train_stage
 
 pytestmark = RAY_MARKS

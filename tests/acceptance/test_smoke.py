@@ -23,8 +23,8 @@ from dd_core import bundle, sealed
 from jobs.cli import main
 from tests.benchmarks.data import family
 from tests.ray_head import free_ports
+from workflows.journal import curves
 from workflows.report import SHEETS
-from workflows.tracking import curves
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")

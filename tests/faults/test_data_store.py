@@ -12,14 +12,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.core import S3File
 
+from dd_core import sealed
 from tests.conftest import write_shard
 from tests.faults.flaky_store import flaky_store
 from tests.s3 import s3_server
 from workflows import feed
 from workflows.files import DamagedError, MissingShardError, ShardFile, fingerprint, located
-from workflows.parts import plain_writer
+from workflows.parts import SOURCE, UNFINISHED, plain_writer, resumed
 from workflows.shards import Limits, Sample, samples
-from workflows.storage import StorageError
+from workflows.storage import Home, StorageError
 
 pytestmark = pytest.mark.fault
 FILES = {f"{i:03d}.{ext}": f"{ext}{i}".encode() * 9000 for i in range(60) for ext in ("jpg", "txt")}
@@ -133,6 +134,7 @@ class Counting(MemoryFileSystem):
     protocol = "counting"
     store: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[Counter[str]] = Counter()
+    removed: ClassVar[list[str | list[str]]] = []
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -141,6 +143,10 @@ class Counting(MemoryFileSystem):
     def info(self, path: str, **options: Any) -> Any:
         self.asked[path] += 1
         return super().info(path, **options)
+
+    def rm(self, path: str | list[str], **options: Any) -> None:
+        self.removed.append(path)
+        super().rm(path, **options)
 
 
 def test_a_store_is_asked_once_for_each_shard_that_a_glob_matches() -> None:
@@ -153,6 +159,23 @@ def test_a_store_is_asked_once_for_each_shard_that_a_glob_matches() -> None:
     Counting.asked.clear()
     assert located(["counting://d/*.tar"]) == alone
     assert {Counting.asked[f"/d/{number:02d}.tar"] for number in range(40)} == {1}
+
+
+def test_what_is_swept_from_a_store_is_removed_at_once() -> None:
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    fs, home = fsspec.filesystem("counting"), Home("counting://swept")
+    notes = [f"{UNFINISHED}/part-{number:05d}.json" for number in range(40)]
+    parts = [f"part-{number:05d}.parquet" for number in range(40)]
+    for name in (SOURCE, *notes, *parts, sealed.MANIFEST):
+        fs.pipe(f"/swept/{name}", b"{}")
+    Counting.removed.clear()
+    assert resumed(home, "another", ["a"] * 40) == {}
+    assert [sorted(str(path).rpartition("swept/")[2] for path in some) for some in Counting.removed] == [
+        notes,
+        parts,
+    ]
+    assert home.names() == [UNFINISHED, sealed.MANIFEST]
+    assert home.at(UNFINISHED).names() == ["source.json"]
 
 
 @pytest.mark.filterwarnings("ignore")  # botocore's and aiohttp's, of themselves

@@ -108,6 +108,26 @@ def test_one_that_gives_no_sign_is_taken_over_but_not_before_its_time(
         assert there(run)
 
 
+@pytest.mark.parametrize("cut", ["", '{"who": "process'])
+def test_one_that_was_cut_is_watched_as_any_other_and_then_taken_over(
+    cut: str, run: Home, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead(run)
+    run.write(LEASE, cut)
+    looks: list[float] = []
+    monkeypatch.setattr(claims, "time", clock(looks.append, lambda: sum(looks)))
+
+    def refuses(home: Home, name: str, text: str) -> bool:
+        assert not home.has(name), "asked for while another's stands there"
+        home.write(name, text)
+        return True
+
+    monkeypatch.setattr(Home, "create", refuses)
+    with claim(run, "lock"):
+        assert sum(looks) >= claims.DEAD_S
+        assert there(run)
+
+
 def test_the_next_start_on_the_machine_of_one_that_was_killed_does_not_wait(
     run: Home, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

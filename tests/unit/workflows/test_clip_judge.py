@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -124,6 +125,33 @@ def test_what_is_missing_or_torn_counts_as_wrong_and_is_told(endpoint: Endpoint,
         assert found["r_precision"] == pytest.approx(share)
         assert found["cosine"] == pytest.approx(share * true["cosine"], abs=1e-3)
         assert found["true_cosine"] == true["true_cosine"]
+
+
+def test_of_the_pictures_one_is_decoded_at_a_time_and_all_are_kept_before_they_are_judged(
+    endpoint: Endpoint, data: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: WeakSet[Tensor] = WeakSet()
+    alive: list[int] = []
+
+    def unit(png: bytes) -> Tensor:
+        picture = clip_judge.images.to_unit(torch.from_numpy(images.decoded(png).copy())[None])
+        decoded.add(picture)
+        return picture
+
+    def counting(some: Tensor) -> Tensor:
+        alive.append(len(decoded))
+        if len(alive) > 24:
+            raise KeyboardInterrupt
+        return colours(some)
+
+    monkeypatch.setattr(clip_judge, "unit", unit)
+    monkeypatch.setattr(clip_judge, "judge_of", lambda _: Judge(counting, said))
+    judged(endpoint, data, lambda prompt: picture(number_of(prompt)), keep=tmp_path)
+    assert alive == [1] * 24
+    with pytest.raises(KeyboardInterrupt):
+        judged(endpoint, data, lambda _: picture(0), keep=tmp_path)
+    assert {(tmp_path / f"{number:05d}.png").read_bytes() for number in range(12)} == {picture(0)}
+    assert not (tmp_path / "verdicts.jsonl").exists()  # what it said was said of others
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from dd_core.training import TrainState
 from jobs.recipes import consistency, glide, smoke
 from workflows import storage
 from workflows.estimate import Need, needs, size
-from workflows.pipeline import in_order
+from workflows.run_spec import in_order
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec
 

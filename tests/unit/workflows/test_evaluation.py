@@ -25,10 +25,10 @@ from workflows.evaluation import (
     client_of,
     computed_in,
     evaluate_endpoint,
+    keep_pictures,
     scores,
     verdict,
     wilson,
-    write_down,
 )
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case, training_caption
@@ -158,8 +158,8 @@ def test_an_endpoint_here_is_asked_past_the_proxies_of_the_environment(
 
 
 def test_a_picture_that_did_not_come_is_not_that_of_the_cascade_judged_before(tmp_path: Path) -> None:
-    write_down(tmp_path, [{}, {}], [Answer(b"first"), Answer(b"second")])
-    write_down(tmp_path, [{}, {}], [Answer(b"", "HTTP 500"), Answer(b"other")])
+    keep_pictures(tmp_path, [Answer(b"first"), Answer(b"second")])
+    keep_pictures(tmp_path, [Answer(b"", "HTTP 500"), Answer(b"other")])
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == {"00001.png": b"other"}
 
 

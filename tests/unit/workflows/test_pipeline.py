@@ -25,17 +25,16 @@ from workflows.journal import JOURNAL, Journal
 from workflows.pairs import PairsSpec
 from workflows.pipeline import (
     Making,
-    RunSpec,
     card,
     cascade_of,
     check_parents,
     clock,
-    in_order,
     seconds_of,
     timed,
     watched,
 )
 from workflows.progress import StepBars
+from workflows.run_spec import RunSpec, in_order
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 from workflows.worker import threads

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -40,6 +41,8 @@ from workflows.parts import (
 from workflows.prepare import facts_of, prepare_pairs, prepared, reported
 from workflows.progress import SampleProgress
 from workflows.storage import Home, StorageError
+
+KINDS = ("jpg", "txt")
 
 
 def tars(directory: Path, count: int, *, bad: int = 0) -> Path:
@@ -107,6 +110,24 @@ def test_a_part_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None
     (part,) = parts_of(out, 0, spec)
     assert (part.rows, part.kept, part.rejects, part.damage) == (6, 6, {}, "")
     assert part.sha256 == sealed.sha256(out / "part-00000.parquet")
+
+
+def test_of_a_shard_of_many_row_groups_few_reports_come_that_add_up_to_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{i:04d}.{kind}": jpg(8, 8, 1) if kind == "jpg" else b"a" for i in range(900) for kind in KINDS}
+    spec, now = spec_of(tmp_path, 1), iter(range(1000))
+    tar = write_shard(tmp_path / "00000.tar", files)
+    resumed(tmp_path / "out", "s")
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=lambda: 0.5 * next(now)))
+    told = list(reported(shard_to_do(0, str(tar)), spec=spec, home=Home.of(tmp_path / "out")))
+    parts = [Part.model_validate_json(str(one["part"][0])) for one in told if one["part"][0]]
+    assert [(part.rows, len(part.usable)) for part in parts] == [(900, 15)]
+    assert 3 <= len(told) <= 5
+    assert sum(int(one["rows"][0]) for one in told) == 900
+    positions = [int(one["position"][0]) for one in told]
+    assert positions == sorted(positions)
+    assert positions[-1] >= positions[0] > 0
 
 
 def test_the_signature_of_a_shard_is_neither_in_its_part_nor_in_the_manifest(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,10 +23,11 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from jobs import sample
 from jobs.recipes import smoke
 from tests.conftest import write_shard
+from tests.own_data import own_data
 from tests.unit.workflows.tiny_run import make_run, saved, write_parts
-from workflows import pictures, report
+from workflows import feed, pictures, report
 from workflows.journal import Journal
-from workflows.pairs import PairsSpec
+from workflows.pairs import HELD_OUT, PairsSpec
 from workflows.report import write_report
 
 HOSTILE = '<script>alert("x")</script> & a "red" circle'
@@ -87,7 +91,40 @@ def test_data_that_lie_elsewhere_are_shown_too_with_their_own_captions(tmp_path:
     said = Page(write_report(run).read_text()).said
     assert "Noising" in said
     assert "dB PSNR" in said
-    assert report.captions(report.data_of(run, report.summary_of(run)), 2)
+    assert pictures.prepared_captions(report.data_of(run, report.summary_of(run)), 2)
+
+
+def test_of_prepared_data_no_more_is_read_than_is_shown_and_what_is_read_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = own_data(tmp_path / "data", pairs=300, shards=1, held_out=0.1).here
+    (file,) = pictures.last_parts(data, 16)
+    whole = pq.read_table(data / file).to_pylist()
+    usable, held = ([row for row in whole if row["reject"] == mark] for mark in ("", HELD_OUT))
+    read: list[int] = []
+
+    def counted(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.Table:
+        read.append(group)
+        return row_group(url, group, columns, remedy)
+
+    row_group = feed.row_group
+    monkeypatch.setattr(feed, "row_group", counted)
+    found, captions = pictures.prepared_images(data, 16, 6)
+    assert read == [4]
+    assert captions == [row["caption"] for row in usable[-6:]]
+    assert np.array_equal(images.to_bytes(found)[-1].numpy(), images.decoded(usable[-1]["image16"]))
+    for count in (2, 16, 100):
+        said = [row["caption"] for row in [*usable, *held][-count:]]
+        assert pictures.prepared_captions(data, count) == said
+    column = pq.ParquetFile(data / file).metadata.row_group(4).column(6)
+    assert column.path_in_schema == "image16"
+    with (data / file).open("rb+") as damaged:
+        damaged.seek(column.data_page_offset + column.total_compressed_size - 20)
+        byte = damaged.read(1)[0]
+        damaged.seek(-1, 1)
+        damaged.write(bytes([byte ^ 1]))
+    with pytest.raises(feed.DataError, match=r"row group 4.*prepare the data again"):
+        pictures.prepared_images(data, 16, 6)
 
 
 def test_a_last_part_without_a_usable_pair_is_passed_over(tmp_path: Path) -> None:
@@ -101,7 +138,7 @@ def test_a_last_part_without_a_usable_pair_is_passed_over(tmp_path: Path) -> Non
         prepared.mkdir()
         write_parts(prepared, [str(tar) for tar in tars], spec)
     pairs = data / "prepared"
-    assert report.captions(with_empty, 16) == report.captions(pairs, 16)
+    assert pictures.prepared_captions(with_empty, 16) == pictures.prepared_captions(pairs, 16)
     for count in (1, 6, 100):
         ours, theirs = (pictures.prepared_images(place, 64, count)[0] for place in (pairs, with_empty))
         assert len(ours) == min(count, 12)
