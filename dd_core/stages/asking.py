@@ -17,6 +17,7 @@ from dd_core.stages.consistency_hop import refuse_jumps
 from dd_core.stages.guides import refuse_aim
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.refusals import HEARS, refuse_unheard, refuse_unlearned
+from dd_core.stages.upsampler import UpsamplerSpec
 
 
 def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str]) -> None:
@@ -29,6 +30,8 @@ def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str])
         refuse_jumps(spec, how)
     if isinstance(spec, BaseSpec | PriorSpec | CausalPriorStageSpec | AutoregressivePriorSpec):
         refuse_unlearned(how.guidance_scale, spec.guides_itself, "caption_dropout")
+    if isinstance(spec, BaseSpec | PriorSpec | UpsamplerSpec):
+        sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
     if isinstance(spec, CausalPriorStageSpec):
         low, high = sigma_range(spec.schedule)
         sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core import edits, images, losses
@@ -23,6 +23,7 @@ from dd_core.guidance import Rows, bounded, classifier_free, rows_of
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
+from dd_core.schedules import refuse_falling
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.known import known_of, refuse_known
 from dd_core.stages.refusals import refuse_edit, refuse_unheard
@@ -45,6 +46,11 @@ class UpsamplerSpec(LearnedSpec):
     """Largest deviation of the noise on the small image in training; each crop draws its own."""
     sigma_min: float = Field(0.02, gt=0)
     sigma_max: float = Field(20.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "UpsamplerSpec":
+        refuse_falling(self.sigma_min, self.sigma_max)
+        return self
 
 
 class Refiner(nn.Module):

@@ -357,6 +357,21 @@ def test_a_missing_or_wrong_parent_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "wrong", "remedy"),
+    [
+        (BASE, {"sigma_min": 100.0}, "sigma_min 100.0 must be below sigma_max 80.0"),
+        (PRIOR, {"sigma_min": 80.0}, "sigma_min 80.0 must be below sigma_max 80.0"),
+        (UPSAMPLER, {"sigma_max": 0.01}, "sigma_min 0.02 must be below sigma_max 0.01"),
+    ],
+)
+def test_a_spec_that_could_not_be_trained_or_sampled_says_what_would_do(
+    spec: StageSpec, wrong: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        spec.but(**wrong)
+
+
+@pytest.mark.parametrize(
     ("net", "wrong", "remedy"),
     [
         (BASE.net, {"head_width": 12}, "width 16 must divide by head_width 12"),
