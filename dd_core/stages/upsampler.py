@@ -26,7 +26,7 @@ from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import refuse_falling
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.known import known_of, refuse_known
-from dd_core.stages.refusals import refuse_edit, refuse_unheard
+from dd_core.stages.refusals import refuse_edit, refuse_small, refuse_unheard
 
 
 class UpsamplerSpec(LearnedSpec):
@@ -108,9 +108,9 @@ class UpsamplerHop:
         sigmas_of(how, sigma_min=self.spec.sigma_min, sigma_max=self.spec.sigma_max)
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
-        if state.image is None:
-            raise ValueError("the upsampler is told a small image, but CascadeState.image is None")
         self.refuse(state, how)
+        refuse_small(self.spec.image_size, self.spec.factor, state.image)
+        assert state.image is not None
         spec, noise = self.spec, SeededNoise(state.seeds)
         sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)
