@@ -171,6 +171,14 @@ def refuse_kept(state: CascadeState, kind: str) -> None:
         )
 
 
+def refuse_weights(bounds: tuple[float, float]) -> None:
+    """Raises ValueError unless the bounds of a loss weight are at least 0 and do not fall."""
+    if not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"weight_range {bounds} must be at least 0 and must not fall; put the lower one first"
+        )
+
+
 def refuse_small(image_size: int, factor: int, small: Tensor | None) -> None:
     """Raises ValueError unless there is a picture to enlarge, of the size that becomes image_size."""
     side = image_size // factor

@@ -26,7 +26,7 @@ from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import refuse_falling
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.known import known_of, refuse_known
-from dd_core.stages.refusals import refuse_edit, refuse_small, refuse_unheard
+from dd_core.stages.refusals import refuse_edit, refuse_small, refuse_unheard, refuse_weights
 
 
 class UpsamplerSpec(LearnedSpec):
@@ -50,6 +50,14 @@ class UpsamplerSpec(LearnedSpec):
     @model_validator(mode="after")
     def _fits(self) -> "UpsamplerSpec":
         refuse_falling(self.sigma_min, self.sigma_max)
+        refuse_weights(self.weight_range)
+        side, crop, grid = self.image_size, self.crop, self.factor * self.net.factors()[-1]
+        if side % self.factor:
+            raise ValueError(f"image_size {side} must divide by factor {self.factor}")
+        if crop > side:
+            raise ValueError(f"crop {crop} is larger than image_size {side}; make it smaller")
+        if crop % grid:
+            raise ValueError(f"crop {crop} must divide by {grid}, what the network and factor make small")
         return self
 
 
