@@ -68,13 +68,18 @@ class LogNormalSpec(Spec):
 
     @model_validator(mode="after")
     def _rises(self) -> "LogNormalSpec":
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        refuse_falling(self.sigma_min, self.sigma_max)
         return self
 
     def draw(self, like: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
         """A level to train at for each sample."""
         return torch.exp(self.mean + self.std * torch.randn(len(like), device=like.device))
+
+
+def refuse_falling(low: float, high: float) -> None:
+    """Raises ValueError unless the lowest noise level of a spec is below its highest."""
+    if low >= high:
+        raise ValueError(f"sigma_min {low} must be below sigma_max {high}")
 
 
 def sigma_range(levels: ScheduleSpec | LogNormalSpec) -> tuple[float, float]:

@@ -76,11 +76,11 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
     """
     assert state.known is not None
     back = walked(how, 0.0)
-    draw = hop.encode(state, back)  # refuses before CLIP is asked
+    hop.refuse(state, back)  # before CLIP is asked
     embedding = None
     if hop.embedder() is not None:
         embedding = hop.embedded(state.known).float().cpu()
-        draw = hop.encode(state._replace(image_embedding=embedding), back)
+    draw = hop.encode(state._replace(image_embedding=embedding), back)
     return Code(embedding, drawn(hop.denoiser, draw).float().cpu())
 
 

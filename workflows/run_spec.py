@@ -8,7 +8,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
 from dd_core.stages import StageSpec
-from dd_core.stages.asking import refuse_sampling
+from dd_core.stages.asking import refuse_cascade, refuse_sampling
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
@@ -61,6 +61,9 @@ class RunSpec(Spec):
                 if name not in names:
                     raise ValueError(f"cascade: no stage is named {name!r}; there are {', '.join(names)}")
             self.check_hop(hop)
+        refuse_cascade(
+            [(hop.stage, self.stage(hop.stage).stage) for hop in self.cascade.hops], self.cascade.image_size
+        )
         self.check_embeddings()
         if self.cascade.context_length != self.pairs.context_length:
             raise ValueError(

@@ -44,9 +44,9 @@ def drawn(
         What `heading` says of a stage of this kind: one for each prompt, or known and made pictures in turn.
     """
     match trained.spec:
-        case (ChainSpec() as spec) | ConsistencySpec(base=ChainSpec() as spec):
+        case (ChainSpec() as spec) | ConsistencySpec(base=ChainSpec() as spec) if not spec.always_embedded:
             return painted(spec, trained, parents, what, images.to_unit(known.image))
-        case BaseSpec(from_draft=False) | ConsistencySpec(base=BaseSpec(from_draft=False)):
+        case (BaseSpec() as base) | ConsistencySpec(base=BaseSpec() as base) if not by_embedding(base):
             return prompted(trained, parents, what)
     made = remade(trained, parents, what, known)
     return None if made is None else in_turn(images.to_unit(known.image), made)
@@ -57,7 +57,7 @@ def heading(spec: LearnedSpec) -> str:
     match spec:
         case ConsistencySpec():
             return heading(spec.base)
-        case BaseSpec(from_draft=True):
+        case BaseSpec() | ChainSpec() if by_embedding(spec):
             beside = "what it paints of the embedding, by the same seeds"
         case UpsamplerSpec() | ChainSpec() if spec.factor > 1:
             beside = "what it makes of the same one made small, by the same seeds"
@@ -72,16 +72,23 @@ def heading(spec: LearnedSpec) -> str:
     return f"pictures of the data and, beside each, {beside}"
 
 
+def by_embedding(spec: BaseSpec | ChainSpec) -> bool:
+    """Whether a stage paints of the embeddings of pictures: it begins with drafts, or was never without."""
+    return spec.always_embedded or (isinstance(spec, BaseSpec) and spec.from_draft)
+
+
 def remade(
     trained: Trained, parents: Mapping[str, Trained], what: SamplesSpec, known: PairBatch
 ) -> Float[Tensor, " b 3 h w"] | None:
     """What a stage that is shown pictures of the data, or their embeddings, makes of them; None: nothing."""
     truth, made = images.to_unit(known.image), None
-    state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens)
+    state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens, label=known.label)
     match trained.spec:
-        case (BaseSpec() as base) | ConsistencySpec(base=BaseSpec() as base):
+        case (BaseSpec() | ChainSpec() as base) | ConsistencySpec(base=(BaseSpec() | ChainSpec() as base)):
             told = embedding_of(clip_of(parents["clip"]), known, base.embedded_at)
-            made = run_alone(trained, parents, state._replace(image_embedding=told), what).image
+            small = F.avg_pool2d(truth, base.factor if isinstance(base, ChainSpec) else 1)
+            state = state._replace(image_embedding=told, image=small)
+            made = run_alone(trained, parents, state, what).image
         case UpsamplerSpec() as spec:
             small = F.avg_pool2d(truth, spec.factor)
             made = run_alone(trained, parents, state._replace(image=small), what).image

@@ -1,11 +1,12 @@
 """What a stage can be asked to paint, by its spec alone: before it is trained, and without its weights."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 from dd_core.cascade import CascadeState, Role
 from dd_core.samplers import SamplingSpec, sigmas_of
 from dd_core.schedules import sigma_range
+from dd_core.stage import LearnsEmbeddings
 from dd_core.stages import StageSpec
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from dd_core.stages.base import BaseSpec
@@ -17,6 +18,7 @@ from dd_core.stages.consistency_hop import refuse_jumps
 from dd_core.stages.guides import refuse_aim
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.refusals import HEARS, refuse_unheard, refuse_unlearned
+from dd_core.stages.upsampler import UpsamplerSpec
 
 
 def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str]) -> None:
@@ -29,9 +31,46 @@ def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str])
         refuse_jumps(spec, how)
     if isinstance(spec, BaseSpec | PriorSpec | CausalPriorStageSpec | AutoregressivePriorSpec):
         refuse_unlearned(how.guidance_scale, spec.guides_itself, "caption_dropout")
+    if isinstance(spec, BaseSpec | PriorSpec | UpsamplerSpec):
+        sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
     if isinstance(spec, CausalPriorStageSpec):
         low, high = sigma_range(spec.schedule)
         sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
+
+
+def refuse_cascade(hops: Sequence[tuple[str, StageSpec]], image_size: int) -> None:
+    """What hops do not hand to those after them, whatever is asked.
+
+    Args:
+        hops: Name and stage of each, in the order in which a request passes them.
+        image_size: Side of the finished picture, in pixels.
+
+    Raises:
+        ValueError: A hop enlarges pictures of another size than is painted before it, or was never without
+            an image embedding and none is drawn before it; or the last one paints another size.
+    """
+    painted, embedded = 0, False
+    for name, spec in hops:
+        if isinstance(spec, LearnsEmbeddings):
+            embedded = True
+            continue
+        if spec.always_embedded and not embedded:
+            raise ValueError(
+                f"hop {name}: it is told an image embedding at every step of its training (embedding_dropout "
+                "0), and no hop before it draws one; put a prior there, or train it with embedding_dropout"
+            )
+        factor = spec.factor if isinstance(spec, UpsamplerSpec | ChainSpec) else 1
+        if factor > 1 and painted * factor != spec.image_size:
+            raise ValueError(
+                f"hop {name}: it enlarges {spec.image_size // factor} px to {spec.image_size}, and before it "
+                f"{f'{painted} px' if painted else 'nothing'} is painted; change its factor, or the hop "
+                "before it"
+            )
+        painted = spec.image_size
+    if painted != image_size:
+        raise ValueError(
+            f"cascade.image_size is {image_size}, but its last hop paints {painted} px; make them equal"
+        )
 
 
 def refuse_request(

@@ -35,6 +35,8 @@ from dd_core.stages.refusals import (
     given_noise,
     refuse_edit,
     refuse_kept,
+    refuse_small,
+    refuse_unembedded,
     refuse_unheard,
     refuse_unlearned,
 )
@@ -89,7 +91,7 @@ class ChainHop:
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
-        refuse_small(self.spec, state.image)
+        refuse_small(self.spec.image_size, self.spec.factor, state.image)
         sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
         edit, spec = self.edit(state), self.spec
         eps = how.temperature * noise(torch.empty(self.shape(len(state.seeds)), device=self.device))
@@ -134,6 +136,7 @@ class ChainHop:
 
     def rows(self, state: CascadeState, how: SamplingSpec) -> Rows:
         """What the samples of a request should become."""
+        refuse_unembedded(self.spec, state.image_embedding)
         spec, count = self.spec, len(state.seeds)
         picture = self.shown(state, self.edit(state))
         caption, null = self.read(state)
@@ -298,13 +301,3 @@ def refuse_label(spec: ChainSpec, how: SamplingSpec, label: Int[Tensor, " b"] | 
             raise ValueError("it paints by class, and the request names none; give a label")
     elif spec.labels and bool(((label < lowest) | (label >= spec.classes)).any()):
         raise ValueError(f"label {label.tolist()}: classes are 0 to {spec.classes - 1}")
-
-
-def refuse_small(spec: ChainSpec, small: Tensor | None) -> None:
-    """Raises ValueError unless there is a picture to enlarge, if it enlarges."""
-    side = spec.image_size // spec.factor
-    if spec.factor > 1 and (small is None or small.shape[1:] != (3, side, side)):
-        raise ValueError(
-            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
-            "put the hop that paints it before this one"
-        )

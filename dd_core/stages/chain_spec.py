@@ -136,6 +136,11 @@ class ChainSpec(LearnedSpec):
         return (("clip",) if clip else ()) + (("autoencoder",) if self.latent_channels else ())
 
     @property
+    def always_embedded(self) -> bool:
+        """Whether it is told image embeddings, and was never without one."""
+        return self.embedding_width > 0 and self.embedding_dropout == 0
+
+    @property
     def guides_itself(self) -> bool:
         """Whether it has learned what it paints when some of what it can be told is kept back."""
         told = (self.text_width or self.labels) and self.told_dropout

@@ -140,6 +140,11 @@ class ConsistencySpec(LearnedSpec):
         return self.base.embedded_by
 
     @property
+    def always_embedded(self) -> bool:
+        """Whether its base was never without one."""
+        return self.base.always_embedded
+
+    @property
     def image_size(self) -> int:
         """Side of the prepared images that it trains on."""
         return self.base.image_size

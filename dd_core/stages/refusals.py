@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dd_core.cascade import CascadeState, as_said
 from dd_core.samplers import SampledVariance, SamplingSpec
-from dd_core.stage import Trained
+from dd_core.stage import LearnedSpec, Trained
 
 
 def needed(parents: Mapping[str, Trained], role: str, kind: str) -> Trained:
@@ -168,6 +168,33 @@ def refuse_kept(state: CascadeState, kind: str) -> None:
         given = "the brightness of a picture" if state.gray is not None else "the pixels of a smaller picture"
         raise ValueError(
             f"{a(kind)} does not keep {given}; take a consistency model, or give a picture and its hole"
+        )
+
+
+def refuse_weights(bounds: tuple[float, float]) -> None:
+    """Raises ValueError unless the bounds of a loss weight are at least 0 and do not fall."""
+    if not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"weight_range {bounds} must be at least 0 and must not fall; put the lower one first"
+        )
+
+
+def refuse_small(image_size: int, factor: int, small: Tensor | None) -> None:
+    """Raises ValueError unless there is a picture to enlarge, of the size that becomes image_size."""
+    side = image_size // factor
+    if factor > 1 and (small is None or small.shape[1:] != (3, side, side)):
+        raise ValueError(
+            f"it enlarges {side} px and got {None if small is None else tuple(small.shape[1:])}; "
+            "put the hop that paints it before this one"
+        )
+
+
+def refuse_unembedded(spec: LearnedSpec, embedding: Tensor | None) -> None:
+    """Raises ValueError unless there is an image embedding for a network that was never without one."""
+    if spec.always_embedded and embedding is None:
+        raise ValueError(
+            "it was told an image embedding at every step of its training (embedding_dropout 0) and got "
+            "None; put a prior before it"
         )
 
 

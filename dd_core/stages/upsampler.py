@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dd_core import edits, images, losses
@@ -23,9 +23,10 @@ from dd_core.guidance import Rows, bounded, classifier_free, rows_of
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.noise import SeededNoise, spread
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
+from dd_core.schedules import refuse_falling
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.known import known_of, refuse_known
-from dd_core.stages.refusals import refuse_edit, refuse_unheard
+from dd_core.stages.refusals import refuse_edit, refuse_small, refuse_unheard, refuse_weights
 
 
 class UpsamplerSpec(LearnedSpec):
@@ -45,6 +46,19 @@ class UpsamplerSpec(LearnedSpec):
     """Largest deviation of the noise on the small image in training; each crop draws its own."""
     sigma_min: float = Field(0.02, gt=0)
     sigma_max: float = Field(20.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "UpsamplerSpec":
+        refuse_falling(self.sigma_min, self.sigma_max)
+        refuse_weights(self.weight_range)
+        side, crop, grid = self.image_size, self.crop, self.factor * self.net.factors()[-1]
+        if side % self.factor:
+            raise ValueError(f"image_size {side} must divide by factor {self.factor}")
+        if crop > side:
+            raise ValueError(f"crop {crop} is larger than image_size {side}; make it smaller")
+        if crop % grid:
+            raise ValueError(f"crop {crop} must divide by {grid}, what the network and factor make small")
+        return self
 
 
 class Refiner(nn.Module):
@@ -102,9 +116,9 @@ class UpsamplerHop:
         sigmas_of(how, sigma_min=self.spec.sigma_min, sigma_max=self.spec.sigma_max)
 
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
-        if state.image is None:
-            raise ValueError("the upsampler is told a small image, but CascadeState.image is None")
         self.refuse(state, how)
+        refuse_small(self.spec.image_size, self.spec.factor, state.image)
+        assert state.image is not None
         spec, noise = self.spec, SeededNoise(state.seeds)
         sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from dd_core import sealed
 from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.nets.network import PlainSpec
+from dd_core.samplers import SamplingSpec
 from dd_core.stage import Budget, OptimizerSpec
-from dd_core.stages.upsampler import UpsamplerSpec
+from dd_core.stages.chain_spec import ChainSpec
 from tests.faults.test_resume import SHARD
 from tests.prepared import write_prepared
 from tests.unit.dd_core.test_checkpoint_ranks import NET
@@ -38,12 +40,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 STEPS = 60
+UNGUIDED = SamplingSpec(guidance_scale=1.0)
 
 
 def stage(name: str, seed: int, **more: object) -> TrainSpec:
     return TrainSpec(
         name=name,
-        stage=UpsamplerSpec(net=NET, image_size=32, factor=2, crop=16),
+        stage=ChainSpec(net=PlainSpec(unet=NET.but(image_channels=0)), image_size=32, crop=16),
         optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
         budget=Budget(steps=STEPS, checkpoint_every=20, report_every=1),
         batch_size=8,
@@ -56,7 +59,9 @@ SPEC = RunSpec(
     pairs=PairsSpec(shards=("x.tar",), destination="d", sizes=(32,), context_length=8),
     stages=(stage("last", 3, parents={"any": "one"}), stage("one", 1), stage("other", 2)),
     at_once=2,
-    cascade=CascadeSpec(name="c", hops=(HopSpec(stage="last"),), context_length=8, image_size=32),
+    cascade=CascadeSpec(
+        name="c", hops=(HopSpec(stage="last", how=UNGUIDED),), context_length=8, image_size=32
+    ),
 )
 
 

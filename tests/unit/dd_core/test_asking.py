@@ -1,21 +1,26 @@
 """What specs alone can say: who hears a negative prompt, and what of a request a hop would refuse."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dd_core.cascade import CascadeState, Hop, Role, requested
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import Trained
 from dd_core.stages import StageSpec, load_hop
-from dd_core.stages.asking import hears_negative, led_away, refuse_request
+from dd_core.stages.asking import hears_negative, led_away, refuse_request, refuse_sampling
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
+from dd_core.stages.refusals import HEARS
 from dd_core.steering import GradientSpec
+from tests.unit.dd_core import test_causal_prior as causal
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core import test_guides as led
-from tests.unit.dd_core.students import JUMPING, SPEC
+from tests.unit.dd_core import test_stages as stages
+from tests.unit.dd_core.students import JUMPING, SPEC, on_classes
 from tests.unit.serve.tiny import STAGES
 
 
@@ -55,17 +60,68 @@ def test_bases_priors_and_what_is_distilled_from_them_hear_it_and_upsamplers_do_
     assert not led_away(SPEC, SamplingSpec(guidance_scale=1.0))
 
 
+def told(refuse: Callable[[], None]) -> str:
+    """What is said of what is refused; empty if nothing is."""
+    try:
+        refuse()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def possible(how: SamplingSpec, **more: object) -> SamplingSpec | None:
+    """A sampling with this, if its sampler can be asked for it at all."""
+    try:
+        return how.but(**more)
+    except ValidationError:
+        return None
+
+
+def causal_prior() -> Hop:
+    clip = Trained(causal.CLIP, chains.made(causal.CLIP, {}).model.state_dict())
+    return load_hop(Trained(causal.SPEC, causal.stage(clip).model.state_dict()), {"clip": clip}, device="cpu")
+
+
+def consistency() -> Hop:
+    parents = on_classes()
+    return load_hop(Trained(JUMPING, parents["base"].weights), parents, device="cpu")
+
+
+WALKING: dict[str, tuple[StageSpec, Callable[[], Hop]]] = {
+    "chain": (chains.DDPM, lambda: chains.hop(chains.DDPM)),
+    "base": (stages.BASE, lambda: stages.hop(stages.BASE)),
+    "upsampler": (stages.UPSAMPLER, lambda: stages.hop(stages.UPSAMPLER)),
+    "prior": (stages.PRIOR, lambda: stages.hop(stages.PRIOR)),
+    "causal_prior": (causal.SPEC, causal_prior),
+    "consistency": (JUMPING, consistency),
+}
+"""Kind of a stage whose hop walks noise levels -> one such spec, and its hop."""
+LEVELS: list[dict[str, object]] = [
+    {"num_steps": 1, "spacing": "linspace"},
+    {"num_steps": 3, "spacing": "linspace"},
+    {"num_steps": 27, "spacing": "fast27"},
+    {"num_steps": 7, "spacing": "ldm_plus_one"},
+    {"num_steps": 2},
+    {"num_steps": 300},
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, hears in HEARS.items() if hears.levels])
+def test_noise_levels_that_a_hop_cannot_visit_are_refused_by_its_spec(kind: str) -> None:
+    """Before it is trained, that is, and not at its first sample grid."""
+    spec, make = WALKING[kind]
+    hop, state = make(), stages.asked([1], "a star", label=torch.tensor([1]))
+    usual = SamplingSpec(guidance_scale=1.0, sampler="consistency" if kind == "consistency" else "ddim")
+    ways = [how for one in LEVELS if (how := possible(usual, **one))]
+    found = [told(partial(refuse_sampling, spec, how, ())) for how in ways]
+    assert found == [told(partial(hop.refuse, state, how)) for how in ways]
+    assert any(found)
+    assert not all(found)
+
+
 def said(hop: Hop, spec: StageSpec, how: SamplingSpec, state: CascadeState) -> tuple[str, str]:
     """What the hop says of a request, and what its spec alone says; empty if nothing is refused."""
     guides: dict[Role, StageSpec] = {"classifier": led.CLASSIFIER}
-
-    def told(refuse: Callable[[], None]) -> str:
-        try:
-            refuse()
-        except ValueError as error:
-            return str(error)
-        return ""
-
     return (
         told(lambda: hop.refuse(state, how)),
         told(lambda: refuse_request(spec, how, guides, state._replace(image=None, image_embedding=None))),

@@ -17,6 +17,7 @@ from tests.unit.dd_core.test_chain import (
     INPAINTING,
     LATENT,
     TRANSFORMER,
+    UNCLIP,
     asked,
     hop,
     plain,
@@ -74,6 +75,7 @@ def silent(made: Hop) -> Hop:
         (CLASSES.but(net=plain(labels=3), told_dropout=0.0), {}, {"label": None}, "give a label"),
         (ENLARGING, {}, {"image": None}, "enlarges 4 px and got None"),
         (ENLARGING, {}, {"image": torch.zeros(1, 3, 8, 8)}, r"enlarges 4 px and got \(3, 8, 8\)"),
+        (UNCLIP.but(embedding_dropout=0.0), {}, {}, "embedding_dropout 0.* and got None; put a prior before"),
         (EDM, {"spacing": "linspace"}, {}, "trained on all noise levels; use karras"),
         (EDM, {}, {"label": None}, "give a label"),
         (EDM, {}, {"label": torch.tensor([-1])}, r"label \[-1\]: classes are 0 to 2"),  # no class of nothing
@@ -117,6 +119,9 @@ def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spe
             {"coarse": KNOWN},
             "a base does not keep the pixels of a smaller picture; take a consistency",
         ),
+        (UPSAMPLER, {}, {"image": None}, "enlarges 16 px and got None; put the hop that paints it before"),
+        (UPSAMPLER, {}, {"image": torch.zeros(1, 3, 8, 8)}, r"enlarges 16 px and got \(3, 8, 8\)"),
+        (BASE.but(embedding_dropout=0.0), {}, {}, "embedding_dropout 0.* and got None; put a prior before"),
         (UPSAMPLER, {"sampler": "consistency"}, {}, "an upsampler is no consistency model; use ddim"),
         (UPSAMPLER, {"sampler": "ddpm"}, {}, "this upsampler does not learn its variance"),
         (
@@ -132,7 +137,7 @@ def test_a_hole_in_a_model_without_mask_channels_needs_the_training_free_way(spe
     ],
 )
 def test_what_a_hop_does_not_hear_is_refused_and_what_is_usual_is_not(
-    spec: StageSpec, how: dict[str, object], more: dict[str, Tensor], remedy: str
+    spec: StageSpec, how: dict[str, object], more: dict[str, Tensor | None], remedy: str
 ) -> None:
     made = silent(other_hop(spec))
     state = asked_of_base([1], "a", image=torch.zeros(1, 3, 16, 16))

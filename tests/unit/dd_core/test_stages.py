@@ -357,6 +357,26 @@ def test_a_missing_or_wrong_parent_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "wrong", "remedy"),
+    [
+        (BASE, {"sigma_min": 100.0}, "sigma_min 100.0 must be below sigma_max 80.0"),
+        (PRIOR, {"sigma_min": 80.0}, "sigma_min 80.0 must be below sigma_max 80.0"),
+        (UPSAMPLER, {"sigma_max": 0.01}, "sigma_min 0.02 must be below sigma_max 0.01"),
+        (BASE, {"weight_range": (5.0, 0.05)}, r"weight_range \(5.0, 0.05\) .* must not fall"),
+        (UPSAMPLER, {"weight_range": (-1.0, 5.0)}, r"weight_range \(-1.0, 5.0\) must be at least 0"),
+        (UPSAMPLER, {"factor": 3}, "image_size 64 must divide by factor 3"),
+        (UPSAMPLER, {"crop": 128}, "crop 128 is larger than image_size 64"),
+        (UPSAMPLER, {"crop": 18}, "crop 18 must divide by 4"),
+    ],
+)
+def test_a_spec_that_could_not_be_trained_or_sampled_says_what_would_do(
+    spec: StageSpec, wrong: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        spec.but(**wrong)
+
+
+@pytest.mark.parametrize(
     ("net", "wrong", "remedy"),
     [
         (BASE.net, {"head_width": 12}, "width 16 must divide by head_width 12"),

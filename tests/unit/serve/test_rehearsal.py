@@ -12,7 +12,17 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from dd_core.steering import GradientSpec
 from serve.replicas import rehearsal, shortest
-from tests.unit.dd_core.test_chain import CLASSES, EDM, ENLARGING, GLIDE, INPAINTING, LATENT, PARENTS, trained
+from tests.unit.dd_core.test_chain import (
+    CLASSES,
+    EDM,
+    ENLARGING,
+    GLIDE,
+    INPAINTING,
+    LATENT,
+    PARENTS,
+    UNCLIP,
+    trained,
+)
 from tests.unit.dd_core.test_guides import HOP
 
 FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0)
@@ -21,6 +31,7 @@ FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_s
 @pytest.mark.parametrize(
     ("spec", "how"),
     [
+        (UNCLIP.but(embedding_dropout=0.0), SamplingSpec(num_steps=10)),
         (GLIDE, SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace")),
         (ENLARGING, FAST27),
         (LATENT, SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one")),

@@ -17,9 +17,11 @@ from rich.console import Console
 
 from dd_core import sealed
 from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.nets.network import PlainSpec
 from dd_core.nets.unet import UNetSpec
+from dd_core.samplers import SamplingSpec
 from dd_core.stage import Budget, OptimizerSpec
-from dd_core.stages.upsampler import UpsamplerSpec
+from dd_core.stages.chain_spec import ChainSpec
 from workflows import pipeline
 from workflows.journal import JOURNAL, Journal
 from workflows.pairs import PairsSpec
@@ -45,12 +47,13 @@ if TYPE_CHECKING:
     from workflows.tracking import Tracked
 
 NET = UNetSpec(width=8, channel_mult=(1,), attention_at=(), attention_in_middle=False, groups=4)
+UNGUIDED = SamplingSpec(guidance_scale=1.0)
 
 
 def stage(name: str, **parents: str) -> TrainSpec:
     return TrainSpec(
         name=name,
-        stage=UpsamplerSpec(net=NET, image_size=64, crop=16),
+        stage=ChainSpec(net=PlainSpec(unet=NET), image_size=64),
         parents=parents,
         optimizer=OptimizerSpec(learning_rate=1e-3),
         budget=Budget(steps=2, checkpoint_every=1),
@@ -63,7 +66,9 @@ def run_spec(*stages: TrainSpec, hop: str = "a", sizes: tuple[int, ...] = (64,))
         name="r",
         pairs=PairsSpec(shards=("x.tar",), destination="d", sizes=sizes, context_length=8),
         stages=stages,
-        cascade=CascadeSpec(name="c", hops=(HopSpec(stage=hop),), context_length=8, image_size=64),
+        cascade=CascadeSpec(
+            name="c", hops=(HopSpec(stage=hop, how=UNGUIDED),), context_length=8, image_size=64
+        ),
     )
 
 

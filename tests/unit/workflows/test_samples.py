@@ -11,6 +11,7 @@ from dd_core.cascade import CascadeState, run
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import PairBatch, Trained
 from dd_core.stages import StageSpec, load_hop
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.draft import draft_of
 from dd_core.text import tokens
 from jobs.recipes import demo, smoke
@@ -23,6 +24,7 @@ from tests.unit.dd_core.test_chain import (
     INPAINTING,
     LATENT,
     PARENTS,
+    UNCLIP,
     trained,
 )
 from workflows.samples import drawn, heading
@@ -73,6 +75,25 @@ def test_a_base_from_drafts_paints_the_pictures_of_the_data_from_their_own_embed
     )  # what the training is told of a larger picture, it paints
 
 
+@pytest.mark.parametrize("spec", [UNCLIP, stages.BASE.but(from_draft=False)], ids=lambda spec: spec.kind)
+def test_who_was_never_without_an_embedding_is_shown_with_those_of_the_data(spec: StageSpec) -> None:
+    spec, what = spec.but(embedding_dropout=0.0), SamplesSpec(prompts=("a star",), how=HOW)
+    chain = spec.kind == "chain"
+    one = (
+        trained(spec) if isinstance(spec, ChainSpec) else Trained(spec, stages.stage(spec).model.state_dict())
+    )
+    parents = PARENTS if chain else stages.parents(spec)
+    width = 16 if chain else 8
+    grids = [
+        drawn(one, parents, what, KNOWN._replace(embedding=torch.eye(width)[[2 * n, 2 * n + 1]]))
+        for n in range(2)
+    ]
+    assert grids[0] is not None
+    assert grids[1] is not None
+    assert torch.equal(grids[0][::2], images.to_unit(KNOWN.image))
+    assert not torch.equal(grids[0][1::2], grids[1][1::2])
+
+
 def grid_of(*specs: StageSpec, what: SamplesSpec, known: PairBatch = KNOWN) -> Tensor:
     """What the first of these stages draws on the others, every other one a picture of the data."""
     made_of = {spec.kind: Trained(spec, stages.stage(spec).model.state_dict()) for spec in specs}
@@ -118,6 +139,9 @@ def test_a_prior_is_shown_by_the_pictures_whose_embeddings_are_nearest_to_its_dr
         (stages.BASE, True),
         (ENLARGING, True),
         (stages.BASE.but(from_draft=False), False),
+        (stages.BASE.but(from_draft=False, embedding_dropout=0.0), True),
+        (UNCLIP, False),
+        (UNCLIP.but(embedding_dropout=0.0), True),
         (DDPM, False),
     ],
 )
