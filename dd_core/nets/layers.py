@@ -218,6 +218,17 @@ class Resized(nn.Module):
         return self.conv(resampled(x, "up") if self.how == "up" else x)
 
 
+def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer makes of x in the numbers of its weights, also under autocast.
+
+    For what reads the noise level and what answers.
+
+    Source: ADM (arXiv:2105.05233) keeps the embedding of the timestep and the last layer in float32.
+    """
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return layer(x.to(next(layer.parameters()).dtype))
+
+
 def resampled(x: Float[Tensor, " b c h w"], how: Resample) -> Float[Tensor, " b c h2 w2"]:
     """The same, halved by averaging or doubled by repetition."""
     match how:
