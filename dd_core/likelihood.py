@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -194,11 +195,17 @@ class TimestepSampler(nn.Module):
 
         One that is not finite is none: with it no timestep could be drawn for the rest of the run.
         """
-        known = torch.where(loss.isfinite(), t, -1).tolist()  # waits for the device once
-        for one, value in zip(known, loss.double(), strict=True):
-            if one >= 0:
-                self.losses[one] = torch.cat([self.losses[one, 1:], value[None]])
-                self.seen[one] += 1
+        count, history = self.losses.shape
+        t = torch.where(loss.isfinite(), t, count)  # the row behind the last is nobody's
+        order = t.argsort(stable=True)
+        t, loss = t[order], loss.double()[order]
+        new = self.seen.new_zeros(count + 1).scatter_add_(0, t, torch.ones_like(t))
+        place = history - (new.cumsum(0)[t] - torch.arange(len(t), device=t.device))  # its last comes last
+        older = torch.arange(history, device=t.device) + new[:, None]
+        rows = F.pad(self.losses, (0, 0, 0, 1)).gather(1, older.clamp(max=history - 1))
+        rows[torch.where(place >= 0, t, count), place.clamp(min=0)] = loss
+        self.losses.copy_(rows[:-1])
+        self.seen += new[:-1]
 
 
 class Bits(NamedTuple):

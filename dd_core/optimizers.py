@@ -40,9 +40,10 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
 
 
 def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
-    """What Muon steps: matrices inside the blocks of transformers, with muon_unet also the kernels of a UNet.
+    """What Muon steps: matrices in blocks, with muon_unet also the kernels of a UNet.
 
-    What enters, leaves or modulates stays with AdamW.
+    Blocks are those of transformers and, on the way down, in the middle and on the way up alike, of UNets.
+    What enters or leaves the network, embeds, or modulates a block stays with AdamW.
     """
     kernels = ("down.", "up.", "middle") if algorithm == "muon_unet" else ()
     if not algorithm.startswith("muon"):
@@ -50,6 +51,11 @@ def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
     return {
         parameter
         for name, parameter in stage.named_parameters()
-        if (parameter.ndim == 2 and "blocks." in name and "modulation" not in name and ".level." not in name)
+        if (
+            parameter.ndim == 2
+            and ("blocks." in name or "middle." in name)
+            and "modulation" not in name
+            and ".level." not in name
+        )
         or (parameter.ndim == 4 and any(place in name for place in kernels))
     }

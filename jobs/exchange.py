@@ -21,7 +21,7 @@ from dd_core.layouts import (
     diffusers_unet,
     importing,
 )
-from dd_core.layouts.files import WEIGHTS, weights_in, weights_in_folder
+from dd_core.layouts.files import SCHEDULER, WEIGHTS, weights_in, weights_in_folder
 from dd_core.layouts.moves import LayoutError, fitted, inward
 from dd_core.layouts.published import AUTOENCODERS, Published, published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
@@ -364,7 +364,7 @@ def written(directory: Path, spec: Spec, weights: Mapping[str, Tensor], source: 
 def import_folder(folder: Path, out: Path) -> list[Facts]:
     """The bundle of one component of a pipeline of diffusers."""
     config = json_in(folder / "config.json")
-    state = weights_in_folder(folder, WEIGHTS)
+    state = diffusers_unet.modern(weights_in_folder(folder, WEIGHTS))
     if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
         net = diffusers_autoencoder.spec_of(config)
         with torch.device("meta"):
@@ -377,8 +377,9 @@ def import_folder(folder: Path, out: Path) -> list[Facts]:
         unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
     linear = bool(config.get("use_linear_projection", False))
     weights = fitted(unet, inward(state, diffusers_unet.unet_moves(unet, linear=linear)))
-    beside = folder.parent / "scheduler" / "scheduler_config.json"
-    process = None
+    beside, process = folder / SCHEDULER, None  # in the same folder where the UNet is the whole pipeline
+    if not beside.is_file():
+        beside = folder.parent / "scheduler" / SCHEDULER
     if beside.is_file():
         process = diffusers_scheduler.process_of(json_in(beside), image_size=config.get("sample_size") or 64)
         spec = diffusers_config.told_apart(spec, learned_variance=process.learned_variance)

@@ -17,11 +17,7 @@ Config = dict[str, Any]
 FIXED: Config = {
     "act_fn": "silu",
     "center_input_sample": False,
-    "downsample_padding": 1,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
     "mid_block_scale_factor": 1,
-    "norm_eps": 1e-5,
     "time_embedding_type": "positional",
 }
 """What a UNet of theirs may say, but only so."""
@@ -72,6 +68,10 @@ def config_of(spec: PlainSpec, *, image_size: int, linear: bool = True) -> Confi
         "resnet_time_scale_shift": "scale_shift" if unet.scale_shift else "default",
         "dropout": unet.dropout,
         "num_class_embeds": unet.labels or None,
+        "flip_sin_to_cos": not unet.sine_first,
+        "freq_shift": unet.freq_shift,
+        "downsample_padding": 0 if unet.pads == "after" else 1,
+        "norm_eps": unet.epsilon,
     }
     return config | (told_config(unet, linear=linear) if unet.text_width else plain_config(unet))
 
@@ -90,7 +90,7 @@ def check_expressible(unet: UNetSpec) -> None:
         "embedding_tokens": embedded and told and unet.embedding_tokens > 0,
         "resample": told and (unet.resample == "conv") != (unet.attention == "cross"),
         "labels": embedded and unet.labels > 0,
-        "heads": unet.attention == "joint" and len(head_widths(unet)) > 1,
+        "heads": unet.attention == "joint" and len(head_widths(unet)) > 1 and (told or unet.heads > 1),
     }
     for name, is_refused in refused.items():
         if is_refused:
@@ -110,7 +110,7 @@ def plain_config(unet: UNetSpec) -> Config:
     return {
         "add_attention": unet.attention_in_middle,
         "attn_norm_num_groups": unet.groups,  # its middle attends without a norm otherwise
-        "attention_head_dim": next(iter(head_widths(unet)), 8),
+        "attention_head_dim": None if unet.heads == 1 else next(iter(head_widths(unet)), 8),
         "downsample_type": kind,
         "upsample_type": kind,
     }
@@ -170,9 +170,24 @@ def spec_of(config: Mapping[str, Any]) -> PlainSpec:
         embedding_tokens=0,
         labels=config.get("num_class_embeds") or 0,
         **heads_in(config, cross=cross),
+        **as_in_ddpm(config),
     )
     given = {name: config[name] for name in ("in_channels", "out_channels") if name in config}
     return PlainSpec(unet=unet, **({"in_channels": 4, "out_channels": 4} | given if told else given))
+
+
+def as_in_ddpm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """In what DDPM's own network differs from later ones: sinusoids, padding, normalisation."""
+    shift, padding = config.get("freq_shift", 0), config.get("downsample_padding", 1)
+    for name, value in (("freq_shift", shift), ("downsample_padding", padding)):
+        if value not in (0, 1):
+            raise LayoutError(f"config.json: {name} is {value!r}, ours can do 0 and 1 only")
+    return {
+        "sine_first": not config.get("flip_sin_to_cos", True),
+        "freq_shift": int(shift),
+        "pads": "after" if padding == 0 and resampling(config) == "conv" else "around",
+        "epsilon": config.get("norm_eps", 1e-5),
+    }
 
 
 def told_apart(spec: PlainSpec, *, learned_variance: bool) -> PlainSpec:
@@ -263,6 +278,8 @@ def attends_in_middle(config: Mapping[str, Any]) -> bool:
 def heads_in(config: Mapping[str, Any], *, cross: bool) -> dict[str, int]:
     """`heads` or `head_width`, whichever is the same at every level."""
     said = config.get("attention_head_dim", 8)
+    if said is None and config["_class_name"] == "UNet2DModel":
+        return {"heads": 1}
     if not cross:
         if not isinstance(said, int):
             raise LayoutError(f"config.json: attention_head_dim is {said!r}, ours can do one number only")

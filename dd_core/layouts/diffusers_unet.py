@@ -1,8 +1,8 @@
 """The weights of diffusers' UNets: UNet2DModel and UNet2DConditionModel, from and to the same network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from dd_core.layouts.adm import transformer_layer_moves
 from dd_core.layouts.moves import SAME, Move, layer, unfolded, weight, within
@@ -77,6 +77,22 @@ def transformer_moves(transformer: CrossTransformer, *, linear: bool) -> Iterato
         moves = transformer_layer_moves()
         yield from within(moves, theirs=f"transformer_blocks.{index}.", ours=f"layers.{index}.")
     yield from layer("proj_out", "leave", matrix)
+
+
+def modern(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as diffusers names them; its first releases called those of an attention otherwise.
+
+    Source: `ModelMixin._convert_deprecated_attention_blocks`.
+    """
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    found = dict[str, Tensor]()
+    for name, tensor in state.items():
+        block, _, part = name.rpartition(".attentions.")
+        place, _, layer = part.partition(".")
+        old, _, kind = layer.partition(".")
+        is_old = bool(block) and old in renamed
+        found[f"{block}.attentions.{place}.{renamed[old]}.{kind}" if is_old else name] = tensor
+    return found
 
 
 def residual_moves(block: ResBlock, theirs: str, ours: str) -> Iterator[Move]:

@@ -18,6 +18,8 @@ from dd_core.layouts.moves import LayoutError
 READ_SECONDS = 1800
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """In the folder of a component of diffusers."""
+SCHEDULER = "scheduler_config.json"
+"""In the folder of its scheduler."""
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         self.down = way_down(unet)
         self.middle = Block(channels[-1], channels[-1], unet.shared(), attend=unet.attention_in_middle)
         self.middle_out = ResBlock(channels[-1], channels[-1], unet.shared())
-        self.norm = Norm(channels[-1], unet.groups)
+        self.norm = Norm(channels[-1], unet.groups, unet.epsilon)
         side = spec.image_size // unet.factors()[-1]
         self.pool = AttentionPool(channels[-1], unet.shared().heads_of(channels[-1]), side**2, spec.classes)
 

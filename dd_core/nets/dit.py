@@ -20,7 +20,7 @@ from dd_core.denoiser import Conditioning
 from dd_core.nets.attention import attend
 from dd_core.nets.clip import ReadCaption
 from dd_core.nets.conv import Conv
-from dd_core.nets.layers import Told, apart, read_by
+from dd_core.nets.layers import Told, apart, read_by, unrounded
 from dd_core.nets.places import grid_waves, wave
 from dd_core.spec import Spec
 
@@ -228,7 +228,7 @@ class DiT(nn.Module):
         self, x: Float[Tensor, " b c h w"], log_sigma: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, " b o h w"]:
         cond, dtype = self.prepared(cond), self.places.dtype
-        level = F.silu(self.told(wave(log_sigma / 4, 256).to(dtype)) + self.heard(cond))
+        level = F.silu(unrounded(self.told, wave(log_sigma / 4, 256)) + self.heard(cond))
         h = x if cond.image is None else torch.cat([x, cond.image], 1)
         h = self.enter(self.fold(h.to(dtype)))
         told = Told(level, {} if cond.read is None else apart(self.reading, cond.read.to(h.dtype)))
@@ -243,4 +243,4 @@ class DiT(nn.Module):
         h = self.join(torch.cat([F.pixel_shuffle(h, 2), skip], 1))
         for block in self.up:
             h = block(h, told)
-        return self.unfold(self.leave(h)).to(x.dtype)
+        return self.unfold(unrounded(self.leave, h)).to(x.dtype)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dd_core.devices import kind_of
 from dd_core.nets.attention import attend
 from dd_core.nets.conv import Conv
-from dd_core.nets.norm import Norm
+from dd_core.nets.norm import EPSILON, Norm
 
 Resample = Literal["same", "down", "up"]
+Pads = Literal["around", "after"]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -100,21 +101,33 @@ class Shared(NamedTuple):
     """Of every attention; 0: as many as `head_width` makes of its channels."""
     transformer_depth: int = 0
     """Layers of the transformer that attends; 0: one joint attention instead."""
+    epsilon: float = EPSILON
+    """Added to the variance by every normalisation of a map but that before a transformer."""
 
     def heads_of(self, channels: int) -> int:
         """Heads of an attention over that many channels."""
         return self.heads or channels // self.head_width
 
 
-def sinusoids(values: Float[Tensor, " b"], width: int) -> Float[Tensor, " b w"]:
-    """Cosines, then sines, of `values` at width / 2 frequencies from 1 down to 1 / 10000, float32.
+def sinusoids(
+    values: Float[Tensor, " b"], width: int, *, sine_first: bool = False, freq_shift: int = 0
+) -> Float[Tensor, " b w"]:
+    """Cosines, then sines, of `values` at width / 2 frequencies that fall from 1 to 1 / 10000, float32.
 
-    Source: the timestep embedding of Ho et al. 2020 (arXiv:2006.11239) in the order of ADM.
+    Args:
+        values: To be told apart by differences of about 1.
+        width: Even.
+        sine_first: The sines before the cosines.
+        freq_shift: 1: the last frequency is 1 / 10000; 0: that would be the one after it.
+
+    Source: the timestep embedding of Ho et al. 2020 (arXiv:2006.11239) in the order and at the frequencies
+    of ADM; its own has both of these otherwise.
     """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - freq_shift)
     angles = values.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    waves = (angles.sin(), angles.cos()) if sine_first else (angles.cos(), angles.sin())
+    return torch.cat(waves, dim=1)
 
 
 class ResBlock(nn.Module):
@@ -131,10 +144,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample: Resample = resample
         self.scale_shift = shared.scale_shift
-        self.norm_in = Norm(in_channels, shared.groups)
+        self.norm_in = Norm(in_channels, shared.groups, shared.epsilon)
         self.conv_in = Conv(in_channels, out_channels, 3, padding=1)
         self.level = nn.Linear(shared.level_width, out_channels * (2 if shared.scale_shift else 1))
-        self.norm_out = Norm(out_channels, shared.groups)
+        self.norm_out = Norm(out_channels, shared.groups, shared.epsilon)
         self.dropout = nn.Dropout(shared.dropout)
         self.conv_out = zeroed(Conv(out_channels, out_channels, 3, padding=1))
         self.shortcut: nn.Module = nn.Identity()
@@ -159,7 +172,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, shared: Shared) -> None:
         super().__init__()
         self.head_width = channels // shared.heads_of(channels)
-        self.norm = Norm(channels, shared.groups)
+        self.norm = Norm(channels, shared.groups, shared.epsilon)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.text = nn.Linear(shared.text_width, 2 * channels) if shared.text_width else None
         self.out = zeroed(nn.Linear(channels, channels))
@@ -183,16 +196,37 @@ class Attention(nn.Module):
 class Resized(nn.Module):
     """Half or twice the size, by one convolution: strided, or after repeating pixels.
 
-    Source: Ho et al. 2020 (arXiv:2006.11239), kept by latent diffusion.
+    Args:
+        channels: Of the map, before and after.
+        how: "down" or "up".
+        pads: Zeros around what is halved, or one row below it and one column to its right.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), which pads after; latent diffusion pads around.
     """
 
-    def __init__(self, channels: int, how: Resample) -> None:
+    def __init__(self, channels: int, how: Resample, *, pads: Pads = "around") -> None:
         super().__init__()
         self.how: Resample = how
-        self.conv = Conv(channels, channels, 3, stride=2 if how == "down" else 1, padding=1)
+        self.after = how == "down" and pads == "after"
+        self.conv = Conv(
+            channels, channels, 3, stride=2 if how == "down" else 1, padding=0 if self.after else 1
+        )
 
     def forward(self, x: Float[Tensor, " b c h w"], told: Told) -> Float[Tensor, " b c h2 w2"]:
+        if self.after:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
         return self.conv(resampled(x, "up") if self.how == "up" else x)
+
+
+def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer makes of x in the numbers of its weights, also under autocast.
+
+    For what reads the noise level and what answers.
+
+    Source: ADM (arXiv:2105.05233) keeps the embedding of the timestep and the last layer in float32.
+    """
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return layer(x.to(next(layer.parameters()).dtype))
 
 
 def resampled(x: Float[Tensor, " b c h w"], how: Resample) -> Float[Tensor, " b c h2 w2"]:

@@ -30,19 +30,21 @@ KINDS = (torch.float32, torch.bfloat16)
 class Norm(nn.Module):
     """Group normalisation with an affine map per channel, a further one per sample, and SiLU."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, epsilon: float = EPSILON) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.epsilon = groups, epsilon
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(
         self, x: Float[Tensor, " b c h w"], told: Float[Tensor, " b 2*c"] | None = None, *, silu: bool = True
     ) -> Float[Tensor, " b c h w"]:
-        return modulated_norm(x, self.weight, self.bias, told, groups=self.groups, silu=silu)
+        return modulated_norm(
+            x, self.weight, self.bias, told, groups=self.groups, silu=silu, epsilon=self.epsilon
+        )
 
 
-def modulated_norm(
+def modulated_norm(  # noqa: PLR0913 - the terms of its formula
     x: Float[Tensor, " b c h w"],
     weight: Float[Tensor, " c"],
     bias: Float[Tensor, " c"],
@@ -50,6 +52,7 @@ def modulated_norm(
     *,
     groups: int,
     silu: bool,
+    epsilon: float = EPSILON,
 ) -> Float[Tensor, " b c h w"]:
     """SiLU((GroupNorm(x) * weight + bias) * (1 + scale) + shift), in the dtype of x; statistics in float32.
 
@@ -60,18 +63,19 @@ def modulated_norm(
         told: Scales of a sample, then its shifts; None: no such map.
         groups: Divides the channels.
         silu: Whether SiLU follows.
+        epsilon: Added to the variance of a group.
 
     Source: Wu & He 2018 (arXiv:1803.08494); scale and shift as in Dhariwal & Nichol 2021
     (arXiv:2105.05233), section 3, "AdaGN".
     """
     plainly = kind_of(x) != "cpu" or x.dtype not in KINDS or not x.numel()
     if plainly or torch.compiler.is_compiling():
-        return plain_modulated_norm(x, weight, bias, told, groups=groups, silu=silu)
+        return plain_modulated_norm(x, weight, bias, told, groups=groups, silu=silu, epsilon=epsilon)
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, told = known(weight), known(bias), None if told is None else known(told)
     if torch.is_grad_enabled():
-        return _ModulatedNorm.apply(groups, silu, x, weight, bias, told)
-    out, _ = torch.ops.ddiff.norm(x, weight, bias, told, groups, silu)
+        return _ModulatedNorm.apply((groups, silu, epsilon), x, weight, bias, told)
+    out, _ = torch.ops.ddiff.norm(x, weight, bias, told, groups, silu, epsilon)
     return out
 
 
@@ -80,7 +84,7 @@ def known(tensor: Tensor) -> Tensor:
     return (tensor if tensor.dtype in KINDS else tensor.float()).contiguous()
 
 
-def plain_modulated_norm(
+def plain_modulated_norm(  # noqa: PLR0913 - the terms of its formula
     x: Float[Tensor, " b c h w"],
     weight: Float[Tensor, " c"],
     bias: Float[Tensor, " c"],
@@ -88,11 +92,12 @@ def plain_modulated_norm(
     *,
     groups: int,
     silu: bool,
+    epsilon: float = EPSILON,
 ) -> Float[Tensor, " b c h w"]:
     """`modulated_norm` as its formula reads, out of library calls."""
     gain, offset = gain_and_offset(weight, bias, told)
     with torch.autocast("cuda", enabled=False):  # there it would write the norm out in float32
-        unit = F.group_norm(x, groups, eps=EPSILON)
+        unit = F.group_norm(x, groups, eps=epsilon)
         z = torch.addcmul(offset.to(x)[:, :, None, None], unit, gain.to(x)[:, :, None, None])
         return F.silu(z) if silu else z
 
@@ -115,10 +120,10 @@ class _ModulatedNorm(torch.autograd.Function):
     """`modulated_norm` of features in channels_last, which is how norm.c wants them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, groups: int, silu: bool, x: Tensor, *affine: Tensor | None) -> Tensor:
-        out, moments = torch.ops.ddiff.norm(x, *affine, groups, silu)
+    def forward(ctx: FunctionCtx, how: tuple[int, bool, float], x: Tensor, *affine: Tensor | None) -> Tensor:
+        out, moments = torch.ops.ddiff.norm(x, *affine, *how)
         ctx.save_for_backward(x, moments, *affine)  # type: ignore[arg-type]
-        ctx.silu = silu  # type: ignore[attr-defined]
+        ctx.silu = how[1]  # type: ignore[attr-defined]
         return out
 
     @staticmethod
@@ -129,7 +134,7 @@ class _ModulatedNorm(torch.autograd.Function):
         silu = ctx.silu  # type: ignore[attr-defined]
         d_x, d_affine, d_told = torch.ops.ddiff.norm_backward(grad, x, moments, silu, weight, bias, told)
         d_weight, d_bias = d_affine.sum(1).to(weight).unbind()
-        return None, None, d_x, d_weight, d_bias, None if told is None else d_told.to(told)
+        return None, d_x, d_weight, d_bias, None if told is None else d_told.to(told)
 
 
 class Task(ctypes.Structure):
@@ -141,15 +146,15 @@ class Task(ctypes.Structure):
     )
 
 
-def room(
-    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool
+def room(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """Room for what is normalised, and for its moments `2 b groups`: mean, 1 / standard deviation."""
     return torch.empty_like(x), x.new_empty((2, len(x), groups), dtype=torch.float32)
 
 
-def norm(
-    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool
+def norm(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """Features normalised, and their moments.
 
@@ -166,10 +171,10 @@ def norm(
         )
     loops = compiled(SOURCE)
     if loops is None:
-        return norm_by_passes(x, weight, bias, told, groups, silu)
-    out, moments = room(x, weight, bias, told, groups, silu)
+        return norm_by_passes(x, weight, bias, told, groups, silu, epsilon)
+    out, moments = room(x, weight, bias, told, groups, silu, epsilon)
     task = task_of(x, weight, told, groups, silu)
-    loops.norm_forward(*pointers(x, out, moments, weight, bias, told), ctypes.c_double(EPSILON), task)
+    loops.norm_forward(*pointers(x, out, moments, weight, bias, told), ctypes.c_double(epsilon), task)
     return out, moments
 
 
@@ -213,8 +218,8 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def norm_by_passes(
-    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool
+def norm_by_passes(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
+    x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """`norm` without norm.c.
 
@@ -222,7 +227,7 @@ def norm_by_passes(
     bfloat16 costs the CPU up to eight times as much, a conversion a third of one pass.  It happens to a
     few samples at a time, so that it stays in the cache and asks for no new memory.
     """
-    out, moments = room(x, weight, bias, told, groups, silu)
+    out, moments = room(x, weight, bias, told, groups, silu, epsilon)
     gain, offset = (of.expand(len(x), -1) for of in gain_and_offset(weight, bias, told))
     each = x.shape[1] // groups
     for y, v, m, s, g, o in samples(rows_of(out), rows_of(x), *moments, gain, offset):
@@ -233,7 +238,7 @@ def norm_by_passes(
         own = (second - first.square()).unflatten(1, (groups, -1))
         m.copy_(centre.mean(2))
         variance = (own + (centre - m[..., None]).square()).mean(2)
-        s.copy_(variance.clamp_min(0).add(EPSILON).rsqrt())
+        s.copy_(variance.clamp_min(0).add(epsilon).rsqrt())
         factor = g * s.repeat_interleave(each, 1)
         z = torch.addcmul((o - m.repeat_interleave(each, 1) * factor)[:, None], v, factor[:, None])
         y.copy_(F.silu(z, inplace=True) if silu else z)
@@ -277,7 +282,8 @@ def samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
 OPERATIONS = torch.library.Library("ddiff", "FRAGMENT")
 """Known to PyTorch by name, so that it also knows what they make of sizes alone (FakeTensorMode)."""
 OPERATIONS.define(
-    "norm(Tensor x, Tensor weight, Tensor bias, Tensor? told, int groups, bool silu) -> (Tensor, Tensor)"
+    "norm(Tensor x, Tensor weight, Tensor bias, Tensor? told, int groups, bool silu, float epsilon)"
+    " -> (Tensor, Tensor)"
 )
 OPERATIONS.impl("norm", norm, "CPU")
 torch.library.register_fake("ddiff::norm", room, lib=OPERATIONS)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets import dit, text
 from dd_core.nets.clip import PackedCaption
-from dd_core.nets.layers import sinusoids
+from dd_core.nets.layers import sinusoids, unrounded
 from dd_core.nets.packed import Packing, packing
 from dd_core.nets.places import wave
 from dd_core.nets.whitening import Whitening
@@ -126,11 +126,11 @@ class PriorNet(nn.Module):
     ) -> Float[Tensor, " b d"]:
         if cond.text is None:
             raise ValueError("the prior is told a caption, but Conditioning.text is None")
-        told = F.silu(self.sigma_in(wave(log_sigma / 4, 256)) + cond.text[:, 0])
+        told = F.silu(unrounded(self.sigma_in, wave(log_sigma / 4, 256)) + cond.text[:, 0])
         h = self.noised_in(x)
         for block in self.blocks:
             h = block(h, told)
-        return self.out(torch.cat([self.norm(h), told], -1))
+        return unrounded(self.out, torch.cat([self.norm(h), told], -1))
 
 
 class CausalPriorSpec(Spec):
@@ -194,8 +194,8 @@ class CausalPrior(nn.Module):
     ) -> Float[Tensor, " b d"]:
         if cond.text is None:
             raise ValueError("the prior is told a caption, but Conditioning.text is None")
-        waves = sinusoids(self.spec.level_scale * log_sigma, self.spec.width).to(self.level_in.weight.dtype)
-        level = self.level_out(F.silu(self.level_in(waves)))[:, None]
+        waves = sinusoids(self.spec.level_scale * log_sigma, self.spec.width)
+        level = unrounded(self.level_out, F.silu(unrounded(self.level_in, waves)))[:, None]
         query = self.query.expand(len(x), -1, -1)
         sequence = torch.cat([cond.text, level, self.noised_in(x)[:, None], query], dim=1) + self.places
         length = sequence.shape[1]
@@ -204,7 +204,7 @@ class CausalPrior(nn.Module):
             mask = mask & F.pad(cond.heard, (0, 3), value=True)[:, None, None]
         for block in self.blocks:
             sequence = block(sequence, mask)
-        return self.out(self.norm(sequence[:, -1]))
+        return unrounded(self.out, self.norm(sequence[:, -1]))
 
     def whitened(self, embedding: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
         """An image embedding of CLIP as the prior knows it."""

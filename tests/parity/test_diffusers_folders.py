@@ -14,7 +14,7 @@ from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.quantiser import Quantiser
 from dd_core.nets.unet import UNet, UNetSpec
-from tests.parity.reference import differences, randomised
+from tests.parity.reference import agree, differences, randomised
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here and is not installed")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
@@ -31,10 +31,14 @@ SD = PLAIN.but(
     text_at_level=False,
     attention_at=(1, 2),
 )
+DDPM: dict[str, Any] = {"sine_first": True, "freq_shift": 1, "pads": "after", "epsilon": 1e-6}
 UNETS = {
     "adm": PLAIN,
     "adm with classes": PLAIN.but(labels=5, attention_at=(4,), blocks_per_level=1),
     "ldm": PLAIN.but(resample="conv", scale_shift=False),
+    "ddpm": PLAIN.but(resample="conv", scale_shift=False, heads=1, head_width=32, **DDPM),
+    "ddpm's parts, told a caption": SD.but(transformer_depth=2, **DDPM),
+    "ddpm's parts, joint": PLAIN.but(text_width=24, text_at_level=False, **(DDPM | {"pads": "around"})),
     "glide": PLAIN.but(text_width=24, text_at_level=False),
     "sd1": SD.but(heads=4, head_width=32),
     "sd2": SD.but(transformer_depth=2),
@@ -84,6 +88,52 @@ def test_a_spec_comes_back_from_its_config(name: str) -> None:
     assert diffusers_config.spec_of(config).unet.but(**told) == spec.unet.but(**told)
     theirs = dict(theirs_of(spec).config) | {"_class_name": config["_class_name"]}
     assert diffusers_config.spec_of(theirs).unet.but(**told) == spec.unet.but(**told)
+
+
+OLD = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "center_input_sample": False,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "time_embedding_type": "positional",
+}
+"""What the networks of DDPM say of themselves there, but for the sizes of their levels."""
+LEVELS = {"cifar10-32": ((1, 2, 2, 2), 1, 16), "celebahq-256": ((1, 1, 2, 2, 4, 4), 4, 32)}
+"""Factors of their widths, which level attends, and a side small enough to be asked here."""
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_network_of_ddpm_answers_and_learns_as_in_diffusers(name: str) -> None:
+    mult, attends, side = LEVELS[name]
+    kinds = ["AttnDownBlock2D" if at == attends else "DownBlock2D" for at in range(len(mult))]
+    config: dict[str, Any] = OLD | {
+        "block_out_channels": [32 * factor for factor in mult],
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in kinds[::-1]],
+        "sample_size": side,
+    }
+    spec = diffusers_config.spec_of(config)
+    written = diffusers_config.config_of(spec, image_size=side)
+    assert {field: written[field] for field in config} == config
+    theirs = randomised(diffusers.UNet2DModel(**{k: v for k, v in config.items() if k != "_class_name"}))
+    ours = UNet(spec.unet, in_channels=3, out_channels=3)
+    x = torch.randn(2, 3, side, side)
+    agree(
+        theirs,
+        ours,
+        unet_moves(ours, linear=True),
+        lambda theirs: theirs(x.to(theirs.dtype), TIMES.to(theirs.dtype)).sample,
+        lambda ours: ours(x.to(theirs.dtype), TIMES.to(theirs.dtype), Conditioning()),
+    )
 
 
 X4 = {

@@ -76,7 +76,8 @@ def test_muon_steps_what_is_hidden_and_adamw_what_enters_leaves_and_modulates() 
     assert "middle_out.conv_out.weight" in kernels
     assert "up.0.grow.conv_in.weight" in kernels
     assert not {"stem.weight", "out.weight"} & kernels
-    assert "down.1.blocks.0.attention.qkv.weight" in matrices
+    places = ("down.1.blocks.0", "middle", "up.0.blocks.0")
+    assert {f"{place}.attention.{part}.weight" for place in places for part in ("qkv", "out")} <= matrices
     assert not any("level" in name for name in matrices)
     assert {names[weight] for weight in hidden_weights(stage, "muon")} == matrices
     assert not hidden_weights(stage, "adamw")

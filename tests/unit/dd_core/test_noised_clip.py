@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dd_core import bundle
 from dd_core.images import to_unit
@@ -143,3 +146,26 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         build_stage(NoisedClipSpec(net=NET.but(image_layers=3)), {"clip": parent()})
     with pytest.raises(ValueError, match="reads 16 px and got"):
         NoisedClip(NET).embed_image(torch.zeros(1, 3, 32, 32), torch.ones(1))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor made inside has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [part for part in tree_leaves(out) if isinstance(part, torch.Tensor)]
+        self.numel = max([self.numel, *(part.numel() for part in made)])
+        return out
+
+
+def test_equal_captions_are_found_without_comparing_token_by_token() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(3, (64, 77))
+    tokens[:, 2:] = 0
+    with Largest() as largest:
+        found = same_captions(tokens)
+    assert torch.equal(found, (tokens[:, None] == tokens[None]).all(-1))
+    assert 64 < found.sum() < 64 * 64
+    assert largest.numel <= max(64 * 64, tokens.numel())

@@ -1,11 +1,18 @@
 """Networks compute in bfloat16 where the device has it, and where it is asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from dd_core.denoiser import Conditioning
+from dd_core.nets.dit import DiT, DiTSpec
+from dd_core.nets.prior import CausalPrior, CausalPriorSpec, PriorNet, PriorNetSpec
+from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.precision import Precision, autocast, has_bf16
+from tests.parity.reference import randomised
 
 CPU = torch.device("cpu")
 
@@ -48,3 +55,39 @@ def test_this_cpu_says_what_its_kernel_says() -> None:
 
 def test_a_device_that_is_not_known_computes_in_float32() -> None:
     assert not has_bf16(torch.device("meta"))
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "level_out": lambda: UNet(
+        UNetSpec(width=16, channel_mult=(1, 2), groups=4, attention_at=(2,), head_width=8),
+        in_channels=3,
+        out_channels=6,
+    ),
+    "told": lambda: DiT(
+        DiTSpec(image_size=16, stem=2, conv_width=16, width=16, layers=1, head_width=8),
+        in_channels=3,
+        out_channels=6,
+    ),
+    "sigma_in": lambda: PriorNet(PriorNetSpec(embedding_width=16, text_width=16, context_length=8)),
+    "level_in": lambda: CausalPrior(
+        CausalPriorSpec(width=16, layers=1, heads=2, context_length=5, embedding_width=16)
+    ),
+}
+"""What reads the noise level, or is the last to -> a network that has it."""
+
+
+@pytest.mark.parametrize("reader", NETS)
+def test_noise_levels_and_answers_are_not_rounded_under_autocast(reader: str) -> None:
+    net = randomised(NETS[reader]())
+    inside: list[torch.Tensor] = []
+    (level,) = (module for name, module in net.named_modules() if name.split(".")[-1] == reader)
+    level.register_forward_hook(lambda layer, given, out: inside.append(out))
+    pixels = reader in ("level_out", "told")
+    x = torch.randn(2, 3, 16, 16) if pixels else torch.randn(2, 16)
+    width = net.sigma_in[0].out_features if isinstance(net, PriorNet) else 16
+    text = torch.randn(2, 1 if isinstance(net, PriorNet) else 6, width)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        answer = net(x, torch.ones(2), Conditioning(text=None if pixels else text))
+    for found in (answer, *inside):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())

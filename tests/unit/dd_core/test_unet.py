@@ -199,3 +199,16 @@ def test_a_learned_variance_is_the_second_half_of_the_answer() -> None:
     assert answer.variance_fraction is not None
     torch.testing.assert_close(answer.x0, x - sigma[:, None, None, None] * eps)
     torch.testing.assert_close(answer.variance_fraction, (between + 1) / 2)
+
+
+def test_channels_come_back_from_what_they_are_over_the_width() -> None:
+    for width in range(8, 513, 8):
+        levels = range(width, 2049, 8)
+        spec = UNetSpec(
+            width=width,
+            channel_mult=tuple(out / width for out in levels),
+            groups=8,
+            attention_at=(),
+            attention_in_middle=False,
+        )
+        assert spec.channels() == tuple(levels)

@@ -235,6 +235,41 @@ def test_a_component_in_several_files_is_that_of_one(folder: Path, tmp_path: Pat
     assert all(torch.allclose(found[name], weight) for name, weight in first.items())
 
 
+def test_a_folder_of_ddpm_comes_in_and_goes_out(tmp_path: Path) -> None:
+    """All in one folder, and its attention named as diffusers named it then."""
+    unet = UNetSpec(
+        width=32,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_at=(2,),
+        heads=1,
+        resample="conv",
+        scale_shift=False,
+        level_scale=1.0,
+        text_at_level=False,
+        embedding_tokens=0,
+        sine_first=True,
+        freq_shift=1,
+        pads="after",
+        epsilon=1e-6,
+    )
+    spec = NetworkSpec(source="ddpm", net=PlainSpec(unet=unet), process=Process(image_size=16))
+    bundle.save(tmp_path / "ddpm", spec, build(spec.net).state_dict(), parents={}, facts={})
+    folder = Path(export.export_diffusers(tmp_path / "ddpm", tmp_path / "out")["path"])
+    (tmp_path / "out" / "scheduler" / "scheduler_config.json").rename(folder / "scheduler_config.json")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(folder / WEIGHTS)
+    for new, name in old.items():
+        weights = {key.replace(f".{new}.", f".{name}."): weight for key, weight in weights.items()}
+    assert "mid_block.attentions.0.proj_attn.bias" in weights
+    save_file(weights, folder / WEIGHTS)
+    exchange.import_weights("diffusers", [folder], tmp_path / "back", averaged=True)
+    first, back = (bundle.load(tmp_path / name).trained for name in ("ddpm", "back"))
+    assert back.spec == spec.but(source="diffusers")
+    assert back.weights.keys() == first.weights.keys()
+    assert all(torch.equal(back.weights[name], weight) for name, weight in first.weights.items())
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("damage", "said"),

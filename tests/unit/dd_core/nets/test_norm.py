@@ -205,7 +205,9 @@ def test_sizes_that_do_not_go_together_are_refused(
     with pytest.raises(
         ValueError, match=r"features \(2, 8, 4, 4\) want weight and bias of \(c,\) in one dtype"
     ):
-        norm.norm(torch.randn(2, 8, 4, 4), *torch.ones(2, weight), torch.zeros(told), groups, True)
+        norm.norm(
+            torch.randn(2, 8, 4, 4), *torch.ones(2, weight), torch.zeros(told), groups, True, norm.EPSILON
+        )
 
 
 def test_no_sample_gives_none_and_no_pixel_is_refused_as_by_pytorch(way: str) -> None:
