@@ -233,8 +233,9 @@ class Order:
             wanted = positions[epochs == epoch]
             places = wanted - epoch * self.rows
             mixes = np.searchsorted(edges, places, side="right") - 1
-            for mix in np.unique(mixes).tolist():
-                inside = mixes == mix
+            found_mixes, begins = np.unique(mixes, return_index=True)  # they ascend, as the positions do
+            for mix, begin, end in zip(found_mixes.tolist(), begins, [*begins[1:], len(mixes)], strict=True):
+                inside = slice(begin, end)
                 pieces = permuted[mix * self.mix : (mix + 1) * self.mix].tolist()
                 groups = tuple(
                     (self.pieces.files[self.pieces.file[i]], int(self.pieces.group[i])) for i in pieces

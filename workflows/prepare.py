@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ TOKENIZER = "open_clip SimpleTokenizer"
 REFUSED = "refused.json"
 REPORT_EVERY_S = 2.0
 """How often a task says how far it is: what it says goes through the driver, as a block of Ray's."""
+MANY = 5_000
+"""Samples that are looked at before a source is refused early."""
 
 
 class Prepared(NamedTuple):
@@ -103,10 +105,15 @@ def made(
     """Write the parts that are missing and seal them all."""
     keys = keys_of(spec, source)
     parts = resumed(home, facts["source"], keys)
-    with shown(source, parts, progress=progress) as bar:
-        for part in written(spec, home, source, parts, bar, keys):
-            parts[part.shard] = part
-    facts |= totals([parts[shard] for shard in range(len(source))])
+    rot = Rot(spec, source, parts.values())
+    if not rot.hopeless:
+        with shown(source, parts, progress=progress) as bar:
+            for part in written(spec, home, source, parts, bar, keys):
+                parts[part.shard] = part
+                rot.count(part)
+                if rot.hopeless:
+                    break
+    facts |= totals([parts[shard] for shard in sorted(parts)])
     try:
         judge(spec, facts)
     except TooManyRejectsError:
@@ -242,6 +249,35 @@ def totals(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
+class Rot:
+    """Whether a source will be refused whatever its other shards hold, as far as those that are done tell.
+
+    Args:
+        spec: Allows `max_reject_fraction`.
+        source: All shards.
+        done: Parts of some of them.
+    """
+
+    def __init__(self, spec: PairsSpec, source: Sequence[Found], done: Iterable[Part]) -> None:
+        self.allowed, self.sizes = spec.max_reject_fraction, [found.size or 0 for found in source]
+        self.samples = self.rejected = 0
+        self.bad_bytes = 0.0
+        for part in done:
+            self.count(part)
+
+    def count(self, part: Part) -> None:
+        """One more is done."""
+        rejected = sum(part.rejects.values())
+        self.samples, self.rejected = self.samples + part.kept + rejected, self.rejected + rejected
+        self.bad_bytes += self.sizes[part.shard] * rejected / max(1, part.kept + rejected)
+
+    @property
+    def hopeless(self) -> bool:
+        """Were all others without fault, twice what is allowed would be bad; never where no size is told."""
+        many = self.samples >= MANY and self.rejected > self.allowed * self.samples
+        return many and all(self.sizes) and self.bad_bytes > 2 * self.allowed * sum(self.sizes)
+
+
 def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
     """Raises TooManyRejectsError if the census is worse than the spec allows; says what it cannot tell."""
     broken = [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
@@ -253,7 +289,9 @@ def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
             broken[0]["url"],
             broken[0]["damage"],
         )
-    way_out = f"see {spec.destination}/{REFUSED}, then mend the shards or raise max_reject_fraction"
+    done, every = len(facts["parts"]), len(facts.get("shards", facts["parts"]))
+    after = f"found after {done:,} of {every:,} shards; " if done < every else ""
+    way_out = f"{after}see {spec.destination}/{REFUSED}, then mend the shards or raise max_reject_fraction"
     check_census(spec, census_of(facts), way_out=way_out)
 
 

@@ -72,30 +72,36 @@ def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterato
 
 
 def portions(
-    lengths: Sequence[int], get: Callable[[int], pa.Table], share: feed.Share, rows: int
+    lengths: Sequence[int],
+    fetched: Callable[[Sequence[int]], Iterator[pa.Table]],
+    share: feed.Share,
+    rows: int,
 ) -> Iterator[pa.Table]:
     """What one rank trains on, out of tables that together hold the rows of all ranks, in order.
 
     Args:
         lengths: Rows of each table.
-        get: Fetches the table of a number; asked once for each that has rows of this rank, in their order.
+        fetched: Hands out the tables of these numbers, one after the other: all that have rows of this rank.
         share: Of the rank.
         rows: Of what is handed out at once; they divide those of a step.
     """
     stops = share.first_step * share.batch_size + np.cumsum(lengths)
-    starts, held = stops - lengths, dict[int, pa.Table]()
-    for start in share.positions()[::rows].tolist():
-        first = int(np.searchsorted(stops, start, side="right"))
-        last = int(np.searchsorted(starts, start + rows, side="left"))
-        held = {number: held[number] if number in held else get(number) for number in range(first, last)}
-        yield pa.concat_tables(held.values()).slice(start - int(starts[first]), rows)
+    own, starts = share.positions(), stops - lengths
+    numbers = np.unique(np.searchsorted(stops, own, side="right")).tolist()
+    tables, held = zip(numbers, fetched(numbers), strict=True), list[tuple[int, pa.Table]]()
+    for start in own[::rows].tolist():
+        held = [(number, table) for number, table in held if stops[number] > start]
+        while not held or stops[held[-1][0]] < start + rows:
+            held.append(next(tables))
+        yield pa.concat_tables(table for _, table in held).slice(start - int(starts[held[0][0]]), rows)
 
 
-def got(tables: Sequence[Any], number: int) -> pa.Table:
-    """A table out of Ray's object store; those behind it are brought to this machine meanwhile."""
-    if behind := list(tables[number + 1 : number + 3]):
-        ray.wait(behind, num_returns=len(behind), timeout=0)
-    return ray.get(tables[number])
+def got(tables: Sequence[Any], numbers: Sequence[int]) -> Iterator[pa.Table]:
+    """Tables out of Ray's object store; meanwhile those that come next are brought to this machine."""
+    for place, number in enumerate(numbers):
+        if behind := [tables[later] for later in numbers[place + 1 : place + 3]]:
+            ray.wait(behind, num_returns=len(behind), timeout=0)
+        yield ray.get(tables[number])
 
 
 def stretches(spec: TrainSpec, wanted: feed.Wanted, first_step: int) -> Iterator[feed.Share]:

@@ -3,10 +3,11 @@
 Judged by what is written down, without reading weights: a damaged bundle is found when it is used.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from dd_core import sealed
+from workflows.files import braces
 from workflows.made_of import MadeOf, differences, named_files, same
 from workflows.parents import parent_home
 from workflows.parts import data_digest
@@ -16,7 +17,7 @@ from workflows.storage import Home
 from workflows.superseded import ASIDE, known, shortly
 
 OTHERS = "to be prepared anew"
-"""In place of the digest of data whose spec has changed."""
+"""In place of the digest of data whose spec, or number of shards, has changed."""
 
 
 class Standing(NamedTuple):
@@ -104,8 +105,20 @@ def data_of(spec: RunSpec, run: Home) -> str:
     before = {"held_out": 0.0} | facts["spec"] if "spec" in facts else {}
     if any(asked.get(name) != value for name, value in before.items()):
         return OTHERS
+    if not spec.shapes and more_or_fewer(spec.pairs.shards, facts.get("shards", ())):
+        return OTHERS
     if spec.shapes:
         world = run.at("data/raw").facts(ABOUT)
         if world and world != {"world": WORLD, **spec.shapes.model_dump(mode="json")}:
             return OTHERS
     return data_digest(facts) if facts else ""
+
+
+def more_or_fewer(patterns: Sequence[str], before: Sequence[str]) -> bool:
+    """Whether names of tars mean another number of them than were prepared; as many may be those, moved.
+
+    How many a glob or a directory means is not written down: then nothing is known.
+    """
+    names = {name for pattern in patterns for name in braces(pattern)}
+    counted = all(name.endswith(".tar") and not set(name) & set("*?[") for name in names)
+    return bool(before) and counted and len(names) != len(before)

@@ -20,11 +20,12 @@ from dd_core.stages.draft import DraftSpec
 from tests.prepared import write_prepared
 from tests.unit.workflows.test_embeddings import NET
 from tests.unit.workflows.tiny_run import saved
+from workflows.attempts import RAY_TRAIN
 from workflows.embeddings import embed
 from workflows.journal import curves
 from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec, TrainSpec
-from workflows.training import RAY_TRAIN, DataError, PreemptedError, embeddings_of, inputs, train_stage
+from workflows.training import DataError, PreemptedError, embeddings_of, inputs, train_stage
 
 pytestmark = [
     pytest.mark.ray,

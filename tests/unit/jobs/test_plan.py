@@ -402,3 +402,27 @@ def test_where_more_captions_are_to_be_held_out_the_data_are_others(tmp_path: Pa
 
     assert said(0.0) == "done"
     assert said(0.1) == "trained again, because the data are others"
+
+
+@pytest.mark.parametrize(
+    ("shards", "word"),
+    [
+        (["/raw/{00000..00001}.tar"], "done"),
+        (["/raw/00001.tar", "/raw/{00000,00001}.tar"], "done"),
+        (["/moved/{00000..00001}.tar"], "done"),
+        (["/raw/*.tar"], "done"),
+        (["/raw"], "done"),
+        (["/raw/{00000..00099}.tar"], "again"),
+        (["/raw/00000.tar"], "again"),
+    ],
+)
+def test_where_shards_were_added_or_left_out_the_data_are_others(
+    shards: list[str], word: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "prepared"
+    data.mkdir()
+    pairs = with_base().pairs.but(shards=tuple(shards), destination=str(data))
+    spec = RunSpec.model_construct(**(dict(with_base()) | {"pairs": pairs, "shapes": None}))
+    digest = sealed.seal(data, {}, {"spec": how(pairs), "shards": ["/raw/00000.tar", "/raw/00001.tar"]})
+    left(tmp_path / "clip", MadeOf(spec.stages[0], digest, {}, {}), bundle_too=True)
+    assert standings(spec, Home.of(tmp_path))["clip"].word == word

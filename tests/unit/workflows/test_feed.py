@@ -123,6 +123,29 @@ def test_an_epoch_reads_every_row_group_once_however_few_images_a_table_holds(
         assert sizes[:-1] == [table_rows] * (len(sizes) - 1)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_each_row_is_picked_from_the_mix_it_lies_in(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 30))
+    rows = rng.integers(1, 20, count)
+    pieces = feed.Pieces(("a",), np.zeros(count, np.int32), np.arange(count, dtype=np.int32), rows)
+    order = Order(pieces, seed, WANTED)
+    positions = np.flatnonzero(rng.random(3 * order.rows) < rng.random()) + int(rng.integers(order.rows))
+    expected: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for position in positions.tolist():
+        epoch, place = divmod(position, order.rows)
+        edges = order.epoch(epoch)[1].tolist()
+        mix = max(number for number, edge in enumerate(edges) if edge <= place)
+        expected.setdefault((epoch, mix), []).append((place - edges[mix], position))
+    found = order.picks(positions)
+    assert [pick.seed for pick in found] == [(seed, *mix) for mix in expected]
+    pairs = [list(zip(pick.rows.tolist(), pick.positions.tolist(), strict=True)) for pick in found]
+    assert pairs == list(expected.values())
+    for pick, (epoch, mix) in zip(found, expected, strict=True):
+        groups = order.epoch(epoch)[0][mix * order.mix :][: order.mix].tolist()
+        assert pick.groups == tuple(("a", group) for group in groups)
+
+
 def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:
     order = order_of(data)
     table = next(feed.read(order.picks(np.arange(order.rows)), WANTED))

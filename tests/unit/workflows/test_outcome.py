@@ -4,25 +4,32 @@ import errno
 import os
 import pickle
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pyarrow as pa
 import pytest
 import ray.train.torch
 import torch
 from ray.exceptions import RayTaskError
+from ray.train.v2._internal import exceptions as ray_train
 
 from dd_core import bundle, checkpoint
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from jobs.failures import Code, code_of, line_of
 from tests.unit.dd_core.test_checkpoint_ranks import NET
+from workflows import attempts
+from workflows.attempts import UNUSED, Trainer, TrainingError
 from workflows.feed import DataError
 from workflows.outcome import DecidedError, Outcome, decided, told_by_ray
-from workflows.storage import StorageError
+from workflows.stopping import Stopping
+from workflows.storage import Home, StorageError
 from workflows.train_spec import TrainSpec
-from workflows.training import NOT_STARTED, UNUSED, Trainer, error_of, may_lose_nodes, not_started
+from workflows.training import error_of, may_lose_nodes
+from workflows.worker import Job
 
 STAGE = UpsamplerSpec(net=NET, image_size=16, factor=2, crop=16)
 SPEC = TrainSpec(
@@ -115,15 +122,64 @@ def test_ray_train_starts_nothing_for_datasets_and_placement_groups() -> None:
     assert asked(Trainer) == theirs - UNUSED
 
 
-def test_workers_that_do_not_start_are_told_from_other_failures_by_the_names_that_ray_has_for_them() -> None:
-    for name in NOT_STARTED:
-        assert issubclass(
-            getattr(ray.train.v2._internal.exceptions, name), Exception
-        )  # or Ray has renamed it
-    waited = ray.train.ControllerError(ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError(2))
-    assert not_started(waited)
-    assert not not_started(ray.train.ControllerError(ValueError("a bug")))
-    assert not not_started(ray.train.WorkerGroupError("lost", {}))
+def killed_at_start() -> ray.train.ControllerError:
+    """As Ray tells of a worker that was killed while it imported torch."""
+    said = "One of the worker actors failed to initialize due to error:\nTrace\nThe process is killed by OOM"
+    return ray.train.ControllerError(ray_train.WorkerGroupStartupFailedError(said))
+
+
+def fitted(
+    errors: Iterable[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stop: bool = False
+) -> Outcome:
+    """How a run ends whose attempts fail with these, one after the other, and then succeed."""
+    coming = iter(errors)
+
+    def attempt(*_: object) -> Outcome:
+        if (error := next(coming, None)) is not None:
+            raise error
+        return Outcome("done")
+
+    monkeypatch.setattr(attempts, "attempt", attempt)
+    job = SimpleNamespace(home=Home.of(tmp_path))
+    told = SimpleNamespace(asked=stop)
+    return attempts.fit(SPEC.but(restarts=2), cast("Job", job), cast("Stopping", told))
+
+
+def test_workers_that_die_at_every_start_end_the_run_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fitted([killed_at_start()] * 2, tmp_path, monkeypatch).status == "done"
+    with pytest.raises(TrainingError, match=r"x: The process is killed by OOM \(-v shows all\)"):
+        fitted([killed_at_start()] * 3, tmp_path, monkeypatch)
+
+
+def test_workers_for_which_there_is_no_place_yet_are_waited_for_until_the_run_is_told_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = ray.train.ControllerError(ray_train.WorkerGroupStartupTimeoutError(2))
+    assert fitted([late] * 9, tmp_path, monkeypatch).status == "done"
+    stopped = fitted([late], tmp_path, monkeypatch, stop=True)
+    assert stopped == ("preempted", "stopped while it waited for workers")
+
+
+def test_a_controller_that_failed_otherwise_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError, match="x: a bug"):
+        fitted([ray.train.ControllerError(ValueError("a bug"))], tmp_path, monkeypatch)
+
+
+def test_why_workers_were_lost_is_said_when_they_are_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted(
+        [ray.train.WorkerGroupError("[Rank 0 Error Snippet]:\nIOError: no\tlibrary " + "z" * 999, {})],
+        tmp_path,
+        monkeypatch,
+    )
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("x: workers were lost; starting them again, 1 of 2: IOError: no library zzz")
+    assert len(line) < 400
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,27 @@ def test_the_job_makes_each_part_once_and_seals_them(local_ray: None, tmp_path: 
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_rotten_source_is_refused_long_before_its_end_and_a_rotten_shard_among_good_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "MANY", 12)
+    spec, out = spec_of(tars(tmp_path, 40, bad=6), 40), tmp_path / "out"
+    for _ in range(2):  # the next start finds it so without another shard
+        with pytest.raises(
+            TooManyRejectsError, match=r"30 of 30 samples .*; found after 5 of 40 shards; see "
+        ):
+            prepare_pairs(spec, progress=False)
+        assert len(list((out / UNFINISHED).glob("part-*.json"))) == 5
+    refused = json.loads((out / prepare.REFUSED).read_text())
+    assert (len(refused["parts"]), len(refused["shards"])) == (5, 40)
+    rotten = tmp_path / "00000.tar"
+    bad = rotten.read_bytes()
+    tars(tmp_path, 40)
+    rotten.write_bytes(bad)
+    assert prepare_pairs(spec, progress=False).facts["rejected"] == 6
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_what_is_sealed_stays_until_what_is_new_is_good_and_shards_that_stayed_are_not_prepared_again(
     tmp_path: Path,
 ) -> None:

@@ -4,8 +4,9 @@ import asyncio
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,15 +154,44 @@ def test_a_rank_gets_its_rows_in_order_however_the_tables_are_cut_and_asks_for_n
     for rank in range(ranks):
         own, asked = share._replace(rank=rank, ranks=ranks), list[int]()
 
-        def get(number: int, asked: list[int] = asked) -> pa.Table:
-            asked.append(number)
-            return tables[number]
+        def fetched(numbers: Sequence[int], asked: list[int] = asked) -> Iterator[pa.Table]:
+            asked.extend(numbers)
+            return (tables[number] for number in numbers)
 
-        found = list(portions([len(one) for one in tables], get, own, rows))
+        found = list(portions([len(one) for one in tables], fetched, own, rows))
         assert all(len(one) == rows for one in found)
         assert np.array_equal(np.concatenate([one["position"].to_numpy() for one in found]), own.positions())
         mine = set(own.positions().tolist())
         assert asked == [n for n, one in enumerate(tables) if mine & set(one["position"].to_pylist())]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_tables_are_brought_before_the_rank_needs_them_and_none_that_it_does_not(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share, length = Share(0, 10, 64, 0, ranks), 8
+    every = share._replace(ranks=1).positions().reshape(-1, length)
+    tables = [pa.table({"position": positions}) for positions in every]
+    for rank in range(ranks):
+        brought, cold, asked = set[int](), list[int](), set[int]()
+
+        def wait(behind: list[pa.Table], brought: set[int] = brought, **_: int) -> None:
+            brought.update(table["position"][0].as_py() for table in behind)
+
+        def get(
+            table: pa.Table, brought: set[int] = brought, cold: list[int] = cold, asked: set[int] = asked
+        ) -> pa.Table:
+            first = table["position"][0].as_py()
+            asked.add(first)
+            if first not in brought:
+                cold.append(first)
+            return table
+
+        monkeypatch.setattr(reading, "ray", SimpleNamespace(wait=wait, get=get))
+        own = share._replace(rank=rank)
+        list(portions([length] * len(tables), partial(reading.got, tables), own, 64 // ranks))
+        assert cold == own.positions()[:1].tolist()
+        assert brought == asked - set(cold)
 
 
 def test_a_mailbox_keeps_a_leg_until_all_have_taken_it_and_who_comes_early_waits() -> None:

@@ -1,0 +1,156 @@
+"""The workers of one training, started by Ray Train until they come to a common end."""
+
+import logging
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from dd_core import sealed
+from workflows.checkpoints import finished_checkpoints
+from workflows.files import one_line
+from workflows.outcome import DecidedError, Outcome
+from workflows.process_group import ProcessGroup
+from workflows.stopping import Stopping
+from workflows.storage import Home, StorageError
+from workflows.train_spec import TrainSpec, cpu_share
+from workflows.worker import Job, work
+
+log = logging.getLogger(__name__)
+RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default of 2 s is waited out several times a stage
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a hang is noticed after a minute, not ten
+}
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+FROM_OUTSIDE = frozenset(os.environ)
+"""Variables that whoever started this process has set: what they say is not changed."""
+KEEPS_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+}
+"""Of the workers, for glibc: what one step frees the next one takes, where it would go back to the kernel and
+be faulted in again, page by page."""
+TOO_LATE, NOT_STARTED = "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"
+"""What Ray Train calls it (ray.train.v2._internal.exceptions) when there was no place for all workers in its
+time, which others may make yet; and when one died before it trained: of its node, of memory, of a library."""
+UNUSED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+"""Of Ray Train: each starts a process beside every group of workers, to split datasets, and to remove the
+placement groups of a controller that died.  We give it no datasets, and such groups end with our driver."""
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Ray's, without what we do not need: two processes, and a Ctrl-C that saves nothing and exits with 0."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Nothing: workflows.stopping hears it, tells the workers to save themselves, and waits for them."""
+
+
+class TrainingError(RuntimeError):
+    """The workers failed more often than the spec allows without a checkpoint between."""
+
+
+def fit(spec: TrainSpec, job: Job, told: Stopping) -> Outcome:
+    """Run the workers to their common end; they are started anew when some are lost.
+
+    Raises:
+        TrainingError: Lost more often than spec.restarts with no checkpoint made between.
+    """
+    lost, saved = 0, newest_seal(job.home)
+    while True:
+        try:
+            return attempt(spec, job)
+        except ray.train.TrainingFailedError as error:
+            if (outcome := decided_by(error)) is not None:
+                return outcome
+            cause = type(getattr(error, "controller_failure", error)).__name__
+            if isinstance(error, ray.train.ControllerError) and cause not in (TOO_LATE, NOT_STARTED):
+                raise TrainingError(f"{spec.name}: {last_line(error)}") from error
+            waiting = cause == TOO_LATE
+            if told.asked:
+                ended = (
+                    "stopped while it waited for workers" if waiting else "workers were lost as it stopped"
+                )
+                return Outcome("preempted", ended)
+            if waiting:
+                log.warning("%s: its workers have not started yet; they are waited for", spec.name)
+                continue
+            before = saved
+            with suppress(StorageError):  # while the store is away nothing new is there
+                saved = newest_seal(job.home)
+            lost = lost + 1 if saved == before else 1
+            if lost > spec.restarts:
+                raise TrainingError(f"{spec.name}: {last_line(error)}") from error
+            again = f"starting them again, {lost} of {spec.restarts}"
+            log.warning("%s: workers were lost; %s: %s", spec.name, again, last_line(error))
+            log.debug("%s", error)
+
+
+def decided_by(error: Exception) -> Outcome | None:
+    """The end of the run that a worker has met, if one has."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return next((failure.outcome for failure in failures if isinstance(failure, DecidedError)), None)
+
+
+def newest_seal(home: Home) -> str:
+    """The manifest of the newest finished checkpoint, which tells it from any other; empty: there is none."""
+    name = next(finished_checkpoints(home), None)
+    return home.text(f"checkpoints/{name}/{sealed.MANIFEST}") if name else ""
+
+
+def attempt(spec: TrainSpec, job: Job) -> Outcome:
+    """Start the workers once."""
+    for name, value in RAY_TRAIN.items():  # read by fit() here and sent along; the same for all stages
+        os.environ.setdefault(name, value)
+    if WATCHER not in FROM_OUTSIDE and (job.drainable or WATCHER not in os.environ):
+        os.environ[WATCHER] = str(int(job.drainable))  # never off again: stages beside this one may need it
+    shutil.rmtree(job.home.here / "ray", ignore_errors=True)  # of a driver that was killed
+    trainer = Trainer(
+        partial(work, job),  # not train_loop_config: that is unpickled, with torch, in Ray's controller too
+        torch_config=ProcessGroup(),
+        scaling_config=scaling(spec, job.at_once),
+        run_config=ray.train.RunConfig(
+            name=f"{spec.name}-{uuid.uuid4().hex[:8]}",  # so that Ray never resumes from its own snapshot
+            storage_path=str(job.home.here / "ray"),  # on the machine of the controller; nothing of ours
+            # Ray would count failures over a run's whole life, and wait for workers deaf to who says stop
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": KEEPS_MEMORY},
+        ),
+    )
+    try:
+        return Outcome(*trainer.fit().return_value)
+    finally:
+        shutil.rmtree(job.home.here / "ray", ignore_errors=True)
+
+
+def scaling(spec: TrainSpec, at_once: int) -> ray.train.ScalingConfig:
+    """Workers with a GPU each if there are enough; a little of the CPUs is left to those who read.
+
+    A GPU that is asked for by name and is not there yet is waited for: an autoscaler may bring it.
+    """
+    total, asked = ray.cluster_resources(), spec.resources
+    resources = {"CPU": asked.cpus or cpu_share(total.get("CPU", 1), spec.num_workers, at_once)}
+    if asked.memory_gib:
+        resources["memory"] = asked.memory_gib * 2**30
+    return ray.train.ScalingConfig(
+        num_workers=spec.num_workers,
+        use_gpu=spec.on_gpu(total.get("GPU", 0)),
+        resources_per_worker=resources,
+        placement_strategy="SPREAD" if asked.spread else "PACK",
+        label_selector=asked.labels or None,
+    )
+
+
+def last_line(error: BaseException) -> str:
+    """What a nested failure of Ray comes down to."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{one_line(lines[-1] if lines else repr(error))} (-v shows all)"
