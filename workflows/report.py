@@ -17,6 +17,7 @@ from dd_core.bundle import Cascade
 from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
+from workflows.journal import JOURNAL
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
 from workflows.samples import device, heading
@@ -28,7 +29,8 @@ SHEETS = ("prompts", "denoising", "noising", "reconstructions")
 """What the page shows, each as NAME.png in a run's directory, for MLflow."""
 SCORES = ("all", "one_object", "two_object", "unseen")
 ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
-
+SIGNS = ("summary.json", JOURNAL, "cascade", f"*/{MADE_OF}", "*/checkpoints", "*/bundle")
+"""What a directory of a run holds any one of, as soon as it is begun."""
 
 T = TypeVar("T")
 
@@ -64,10 +66,12 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
 
     Raises:
         sealed.SealError: The cascade is there but damaged.
-        FileNotFoundError: There is no such run.
+        FileNotFoundError: There is no such run, or what is there is none; nothing has been written.
     """
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
+    if not any(any(run.glob(sign)) for sign in SIGNS):
+        raise FileNotFoundError(f"{run} is no run; name one, such as runs/demo")
     summary = summary_of(run)
     cascade = None
     if (run / "cascade").exists():
