@@ -147,10 +147,32 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatc
     refused(ddiff("config", "validate", "--recipe", "smoke"), Code.INTERNAL, "BrokenPipeError")
 
 
-@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
-def test_a_directory_without_a_manifest_is_no_bundle(words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "half").mkdir()
-    refused(ddiff(*words, "half"), 4, "half has no manifest.json", "cut short")
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"], ["serve", "--cascade"]]
+)
+@pytest.mark.parametrize(
+    ("holds", "code", "said"),
+    [
+        (
+            [],
+            2,
+            "x has no manifest.json: it is no bundle, cascade, checkpoint or prepared data, or its write ",
+        ),
+        (["README.md"], 2, "x has no manifest.json: it is no bundle, cascade, checkpoint or prepared data"),
+        (["summary.json", "base/bundle/spec.json", "cascade/cascade.json"], 2, "x is a run; name x/cascade"),
+        (["cascade.json"], 4, "x has no manifest.json: the write was cut short; use an older one"),
+        (["shard-00001.safetensors"], 4, "x has no manifest.json: the write was cut short"),
+        ([".manifest.json"], 4, "x has no manifest.json: the write was cut short"),
+    ],
+)
+def test_what_has_no_manifest_is_a_wrong_name_or_a_cut_write(
+    words: list[str], holds: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x").mkdir()
+    for name in holds:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).touch()
+    refused(ddiff(*words, "x"), code, said)
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
