@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import logging
 import platform
 import socket
 import time
@@ -17,7 +18,7 @@ from packaging.requirements import Requirement
 from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
 from jobs.deploy import Address, refuse_taken
-from jobs.failures import PortTakenError, line_of
+from jobs.failures import PortTakenError, line_of, trace_of
 from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
 from jobs.plan import Plan, on, plan_of, refusals
@@ -25,6 +26,7 @@ from workflows.addresses import shown
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
 
+log = logging.getLogger(__name__)
 LISTEN_S = 5.0
 """How long a head may take to say that it is there."""
 
@@ -58,6 +60,7 @@ def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
     try:
         yield from (finding._replace(says=shown(finding.says)) for finding in check())
     except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
+        log.debug("%s could not be tried:\n%s", name, trace_of(error))
         says, _, fix = line_of(error).rpartition("; ")
         yield Finding(name, "fail", says or fix, fix if says else "run again with -v for the traceback")
 

@@ -17,6 +17,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from jobs import environment
 from jobs.cli import main
 from jobs.doctor import cluster, findings, gpu, installed, mlflow, mlflow_server, resources
+from jobs.machines import Finding
 from jobs.nodes import UNSTARTED
 from jobs.plan import plan_of
 from jobs.recipes import smoke
@@ -298,6 +299,21 @@ def test_no_line_of_the_report_names_a_password(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
     done = CliRunner().invoke(main, ["doctor", "--json"])
     assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_the_traceback_of_a_check_that_breaks_is_shown_to_who_asks_for_it(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Iterator[Finding]:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("jobs.doctor.storage", broken)
+    done = CliRunner().invoke(main, ["doctor", *(["-v"] if verbose else [])])
+    assert done.exit_code == 2
+    assert "storage        RuntimeError: boom\n" in done.stdout
+    assert "fix: run again with -v for the traceback" in done.stdout
+    assert ("Traceback" in done.stderr and "in broken" in done.stderr) == verbose
 
 
 def test_a_run_that_does_not_fit_a_full_disk_and_a_taken_port_are_failures(tmp_path: Path) -> None:
