@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from jobs.shell import FILE, PORT, Group, answer
+from jobs.shell import FILE, HOST, PORT, Group, answer
 
 cluster = Group("cluster")
 
@@ -69,7 +69,9 @@ def promote(cascade: str, alias: str, url: str, force: bool) -> None:
 @click.option("--recipe", help="Compare with what this recipe needs.")
 @click.option("--config", "file", type=FILE, help="The same for a file.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where an endpoint would listen.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, type=HOST, help="Where an endpoint would listen."
+)
 @click.option("--port", default=8000, show_default=True, type=PORT)
 def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host: str, port: int) -> None:
     """Try what a run needs: versions, cluster, resources, storage, MLflow, disk, GPU, clocks, port.

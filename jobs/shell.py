@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
-PORT = click.IntRange(1, 65535)
 PRECISION = click.option(
     "--precision",
     default="auto",
@@ -28,6 +27,20 @@ PRECISION = click.option(
     type=click.Choice(["auto", "bf16", "fp32"]),
     help="Of the networks that paint; auto: bf16 where the device multiplies it, fp32 to remake pictures.",
 )
+
+
+class Host(click.ParamType):
+    """Where to listen.  An empty one, as of a variable that is not set, would be every address."""
+
+    name = "host"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.strip():
+            self.fail("no host is named; use 127.0.0.1, or 0.0.0.0 for every address", param, ctx)
+        return value
+
+
+HOST, PORT = Host(), click.IntRange(1, 65535)
 
 
 class Manner(NamedTuple):

@@ -213,6 +213,13 @@ def test_an_occupied_port_is_refused_before_ray_is_started(tmp_path: Path) -> No
         refused(done, 2, f"port {port}", "another port")
 
 
+@pytest.mark.parametrize(
+    "words", [["run", "--recipe", "smoke", "--serve"], ["serve", "--cascade", "cascade"], ["doctor"]]
+)
+def test_an_empty_host_is_no_address_and_not_every_one(words: list[str]) -> None:
+    refused(ddiff(*words, "--host", ""), 2, "'--host': no host is named; use 127.0.0.1, or 0.0.0.0 for every")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
 @pytest.mark.fault
 def test_a_full_disk_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:

@@ -197,6 +197,13 @@ def test_an_address_that_this_machine_does_not_have_is_no_port_that_is_taken(hos
     assert "stop what listens there" not in str(refused.value)
 
 
+def test_no_address_at_all_is_not_every_one_of_this_machine() -> None:
+    with pytest.raises(PortTakenError, match="no host is named; use 127"):
+        refuse_taken(Address("", free_address().port))
+    with pytest.raises(ValueError, match=r"host\n.*at least 1 character"):
+        ServeSpec(cascade="x", host="")
+
+
 def test_a_port_that_is_kept_for_root_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     def bind(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
