@@ -55,7 +55,8 @@ def submit(
             show_plan(planned(order, cluster.address))
             return
         done = hand_over(order, cluster)
-    if not click.get_current_context().obj.quiet:
+    manner = click.get_current_context().obj
+    if not (manner.quiet or manner.as_json):  # the pack is among the facts
         click.echo(told(done), err=True)
     answer(as_facts(done), done.id)
     if follow:
