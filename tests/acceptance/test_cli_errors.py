@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from dd_core import sealed
 from jobs.cli import main
+from jobs.config import RECIPES
 from jobs.failures import Code, code_of, line_of
 from tests.conftest import jpg, needs_ray, room_for, write_shard
 
@@ -250,6 +251,21 @@ def test_errors_are_json_where_json_was_asked_for_and_tracebacks_where_v_was() -
     done = ddiff("train", "bass", "--recipe", "smoke", "-v")
     assert done.exit_code == 2
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["config"]])
+def test_the_list_of_commands_says_what_each_is_for_to_the_end(group: list[str]) -> None:
+    done = CliRunner().invoke(main, [*group, "--help"], terminal_width=80)
+    _, listed, commands = done.stdout.partition("Commands:")
+    assert listed
+    assert [line for line in commands.splitlines() if line.endswith("...") or len(line) > 80] == []
+
+
+def test_a_recipe_that_there_is_not_is_answered_as_help_says() -> None:
+    for command in (["run"], ["train"], ["submit"], ["doctor"], ["manifest"], ["config", "show"]):
+        said = " ".join(ddiff(*command, "--help").stdout.split())
+        assert "a name like none of them lists all" in said
+    refused(ddiff("run", "--recipe", "?"), 2, *(path.stem for path in RECIPES.glob("[a-z]*.py")))
 
 
 def test_help_is_instant_because_it_imports_nothing() -> None:
