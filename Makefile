@@ -28,7 +28,7 @@ help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(RUNTIME) compiler  ## from nothing to a served cascade: data, seven stages, evaluation, report, endpoint
-	$(BIN)/ddiff run --recipe demo --serve --host $(HOST) --port $(PORT)
+	$(BIN)/ddiff run --recipe demo --serve --host "$(HOST)" --port "$(PORT)"
 
 stop: $(RUNTIME)  ## stop the endpoint that `make demo` left running
 	$(BIN)/ddiff stop --run "$${DDIFF_STORAGE:-runs}/demo"

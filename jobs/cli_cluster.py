@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from jobs.shell import FILE, PORT, Group, answer
+from jobs.shell import CHANGES, CONFIG, FILE, HOST, PORT, RECIPE, Group, answer
 
 cluster = Group("cluster")
 
 
-@cluster.command()
+@cluster.command(short_help="Serve a registered cascade on a cluster.")
 @click.argument("cascade", metavar="NAME@ALIAS", required=False)
 @click.option("--config", "file", help="Deploy this config instead: a file or address written before.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Such as hops.base.num_gpus=1.")
@@ -53,7 +53,7 @@ def deploy(
     return answer(put_on_air(config, where))
 
 
-@cluster.command()
+@cluster.command(short_help="Move an alias to a cascade that paints better.")
 @click.argument("cascade", metavar="NAME@ALIAS")
 @click.option("--to", "alias", default="production", show_default=True, help="The alias to move.")
 @click.option("--url", default="", help="Judge the candidate first, at this endpoint that serves it.")
@@ -65,15 +65,16 @@ def promote(cascade: str, alias: str, url: str, force: bool) -> None:
     answer(move(cascade, alias, force=force, url=url))
 
 
-@cluster.command()
-@click.option("--recipe", help="Compare with what this recipe needs.")
-@click.option("--config", "file", type=FILE, help="The same for a file.")
-@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where an endpoint would listen.")
+@cluster.command(short_help="Try what a run needs, before there is one.")
+@RECIPE
+@CONFIG
+@CHANGES
+@HOST
 @click.option("--port", default=8000, show_default=True, type=PORT)
 def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host: str, port: int) -> None:
     """Try what a run needs: versions, cluster, resources, storage, MLflow, disk, GPU, clocks, port.
 
+    With --recipe or --config the resources, nodes and disks are compared with what that run takes.
     Ends with 2 if a line says fail.
     """
     from jobs.config import run_spec
@@ -86,13 +87,13 @@ def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host
     click.get_current_context().exit(2 if failed(found) else 0)
 
 
-@cluster.command()
+@cluster.command(short_help="Print manifests for KubeRay.")
 @click.argument("kind", type=click.Choice(["job", "cluster", "service", "claim", "settings"]))
-@click.option("--recipe", help="The run, for a job or a cluster: demo, smoke.")
+@RECIPE
 @click.option(
     "--config", "file", type=FILE, help="A run; for a service, what `ddiff deploy --publish` prints."
 )
-@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value of the run.")
+@CHANGES
 @click.option("--cluster", "settings", type=FILE, help="YAML as `ddiff manifest settings` prints it.")
 def manifest(
     kind: str, recipe: str | None, file: Path | None, changes: tuple[str, ...], settings: Path | None

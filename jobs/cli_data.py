@@ -22,7 +22,7 @@ def data() -> None:
     """Make, prepare and look at training data."""
 
 
-@data.command()
+@data.command(short_help="Write tars of the embedded world of shapes.")
 @click.option("--out", required=True, type=DIRECTORY, help="Where the tars go.")
 @click.option("--pairs", default=10_000, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
@@ -34,7 +34,7 @@ def shapes(out: Path, pairs: int, seed: int, image_format: Literal["png", "jpg"]
     answer(write_shapes(out, pairs=pairs, seed=seed, image_format=image_format))
 
 
-@data.command()
+@data.command(short_help="Verify, crop, resize and tokenise image-text tars.")
 @SHARDS
 @click.option("--out", help="Where the prepared data goes: a directory, or s3://.")
 @click.option("--config", "file", type=FILE, help="YAML of kind pairs, instead of all the others.")
@@ -86,7 +86,7 @@ def prepare(
     answer(facts, told(facts))
 
 
-@data.command()
+@data.command(short_help="Read tars without writing: what is usable, and why not.")
 @SHARDS
 @MAX_REJECTED
 @CAPTION
@@ -104,7 +104,7 @@ def check(shards: tuple[str, ...], max_rejected: float, caption: str, min_side: 
     answer(facts, told(facts))
 
 
-@data.command()
+@data.command(short_help="Counts of prepared data.")
 @click.argument("directory")
 def stats(directory: str) -> None:
     """Counts of prepared data, in a DIRECTORY or at an address: rows, bytes, captions, rejects."""

@@ -129,7 +129,7 @@ def sample(
     answer(facts, "\n".join(lines))
 
 
-@painting.command()
+@painting.command(short_help="Paint PICTURE again from the text inside it, and compare.")
 @click.argument("picture", type=FILE)
 @CASCADE
 @click.option("--image", "pictures", type=FILE, multiple=True, help="As it was given then.")
@@ -147,7 +147,7 @@ def reproduce(
     answer(facts, f"{picture}: the same to the bit, painted again with seed {facts['seed']}")
 
 
-@painting.command()
+@painting.command(short_help="Bits per dim of pictures under a chain.")
 @click.argument("path", type=DIRECTORY)
 @click.option("--data", required=True, help="Prepared pairs that were not trained on: a directory, or s3://.")
 @click.option("-n", "count", default=64, show_default=True, type=click.IntRange(1), help="The last so many.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.shell import FILE, Group, answer, importing, say
+from jobs.shell import CHANGES, CONFIG, RECIPE, Group, answer, importing, say
 
 if TYPE_CHECKING:
     from jobs.following import Cluster, JobFacts
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 submitted = Group("submitted")
 
 
-@submitted.command()
+@submitted.command(short_help="Run a command on a cluster, or resume it.")
 @click.argument("words", nargs=-1, required=True, metavar="RECIPE | run | train STAGE | prepare | ...")
-@click.option("--recipe", help="A function of jobs/recipes: demo, smoke.")
-@click.option("--config", "file", type=FILE, help="YAML as `ddiff config show` prints it.")
-@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated.")
+@RECIPE
+@CONFIG
+@CHANGES
 @click.option("--address", help="Of the cluster's dashboard, http://head:8265; else RAY_ADDRESS.")
 @click.option("--dry-run", is_flag=True, help="Show the plan of a run, and submit nothing.")
 @click.option("--follow", is_flag=True, help="Stay, show what it says, and end as it ends.")
@@ -55,7 +55,8 @@ def submit(
             show_plan(planned(order, cluster.address))
             return
         done = hand_over(order, cluster)
-    if not click.get_current_context().obj.quiet:
+    manner = click.get_current_context().obj
+    if not (manner.quiet or manner.as_json):  # the pack is among the facts
         click.echo(told(done), err=True)
     answer(as_facts(done), done.id)
     if follow:
@@ -74,7 +75,7 @@ def status(job: str, address: str | None) -> None:
     answer(found._asdict(), f"{text}\n{found.message}".rstrip())
 
 
-@submitted.command()
+@submitted.command(short_help="What a JOB says; of one that failed, the first error.")
 @click.argument("job")
 @click.option("-f", "--follow", is_flag=True, help="Until the job is over; then end as it ended.")
 @click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")
@@ -132,7 +133,7 @@ def delete(job: str, address: str | None) -> None:
     answer({"deleted": found.id}, f"deleted {found.id}")
 
 
-@submitted.command()
+@submitted.command(short_help="Stop a JOB of a cluster, or an endpoint left running.")
 @click.argument("job", required=False)
 @click.option("--run", help="The run whose local endpoint to stop: its directory, or its address.")
 @click.option("--address", help="Of the cluster's dashboard; else RAY_ADDRESS.")

@@ -20,7 +20,7 @@ from dd_core.cascade import CascadeSpec
 from dd_core.precision import Precision
 from jobs.config import ConfigError, apply
 from jobs.environment import joins_cluster, ray_cluster
-from jobs.failures import PortTakenError
+from jobs.failures import PortTakenError, words_of
 from workflows.storage import Home
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "ServeSpec"
     try:
         return ServeSpec.model_validate(changed)
     except ValidationError as error:
-        found = error.errors()[0]
-        raise ConfigError(f"--set {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
+        wrong = " ".join(f"--set {change}" for change in changes)
+        raise ConfigError(f"{wrong}: {words_of(error, changed)}") from None
 
 
 def refuse_taken(address: Address, run: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import logging
 import platform
 import socket
 import time
@@ -13,11 +14,12 @@ from typing import Any
 import fsspec
 import httpx
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
 from jobs.deploy import Address, refuse_taken
-from jobs.failures import PortTakenError, line_of
+from jobs.failures import PortTakenError, line_of, trace_of
 from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
 from jobs.plan import Plan, on, plan_of, refusals
@@ -25,6 +27,7 @@ from workflows.addresses import shown
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
 
+log = logging.getLogger(__name__)
 LISTEN_S = 5.0
 """How long a head may take to say that it is there."""
 
@@ -58,29 +61,40 @@ def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
     try:
         yield from (finding._replace(says=shown(finding.says)) for finding in check())
     except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
+        log.debug("%s could not be tried:\n%s", name, trace_of(error))
         says, _, fix = line_of(error).rpartition("; ")
         yield Finding(name, "fail", says or fix, fix if says else "run again with -v for the traceback")
 
 
 def versions() -> Iterator[Finding]:
     """Whether what is installed is what this distribution asks for."""
-    try:
-        asked = importlib.metadata.requires("ddiff") or []
-    except importlib.metadata.PackageNotFoundError:
+    if not installed("ddiff"):
         yield Finding("versions", "warn", "ddiff is not installed, only on the path", "pip install -e .")
         return
     wrong = []
-    for requirement in map(Requirement, asked):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            found = installed(requirement.name)
-            if not found or not requirement.specifier.contains(found, prereleases=True):
-                wrong.append(f"{requirement.name} {found or 'missing'}, needs {requirement.specifier}")
+    for name, takes in asked_for().items():
+        found = installed(name)
+        if not found or not takes.contains(found, prereleases=True):
+            wrong.append(f"{name} {found or 'missing'}, needs {takes}")
     if wrong:
         yield Finding(
             "versions", "fail", "; ".join(wrong), "pip install -c constraints.txt -e . in the folder of ddiff"
         )
-    main = ", ".join(f"{name} {installed(name)}" for name in ("ddiff", "ray", "torch", "mlflow"))
-    yield Finding("versions", "ok", f"Python {platform.python_version()}, {main}")
+    else:
+        main = ", ".join(f"{name} {installed(name)}" for name in ("ddiff", "ray", "torch", "mlflow"))
+        yield Finding("versions", "ok", f"Python {platform.python_version()}, {main}")
+
+
+def asked_for() -> dict[str, SpecifierSet]:
+    """What this distribution needs on this machine, and which versions of it; nothing if not installed."""
+    if not installed("ddiff"):
+        return {}
+    all_of_them = map(Requirement, importlib.metadata.requires("ddiff") or [])
+    return {
+        one.name: one.specifier
+        for one in all_of_them
+        if one.marker is None or one.marker.evaluate({"extra": ""})
+    }
 
 
 def installed(name: str) -> str:
@@ -113,12 +127,13 @@ def cluster() -> Iterator[Finding]:
     if theirs == ours:
         yield Finding("cluster", "ok", f"{address} answers, Ray {theirs}")
     else:
-        yield Finding(
-            "cluster",
-            "fail",
-            f"{address} runs Ray {theirs}, here is Ray {ours}",
-            f"pip install ray=={theirs}",
+        takes = asked_for().get("ray")
+        fix = (
+            f"pip install ray=={theirs}"
+            if takes is not None and takes.contains(theirs, prereleases=True)
+            else f"start the cluster with Ray {ours}, or use the ddiff that was made for {theirs}"
         )
+        yield Finding("cluster", "fail", f"{address} runs Ray {theirs}, here is Ray {ours}", fix)
 
 
 def refuse_silence(address: str) -> None:

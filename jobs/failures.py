@@ -4,6 +4,7 @@ import errno
 import logging
 import traceback
 from enum import IntEnum
+from typing import Any
 
 from workflows.addresses import shown
 
@@ -128,14 +129,58 @@ def away(error: BaseException) -> bool:
     return isinstance(error, StorageError) and not isinstance(error, AddressError)
 
 
-def words_of(error: BaseException) -> str:
-    """What an error says; of a value that a spec refuses, which and why, without pydantic's frame."""
+def words_of(error: BaseException, fields: Any = None, within: str = "") -> str:
+    """What an error says; of values that a spec refuses, which and why, without pydantic's frame.
+
+    Args:
+        error: Any.
+        fields: What the spec refuses, so that the values are named as the user would name them.
+        within: Where these fields are.
+    """
     from pydantic import ValidationError  # noqa: PLC0415 the command line waits for it only where it fails
 
     if not isinstance(error, ValidationError):
         return str(error)
-    found = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
-    return "; ".join(f"{place}: {why}" if place else why for place, why in found).replace("Value error, ", "")
+    told = []
+    for one in error.errors():
+        where = ".".join(filter(None, (within, place(fields, one["loc"]))))
+        why = one["msg"].removeprefix("Value error, ")
+        told.append(f"{where}: {why}" if where else why)
+    return "; ".join(dict.fromkeys(told))
+
+
+def label(item: Any, number: int) -> str:
+    """What a member of a list is called: its name, its stage, or its number."""
+    if isinstance(item, dict):
+        return str(item.get("name") or item.get("stage") or number)
+    return str(number)
+
+
+def place(fields: Any, location: tuple[int | str, ...]) -> str:
+    """A path as the user would write it: members by name, without the tags of unions.
+
+    Args:
+        fields: What was refused; None: nobody has kept it, and the path is as pydantic has it.
+        location: Of the value within them.
+    """
+    if fields is None:
+        return ".".join(map(str, location))
+    parts: list[str] = []
+    for step in location:
+        if isinstance(fields, list) and isinstance(step, int) and step < len(fields):
+            parts.append(label(fields[step], step))
+            fields = fields[step]
+        elif isinstance(fields, dict) and step in fields:
+            parts.append(str(step))
+            fields = fields[step]
+        elif step == location[-1] and not is_tag(fields, step):
+            parts.append(str(step))
+    return ".".join(parts)
+
+
+def is_tag(fields: Any, step: int | str) -> bool:
+    """Whether a step only says which member of a union was meant."""
+    return isinstance(fields, dict) and step == fields.get("kind")
 
 
 class Line(logging.Formatter):

@@ -63,11 +63,7 @@ def manifest(path: Path) -> dict[str, Any]:
     try:
         body = json.loads((path / sealed.MANIFEST).read_text())
     except FileNotFoundError:
-        sealed.refuse_absent(path)
-        raise sealed.SealError(
-            f"{path} has no {sealed.MANIFEST}: it is no bundle, cascade, checkpoint or prepared data, "
-            "or its write was cut short; name another directory"
-        ) from None
+        raise sealed.unsealed(path) from None
     except ValueError as error:
         raise sealed.SealError(
             f"{path}/{sealed.MANIFEST} is damaged: {error}; restore it from a copy"

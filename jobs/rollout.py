@@ -24,6 +24,7 @@ from jobs.artifacts import address_in, code_address, keep_cascade, keep_code
 from jobs.config import ConfigError, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.deploy import serve_spec
+from jobs.failures import words_of
 from serve import app, code
 from serve.fetching import in_a_store
 from serve.spec import ServeSpec
@@ -150,10 +151,9 @@ def written_before(file: str) -> Config:
     try:
         ServeSpec.model_validate(args)
     except ValidationError as error:
-        found = error.errors()[0]
         raise ConfigError(
-            f"{file}: {'.'.join(map(str, found['loc']))}: {found['msg']}; if another ddiff has written it "
-            f"(its code is {str(args.get('code', ''))[:12] or 'not named'}), deploy it with that one"
+            f"{file}: {words_of(error, args)}; if another ddiff has written it (its code is "
+            f"{str(args.get('code', ''))[:12] or 'not named'}), deploy it with that one"
         ) from None
     return config
 

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from dd_core.cascade import HopSpec
 from dd_core.samplers import SamplingSpec
-from jobs.config import ConfigError, apply, reason
+from jobs.config import ConfigError, apply
+from jobs.failures import words_of
 
 
 def changed(hops: Sequence[HopSpec], changes: Sequence[str]) -> list[HopSpec]:
@@ -58,13 +59,11 @@ def settled(hop: HopSpec, fields: Mapping[str, Any]) -> HopSpec:
     try:
         how = SamplingSpec.model_validate(fields)
     except ValidationError as error:
-        places = [(".".join(str(part) for part in (hop.stage, *one["loc"])), one) for one in error.errors()]
-        found = [f"{place}: {reason(one['msg'])}" for place, one in places]
-        raise ConfigError("--set: " + "; ".join(found)) from None
+        raise ConfigError(f"--set: {words_of(error, fields, hop.stage)}") from None
     try:
         return hop.but(how=how)
     except ValidationError as error:
-        raise ConfigError(f"--set: {reason(error.errors()[0]['msg'])}") from None
+        raise ConfigError(f"--set: {words_of(error)}") from None
 
 
 def refuse_overruled(

@@ -18,9 +18,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType
 
+
+def host(name: str) -> str:
+    """Where to listen.  An empty one, as of a variable that is not set, would be every address."""
+    if not name.strip():
+        raise click.BadParameter("no host is named; use 127.0.0.1, or 0.0.0.0 for every address")
+    return name
+
+
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 PORT = click.IntRange(1, 65535)
+HOST = click.option(
+    "--host", default="127.0.0.1", show_default=True, type=host, help="Where the endpoint listens."
+)
+RECIPE = click.option(
+    "--recipe", help="A recipe: demo, smoke or one of README's tables; a name like none of them lists all."
+)
+CONFIG = click.option("--config", "file", type=FILE, help="YAML as `ddiff config show` prints it.")
+CHANGES = click.option(
+    "--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated."
+)
 PRECISION = click.option(
     "--precision",
     default="auto",

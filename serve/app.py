@@ -310,8 +310,11 @@ def refuse_taken_port(host: str, port: int) -> None:
     """Serve would try for ever to listen where somebody else does, or where it cannot.
 
     Raises:
-        ServeError: Somebody does, or this machine has no such address, or keeps the port for root.
+        ServeError: Somebody does, or this machine has no such address, or keeps the port for root; or none
+            is named, which would be every one.
     """
+    if not host:
+        raise ServeError(f"port {port}: no host is named; use 127.0.0.1, or 0.0.0.0 for every address")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -2,15 +2,18 @@
 
 A fetched cascade lies in a directory named after its digest and is never changed; every byte is
 verified before the directory gets its name.  What cleans temporary directories may still remove files
-of it, so it is verified again before it is opened, and fetched anew if it is damaged.
+of it, so it is verified again before it is opened, and fetched anew if it is damaged.  Who fetches one
+removes those that nobody has opened for days and that no living process holds.
 """
 
 import contextlib
 import fcntl
 import json
 import logging
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,17 @@ from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 DIGEST = re.compile("[0-9a-f]{64}")
-DRAFT, LOCK = ".draft", ".lock"
-"""Beside a cascade: what is being fetched, and what is locked by the one who does."""
+DRAFT, LOCK, USED = ".draft", ".lock", ".used"
+"""Beside a cascade: what is being fetched, what is locked by the one who does, and what is locked, shared,
+by all who have opened it.  These locks are empty and stay: who waits for one has it open."""
+KEPT_S = 7 * 86_400.0
+"""How long a cascade stays that nobody opens again."""
+HELD: dict[Path, int] = {}
+"""What this process has opened, each with the descriptor of its lock, which goes with the process."""
 
 
 def on_this_machine(address: str, digest: str) -> Path:
-    """The directory of a cascade.
+    """The directory of a cascade; a fetched one stays at least as long as this process.
 
     Args:
         address: A path, or an address of fsspec such as s3://bucket/runs/demo/cascade.
@@ -43,12 +51,34 @@ def on_this_machine(address: str, digest: str) -> Path:
     if not DIGEST.fullmatch(digest):
         raise ValueError(f"{address} is fetched by its digest; set digest, as `ddiff deploy` does")
     place = scratch_directory("cascades") / digest
+    hold(place)
     if not whole(place):
         with alone(place):
             if not whole(place):  # nobody has fetched it meanwhile
                 shutil.rmtree(place, ignore_errors=True)
                 fetch(address, digest, place)
+        remove_unused(place.parent)
     return place
+
+
+def hold(place: Path) -> None:
+    """Have a cascade used from now on, and stay while this process lives; waits for who removes it."""
+    if place not in HELD:
+        used = os.open(place.with_suffix(USED), os.O_WRONLY | os.O_CREAT, 0o600)
+        fcntl.flock(used, fcntl.LOCK_SH)
+        if HELD.setdefault(place, used) != used:  # another thread was faster
+            os.close(used)
+    os.utime(HELD[place])
+
+
+def remove_unused(directory: Path) -> None:
+    """Remove the fetched cascades that were opened KEPT_S ago or earlier, and by nobody who still lives."""
+    for path in directory.glob(f"*{USED}"):
+        if time.time() - path.stat().st_mtime < KEPT_S:
+            continue
+        with contextlib.suppress(BlockingIOError), path.open("a") as used:
+            fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
 
 def whole(place: Path) -> bool:

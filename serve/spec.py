@@ -54,7 +54,8 @@ class ServeSpec(Spec):
     precision: Precision = "auto"
     """Of the networks that paint (`dd_core.stages.load_hop`); auto: bfloat16 where a replica's device
     multiplies it, so say which where the machines of a cluster differ in that."""
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
+    """An empty one would be every address of the machine; who wants that says 0.0.0.0."""
     port: int = Field(8000, ge=1, le=65535)
     timeout_s: float = Field(120, gt=0)
     """Longest time for one request."""

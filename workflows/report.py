@@ -18,7 +18,7 @@ from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
 from workflows.evaluation import ATTRIBUTES, GROUPS, VERDICTS
-from workflows.journal import curves
+from workflows.journal import JOURNAL, curves
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
 from workflows.samples import device, heading
@@ -28,7 +28,8 @@ from workflows.superseded import MADE_OF
 SHEETS = ("prompts", "denoising", "noising", "reconstructions")
 """What the page shows, each as NAME.png in a run's directory, for MLflow."""
 SCORES = ("all", *GROUPS)
-
+SIGNS = ("summary.json", JOURNAL, "cascade", f"*/{MADE_OF}", "*/checkpoints", "*/bundle")
+"""What a directory of a run holds any one of, as soon as it is begun."""
 
 T = TypeVar("T")
 
@@ -64,10 +65,12 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
 
     Raises:
         sealed.SealError: The cascade is there but damaged.
-        FileNotFoundError: There is no such run.
+        FileNotFoundError: There is no such run, or what is there is none; nothing has been written.
     """
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
+    if not any(any(run.glob(sign)) for sign in SIGNS):
+        raise FileNotFoundError(f"{run} is no run; name one, such as runs/demo")
     summary = summary_of(run)
     cascade = None
     if (run / "cascade").exists():

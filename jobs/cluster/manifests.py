@@ -13,6 +13,7 @@ from jobs.attempts import ATTEMPTS
 from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster, submitter
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
+from jobs.failures import words_of
 from jobs.inputs import refuse_local
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
 from jobs.rollout import Config, serve_fields
@@ -35,12 +36,11 @@ def read_cluster(file: Path | None) -> ClusterSpec:
     Raises:
         ConfigError: The file cannot be used.
     """
+    fields = loaded(file) if file else {}
     try:
-        return ClusterSpec.model_validate(loaded(file)) if file else ClusterSpec()
+        return ClusterSpec.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"{file}: {words_of(error, fields)}") from None
 
 
 def text_of(manifests: list[Manifest]) -> str:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from dd_core import sealed
 from jobs.cli import main
+from jobs.config import RECIPES
 from jobs.failures import Code, code_of, line_of
 from tests.conftest import jpg, needs_ray, room_for, write_shard
 
@@ -147,10 +148,32 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatc
     refused(ddiff("config", "validate", "--recipe", "smoke"), Code.INTERNAL, "BrokenPipeError")
 
 
-@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
-def test_a_directory_without_a_manifest_is_no_bundle(words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "half").mkdir()
-    refused(ddiff(*words, "half"), 4, "half has no manifest.json", "cut short")
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"], ["serve", "--cascade"]]
+)
+@pytest.mark.parametrize(
+    ("holds", "code", "said"),
+    [
+        (
+            [],
+            2,
+            "x has no manifest.json: it is no bundle, cascade, checkpoint or prepared data, or its write ",
+        ),
+        (["README.md"], 2, "x has no manifest.json: it is no bundle, cascade, checkpoint or prepared data"),
+        (["summary.json", "base/bundle/spec.json", "cascade/cascade.json"], 2, "x is a run; name x/cascade"),
+        (["cascade.json"], 4, "x has no manifest.json: the write was cut short; use an older one"),
+        (["shard-00001.safetensors"], 4, "x has no manifest.json: the write was cut short"),
+        ([".manifest.json"], 4, "x has no manifest.json: the write was cut short"),
+    ],
+)
+def test_what_has_no_manifest_is_a_wrong_name_or_a_cut_write(
+    words: list[str], holds: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x").mkdir()
+    for name in holds:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).touch()
+    refused(ddiff(*words, "x"), code, said)
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"]])
@@ -191,6 +214,13 @@ def test_an_occupied_port_is_refused_before_ray_is_started(tmp_path: Path) -> No
         refused(done, 2, f"port {port}", "another port")
 
 
+@pytest.mark.parametrize(
+    "words", [["run", "--recipe", "smoke", "--serve"], ["serve", "--cascade", "cascade"], ["doctor"]]
+)
+def test_an_empty_host_is_no_address_and_not_every_one(words: list[str]) -> None:
+    refused(ddiff(*words, "--host", ""), 2, "'--host': no host is named; use 127.0.0.1, or 0.0.0.0 for every")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
 @pytest.mark.fault
 def test_a_full_disk_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:
@@ -221,6 +251,21 @@ def test_errors_are_json_where_json_was_asked_for_and_tracebacks_where_v_was() -
     done = ddiff("train", "bass", "--recipe", "smoke", "-v")
     assert done.exit_code == 2
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["config"]])
+def test_the_list_of_commands_says_what_each_is_for_to_the_end(group: list[str]) -> None:
+    done = CliRunner().invoke(main, [*group, "--help"], terminal_width=80)
+    _, listed, commands = done.stdout.partition("Commands:")
+    assert listed
+    assert [line for line in commands.splitlines() if line.endswith("...") or len(line) > 80] == []
+
+
+def test_a_recipe_that_there_is_not_is_answered_as_help_says() -> None:
+    for command in (["run"], ["train"], ["submit"], ["doctor"], ["manifest"], ["config", "show"]):
+        said = " ".join(ddiff(*command, "--help").stdout.split())
+        assert "a name like none of them lists all" in said
+    refused(ddiff("run", "--recipe", "?"), 2, *(path.stem for path in RECIPES.glob("[a-z]*.py")))
 
 
 def test_help_is_instant_because_it_imports_nothing() -> None:

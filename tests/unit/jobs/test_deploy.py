@@ -165,8 +165,18 @@ def test_the_replicas_of_a_hop_may_be_set_by_the_one_command(
     ("change", "said"),
     [
         ("hops.bass.max_replicas=2", "'bass' is no hop of tiny; it has base"),
-        ("hops.base.max_replicas=0", "--set hops.base.max_replicas: "),
-        ("hops.base.replicas=2", "replicas"),
+        (
+            "hops.base.max_replicas=0",
+            "--set hops.base.max_replicas=0: hops.base.max_replicas: Input should be greater than or equal "
+            "to 1\n",
+        ),
+        (
+            "hops.base.max_replica=2",
+            "--set hops.base.max_replica=2: hops.base: ReplicaSpec has no field 'max_replica'; did you mean "
+            "'max_replicas'?\n",
+        ),
+        ("timeout=9", "--set timeout=9: ServeSpec has no field 'timeout'; did you mean 'timeout_s'?\n"),
+        ("hops={base: {num_cpus: -1}, bass: 3}", "; hops.bass: Input should be a valid dictionary or"),
         ("timeout_s", "write it as path.to.field=value"),
     ],
 )
@@ -195,6 +205,13 @@ def test_an_address_that_this_machine_does_not_have_is_no_port_that_is_taken(hos
     with pytest.raises(PortTakenError, match=f"; {host} is no address of this machine; use 127") as refused:
         refuse_taken(Address(host, free_address().port))
     assert "stop what listens there" not in str(refused.value)
+
+
+def test_no_address_at_all_is_not_every_one_of_this_machine() -> None:
+    with pytest.raises(PortTakenError, match="no host is named; use 127"):
+        refuse_taken(Address("", free_address().port))
+    with pytest.raises(ValueError, match=r"host\n.*at least 1 character"):
+        ServeSpec(cascade="x", host="")
 
 
 def test_a_port_that_is_kept_for_root_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

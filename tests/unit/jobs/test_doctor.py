@@ -17,6 +17,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from jobs import environment
 from jobs.cli import main
 from jobs.doctor import cluster, findings, gpu, installed, mlflow, mlflow_server, resources
+from jobs.machines import Finding
 from jobs.nodes import UNSTARTED
 from jobs.plan import plan_of
 from jobs.recipes import smoke
@@ -219,7 +220,7 @@ def test_an_mlflow_that_does_not_know_its_own_name_is_no_question_of_users(
 class Gate(BaseHTTPRequestHandler):
     """What answers at a cluster's address: a dashboard with only its head, or something before it."""
 
-    status = 200
+    status, ray = 200, installed("ray")
 
     def do_GET(self) -> None:
         known = self.path.partition("?")[0] in ("/api/version", "/api/authentication_mode", "/api/v0/nodes")
@@ -228,7 +229,7 @@ class Gate(BaseHTTPRequestHandler):
         self.end_headers()
         head = {"node_ip": "10.0.0.2", "state": "ALIVE", "resources_total": {"memory": 2**33}}
         nodes = {"result": {"result": [head]}}
-        self.wfile.write(json.dumps({"ray_version": installed("ray"), "data": nodes}).encode())
+        self.wfile.write(json.dumps({"ray_version": self.ray, "data": nodes}).encode())
 
 
 @pytest.fixture
@@ -259,6 +260,20 @@ def test_only_a_refusal_is_a_closed_door(
     assert (found.check, found.state) == ("cluster token", state)
     assert found.says.startswith(gate)
     assert said in found.says
+
+
+def test_another_ray_is_installed_only_where_this_ddiff_goes_with_it(
+    gate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = installed("ray")
+    monkeypatch.setattr(Gate, "ray", f"{ours}.1")
+    *_, found = cluster()
+    assert (found.state, found.says) == ("fail", f"{gate} runs Ray {ours}.1, here is Ray {ours}")
+    assert found.fix == f"pip install ray=={ours}.1"
+    for theirs in ("2.9.3", "3.0.0", "None"):
+        monkeypatch.setattr(Gate, "ray", theirs)
+        *_, found = cluster()
+        assert found.fix == f"start the cluster with Ray {ours}, or use the ddiff that was made for {theirs}"
 
 
 def test_a_ray_to_join_is_joined_and_its_dashboard_asked(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +315,21 @@ def test_no_line_of_the_report_names_a_password(monkeypatch: pytest.MonkeyPatch)
     assert "hunter2" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("verbose", [True, False])
+def test_the_traceback_of_a_check_that_breaks_is_shown_to_who_asks_for_it(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Iterator[Finding]:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("jobs.doctor.storage", broken)
+    done = CliRunner().invoke(main, ["doctor", *(["-v"] if verbose else [])])
+    assert done.exit_code == 2
+    assert "storage        RuntimeError: boom\n" in done.stdout
+    assert "fix: run again with -v for the traceback" in done.stdout
+    assert ("Traceback" in done.stderr and "in broken" in done.stderr) == verbose
+
+
 def test_a_run_that_does_not_fit_a_full_disk_and_a_taken_port_are_failures(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -326,7 +356,7 @@ def test_what_is_installed_is_compared_with_what_is_asked_for(
         "Requires-Dist: ray>=99\nRequires-Dist: no-such-thing\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    wrong = doctor(code=2)["versions"][0]
+    (wrong,) = doctor(code=2)["versions"]
     assert wrong["says"].startswith("ray 2.")
     assert "needs >=99; no-such-thing missing" in wrong["says"]
     assert wrong["fix"].startswith("pip install -c constraints.txt")

@@ -304,6 +304,22 @@ def test_what_a_config_names_is_put_there_when_it_is_published_and_not_when_it_i
         app.build(config.fields["applications"][0]["args"])
 
 
+def test_of_a_config_that_another_ddiff_has_written_everything_that_is_refused_is_named(
+    tmp_path: Path,
+) -> None:
+    (ours,) = CONFIG.fields["applications"]
+    args = ours["args"] | {"port": 0, "hops": {"base": {"max_replica": 2}}, "code": "c" * 64}
+    file = tmp_path / "other.yaml"
+    file.write_text(Config({"applications": [ours | {"args": args}]}).text())
+    with pytest.raises(ConfigError) as refused:
+        rollout.written_before(str(file))
+    assert str(refused.value) == (
+        f"{file}: port: Input should be greater than or equal to 1; hops.base: ReplicaSpec has no field "
+        "'max_replica'; did you mean 'max_replicas'?; if another ddiff has written it (its code is "
+        "cccccccccccc), deploy it with that one"
+    )
+
+
 def test_a_store_that_ray_fetches_nothing_from_leaves_the_code_to_the_nodes() -> None:
     assert artifacts.code_address("memory://runs") == ""
     assert artifacts.code_address("s3://bucket/runs") == f"s3://bucket/runs/code/{code.digest()}.zip"

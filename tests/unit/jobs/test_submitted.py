@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from jobs import dashboard, following
 from jobs.cli import main
 from jobs.following import Cluster, ClusterError, facts_of
+from jobs.submit import Pack, Submitted
 from tests.answering import answering
 
 LONG = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\n"
@@ -140,6 +141,21 @@ def test_of_a_job_that_failed_the_error_and_its_end_are_few_lines_and_json_for_w
     assert done.stderr.startswith("\nthe first error:\nValueError: no\n")
     *_, last = ddiff("logs", "smoke", "--json").stdout.splitlines()
     assert json.loads(last)["first_error"][0] == "ValueError: no"
+
+
+def test_all_that_a_submission_says_is_json_for_who_asks_for_it(
+    on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Pack(files=1, bytes=2, content=("jobs",), code="c" * 64)
+    done = Submitted("smoke.1", "smoke", started=True, attempt=1, pack=pack, seconds=1.0)
+    monkeypatch.setattr("jobs.submit.submit", lambda order, cluster: done)
+    on(job("smoke.1", "FAILED", 3))
+    said = ddiff("submit", "doctor", "--follow", "--insecure", "--json")
+    assert said.exit_code == 3
+    assert json.loads(said.stdout)["pack"]["files"] == 1
+    told = [json.loads(line) for line in said.stderr.splitlines()]
+    assert told[0] == {"line": "log of smoke.1"}
+    assert told[-1]["code"] == 3
 
 
 def test_a_newer_job_of_the_run_does_not_decide_how_the_one_that_was_followed_ended(on: Any) -> None:

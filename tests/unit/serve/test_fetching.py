@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 
 from dd_core import sealed
 from dd_core.scratch import scratch_directory
-from serve.fetching import copy, on_this_machine
+from serve.fetching import HELD, copy, on_this_machine
 from tests.unit.serve.tiny import tiny_cascade
 
 STORE = fsspec.filesystem("memory")
@@ -69,17 +70,37 @@ def test_one_replica_of_a_machine_fetches_a_cascade_and_the_others_wait_for_it(
     slow, waiting = Slow(), threading.Barrier(4)
 
     def lock(file: Any, how: int) -> None:
-        waiting.wait(20)  # each has looked, and found nothing
+        if how == fcntl.LOCK_EX:
+            waiting.wait(20)  # each has looked, and found nothing
         fcntl.flock(file, how)
 
     monkeypatch.setattr("serve.fetching.copy", slow.copy)
-    monkeypatch.setattr("serve.fetching.fcntl", SimpleNamespace(flock=lock, LOCK_EX=fcntl.LOCK_EX))
+    modes = {name: getattr(fcntl, name) for name in ("LOCK_EX", "LOCK_NB", "LOCK_SH")}
+    monkeypatch.setattr("serve.fetching.fcntl", SimpleNamespace(flock=lock, **modes))
     with ThreadPoolExecutor(3) as pool:
         replicas = [pool.submit(on_this_machine, *stored) for _ in range(3)]
         waiting.wait(20)
         slow.gate.set()
         assert len({one.result() for one in replicas}) == 1
     assert slow.asked == 1
+
+
+def test_who_fetches_a_cascade_removes_those_that_nobody_has_opened_for_long_and_nobody_holds(
+    stored: tuple[str, str], tmp_path: Path
+) -> None:
+    fetched = []
+    for seed in (1, 2, 3):
+        digest = tiny_cascade(tmp_path / str(seed), seed=seed)
+        STORE.put(str(tmp_path / str(seed) / "cascade"), f"/cascades/{seed}", recursive=True)
+        fetched.append(on_this_machine(f"memory://cascades/{seed}", digest))
+    old, held, recent = fetched
+    for one in (old, recent):
+        os.close(HELD.pop(one))  # as the end of its process does
+    for one in (old, held):
+        os.utime(one.with_suffix(".used"), (1, 1))
+    last = on_this_machine(*stored)
+    assert {one for one in old.parent.iterdir() if one.is_dir()} == {held, recent, last}
+    assert on_this_machine("memory://cascades/1", old.name) == old
 
 
 @pytest.mark.fault

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from dd_core import bundle, images
@@ -21,6 +22,7 @@ from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.precision import Precision
 from dd_core.stages.autoencoder import AutoencoderSpec
 from jobs import sample
+from jobs.cli import main
 from jobs.recipes import smoke
 from tests.conftest import write_shard
 from tests.own_data import own_data
@@ -186,10 +188,21 @@ def test_a_caption_is_text_and_never_markup(run: Path) -> None:
     assert "script" not in page.open
 
 
-def test_a_run_without_anything_says_so(tmp_path: Path) -> None:
+def test_a_run_that_has_only_begun_says_so(tmp_path: Path) -> None:
+    Journal(tmp_path / "metrics.jsonl").tags({"state": "begun"})
     assert "Not evaluated yet" in write_report(tmp_path).read_text()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         write_report(tmp_path / "absent")
+
+
+def test_what_is_no_run_gets_no_page(run: Path, tmp_path: Path) -> None:
+    for other in (tmp_path, run.parent, run / "cascade"):
+        done = CliRunner().invoke(main, ["report", str(other)])
+        assert (done.exit_code, done.stderr) == (
+            2,
+            f"ddiff: {other} is no run; name one, such as runs/demo\n",
+        )
+        assert not (other / "report.html").exists()
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 16])
