@@ -1,6 +1,10 @@
 """A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
 
-from collections.abc import Iterator
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ from click.testing import CliRunner
 from jobs import following
 from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
-from jobs.failures import line_of
+from jobs.failures import StoppedError, line_of
 from jobs.following import (
     MOST_LINES,
     Cluster,
@@ -221,6 +225,51 @@ def test_a_job_that_says_it_is_at_work_is_followed_however_often_it_is_cut(
     ):
         with pytest.raises(ClusterError, match=r"cut|does not answer"):
             list(lost.follow(JOB))
+
+
+class Silent:
+    """Ray's client, of a job whose log says one line and then nothing; SIGTERM comes meanwhile, once."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        self.connections += 1
+        assert self.connections == 1, "it is followed again"
+        yield "begun\n"
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        await asyncio.sleep(3600)
+
+
+def test_sigterm_ends_who_follows_a_job_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, stoppable: None
+) -> None:
+    monkeypatch.setattr(following, "PAUSE_S", 0.0)
+    monkeypatch.setattr(Cluster, "job", lambda *_: JOB)
+    cluster = Cluster("http://head:8265")
+    cluster.client = Silent()
+    lines = cluster.follow(JOB)
+    assert next(lines) == "begun"
+    with pytest.raises(StoppedError):
+        next(lines)
+
+
+def test_sigterm_while_a_cluster_is_asked_ends_the_command_with_the_code_of_one_that_was_stopped() -> None:
+    answered = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            answered.wait()
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with answering(Slow) as address:
+            done = CliRunner().invoke(main, ["list", "--address", address])
+            answered.set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.exit_code, done.stderr.startswith("ddiff: stopped by SIGTERM; ")) == (6, True), done.stderr
 
 
 def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
