@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobs import following
+from jobs import dashboard, following
 from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
 from jobs.failures import StoppedError, line_of
@@ -320,3 +321,16 @@ def test_a_wrong_token_and_a_missing_one_are_told_apart_in_one_line_with_the_fix
         with Dashboard(address) as dashboard, pytest.raises(DashboardError) as refused:  # what `deploy` asks
             dashboard.get("/")
         assert f"ddiff: {line_of(refused.value)}\n" == done.stderr
+
+
+@pytest.mark.parametrize("words", [["list"], ["status", "a"], ["logs", "a"], ["stop", "a"], ["delete", "a"]])
+def test_a_head_that_says_nothing_is_waited_for_no_longer_than_the_limit(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = CliRunner().invoke(main, [*words, "--address", address])
+    assert (done.exit_code, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(f"ddiff: {address} does not answer (")
+    assert len(done.stderr.splitlines()) == 1
