@@ -3,13 +3,11 @@
 import uuid
 from urllib.parse import urlsplit
 
-import fsspec
-
 from dd_core import sealed
-from serve import code
+from serve import code, replicas
 from serve.fetching import in_a_store, on_this_machine
-from serve.replicas import opened
 from workflows.registry import Version
+from workflows.storage import opened
 
 RAY_FETCHES = ("s3", "gs", "file")
 """Kinds of address that Ray (2.60) unpacks code from and that are so written by fsspec."""
@@ -17,7 +15,7 @@ RAY_FETCHES = ("s3", "gs", "file")
 
 def address_in(storage: str, name: str) -> str:
     """The address of something that is kept there; a path where it is a directory."""
-    files, root = fsspec.url_to_fs(storage)
+    files, root = opened(storage)
     return str(files.unstrip_protocol(f"{root}/{name}")).removeprefix("file://")
 
 
@@ -30,7 +28,7 @@ def code_address(storage: str) -> str:
 
 def keep_code(storage: str) -> None:
     """This code, where Ray fetches it; what is there is never changed."""
-    files, root = fsspec.url_to_fs(storage)
+    files, root = opened(storage)
     place = f"{root}/code/{code.digest()}.zip"
     if not files.exists(place):
         if not in_a_store(storage):
@@ -47,11 +45,11 @@ def keep_cascade(version: Version, storage: str) -> None:
     Raises:
         SealError: What its run left has been replaced since, so that only its digest is known.
     """
-    files, root = fsspec.url_to_fs(storage)
+    files, root = opened(storage)
     place = f"{root}/cascades/{version.digest}"
     if not files.exists(f"{place}/{sealed.MANIFEST}"):
         source = on_this_machine(version.address, version.digest)
-        _, found = opened(source)
+        _, found = replicas.opened(source)
         if found != version.digest:
             raise sealed.SealError(
                 f"{version.address} holds cascade {found[:12]} by now, not {version.digest[:12]} as version "

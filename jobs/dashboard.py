@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from jobs import environment
+from workflows.addresses import shown
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 20.0
@@ -38,10 +39,7 @@ class Dashboard:
     """
 
     def __init__(self, address: str, *, token: str | None = None) -> None:
-        if not is_dashboard(address):
-            raise DashboardError(
-                f"{address!r} is no address of a dashboard; set RAY_ADDRESS to it, such as http://HEAD:8265"
-            )
+        refuse_misspelt(address)
         self.address = address.rstrip("/")
         shown = environment.ray_token() if token is None else token
         headers = {"Authorization": f"Bearer {shown}"} if shown else {}
@@ -87,6 +85,18 @@ class Dashboard:
         return reply
 
 
+def refuse_misspelt(address: str) -> None:
+    """Raises DashboardError if no dashboard can have such an address."""
+    try:
+        httpx.URL(address)
+        why = "" if is_dashboard(address) else " (it is not of HTTP)"
+    except httpx.InvalidURL as error:
+        why = f" ({error})"
+    if why:
+        fix = "give one such as http://HEAD:8265 in RAY_ADDRESS, or as --address"
+        raise DashboardError(f"{shown(address)!r} is no address of a dashboard{why}; {fix}")
+
+
 def not_let_in(address: str, status: int, *, shown: bool) -> str:
     """What happened, and the fix; Ray says 401 to who shows no token, 403 to who shows another one."""
     fix = "set RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names, to the token of this cluster"
@@ -121,6 +131,7 @@ def refuse_open(address: str, *, unless: str = "say --insecure") -> None:
     Raises:
         DashboardError: It asks nobody for a token, or does not answer.
     """
+    refuse_misspelt(address)
     here = is_here(address)
     try:
         status = without_token(f"{address.rstrip('/')}/api/version").status
@@ -152,6 +163,9 @@ def without_token(url: str, *, user: tuple[str, str] | None = None) -> Answer:
     before = time.time()
     try:
         reply = httpx.get(url, auth=user, timeout=TIMEOUT_S)
+    except httpx.InvalidURL as error:
+        told = f"{shown(url)!r} is no address of a dashboard or a server ({error}); see how it is spelt"
+        raise DashboardError(told) from None
     except httpx.HTTPError as error:
         host, why = urlsplit(url).netloc.rpartition("@")[2], f"{type(error).__name__}: {error}"
         raise DashboardError(f"{host} does not answer ({why}); is it up, and reachable from here?") from None

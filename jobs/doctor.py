@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import httpx
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -26,6 +25,7 @@ from jobs.plan import Plan, on, plan_of, refusals
 from workflows.addresses import shown
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
+from workflows.storage import opened
 
 log = logging.getLogger(__name__)
 LISTEN_S = 5.0
@@ -207,7 +207,7 @@ def listed(nodes: list[Node]) -> str:
 def storage() -> Iterator[Finding]:
     """Whether a file can be written where runs are kept, read back, and removed."""
     place = environment.runs()
-    files, root = fsspec.url_to_fs(place, use_listings_cache=False)
+    files, root = opened(place)
     directory = "://" not in place  # a bucket is not made by the way: it would hide a misspelt name
     fresh = directory and not files.exists(root)
     name, content = f"{root}/.ddiff-doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes

@@ -26,8 +26,12 @@ class Code(IntEnum):
     """That of a shell for SIGPIPE: nobody reads on, as behind `| head`."""
 
 
-class StoppedError(RuntimeError):
-    """The process was told to end; what was finished is kept."""
+class StoppedError(BaseException):
+    """The process was told to end; what was finished is kept.
+
+    As Ctrl-C it is no Exception: who tries again what a store, a server or an image does wrong, or writes it
+    down, would go on.
+    """
 
 
 class JobFailedError(RuntimeError):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jobs.dashboard import not_let_in
+from jobs import dashboard
+from jobs.dashboard import not_let_in, refuse_misspelt
 from jobs.environment import cluster_address, prepare_environment, ray_token
 from jobs.failures import Code, JobFailedError, code_elsewhere
 
@@ -84,19 +85,19 @@ class Cluster:
                 f"jobs go to the dashboard of a cluster, such as http://head:8265, and {given}; "
                 "use --address or RAY_ADDRESS"
             )
+        refuse_misspelt(self.address)
         self.client: Any = None
 
     def ask(self, what: Callable[[Any], T]) -> T:
         """A call of Ray's client, its errors in one line."""
         from aiohttp import ClientError  # noqa: PLC0415 half a second
         from ray.exceptions import AuthenticationError  # noqa: PLC0415
-        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
 
         try:
             if self.client is None:
                 token = ray_token()  # shown by us: Ray reads its own once a process, whatever comes later
                 headers = {"Authorization": f"Bearer {token}"} if token else None
-                self.client = JobSubmissionClient(self.address, headers=headers)
+                self.client = client_of(self.address, headers)
             return what(self.client)
         except AuthenticationError as error:
             wrong = str(error).lstrip().startswith("Authentication failed")  # Ray's words for a 403
@@ -228,6 +229,17 @@ class Cluster:
                 piece := self.ask(lambda client: loop.run_until_complete(anext(pieces, None)))
             ) is not None:
                 yield piece
+
+
+def client_of(address: str, headers: Mapping[str, str] | None) -> Any:
+    """Ray's client, which waits for an answer as long as ours; by itself (2.60) it would wait for ever."""
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 half a second
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=dashboard.TIMEOUT_S, **more)
+
+    return Client(address, headers=headers)
 
 
 def facts_of(job: Any) -> JobFacts:

@@ -12,8 +12,9 @@ from pydantic import Field, TypeAdapter
 from dd_core.spec import Spec
 from jobs import environment
 from jobs.dashboard import Dashboard, is_dashboard
+from workflows import cpus
 
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+MEMINFO = Path("/proc/meminfo")
 
 
 class Node(NamedTuple):
@@ -67,14 +68,38 @@ def nodes_of() -> list[Node]:
         return joined()
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, here and in this container."""
+def available_memory(own_group: Path = cpus.OWN_GROUP, root: Path = cpus.CGROUPS) -> int:
+    """Bytes that can be taken without swapping, here and in this container.
+
+    Args:
+        own_group: Where the kernel says which control group the process is in.
+        root: Where it shows the groups, of version 2 or 1.
+    """
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        return min(free, int(CGROUP.read_text()))
-    except (OSError, ValueError):  # no control group, or "max"
-        return free
+    found = [int(lines["MemAvailable"].split()[0]) * 1024]
+    for group in cpus.groups(own_group, root):
+        found += left_in(group, "memory.max", "memory.current", "inactive_file")
+    found += left_in(root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return max(0, min(found))
+
+
+def left_in(group: Path, limit: str, used: str, cached: str) -> list[int]:
+    """Bytes that a control group may still take, with those of files that the kernel gives up first.
+
+    Args:
+        group: Its directory.
+        limit: Name of the file with its limit.
+        used: Name of the file with what it has taken.
+        cached: Name of the line of its memory.stat.
+
+    Returns:
+        One number; none where there is no such group, or no limit to it.
+    """
+    most, taken = cpus.text_of(group / limit), cpus.text_of(group / used)
+    if not (most.isdigit() and taken.isdigit()):  # "max"
+        return []
+    stat = dict(line.split() for line in cpus.text_of(group / "memory.stat").splitlines())
+    return [int(most) - int(taken) + int(stat.get(cached, 0))]
 
 
 def joined() -> list[Node]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import fsspec
 import yaml
 from pydantic import ValidationError
 
@@ -29,6 +28,7 @@ from serve import app, code
 from serve.fetching import in_a_store
 from serve.spec import ServeSpec
 from workflows.registry import Registry, Version, split
+from workflows.storage import opened
 
 log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
@@ -160,7 +160,7 @@ def written_before(file: str) -> Config:
 
 def fetched(address: str) -> Any:
     """The fields of a config in a store."""
-    files, path = fsspec.url_to_fs(address)
+    files, path = opened(address)
     try:
         return yaml.safe_load(files.cat_file(path))
     except (OSError, yaml.YAMLError) as error:
@@ -206,7 +206,7 @@ def publish(config: Config) -> str:
 
 def kept(config: Config, storage: str) -> str:
     """Write a config where `ddiff deploy --config` finds it again; one cascade and its settings, one file."""
-    files, root = fsspec.url_to_fs(storage)
+    files, root = opened(storage)
     cascade = str(config.args["cascade"]).rstrip("/").rpartition("/")[2][:12]
     name = f"deployments/{cascade}-{sealed.digest_of(config.fields)[:8]}.yaml"
     if not in_a_store(storage):

@@ -6,9 +6,11 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -46,6 +48,9 @@ PRECISION = click.option(
     type=click.Choice(["auto", "bf16", "fp32"]),
     help="Of the networks that paint; auto: bf16 where the device multiplies it, fp32 to remake pictures.",
 )
+
+ONCE_S = 3.0
+"""Within which SIGTERM may come several times and means one."""
 
 
 class Manner(NamedTuple):
@@ -100,17 +105,18 @@ class Command(Read):
         """Run, and turn an error into a line and an exit code."""
         manner = ctx.obj = Manner(**{name: ctx.params.pop(name) for name in Manner._fields})
         from jobs.environment import prepare_environment
+        from jobs.failures import StoppedError
 
         prepare_environment()
         listen(manner)
-        signal.signal(signal.SIGTERM, stopped)
+        signal.signal(signal.SIGTERM, Stop())
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
             raise MisusedError(error, as_json=manner.as_json) from error
         except (click.ClickException, click.exceptions.Exit):
             raise
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the one place where errors end
+        except (Exception, KeyboardInterrupt, StoppedError) as error:  # noqa: BLE001 the one place where errors end
             fail(error, manner)
 
 
@@ -165,12 +171,22 @@ def listen(manner: Manner) -> None:
         logging.getLogger(package).setLevel(level)
 
 
-def stopped(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM: end like an error, so that what was started is stopped."""
-    from jobs.failures import StoppedError
+class Stop:
+    """What SIGTERM does: end like an error, so that what was started is stopped.
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise StoppedError("stopped by SIGTERM; run the same command again to continue")
+    Ray tells every process of a job at once, and `jobs.attempts` hands it on to the command: two within
+    ONCE_S are one.  A later one cuts short what the command still does.
+    """
+
+    def __init__(self) -> None:
+        self.heard = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        from jobs.failures import StoppedError
+
+        if time.monotonic() - self.heard > ONCE_S:
+            self.heard = time.monotonic()
+            raise StoppedError("stopped by SIGTERM; run the same command again to continue")
 
 
 def fail(error: BaseException, manner: Manner) -> NoReturn:

@@ -86,6 +86,7 @@ class Ingress:
             door=Door(spec.room(links), spec.replicas(links)),
             timeout_s=spec.timeout_s,
             max_body_bytes=spec.max_body_bytes,
+            body_s=spec.body_s,
         )
 
     async def drain(self) -> int:

@@ -1,5 +1,6 @@
-"""The guard: caps the body of a request, names every request, and turns what nobody caught into JSON."""
+"""The guard: limits the body of a request, names every request, turns what nobody caught into JSON."""
 
+import asyncio
 import logging
 import secrets
 import traceback
@@ -19,16 +20,17 @@ class Guard:
     Args:
         app: What it guards.
         max_body_bytes: A longer body is refused with 413, announced or not.
+        body_s: A body that is not here after so many seconds is waited for no longer: 408.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_s: float) -> None:
+        self.app, self.max_body_bytes, self.body_s = app, max_body_bytes, body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, started, read = Headers(scope=scope), False, 0
+        headers, started = Headers(scope=scope), False
         named = headers.get("x-request-id", "")  # by Ray's proxy, which answers with it too
         request_id = named or secrets.token_hex(16)
 
@@ -40,25 +42,42 @@ class Guard:
                     MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        async def counted_receive() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
-                raise HTTPException(413)
-            return message
-
         try:
             if headers.get("content-length", "0").isdecimal() and self.too_long(headers):
                 await too_large(self.max_body_bytes).response()(scope, receive, guarded_send)
             else:
-                await self.app(scope, counted_receive, guarded_send)
+                await self.app(scope, self.within_limits(receive), guarded_send)
         except Exception as error:
             frames = "".join(traceback.format_tb(error.__traceback__))
             log.error("request %r failed: %s\n%s", request_id[:64], type(error).__name__, frames)
             if started:
                 raise
             await internal_error(request_id).response()(scope, receive, guarded_send)
+
+    def within_limits(self, receive: Receive) -> Receive:
+        """The same messages of one request, while its body keeps to what it may be.
+
+        Raises:
+            HTTPException: 413 or 408, out of the call that passes a limit.
+        """
+        read = 0
+        until: float | None = asyncio.get_running_loop().time() + self.body_s
+
+        async def limited() -> Message:
+            nonlocal read, until
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408) from None
+            read += len(message.get("body", b""))
+            if read > self.max_body_bytes:
+                raise HTTPException(413)
+            if not message.get("more_body"):  # later calls wait for the client to go
+                until = None
+            return message
+
+        return limited
 
     def too_long(self, headers: Headers) -> bool:
         """Whether the announced body is."""
@@ -68,6 +87,12 @@ class Guard:
 def too_large(limit: int) -> ApiError:
     """What a request with too long a body is told."""
     return ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
+
+
+def too_slow(limit_s: float) -> ApiError:
+    """What a request is told whose body does not arrive; to come back would be to wait as long again."""
+    told = f"the body is not here after {limit_s:g} s; send all of it at once"
+    return ApiError(408, told, code="body_too_slow", headers={"x-should-retry": "false"})
 
 
 def internal_error(request_id: str) -> ApiError:

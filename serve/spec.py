@@ -62,6 +62,8 @@ class ServeSpec(Spec):
     startup_s: float = Field(300, gt=0)
     """Longest time until every hop has drawn its first image."""
     max_body_bytes: int = Field(64_000, ge=1)
+    body_s: float = Field(10, gt=0)
+    """Longest time until the body of a request has arrived."""
     ingress_replicas: int = Field(1, ge=1)
     hop: ReplicaSpec = ReplicaSpec()
     """For the hops that `hops` does not name."""

@@ -4,10 +4,10 @@ import math
 import os
 from pathlib import Path, PurePosixPath
 
-CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def available(own_group: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> int:
+def available(own_group: Path = OWN_GROUP, root: Path = CGROUPS) -> int:
     """CPUs that this process can keep busy, at least 1: affinity, and the quotas of control groups.
 
     Args:
@@ -19,15 +19,19 @@ def available(own_group: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS)
 
 def quota(own_group: Path, root: Path) -> float:
     """CPUs' worth of time in each period, by the strictest of the groups around this process."""
-    lines = own_group.read_text().splitlines() if own_group.exists() else []
-    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    places = [PurePosixPath(own), *PurePosixPath(own).parents]
-    texts = [text_of(root / str(place).strip("/") / "cpu.max") for place in places]
+    texts = [text_of(group / "cpu.max") for group in groups(own_group, root)]
     found = [share(text) for text in texts if text]
     older = text_of(root / "cpu" / "cpu.cfs_quota_us"), text_of(root / "cpu" / "cpu.cfs_period_us")
     if all(older) and int(older[0]) > 0:
         found.append(int(older[0]) / int(older[1]))
     return min(found, default=math.inf)
+
+
+def groups(own_group: Path, root: Path) -> list[Path]:
+    """Directories of the control groups of version 2 around this process, its own first."""
+    lines = own_group.read_text().splitlines() if own_group.exists() else []
+    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    return [root / str(place).strip("/") for place in (PurePosixPath(own), *PurePosixPath(own).parents)]
 
 
 def share(text: str) -> float:

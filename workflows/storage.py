@@ -28,6 +28,8 @@ from dd_core import sealed
 from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Kind of address -> what of ddiff has to be installed for it."""
 FETCHES = 2
 """How often a sealed directory is fetched before it is taken for damaged in the store."""
 
@@ -303,16 +305,23 @@ def is_address(place: str) -> bool:
 
 @functools.cache
 def store(root: str) -> Any:
-    """The file system of an address; it remembers no listings, since others write too.
+    """The file system of an address, as `opened` finds it."""
+    return opened(root)[0]
+
+
+def opened(address: str) -> tuple[Any, str]:
+    """The file system of an address and the path in it; it remembers no listings, since others write too.
 
     Raises:
         AddressError: There is none for such addresses.
     """
     try:
-        fs, _ = fsspec.url_to_fs(root, use_listings_cache=False)
+        fs, path = fsspec.url_to_fs(address, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise AddressError(f"{root} cannot be opened: {error}; for s3:// install ddiff[s3]") from None
-    return fs
+        extra = EXTRAS.get(address.partition("://")[0])
+        fix = f"install ddiff[{extra}]" if extra else "see that it is the address of a store"
+        raise AddressError(f"{address} cannot be opened: {error}; {fix}") from None
+    return fs, str(path)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -12,6 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner
+from fsspec.registry import _registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from jobs import environment
@@ -24,6 +26,7 @@ from jobs.recipes import smoke
 from tests.answering import answering
 from tests.s3 import s3_server
 from workflows.registry import Registry, RegistryError
+from workflows.storage import store
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's, of its own dependencies
 NAMES = ["RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "DDIFF_NODE_GROUPS"]
@@ -360,3 +363,32 @@ def test_what_is_installed_is_compared_with_what_is_asked_for(
     assert wrong["says"].startswith("ray 2.")
     assert "needs >=99; no-such-thing missing" in wrong["says"]
     assert wrong["fix"].startswith("pip install -c constraints.txt")
+
+
+def test_addresses_that_are_misspelt_are_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:82a5")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:50o0")
+    for name, check, address in (("cluster", cluster, "head:82a5"), ("mlflow", mlflow, "mlflow:50o0")):
+        (line,) = findings(name, check)
+        assert (line.check, line.state) == (name, "fail")
+        assert line.says.startswith(f"'http://{address}/")
+        assert "is no address of a dashboard" in line.says
+        assert line.fix
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("gs", "gcs"), ("s3", "s3")])
+def test_the_extra_that_a_store_needs_is_named(
+    kind: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(_registry, kind, raising=False)  # where fsspec keeps what it has loaded
+    store.cache_clear()
+    monkeypatch.setenv("DDIFF_STORAGE", f"{kind}://bucket/runs")
+    (line,) = doctor(code=2)["storage"]
+    assert (line["state"], line["fix"]) == ("fail", f"install ddiff[{extra}]")
+    config = f"{kind}://bucket/deployment.yaml"
+    for words in (["deploy", "--config", config, "--dry-run"], ["run", "--recipe", "smoke"]):
+        done = CliRunner().invoke(main, words)
+        assert (done.exit_code, f"install ddiff[{extra}]" in done.stderr) == (2, True), done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -2,12 +2,19 @@
 
 import errno
 import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from dd_core.sealed import AbsentError, SealError
 from dd_core.training import DataEndedError, DivergedError
+from jobs import shell
 from jobs.config import ConfigError
+from jobs.doctor import findings
 from jobs.failures import (
     Code,
     JobFailedError,
@@ -20,12 +27,14 @@ from jobs.failures import (
     trace_of,
 )
 from jobs.shell import Manner, listen
+from workflows.decode import carefully_decoded
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.feed import DataError
-from workflows.files import DamagedError, MissingShardError
+from workflows.files import DamagedError, MissingShardError, ShardFile, insistently
 from workflows.pairs import TooManyRejectsError
 from workflows.prepare import DestinationError
-from workflows.storage import AddressError, StorageError
+from workflows.registry import Registry
+from workflows.storage import AddressError, StorageError, said
 from workflows.training import PreemptedError, TrainingError
 
 CODES = [
@@ -121,3 +130,51 @@ def test_an_internal_error_says_its_kind_and_how_to_see_more() -> None:
     assert line.startswith("RuntimeError: boom")
     assert "-v" in line
     assert Code.INTERNAL == 70
+
+
+def sigterm(*_: Any, **__: Any) -> Any:
+    """What is asked when SIGTERM comes."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def in_a_store(_: Path) -> None:
+    with said("s3://bucket/runs"):
+        sigterm()
+
+
+def in_the_registry(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
+    registry.client.log_metric = sigterm
+    registry.probe("ddiff")
+
+
+AT_WORK = {
+    "a check of doctor": lambda _: list(findings("storage", sigterm)),
+    "an image of unknown origin": lambda _: carefully_decoded(b"", 8, 64),
+    "a question to a store": lambda _: insistently(sigterm, "x", final=lambda _: False),
+    "a read of a shard": lambda place: ShardFile(str(place / "a.tar"), pause_s=0.0).read(1),
+    "a call of a store": in_a_store,
+    "a probe of the registry": in_the_registry,
+}
+
+
+@pytest.mark.parametrize("work", AT_WORK.values(), ids=AT_WORK)
+def test_sigterm_is_no_error_of_what_is_at_work_and_ends_it(
+    work: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stoppable: None
+) -> None:
+    monkeypatch.setattr(Image, "open", sigterm)
+    monkeypatch.setattr(ShardFile, "open", sigterm)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+        work(tmp_path)
+
+
+def test_sigterm_that_comes_twice_at_once_is_one_and_a_later_one_ends_what_is_still_done(
+    monkeypatch: pytest.MonkeyPatch, stoppable: None
+) -> None:
+    monkeypatch.setattr(shell, "ONCE_S", 3600.0)
+    with pytest.raises(StoppedError):
+        sigterm()
+    sigterm()  # as Ray tells each process of a job, and one of ours the other
+    monkeypatch.setattr(shell, "ONCE_S", 0.0)
+    with pytest.raises(StoppedError):
+        sigterm()

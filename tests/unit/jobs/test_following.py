@@ -1,6 +1,11 @@
 """A log of many processes reads as one, and of what failed the first cause is shown, in few lines."""
 
-from collections.abc import Iterator
+import asyncio
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobs import following
+from jobs import dashboard, following
 from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
-from jobs.failures import line_of
+from jobs.failures import StoppedError, line_of
 from jobs.following import (
     MOST_LINES,
     Cluster,
@@ -223,6 +228,51 @@ def test_a_job_that_says_it_is_at_work_is_followed_however_often_it_is_cut(
             list(lost.follow(JOB))
 
 
+class Silent:
+    """Ray's client, of a job whose log says one line and then nothing; SIGTERM comes meanwhile, once."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        self.connections += 1
+        assert self.connections == 1, "it is followed again"
+        yield "begun\n"
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        await asyncio.sleep(3600)
+
+
+def test_sigterm_ends_who_follows_a_job_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, stoppable: None
+) -> None:
+    monkeypatch.setattr(following, "PAUSE_S", 0.0)
+    monkeypatch.setattr(Cluster, "job", lambda *_: JOB)
+    cluster = Cluster("http://head:8265")
+    cluster.client = Silent()
+    lines = cluster.follow(JOB)
+    assert next(lines) == "begun"
+    with pytest.raises(StoppedError):
+        next(lines)
+
+
+def test_sigterm_while_a_cluster_is_asked_ends_the_command_with_the_code_of_one_that_was_stopped() -> None:
+    answered = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            answered.wait()
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with answering(Slow) as address:
+            done = CliRunner().invoke(main, ["list", "--address", address])
+            answered.set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.exit_code, done.stderr.startswith("ddiff: stopped by SIGTERM; ")) == (6, True), done.stderr
+
+
 def test_each_cluster_is_shown_the_token_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
 
@@ -271,3 +321,16 @@ def test_a_wrong_token_and_a_missing_one_are_told_apart_in_one_line_with_the_fix
         with Dashboard(address) as dashboard, pytest.raises(DashboardError) as refused:  # what `deploy` asks
             dashboard.get("/")
         assert f"ddiff: {line_of(refused.value)}\n" == done.stderr
+
+
+@pytest.mark.parametrize("words", [["list"], ["status", "a"], ["logs", "a"], ["stop", "a"], ["delete", "a"]])
+def test_a_head_that_says_nothing_is_waited_for_no_longer_than_the_limit(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = CliRunner().invoke(main, [*words, "--address", address])
+    assert (done.exit_code, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(f"ddiff: {address} does not answer (")
+    assert len(done.stderr.splitlines()) == 1

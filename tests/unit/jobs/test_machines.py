@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from jobs import environment
+from jobs import nodes as there
 from jobs.deploy import Address
 from jobs.doctor import nodes, on_the_air
 from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, told_of
+from jobs.nodes import available_memory
 
 GPU = Finding("gpu", "fail", "torch sees no GPU", "install a torch")
 
@@ -60,3 +62,33 @@ def test_a_serve_that_is_on_the_air_keeps_its_port() -> None:
         "warn",
         "deploy with --set host=0.0.0.0 --set port=8000, or `serve shutdown` first",
     )
+
+
+def test_what_a_container_has_taken_of_its_memory_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, meminfo = tmp_path / "own", tmp_path / "meminfo"
+    monkeypatch.setattr(there, "MEMINFO", meminfo)
+    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_memory(own, tmp_path) == 8000 * 1024
+    own.write_text("0::/slice/pod\n")
+    pod, older = tmp_path / "slice" / "pod", tmp_path / "memory"
+    for place, files in {
+        pod: {"memory.max": "max", "memory.current": "7000000", "memory.stat": "inactive_file 1"},
+        pod.parent: {"memory.max": "5000000", "memory.current": "3000000", "memory.stat": "file 9"},
+        older: {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "1"},
+    }.items():
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (place / name).write_text(f"{text}\n")
+    assert available_memory(own, tmp_path) == 2_000_000
+    (pod / "memory.max").write_text("4000000\n")
+    (pod / "memory.current").write_text("3900000\n")
+    (pod / "memory.stat").write_text("anon 2900000\ninactive_file 1000000\n")  # which the kernel gives up
+    assert available_memory(own, tmp_path) == 1_100_000
+    (older / "memory.limit_in_bytes").write_text("1000000\n")
+    (older / "memory.usage_in_bytes").write_text("900000\n")
+    (older / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 300000\n")
+    assert available_memory(own, tmp_path) == 400_000
+    (older / "memory.usage_in_bytes").write_text("1400000\n")
+    assert available_memory(own, tmp_path) == 0

@@ -221,3 +221,13 @@ def test_nothing_is_handed_to_a_cluster_elsewhere_that_asks_for_no_token(
 def test_this_machine_is_known_by_its_names_and_others_are_not_taken_for_it() -> None:
     assert all(dashboard.is_here(f"http://{name}:8265") for name in ("127.0.0.1", "localhost", "[::1]"))
     assert not any(dashboard.is_here(f"http://{name}:8265") for name in ("203.0.113.1", "head.invalid"))
+
+
+@pytest.mark.parametrize(
+    "words", [["submit", "smoke"], ["deploy", "demo@current"], ["list"], ["logs", "smoke"], ["stop", "smoke"]]
+)
+def test_an_address_that_is_misspelt_is_said_to_be_none(words: list[str]) -> None:
+    done = ddiff(*words, "--address", "http://head:82a5")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "'http://head:82a5' is no address of a dashboard" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -68,13 +68,14 @@ class Served:
         timeout_s: float = 20,
         *,
         room: int = 16,
+        body_s: float = 10,
         by_class: bool = False,
         cascade: CascadeSpec = CASCADE,
         **more: Any,
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
         painter = Painter(cascade, DIGEST, self.links, precision="auto", by_class=by_class, **more)
-        limits = {"timeout_s": timeout_s, "max_body_bytes": 20_000}
+        limits = {"timeout_s": timeout_s, "max_body_bytes": 20_000, "body_s": body_s}
         self.api = Api(painter, created=1_700_000_000, door=Door(room), **limits)
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)

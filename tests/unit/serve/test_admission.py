@@ -79,7 +79,7 @@ def simulated(step_s: float, scenario: Callable[[Api], Awaitable[Any]]) -> Any:
         loop = runner.get_loop()
         assert isinstance(loop, JumpingLoop)
         painter = Painter(CASCADE, DIGEST, {"base": EngineLink(SlowHop(loop, step_s))}, precision="auto")
-        api = Api(painter, created=0, door=Door(ROOM), timeout_s=120, max_body_bytes=20_000)
+        api = Api(painter, created=0, door=Door(ROOM), timeout_s=120, max_body_bytes=20_000, body_s=10)
         return runner.run(scenario(api))  # type: ignore[arg-type]
 
 

@@ -52,9 +52,10 @@ def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_
 def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop_s_own(
     own: int, quality: Any, steps: int
 ) -> None:
-    order = Api(
-        Painter(CASCADE, DIGEST, {}, precision="auto"), created=0, door=Door(1), timeout_s=1, max_body_bytes=1
-    ).order(GenerationRequest(prompt="a", quality=quality))
+    painter = Painter(CASCADE, DIGEST, {}, precision="auto")
+    order = Api(painter, created=0, door=Door(1), timeout_s=1, max_body_bytes=1, body_s=1).order(
+        GenerationRequest(prompt="a", quality=quality)
+    )
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)
     assert chosen(hop, order).num_steps == steps
 

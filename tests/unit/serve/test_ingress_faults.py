@@ -5,8 +5,10 @@ import concurrent.futures
 import json
 import logging
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -90,6 +92,41 @@ def test_one_failing_image_of_several_stops_the_others() -> None:
         refused(one.post(n=8, num_inference_steps=3), 503)
         time.sleep(0.1)
         assert one.links["base"].engine.load() == 0
+
+
+def test_a_body_that_never_arrives_is_waited_for_no_longer_than_the_limit_and_others_are_answered() -> None:
+    one = Served(body_s=0.2)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(3600)
+
+    async def scenario() -> list[Any]:
+        transport = httpx.ASGITransport(one.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            headers = {"content-type": "application/json"}
+            return [
+                await client.post(URL, content=slow(), headers=headers),
+                await client.post(URL, json={"prompt": "a"}),
+            ]
+
+    late, good = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert refused(late, 408) == "the body is not here after 0.2 s; send all of it at once"
+    assert (late.json()["error"]["code"], late.headers["x-should-retry"]) == ("body_too_slow", "false")
+    assert len(pngs(good)) == 1
+
+
+def test_painting_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Served(body_s=0.05)
+    whole = one.links["base"].advance
+
+    async def late(*told: Any) -> CascadeState:
+        await asyncio.sleep(0.5)
+        return await whole(*told)
+
+    monkeypatch.setattr(one.links["base"], "advance", late)
+    with one.client:
+        assert len(pngs(one.post())) == 1
 
 
 def test_a_client_that_goes_away_frees_every_hop_whatever_its_headers_say() -> None:
