@@ -119,7 +119,8 @@ def fetch(address: str, digest: str, place: Path) -> None:
     try:
         files, root = fsspec.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
-        raise ValueError(f"{address} cannot be opened: {error}; install ddiff[s3] for s3://, ddiff[gcs] for gs://") from None
+        fix = "install ddiff[s3] for s3://, ddiff[gcs] for gs://"
+        raise ValueError(f"{address} cannot be opened: {error}; {fix}") from None
     draft = place.with_suffix(DRAFT)
     try:
         copy(files, root, address, draft)
