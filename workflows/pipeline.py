@@ -236,10 +236,7 @@ def told_finished(home: Home, journal: Journal, path: Path) -> None:
 def loaded_or_trained(stage: TrainSpec, found: training.Inputs, making: Making) -> Path:
     """A CLIP that somebody has published is saved as it is; every other stage is trained."""
     if not (isinstance(stage.stage, ClipSpec) and stage.stage.pretrained):
-        run, data = making.run, making.prepared.home
-        return training.train_stage(
-            stage, run=run, data=data, at_once=making.at_once, stopping=making.stopping
-        )
+        return training.train(stage, found, run=making.run, at_once=making.at_once, stopping=making.stopping)
     home = making.run.at(stage.name)
     path = home.here / "bundle"
     path.parent.mkdir(parents=True, exist_ok=True)
