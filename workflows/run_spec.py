@@ -8,7 +8,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
 from dd_core.stages import StageSpec
-from dd_core.stages.asking import refuse_cascade, refuse_sampling
+from dd_core.stages.asking import refuse_cascade, refuse_guides, refuse_sampling
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
@@ -160,6 +160,7 @@ class RunSpec(Spec):
             )
         try:
             refuse_sampling(spec, hop.how, hop.guides)
+            refuse_guides(spec, hop.how, {role: self.stage(name).stage for role, name in hop.guides.items()})
         except ValueError as error:
             raise ValueError(f"hop {hop.stage}: {error}") from None
 

@@ -15,17 +15,18 @@ from dd_core.stages.chain_hop import refuse, refuse_label
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import refuse_jumps
-from dd_core.stages.guides import refuse_aim
+from dd_core.stages.guides import ROLES, refuse_aim, refuse_sizes
 from dd_core.stages.prior import PriorSpec
-from dd_core.stages.refusals import HEARS, refuse_unheard, refuse_unlearned
+from dd_core.stages.refusals import refuse_unheard, refuse_unlearned, refuse_unlinked
 from dd_core.stages.upsampler import UpsamplerSpec
 
 
 def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str]) -> None:
-    """Raises ValueError for what a hop of this stage cannot do or does not hear."""
+    """Raises ValueError for what a hop of this stage cannot do or does not hear, or if it is none."""
+    refuse_unlinked(spec.kind)
     if isinstance(spec, ChainSpec):
         refuse(spec, how, guides)
-    elif spec.kind in HEARS:
+    else:
         refuse_unheard(how, spec.kind)
     if isinstance(spec, ConsistencySpec):
         refuse_jumps(spec, how)
@@ -36,6 +37,20 @@ def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str])
     if isinstance(spec, CausalPriorStageSpec):
         low, high = sigma_range(spec.schedule)
         sigmas_of(how, sigma_min=low, sigma_max=high, chain=spec.schedule)
+
+
+def refuse_guides(spec: StageSpec, how: SamplingSpec, guides: Mapping[Role, StageSpec]) -> None:
+    """Raises ValueError if a guide of a hop of this stage cannot read what it paints; as the hop itself says.
+
+    Args:
+        spec: Of the stage.
+        how: The hop is to be sampled, itself possible (`refuse_sampling`).
+        guides: Role -> stage, of those that are known.
+    """
+    if how.gradient is not None:
+        reads: dict[str, int] = {role: guides[role].image_size for role in ROLES if role in guides}
+        decoded = isinstance(spec, ChainSpec) and spec.latent_channels > 0
+        refuse_sizes(how.gradient, reads, spec.image_size, decoded=decoded)
 
 
 def refuse_cascade(hops: Sequence[tuple[str, StageSpec]], image_size: int) -> None:
@@ -90,6 +105,7 @@ def refuse_request(
     chain = spec.base if isinstance(spec, ConsistencySpec) else spec
     if isinstance(chain, ChainSpec):
         refuse_label(chain, how, state.label)
+    refuse_guides(spec, how, guides)
     if how.gradient is not None:
         refuse_aim(how.gradient, state, guides["classifier"].classes if "classifier" in guides else 0)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dd_core import embeddings
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, cat
-from dd_core.guidance import Rows, rows_of
+from dd_core.guidance import Rows
 from dd_core.nets.clip import Clip
 from dd_core.nets.code_prior import CodePrior, CodePriorSpec
 from dd_core.nets.whitening import nothing_of
@@ -29,7 +29,7 @@ from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import draft_of
-from dd_core.stages.draws import Chooser, seeds_of_draws
+from dd_core.stages.draws import Chooser, rows_of_draws, seeds_of_draws
 from dd_core.stages.prior import chosen_code
 from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
 
@@ -134,14 +134,11 @@ class AutoregressivePriorHop:
         seeds = seeds_of_draws(state.seeds, how.draws)
         noise = SeededNoise(seeds)
         x = noise(torch.empty(len(seeds), 1 + self.spec.net.axes)).to(self.device)
-        null = null_like(state.tokens) if state.negative is None else state.negative
-        rows = rows_of(how, self.told(state.tokens, how.draws), self.told(null, how.draws), len(x))
-        return Draw(one_answer(x), rows)
+        return Draw(one_answer(x), rows_of_draws(state, how, self.told))
 
-    def told(self, tokens: Int[Tensor, " b l"], draws: int) -> Conditioning:
-        """Each caption once for each of its draws, as the network hears it."""
-        text = self.model.read(self.clip.read(tokens.to(self.device)))
-        return Conditioning(text=text.repeat_interleave(draws, 0))
+    def told(self, tokens: Int[Tensor, " b l"]) -> Conditioning:
+        """Each caption as the network hears it."""
+        return Conditioning(text=self.model.read(self.clip.read(tokens.to(self.device))))
 
     def denoiser(self, rows: Rows) -> Denoiser:
         """Draws all codes of each row, by the guided logits: null + scale * (caption - null)."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from dd_core import losses, schedules
 from dd_core.cascade import CascadeState, Draw
 from dd_core.denoiser import Conditioning, Denoised, Denoiser, NetworkDenoiser
-from dd_core.guidance import Rows, classifier_free, clip_x0, rows_of
+from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.clip import Clip
 from dd_core.nets.packed import upto_end
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec
@@ -37,7 +37,7 @@ from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.base import null_like
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
-from dd_core.stages.draws import Chooser, seeds_of_draws
+from dd_core.stages.draws import Chooser, rows_of_draws, seeds_of_draws
 from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
 from dd_core.stages.start import asked, refuse_features, refuse_other, widened
 
@@ -237,16 +237,14 @@ class CausalPriorHop:
         seeds = seeds_of_draws(state.seeds, how.draws)
         noise = SeededNoise(seeds)
         eps = noise(torch.empty(len(seeds), self.spec.net.embedding_width))
-        null = null_like(state.tokens) if state.negative is None else state.negative
-        rows = rows_of(how, self.told(state.tokens, how.draws), self.told(null, how.draws), len(eps))
-        return Draw(begin(how, from_vp(eps, float(sigmas[0])).to(self.device), sigmas, noise), rows)
+        x = from_vp(eps, float(sigmas[0])).to(self.device)
+        return Draw(begin(how, x, sigmas, noise), rows_of_draws(state, how, self.told))
 
-    def told(self, tokens: Int[Tensor, " b l"], draws: int) -> Conditioning:
-        """Each caption once for each of its draws, as the network hears it."""
+    def told(self, tokens: Int[Tensor, " b l"]) -> Conditioning:
+        """Each caption as the network hears it."""
         tokens = tokens.to(self.device)
         caption = self.clip.read(tokens)
-        cond = self.model.network.read(caption.states, caption.embedding, upto_end(tokens))
-        return cond.pick(torch.arange(len(tokens)).repeat_interleave(draws))
+        return self.model.network.read(caption.states, caption.embedding, upto_end(tokens))
 
     def denoiser(self, rows: Rows) -> Denoiser:
         return clip_x0(classifier_free(self.model, rows), bound=BOUND)

@@ -29,7 +29,7 @@ from dd_core.stage import Example, Losses, PairBatch, Stage, Trained
 from dd_core.stages.autoencoder import autoencoder_of
 from dd_core.stages.base import null_like
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
-from dd_core.stages.chain_told import encoded, heard_of, holes, kept, seen, smaller, told, unsaid
+from dd_core.stages.chain_told import encoded, heard_of, holes, kept, read_by, seen, smaller, told, unsaid
 from dd_core.stages.clip import clip_of
 from dd_core.stages.refusals import needed
 from dd_core.stages.start import begun
@@ -87,15 +87,17 @@ class ChainStage(Stage):
             picture = crops(picture, spec.crop, spec.factor)
         x0 = encoded(picture, autoencoder, noisy=True)
         heard = kept(spec, heard_whole)
+        caption = read_by(spec, clip, heard.tokens)
         hole = holes(picture) if spec.inpaints else None
         shown = seen(spec, autoencoder, small=smaller(spec, picture), known=picture, hole=hole)
         nothing = unsaid(spec, heard, null_like(heard.tokens) if spec.told_dropout else heard.tokens)
 
         def said(network: nn.Module) -> Conditioning:
-            return told(spec, network, clip, heard, shown)
+            return told(spec, network, caption, heard, shown)
 
         def not_said(network: nn.Module) -> Conditioning:
-            return told(spec, network, clip, nothing, shown)
+            silence = read_by(spec, clip, nothing.tokens) if spec.told_dropout else caption
+            return told(spec, network, silence, nothing, shown)
 
         return Example(x0, said, not_said)
 

@@ -26,7 +26,7 @@ from dd_core.stage import Trained
 from dd_core.stages.base import away_from
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
-from dd_core.stages.chain_told import Heard, covering, encoded, seen, told, unsaid
+from dd_core.stages.chain_told import Heard, covering, encoded, read_by, seen, told, unsaid
 from dd_core.stages.clip import embedded
 from dd_core.stages.guides import Leaders, leaders_of
 from dd_core.stages.known import known_of, refuse_known
@@ -174,7 +174,8 @@ class ChainHop:
     def told(self, heard: Heard, picture: Tensor | None) -> Conditioning:
         """What the network is told of a request."""
         heard = Heard._make(None if part is None else part.to(self.device) for part in heard)
-        return told(self.spec, self.model.network, self.clip, heard, picture)
+        caption = read_by(self.spec, self.clip, heard.tokens)
+        return told(self.spec, self.model.network, caption, heard, picture)
 
     def shown(self, state: CascadeState, edit: Edit | None) -> Tensor | None:
         """The pictures that the network is told; with no hole an inpainting model is told of nothing else."""

@@ -14,7 +14,7 @@ from dd_core import degradations
 from dd_core.denoiser import Conditioning
 from dd_core.labels import UNLABELLED
 from dd_core.nets.autoencoder import Autoencoder
-from dd_core.nets.clip import Clip
+from dd_core.nets.clip import Clip, ReadCaption
 from dd_core.nets.dit import DiT
 from dd_core.nets.packed import upto_end
 from dd_core.nets.text import CaptionedUNet, UnclipUNet
@@ -41,15 +41,24 @@ class Heard(NamedTuple):
     """Which tokens are the caption's, to a network that reads for itself; None: see `counted`."""
 
 
+def read_by(spec: ChainSpec, clip: Clip | None, tokens: Int[Tensor, " b l"]) -> ReadCaption | None:
+    """Captions as the parent CLIP reads them; None to a network that hears none, or reads for itself."""
+    if not spec.text_width or spec.context_length:
+        return None
+    assert clip is not None
+    with torch.no_grad():
+        return clip.read(tokens)
+
+
 def told(
-    spec: ChainSpec, network: nn.Module, clip: Clip | None, heard: Heard, picture: Tensor | None
+    spec: ChainSpec, network: nn.Module, caption: ReadCaption | None, heard: Heard, picture: Tensor | None
 ) -> Conditioning:
-    """What the network is told; reads the caption, so once a request.
+    """What the network is told; a network that reads for itself does so here, so once a request.
 
     Args:
         spec: The chain.
         network: Its network.
-        clip: The parent, if the chain needs one.
+        caption: What is said, by `read_by`.
         heard: What is said.
         picture: `Conditioning.image`, if it is told one.
     """
@@ -59,19 +68,15 @@ def told(
             counts = counted(heard.tokens) if heard.counts is None else heard.counts
             return network.read(heard.tokens, counts)._replace(image=picture)
         case UnclipUNet():
-            assert clip is not None
+            assert caption is not None
             given = heard.embedding.any(1, keepdim=True)
             embedding = torch.where(given, heard.embedding, network.no_embedding)
-            with torch.no_grad():
-                caption = clip.read(heard.tokens)
             upto = upto_end(heard.tokens)
             return network.read(caption.states, caption.embedding, upto, embedding)._replace(image=picture)
         case DiT() | UNet() as plain:
             text: Tensor | None = None
             if spec.text_width:
-                assert clip is not None
-                with torch.no_grad():
-                    caption = clip.read(heard.tokens)
+                assert caption is not None
                 text = network.read(caption) if isinstance(network, DiT) else caption.states
             level: Tensor | None = None
             if isinstance(network, UNet) and spec.labels:

@@ -9,17 +9,21 @@ Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: two draws, the neare
 (arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dd_core.cascade import CascadeState
+from dd_core.denoiser import Conditioning
 from dd_core.embeddings import nearest_draw
+from dd_core.guidance import Rows, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
+from dd_core.samplers import SamplingSpec
+from dd_core.stages.base import away_from
 from dd_core.stages.draft import drawn
 
 STRIDE = 0x9E3779B9
@@ -30,6 +34,22 @@ odd, so that no two draws of a seed are one, and 2**32 over the golden ratio, so
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
     """A seed for each draw, those of one request side by side; the first is the request's own."""
     return [(seed + draw * STRIDE) % 2**32 for seed in seeds for draw in range(draws)]
+
+
+def rows_of_draws(
+    state: CascadeState, how: SamplingSpec, told: Callable[[Int[Tensor, " b l"]], Conditioning]
+) -> Rows:
+    """What the draws of a request should become; a caption is read once for all of its own.
+
+    Args:
+        state: The request.
+        how: It is sampled.
+        told: Captions -> what the network hears, one row for each.
+    """
+    each = torch.arange(len(state.seeds)).repeat_interleave(how.draws)
+    cond = told(state.tokens).pick(each)
+    without = cond if how.guidance_scale == 1 else told(away_from(state, silent=True)).pick(each)
+    return rows_of(how, cond, without, len(each))
 
 
 class Chooser:

@@ -1,6 +1,6 @@
 """Guides of a hop: trained networks whose gradient leads a sampling, and what of a request they look at."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dd_core.cascade import CascadeState
+from dd_core.cascade import CascadeState, Role
 from dd_core.denoiser import Denoiser
 from dd_core.guidance import Rows, by_estimate, by_gradient
 from dd_core.nets.clip import Clip
@@ -25,7 +25,7 @@ REFERENCE = 0x51ED270B
 
 CLEAN = 0.02
 """Noise level that the guides are told of a decoded estimate: the lowest that ours are trained about."""
-ROLES = ("noised_clip", "classifier")
+ROLES: tuple[Role, ...] = ("noised_clip", "classifier")
 """Of the guides that read pictures."""
 Decode = Callable[[Tensor], Tensor]
 """Latents -> pictures in [-1, 1]."""
@@ -63,7 +63,7 @@ class Leaders(NamedTuple):
         score, scale = score_of(rows.pull, self.guides()), torch.ones(len(rows.scale))
         if decode is None:
             return by_gradient(denoise, score, scale=scale)
-        side = self.reads(ROLES)
+        side = one_size(self.reads())
 
         def of_latents(x0: Float[Tensor, " b c h w"]) -> Float[Tensor, " b"]:
             picture = F.adaptive_avg_pool2d(decode(x0), side)
@@ -71,21 +71,14 @@ class Leaders(NamedTuple):
 
         return by_estimate(denoise, of_latents, scale=scale)
 
-    def reads(self, roles: Collection[str]) -> int:
-        """Side of the pictures that these guides read, in pixels; 0 if none of them reads any.
-
-        Raises:
-            ValueError: They read pictures of two sizes.
-        """
+    def reads(self) -> dict[str, int]:
+        """Role -> side of the pictures that this guide reads, in pixels."""
         read: dict[str, int] = {}
         if self.noised_clip is not None:
             read["noised_clip"] = self.noised_clip.spec.image_size
         if self.classifier is not None:
             read["classifier"] = self.classifier.network.spec.image_size
-        sizes = {role: side for role, side in read.items() if role in roles}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"the guides read pictures of two sizes, {sizes}; train them at the same")
-        return max(sizes.values(), default=0)
+        return read
 
     def pull(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> Pull:
         """Where a request is to be led.
@@ -101,7 +94,7 @@ class Leaders(NamedTuple):
         """
         self.refuse(how, state, side, decoded=decoded)
         count = len(state.seeds)
-        side = self.reads(ROLES) if decoded else side
+        side = one_size(self.reads()) if decoded else side
         label = torch.zeros(count, dtype=torch.long) if state.label is None else state.label.clamp(min=0)
         width = self.noised_clip.spec.embedding_width if self.noised_clip else 0
         caption = torch.zeros(count, width)
@@ -125,23 +118,52 @@ class Leaders(NamedTuple):
     def refuse(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> None:
         """Raises ValueError as `pull` does, and asks no network."""
         how.refuse_lacking(self.roles())
-        for role in sorted(how.guides() & set(ROLES)):
-            read = self.reads({role})
-            if read > side or (read != side and not decoded):
-                raise ValueError(
-                    f"the guide {role!r} reads {read} px, its hop paints {side}; train it at that"
-                )
+        refuse_sizes(how, self.reads(), side, decoded=decoded)
         if how.caption and isinstance(self.clip, PublishedClip) and len(state.captions) != len(state.tokens):
             raise ValueError(
                 "the guide 'noised_clip' reads captions at its own length, and the request has their tokens "
                 "alone; give the captions"
             )
-        if decoded:
-            self.reads(ROLES)
         refuse_aim(how, state, 0 if self.classifier is None else self.classifier.network.spec.classes)
 
 
 UNLED = Leaders()
+
+
+def one_size(reads: Mapping[str, int]) -> int:
+    """Side of the pictures that guides read, in pixels; 0 if none of them reads any.
+
+    Args:
+        reads: Role -> side of the pictures that this guide reads.
+
+    Raises:
+        ValueError: They read pictures of two sizes.
+    """
+    if len(set(reads.values())) > 1:
+        raise ValueError(f"the guides read pictures of two sizes, {dict(reads)}; train them at the same")
+    return max(reads.values(), default=0)
+
+
+def refuse_sizes(how: GradientSpec, reads: Mapping[str, int], side: int, *, decoded: bool) -> None:
+    """Pictures that guides cannot read, whatever is asked.
+
+    Args:
+        how: What pulls; other guides are there, and asked nothing.
+        reads: Role -> side of the pictures that this guide reads, in pixels.
+        side: Of the pictures of the hop.
+        decoded: Whether these are decoded for the guides, and made smaller if they read so: all of them read
+            the same ones.
+
+    Raises:
+        ValueError: A guide that is asked reads other pictures than the hop paints.
+    """
+    for role in sorted(how.guides() & set(reads)):
+        if reads[role] > side or (reads[role] != side and not decoded):
+            raise ValueError(
+                f"the guide {role!r} reads {reads[role]} px, its hop paints {side}; train it at that"
+            )
+    if decoded:
+        one_size(reads)
 
 
 def refuse_aim(how: GradientSpec, state: CascadeState, classes: int) -> None:

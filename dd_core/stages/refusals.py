@@ -67,6 +67,12 @@ HEARS = {
 """Kind of a stage -> what its hop hears; a chain that learns its variance hears that too."""
 
 
+def refuse_unlinked(kind: str) -> None:
+    """Raises ValueError if stages of this kind are no hops."""
+    if kind not in HEARS:
+        raise ValueError(f"{a(kind)} is no link of a cascade; {', '.join(HEARS)} are")
+
+
 def refuse_unheard(how: SamplingSpec, kind: str, *, hears: Hears | None = None) -> None:
     """What of a sampling this kind of hop would pass over, or could not do.
 

@@ -11,8 +11,9 @@ from dd_core.cascade import CascadeState, Hop, Role, requested
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import Trained
 from dd_core.stages import StageSpec, load_hop
-from dd_core.stages.asking import hears_negative, led_away, refuse_request, refuse_sampling
+from dd_core.stages.asking import hears_negative, led_away, refuse_guides, refuse_request, refuse_sampling
 from dd_core.stages.chain_hop import ChainHop
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from dd_core.stages.refusals import HEARS
 from dd_core.steering import GradientSpec
@@ -146,3 +147,24 @@ def test_what_a_spec_says_of_a_request_is_what_its_hop_says(label: int | None) -
     found = [said(hop, spec, how, state) for hop, spec, how in rows]
     assert [by_spec for _, by_spec in found] == [by_hop for by_hop, _ in found]
     assert any(found[1]) == (label not in (0, 2))
+
+
+@pytest.mark.parametrize("reads", [8, 16, 32])
+@pytest.mark.parametrize("scores", [("classes",), ("style",), ("classes", "caption")])
+@pytest.mark.parametrize("spec", [chains.GLIDE, chains.LATENT], ids=["pixels", "latents"])
+def test_a_guide_of_another_size_is_refused_by_specs_and_by_the_hop(
+    spec: ChainSpec, scores: tuple[str, ...], reads: int
+) -> None:
+    """A classifier of 8, 16 or 32 px beside a noised CLIP of 16, for pictures of 16."""
+    classifier = led.CLASSIFIER.but(net=led.CLASSIFIER.net.but(image_size=reads))
+    weights = chains.made(classifier, {}).model.state_dict()
+    how = SamplingSpec(guidance_scale=1.0, gradient=GradientSpec(**dict.fromkeys(scores, 1.0)))
+    hop = load_hop(
+        chains.trained(spec), led.PARENTS | {"classifier": Trained(classifier, weights)}, device="cpu"
+    )
+    guides: dict[Role, StageSpec] = {"classifier": classifier, "clip": chains.CLIP, "noised_clip": led.NOISED}
+    by_hop = told(lambda: hop.refuse(led.asked(1), how))
+    assert told(lambda: refuse_guides(spec, how, guides)) == by_hop
+    assert told(lambda: refuse_request(spec, how, guides, led.asked(1))) == by_hop
+    asked_of_it = "classes" in scores or spec is chains.LATENT
+    assert bool(by_hop) == (asked_of_it and reads != 16)

@@ -159,7 +159,7 @@ def test_how_wrong_it_is_was_measured_in_training_and_is_the_variance_it_is_samp
     made, towers = hop(clip, state.average), clip_of(clip)
     data = next(pictures(seed=5, count=400))
     x0 = made.model.network.whitened(towers.embed_image(images.to_unit(data.image)))
-    cond, table = made.told(data.tokens, 1), schedules.sigmas(SPEC.schedule).float()
+    cond, table = made.told(data.tokens), schedules.sigmas(SPEC.schedule).float()
     for t in (100, 400, 700, 900):
         sigma = table[t].expand(len(x0))
         answer = made.model(x0 + table[t] * torch.randn_like(x0), sigma, cond)

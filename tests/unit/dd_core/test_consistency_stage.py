@@ -13,13 +13,14 @@ from dd_core.cascade import CascadeState, run
 from dd_core.consistency import Cut, ended, following
 from dd_core.denoiser import Denoised, Parameterization
 from dd_core.guidance import clip_x0, rows_of
+from dd_core.nets.clip import Clip, ReadCaption
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.perceptual import ClipFeatures, Lpips, load_lpips
 from dd_core.noise import karras_sigmas
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import Budget, Example, Losses, Trained
 from dd_core.stages import build_stage, load_hop
-from dd_core.stages.base import BaseHop
+from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import ConsistencySpec, ConsistencyStage, FixedLevels, TeacherSpec, bound
@@ -239,6 +240,26 @@ def test_whatever_a_chain_is_told_its_student_hears_and_begins_as_its_teacher(na
     if chain.latent_channels:
         with pytest.raises(ValueError, match="a consistency model of latents edits no picture"):
             student.start(state._replace(gray=torch.zeros(2, 1, 16, 16)), JUMPS)
+
+
+@pytest.mark.parametrize(("scale", "times"), [(1.0, 1), (2.0, 2)])
+@pytest.mark.parametrize("base", [students.BASE, chains.UNCLIP, chains.FROZEN, chains.TRANSFORMER])
+def test_captions_are_read_once_for_all_networks_and_the_empty_one_for_a_guided_teacher(
+    base: BaseSpec | ChainSpec, scale: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = (
+        students.on_a_base() if base is students.BASE else chains.PARENTS | {"base": chains.trained(base)}
+    )
+    stage = made(JUMPING.but(base=base, teacher=TeacherSpec(guidance_scale=scale)), parents)
+    read, reads = Clip.read, list[Tensor]()
+
+    def counted(clip: Clip, tokens: Tensor) -> ReadCaption:
+        reads.append(tokens)
+        return read(clip, tokens)
+
+    monkeypatch.setattr(Clip, "read", counted)
+    stage(chains.batch())
+    assert len(reads) == times
 
 
 def test_a_stage_trains_towards_the_ends_of_its_segments(

@@ -1,11 +1,16 @@
 """What guidance leads away from: nothing said, but for what training never kept back, which stays said."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from dd_core.cascade import CascadeState
+from dd_core.cascade import CascadeState, Hop, requested
 from dd_core.denoiser import Conditioning
+from dd_core.guidance import stack
 from dd_core.labels import UNLABELLED
+from dd_core.nets.clip import Clip
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
 from dd_core.stages.asking import refuse_sampling
@@ -13,9 +18,12 @@ from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_told import Heard
 from dd_core.stages.prior import PriorSpec
+from tests.unit.dd_core import test_autoregressive_prior as codes
+from tests.unit.dd_core import test_causal_prior as causal
 from tests.unit.dd_core import test_chain as chains
+from tests.unit.dd_core.test_asking import causal_prior
 from tests.unit.dd_core.test_chain import UNCLIP
-from tests.unit.dd_core.test_stages import BASE, FAST, PRIOR, asked, hop, stage, told
+from tests.unit.dd_core.test_stages import BASE, FAST, PRIOR, asked, hop, parents, stage, told
 
 
 def same(found: Conditioning, expected: Conditioning) -> bool:
@@ -88,3 +96,61 @@ def test_who_has_heard_every_caption_does_not_guide_itself(spec: BaseSpec | Prio
         refuse(FAST.but(guidance_scale=1.0))
         with pytest.raises(ValueError, match="set guidance_scale: 1, or train with caption_dropout"):
             refuse(FAST)
+
+
+READING: dict[str, Callable[[], Hop]] = {
+    "base": lambda: hop(BASE),
+    "chain": lambda: chains.hop(UNCLIP),
+    "prior": lambda: hop(PRIOR),
+    "causal_prior": causal_prior,
+    "autoregressive_prior": lambda: codes.hop(parents(PRIOR)["clip"]),
+}
+"""Kind of a stage -> such a hop, whose captions CLIP reads."""
+
+
+def wanting(kind: str, *captions: str) -> CascadeState:
+    """A request of such a hop that names what it does not want."""
+    length, width = {"causal_prior": (causal.LENGTH, 0), "chain": (chains.LENGTH, 16)}.get(kind, (12, 8))
+    state = requested(captions, [*range(len(captions))], length, negatives=["a red box"] * len(captions))
+    return state._replace(image_embedding=torch.ones(len(captions), width) / 4)
+
+
+@pytest.mark.parametrize("kind", READING)
+def test_who_is_not_guided_has_it_not_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, reads = READING[kind](), list[int]()
+
+    def counted(read: Callable[[Clip, Tensor], object]) -> Callable[[Clip, Tensor], object]:
+        def reading(clip: Clip, tokens: Tensor) -> object:
+            reads.append(len(tokens))
+            return read(clip, tokens)
+
+        return reading
+
+    for name in ("read", "read_packed"):
+        monkeypatch.setattr(Clip, name, counted(getattr(Clip, name)))
+    for scale, expected in ((1.0, [2]), (2.0, [2, 2])):
+        reads.clear()
+        made.start(wanting(kind, "a star", "a cat"), SamplingSpec(guidance_scale=scale))
+        assert reads == expected
+
+
+@pytest.mark.parametrize("kind", READING)
+@torch.no_grad()
+def test_beside_guided_requests_too_it_is_not_heard_by_who_is_not_guided(kind: str) -> None:
+    """Whatever stands in its place, as many and the same rows are asked."""
+    made = READING[kind]()
+    guided, plain = (
+        made.start(wanting(kind, "a star", "a cat"), SamplingSpec(guidance_scale=scale))
+        for scale in (2.0, 1.0)
+    )
+    lost = Conditioning(
+        *(None if part is None else torch.full_like(part, torch.nan) for part in plain.rows.null)
+    )
+    queries = [next(draw.sampling) for draw in (guided, plain)]
+    x, levels = torch.cat([one.x for one in queries]), torch.cat([one.levels() for one in queries])
+    answers = [
+        made.denoiser(stack([guided.rows, plain.rows._replace(null=null)]))(x, levels).x0
+        for null in (plain.rows.cond, lost, guided.rows.null)
+    ]
+    assert answers[0].isfinite().all()
+    assert all(torch.equal(answers[0], other) for other in answers[1:])
