@@ -152,7 +152,7 @@ AT_WORK = {
     "a check of doctor": lambda _: list(findings("storage", sigterm)),
     "an image of unknown origin": lambda _: carefully_decoded(b"", 8, 64),
     "a question to a store": lambda _: insistently(sigterm, "x", final=lambda _: False),
-    "a read of a shard": lambda place: ShardFile(str(place / "a.tar"), pause_s=0.0).read(1),
+    "a read of a shard": lambda place: ShardFile(str(place / "a.tar")).read(1),
     "a call of a store": in_a_store,
     "a probe of the registry": in_the_registry,
 }
