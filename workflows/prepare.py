@@ -113,7 +113,8 @@ def made(
                 rot.count(part)
                 if rot.hopeless:
                     break
-    facts |= totals([parts[shard] for shard in sorted(parts)])
+    done = sorted(parts) if rot.hopeless else range(len(source))  # nothing is sealed that lacks a shard
+    facts |= totals([parts[shard] for shard in done])
     try:
         judge(spec, facts)
     except TooManyRejectsError:

@@ -300,8 +300,9 @@ class Recorder:
             self.job.home.send(name)
         except torch.OutOfMemoryError:
             log.warning("%s: no %s: out of memory; %s", self.spec.name, name, FEWER)
-        except Exception as error:  # noqa: BLE001 - it would fail again at this step after every restart
+        except Exception as error:  # it would fail again at this step after every restart
             log.warning("%s: no %s: %s", self.spec.name, name, feed.first_line(error))
+            log.debug("%s", name, exc_info=True)
         else:
             self.journal.picture("samples", name, step)
             return

@@ -325,6 +325,15 @@ def test_a_rotten_source_is_refused_long_before_its_end_and_a_rotten_shard_among
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_data_that_lack_a_shard_are_never_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_of_them = prepare.written
+    monkeypatch.setattr(prepare, "written", lambda *given: list(all_of_them(*given))[:-1])
+    with pytest.raises(KeyError):
+        prepare_pairs(spec_of(tars(tmp_path, 3), 3), progress=False)
+    assert not (tmp_path / "out" / sealed.MANIFEST).exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_what_is_sealed_stays_until_what_is_new_is_good_and_shards_that_stayed_are_not_prepared_again(
     tmp_path: Path,
 ) -> None:
