@@ -132,7 +132,7 @@ class AutoregressivePriorHop:
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
         seeds = seeds_of_draws(state.seeds, how.draws)
-        noise = SeededNoise(seeds)
+        noise = SeededNoise(seeds, "prior")
         x = noise(torch.empty(len(seeds), 1 + self.spec.net.axes)).to(self.device)
         return Draw(one_answer(x), rows_of_draws(state, how, self.told))
 

@@ -235,7 +235,7 @@ class CausalPriorHop:
         self.refuse(state, how)
         sigmas = self.levels(how)
         seeds = seeds_of_draws(state.seeds, how.draws)
-        noise = SeededNoise(seeds)
+        noise = SeededNoise(seeds, "prior")
         eps = noise(torch.empty(len(seeds), self.spec.net.embedding_width))
         x = from_vp(eps, float(sigmas[0])).to(self.device)
         return Draw(begin(how, x, sigmas, noise), rows_of_draws(state, how, self.told))

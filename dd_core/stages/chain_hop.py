@@ -92,8 +92,9 @@ class ChainHop:
     def start(self, state: CascadeState, how: SamplingSpec) -> Draw:
         self.refuse(state, how)
         refuse_small(self.spec.image_size, self.spec.factor, state.image)
-        sigmas, noise = levels_of(self.spec, how), SeededNoise(state.seeds)
         edit, spec = self.edit(state), self.spec
+        sigmas = levels_of(spec, how)
+        noise = SeededNoise(state.seeds, "" if spec.factor == 1 else f"{spec.image_size} px")
         eps = how.temperature * noise(torch.empty(self.shape(len(state.seeds)), device=self.device))
         first = float(sigmas[0])
         x, fill = from_vp(eps, first) if isinstance(spec.schedule, ScheduleSpec) else first * eps, None

@@ -20,9 +20,6 @@ from dd_core.stages.noised_clip import NoisedClip, noised_clip_of
 from dd_core.stages.published_clip import PublishedClip, published_clip_of
 from dd_core.steering import GradientSpec, Guides, Pull, score_of
 
-REFERENCE = 0x51ED270B
-"""Added to a seed, of which a generator hears 32 bits, for the noise of the reference picture."""
-
 CLEAN = 0.02
 """Noise level that the guides are told of a decoded estimate: the lowest that ours are trained about."""
 ROLES: tuple[Role, ...] = ("noised_clip", "classifier")
@@ -105,7 +102,7 @@ class Leaders(NamedTuple):
         if how.looks_at_reference():
             assert state.reference is not None
             reference = F.interpolate(state.reference.float(), (side, side), mode="area")
-            noise = SeededNoise([(seed + REFERENCE) % 2**32 for seed in state.seeds])(reference)
+            noise = SeededNoise(state.seeds, "reference")(reference)
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
 
     def caption(self, state: CascadeState) -> Float[Tensor, " b d"]:

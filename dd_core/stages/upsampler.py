@@ -119,7 +119,7 @@ class UpsamplerHop:
         self.refuse(state, how)
         refuse_small(self.spec.image_size, self.spec.factor, state.image)
         assert state.image is not None
-        spec, noise = self.spec, SeededNoise(state.seeds)
+        spec, noise = self.spec, SeededNoise(state.seeds, f"{self.spec.image_size} px")
         sigmas = sigmas_of(how, sigma_min=spec.sigma_min, sigma_max=spec.sigma_max)
         large = enlarged(state.image.to(self.device), spec.factor)
         x = spec.sigma_max * noise(large)

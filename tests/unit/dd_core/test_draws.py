@@ -53,6 +53,19 @@ def test_one_draw_more_changes_none_of_the_others() -> None:
     assert seeds_of_draws([9], 8)[:3] == seeds_of_draws([9], 3)
 
 
+def test_no_hop_of_a_cascade_begins_with_the_noise_of_another(state: CascadeState) -> None:
+    torch.manual_seed(0)
+    trained, begun = {"clip": shaken(tiny.STAGES["clip"], {})}, []
+    for link in tiny.CASCADE.hops:
+        parents = {role: trained[role] for role in tiny.PARENTS.get(link.stage, ())}
+        hop = load_hop(shaken(tiny.STAGES[link.stage], parents), parents, device="cpu")
+        draw = hop.start(state, link.how)
+        begun.append(next(draw.sampling).x[0].flatten()[:16])
+        state = run(hop, state, link.how)
+    together = torch.corrcoef(torch.stack(begun)) - torch.eye(len(begun))
+    assert together.abs().max() < 0.9  # of three times 16 numbers; where one stream feeds all of them: 1
+
+
 def by_hand(clip: Trained, draft: Trained | None, state: CascadeState, x0: Tensor) -> Tensor:
     """Draw after draw: seen by CLIP, compared with its caption and itself, the best remembered."""
     tower = clip_of(clip)
