@@ -10,6 +10,11 @@ from torch import Tensor
 _imagined = ""
 
 
+def nearest() -> torch.device:
+    """The GPU that this process computes with where it has one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def kind_of(tensor: Tensor) -> str:
     """cpu, cuda or another: of the device that computes with a tensor, or of the one that is imagined to."""
     return _imagined or tensor.device.type

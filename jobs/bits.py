@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dd_core import bundle, images, sealed
 from dd_core.cascade import CascadeSpec, CascadeState
+from dd_core.devices import nearest
 from dd_core.likelihood import Bits
 from dd_core.noise import Variance
 from dd_core.stage import PairBatch
@@ -20,7 +21,6 @@ from dd_core.stages import load_hop
 from dd_core.stages.chain_bits import bits_of, refuse_bits, refuse_variance, table_of
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
-from jobs.sample import device
 from workflows.held_out import Yardstick, pairs_to_measure_by
 from workflows.labels import LabelSpec
 from workflows.parts import data_digest
@@ -138,14 +138,14 @@ def chain_in(path: Path, stage: str | None) -> Found:
         sealed.verify(path)
         name = chosen(path, stage)
         facts = bundle.manifest(path / name / sealed.MANIFEST).facts
-        hop = bundle.open_hop(path, name, device())
+        hop = bundle.open_hop(path, name, nearest())
     else:
         if stage is not None:
             raise ValueError(f"--stage is of a cascade, and {path} is none; leave it out")
         opened = bundle.load(path)
         refuse_bits(opened.trained.spec)
         parents = {role: beside(path, digest).trained for role, digest in used(opened).items()}
-        hop, facts, name = load_hop(opened.trained, parents, device=device()), opened.facts, str(path)
+        hop, facts, name = load_hop(opened.trained, parents, device=nearest()), opened.facts, str(path)
     assert isinstance(hop, ChainHop)
     return Found(hop, facts, name)
 

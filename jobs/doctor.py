@@ -180,7 +180,8 @@ def resources(plan: Plan | None) -> Iterator[Finding]:
     try:
         nodes = nodes_of()
     except DashboardError:
-        yield Finding("resources", "fail", "the nodes are not known: the cluster does not answer")
+        what = "the nodes are not known: the cluster does not answer"
+        yield Finding("resources", "fail", what, "the line of `cluster` says how to mend it")
         return
     there = listed(nodes)
     if plan is None:

@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 
 from dd_core import bundle, images, sealed
+from dd_core.devices import nearest
 from jobs.provenance import PICTURES, Told, here, told_by
-from jobs.sample import Order, begun, device, painted, refuse, refuse_order, state_of
+from jobs.sample import Order, begun, painted, refuse, refuse_order, state_of
 
 OPTIONS = {"image": "--image", "other": "a second --image", "mask": "--mask", "reference": "--reference"}
 
@@ -34,7 +35,7 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
     refuse_other_pictures(told, given)
     order = Order(**{**told.asked, **given})
     refuse_order(order)
-    opened = bundle.load_cascade(cascade, device=device(), precision=order.precision)
+    opened = bundle.load_cascade(cascade, device=nearest(), precision=order.precision)
     if opened.digest != told.cascade:
         raise ValueError(
             f"{picture} was painted by cascade {told.cascade[:12]}, and {cascade} is {opened.digest[:12]}; "
@@ -54,7 +55,7 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
         raise ValueError(
             f"{picture}: {(away > 0).any(-1).mean():.1%} of the pixels are others now, by up to "
             f"{away.max()} of 255; it was made with {told.made_with} in {order.precision}, here is "
-            f"{here(device())}"
+            f"{here(nearest())}"
         )
     return {"same": True, "seed": order.seed, "cascade": opened.digest}
 

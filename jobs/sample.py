@@ -18,6 +18,7 @@ from torch import Tensor
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, requested, run
+from dd_core.devices import nearest
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.asking import hears_negative, led_away
@@ -133,7 +134,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     refuse_order(order)
     if order.precision == "auto" and remake.asked_for(order):
         order = order._replace(precision="fp32")  # a picture's noise is found by walking exactly back
-    opened = bundle.load_cascade(cascade, device=device(), precision=order.precision)
+    opened = bundle.load_cascade(cascade, device=nearest(), precision=order.precision)
     specs = changed(remake.specs_of(opened, order), order.changes)
     how = [how_of(hop, order) for hop in specs]
     refuse_overruled(order.changes, specs, remake.final(opened, order, how))
@@ -143,7 +144,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     plan = begun(order, opened, asked, how)
     out.mkdir(parents=True, exist_ok=True)
     lost = cut(order, opened.spec)
-    facts = {"cascade": opened.digest, "how": written(plan.how), **facts_of(order, device())}
+    facts = {"cascade": opened.digest, "how": written(plan.how), **facts_of(order, nearest())}
     seeds = range(order.seed, order.seed + order.images)
     drawn = (Canvas(seed, painted(plan, seed, opened.spec.name)) for seed in seeds)
     if rank is None or order.keep is None:
@@ -287,12 +288,12 @@ def ranking(
         raise ValueError(
             f"{directory}: none of its hops stands on a CLIP, so nothing ranks; leave --keep out"
         )
-    clip = clip_of(trained).to(device())
-    wanted = clip.read(caption.to(device())).embedding
+    clip = clip_of(trained).to(nearest())
+    wanted = clip.read(caption.to(nearest())).embedding
 
     @torch.no_grad()
     def score(image: Float[Tensor, " 1 3 h w"]) -> float:
-        return float((clip.embed_image(image.to(device())) * wanted).sum())
+        return float((clip.embed_image(image.to(nearest())) * wanted).sum())
 
     return score
 
@@ -374,8 +375,3 @@ def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> I
 def written(how: Sequence[SamplingSpec]) -> str:
     """How each hop was sampled, as JSON."""
     return json.dumps([spec.model_dump(mode="json") for spec in how])
-
-
-def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

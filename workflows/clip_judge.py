@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dd_core import bundle, images, metrics, sealed, text
+from dd_core.devices import nearest
 from dd_core.layouts.clip import net_of
 from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of, published
@@ -102,7 +103,7 @@ def judge_of(named: str) -> Judge:
             trained = published(ClipSpec(pretrained=named))
         except ValueError as error:
             raise ValueError(f"evaluation.judge: {error}") from None
-    return reading(clip_of(trained).to("cuda" if torch.cuda.is_available() else "cpu"))
+    return reading(clip_of(trained).to(nearest()))
 
 
 def reading(clip: Clip) -> Judge:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dd_core import bundle, sealed
 from dd_core.bundle import Cascade
+from dd_core.devices import nearest
 from dd_core.stages import StageSpec
 from workflows import clip_page, pictures
 from workflows.curves import chart
@@ -21,7 +22,7 @@ from workflows.evaluation import ATTRIBUTES, GROUPS, VERDICTS
 from workflows.journal import JOURNAL, curves
 from workflows.markup import anchor, bar, details, figure, image, png, quoted, strip, svg
 from workflows.pictures import Frame, Painted, Rebuilt
-from workflows.samples import device, heading
+from workflows.samples import heading
 from workflows.storage import Home
 from workflows.superseded import MADE_OF
 
@@ -74,7 +75,7 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     summary = summary_of(run)
     cascade = None
     if (run / "cascade").exists():
-        cascade = bundle.load_cascade(run / "cascade", device=device(), precision="auto")
+        cascade = bundle.load_cascade(run / "cascade", device=nearest(), precision="auto")
     data = data_of(run, summary)
     known = prompts or pictures.prepared_captions(data, pictures.SHOWN)
     shown = Shown(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dd_core import images
 from dd_core.cascade import CascadeState, run
+from dd_core.devices import nearest
 from dd_core.stage import LearnedSpec, LearnsEmbeddings, PairBatch, Trained
 from dd_core.stages import load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
@@ -93,12 +94,12 @@ def remade(
             small = F.avg_pool2d(truth, spec.factor)
             made = run_alone(trained, parents, state._replace(image=small), what).image
         case AutoencoderSpec():
-            model = autoencoder_of(trained).to(device())
+            model = autoencoder_of(trained).to(nearest())
             with torch.no_grad():
-                made = model.reconstruct(truth.to(device())).float().cpu()
+                made = model.reconstruct(truth.to(nearest())).float().cpu()
         case DraftSpec() as spec:
             told = embedding_of(clip_of(parents["clip"]), known, spec.embedded_at)
-            made = decoded(draft_of(trained).to(device()), told.to(device())).cpu()
+            made = decoded(draft_of(trained).to(nearest()), told.to(nearest())).cpu()
         case LearnsEmbeddings():
             found = run_alone(trained, parents, state, what).image_embedding
             assert found is not None
@@ -118,16 +119,11 @@ def prompted(
     return run_alone(trained, parents, CascadeState(seeds(what, len(caption)), caption), what).image
 
 
-def device() -> torch.device:
-    """The GPU where there is one: of a training, which these pictures interrupt, the one that it has."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run_alone(
     trained: Trained, parents: Mapping[str, Trained], state: CascadeState, what: SamplesSpec
 ) -> CascadeState:
     """What a stage makes as the only hop."""
-    return run(load_hop(trained, parents, device=device(), precision="auto"), state, what.how)
+    return run(load_hop(trained, parents, device=nearest(), precision="auto"), state, what.how)
 
 
 def painted(

@@ -129,7 +129,7 @@ class AutoencoderStage(Stage):
         return list((self.model if phase == "model" else self.discriminator).parameters())
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
-        image = crops(images.to_unit(batch.image), self.spec.crop, self.spec.crops_per_image)
+        image = images.crops(images.to_unit(batch.image), self.spec.crop, count=self.spec.crops_per_image)
         if phase == "discriminator":
             return self.judge(image)
         playing = bool(self.batches >= self.spec.disc_start)
@@ -245,16 +245,3 @@ def autoencoder_of(trained: Trained) -> Autoencoder:
     model = Autoencoder(trained.spec.net)
     model.load_state_dict(trained.weights)
     return model.eval().requires_grad_(False)
-
-
-def crops(image: Float[Tensor, " b 3 h w"], side: int, count: int) -> Float[Tensor, " n 3 side side"]:
-    """`count` random squares of every image, from the device's global generator."""
-    image = image.repeat_interleave(count, dim=0)
-    height, width = image.shape[2:]
-    device, along = image.device, torch.arange(side, device=image.device)
-    rows = torch.randint(height - side + 1, (len(image), 1), device=device) + along
-    columns = torch.randint(width - side + 1, (len(image), 1), device=device) + along
-    each = torch.arange(len(image), device=device)[:, None, None]
-    return (
-        image.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
-    )

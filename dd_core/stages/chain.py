@@ -33,7 +33,6 @@ from dd_core.stages.chain_told import encoded, heard_of, holes, kept, read_by, s
 from dd_core.stages.clip import clip_of
 from dd_core.stages.refusals import needed
 from dd_core.stages.start import begun
-from dd_core.stages.upsampler import crops
 
 
 class ChainStage(Stage):
@@ -84,7 +83,7 @@ class ChainStage(Stage):
         autoencoder = next((part for part in self.frozen if isinstance(part, Autoencoder)), None)
         heard_whole = heard_of(spec, batch, picture, clip)
         if spec.crop:
-            picture = crops(picture, spec.crop, spec.factor)
+            picture = images.crops(picture, spec.crop, grid=spec.factor)
         x0 = encoded(picture, autoencoder, noisy=True)
         heard = kept(spec, heard_whole)
         caption = read_by(spec, clip, heard.tokens)

@@ -88,7 +88,7 @@ class UpsamplerStage(Stage):
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         spec = self.spec
-        x0 = images.to_unit(crops(batch.image, spec.crop, spec.factor))
+        x0 = images.to_unit(images.crops(batch.image, spec.crop, grid=spec.factor))
         small = F.avg_pool2d(x0, spec.factor)
         level = spec.roughness * torch.rand_like(small[:, 0, 0, 0])
         small = small + spread(level, small) * torch.randn_like(small)
@@ -140,15 +140,6 @@ class UpsamplerHop:
 def denoiser_of(spec: UpsamplerSpec) -> NetworkDenoiser[Refiner]:
     """The network of an upsampler, seen as a denoiser."""
     return NetworkDenoiser(Refiner(spec.net), "x0")
-
-
-def crops(image: Tensor, size: int, factor: int) -> Tensor:
-    """One random crop per image, its corner on the grid of the small image."""
-    room = (image.shape[-1] - size) // factor + 1
-    corners = (torch.randint(room, (len(image), 2)) * factor).tolist()
-    return torch.stack(
-        [one[:, y : y + size, x : x + size] for one, (y, x) in zip(image, corners, strict=True)]
-    )
 
 
 def enlarged(small: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 H W"]:

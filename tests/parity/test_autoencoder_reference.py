@@ -17,7 +17,7 @@ from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.perceptual import PatchGan, PatchGanSpec
 from dd_core.nets.quantiser import Quantiser
 from dd_core.stage import PairBatch
-from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage, crops
+from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage
 from tests.parity.reference import checkout, differences, importing, randomised
 
 pytestmark = pytest.mark.parity
@@ -182,7 +182,7 @@ def test_losses_and_gradients_of_both_players(codes: int, faint: float, batches:
         stage.batches.fill_(batches)
         model, values = stage.model, 1 if codes else 3 * 32 * 32
         torch.manual_seed(7)
-        image = crops(images.to_unit(batch.image), 32, 1)
+        image = images.crops(images.to_unit(batch.image), 32)
         if codes:
             squeezed = stage.bottleneck(image)
             latent, between = squeezed.latent, squeezed.cost

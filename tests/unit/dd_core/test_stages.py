@@ -18,7 +18,7 @@ from dd_core.stages.base import BaseHop, BaseSpec, roughened
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.draft import DraftSpec, draft_of
 from dd_core.stages.prior import PriorSpec
-from dd_core.stages.upsampler import UpsamplerSpec, crops
+from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
 
 CLIP = ClipSpec(
@@ -329,13 +329,6 @@ def test_what_a_hole_hides_has_no_part_in_the_picture(spec: BaseSpec | Upsampler
         for value in (-1, 1)
     ]
     assert torch.equal(*hidden)
-
-
-def test_crops_lie_on_the_grid_of_the_small_image() -> None:
-    image = torch.arange(64).view(1, 1, 1, 64).expand(50, 3, 64, 64)
-    left = crops(image, 16, 4)[:, 0, 0, 0]
-    assert set(left.tolist()) <= set(range(0, 52, 4))
-    assert len(set(left.tolist())) > 5
 
 
 def test_info_nce_of_a_perfect_match_is_zero_and_equal_captions_are_no_negatives() -> None:
