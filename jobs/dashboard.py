@@ -15,6 +15,8 @@ from workflows.addresses import shown
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 20.0
+PUT_TIMEOUT_S = 180.0
+"""The first Serve config is answered when Serve itself has started, for which Ray gives its proxies 60 s."""
 
 
 class DashboardError(ValueError):
@@ -65,7 +67,7 @@ class Dashboard:
         Raises:
             DashboardError: As above, or it refuses.
         """
-        self.answered(self.client.build_request("PUT", path, json=body))
+        self.answered(self.client.build_request("PUT", path, json=body, timeout=PUT_TIMEOUT_S))
 
     def answered(self, request: httpx.Request) -> httpx.Response:
         """The answer to a request, if it is one."""

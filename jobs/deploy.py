@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NOTE = "endpoint.json"
-START_S, STOP_S = 300.0, 180.0
-"""The latter is above the default of ServeSpec.timeout_s: a server that stops finishes what it has begun."""
+START_S, STOP_S = 960.0, 180.0
+"""Above the defaults of ServeSpec.startup_s and timeout_s: a server says itself why it is not ready, and one
+that stops finishes what it has begun."""
 
 
 class Address(NamedTuple):

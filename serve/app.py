@@ -301,7 +301,7 @@ def leave() -> None:
 def serving(url: str) -> bool:
     """Whether one of ours answers there already: this run will replace what it serves."""
     try:
-        with DIRECT.open(f"{url}/health/live", timeout=2) as response:
+        with DIRECT.open(f"{url}/health/live", timeout=10) as response:
             return bool(json.load(response) == {"status": "live"})
     except (OSError, ValueError):
         return False

@@ -59,7 +59,7 @@ class ServeSpec(Spec):
     port: int = Field(8000, ge=1, le=65535)
     timeout_s: float = Field(120, gt=0)
     """Longest time for one request."""
-    startup_s: float = Field(300, gt=0)
+    startup_s: float = Field(900, gt=0)
     """Longest time until every hop has drawn its first image."""
     max_body_bytes: int = Field(64_000, ge=1)
     body_s: float = Field(10, gt=0)

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from jobs.environment import PATIENCE
+from tests.ray_head import agent_ports, free_ports
 from tests.s3 import answers, free_port, s3_server, stopped, until
 
 CANARIES = {
@@ -113,7 +115,7 @@ class Mlflow(NamedTuple):
 
     def wait(self) -> None:
         """Until it answers."""
-        until(lambda: answers(f"{self.url}/health") or self.process.poll() is not None, 120)
+        until(lambda: answers(f"{self.url}/health") or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.log.read_text()[-2000:]
 
 
@@ -216,7 +218,7 @@ def start_node(place: Place, environment: dict[str, str], words: list[str], *, c
     command = [
         *inside, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         "--node-ip-address", ip, "--num-cpus", str(cpus), "--object-store-memory", "200000000",
-        "--temp-dir", str(home), *words,
+        "--temp-dir", str(home), *(str(word) for option in agent_ports().items() for word in option), *words,
     ]  # fmt: skip
     with (home / "ray.log").open("wb") as log:
         process = subprocess.Popen(command, env=own, cwd=home, stdout=log, stderr=log, start_new_session=True)
@@ -291,6 +293,7 @@ def cluster() -> Iterator[TestCluster]:
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **keys,
+            **PATIENCE,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": CANARIES["RAY_AUTH_TOKEN"],
             "MLFLOW_TRACKING_USERNAME": "trainer",
@@ -305,11 +308,11 @@ def cluster() -> Iterator[TestCluster]:
             "METRICS_RECORD_INTERVAL_S": "60",
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "500",
-            "RAY_health_check_timeout_ms": "12000",  # a lost node refuses at once, a starved one is slow
+            "RAY_health_check_timeout_ms": "60000",  # a lost node refuses at once, a starved one is slow
             "RAY_health_check_failure_threshold": "2",
             "RAY_worker_maximum_startup_concurrency": "4",  # not one after the other
         }
-        port, dashboard, agent, client = (free_port(ips[0]) for _ in range(4))
+        port, dashboard, client = free_ports(3, ips[0])
         words = [
             "--head",
             "--port",
@@ -320,7 +323,7 @@ def cluster() -> Iterator[TestCluster]:
             str(dashboard),
         ]
         words += ["--no-monitor"]  # nothing is autoscaled
-        words += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
+        words += ["--ray-client-server-port", str(client)]
         head = start_node(Place("head", ips[0], directory, False), environment, words, cpus=0)
         stack.callback(lambda: kill_node(head) if head.process.poll() is None else None)
         mlflow = starting.result()
@@ -336,11 +339,12 @@ def cluster() -> Iterator[TestCluster]:
             bool(found),
         )
         stack.callback(lambda: [kill_node(node) for node in made.nodes if node.process.poll() is None])
-        until(lambda: answers(f"{made.url}/api/version") or head.process.poll() is not None, 120)
+        until(lambda: answers(f"{made.url}/api/version") or head.process.poll() is not None, 600)
         assert head.process.poll() is None, (head.home / "ray.log").read_text()[-2000:]
         for number in (0, 1):
             made.add(names[number], ips[number + 1], ZONES[number])
-        until(lambda: alive_nodes(made) == 3, 120)
+        until(lambda: alive_nodes(made) == 3 or any(node.process.poll() for node in made.nodes), 600)
+        assert alive_nodes(made) == 3
         mlflow.wait()
         yield made
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import httpx
 
+from jobs.environment import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 SHARE = 3000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 FIRST = 7000 + SHARE * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
@@ -35,13 +37,13 @@ class Head(NamedTuple):
         return {"RAY_ADDRESS": self.dashboard, "RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports below those that Ray gives to its workers, each given once: some are listened at late."""
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports below those that Ray and the system give away, each given once: some are listened at late."""
     found: list[int] = []
     for port in NUMBERS:
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError:
                 continue
         found.append(port)
@@ -82,7 +84,7 @@ def started(
 ) -> tuple[Head, subprocess.Popen[bytes]]:
     """The process, which may still fail."""
     temporary.mkdir()
-    gcs, dashboard, agent, client, metrics = free_ports(5)
+    gcs, dashboard, client = free_ports(3)
     head = Head(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32) if token else "")
     mode = (
         {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token} if token else {"RAY_AUTH_MODE": "disabled"}
@@ -90,18 +92,16 @@ def started(
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **mode,
+        **PATIENCE,
         **variables,
         "PYTHONPATH": str(ROOT),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_agent_register_timeout_ms": "300000",
-        "RAY_raylet_start_wait_time_s": "120",
     }
     options = {
         "--port": gcs,
         "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": agent,
         "--ray-client-server-port": client,
-        "--metrics-export-port": metrics,
+        **agent_ports(),
         "--node-ip-address": "127.0.0.1",
         "--dashboard-host": "127.0.0.1",
         "--num-cpus": cpus,
@@ -123,10 +123,16 @@ def started(
     return head, process
 
 
+def agent_ports(host: str = "127.0.0.1") -> dict[str, int]:
+    """Options of `ray start`: a raylet waits 15 s, and no longer, for agents that choose ports themselves."""
+    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    return {f"--{name}-port": port for name, port in zip(names, free_ports(len(names), host), strict=True)}
+
+
 def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
     """Whether its node comes alive; False if it ends before, or takes too long."""
     headers = {"Authorization": f"Bearer {head.token}"} if head.token else {}
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while time.monotonic() < end and process.poll() is None:
         with suppress(httpx.HTTPError, ValueError, LookupError):
             reply = httpx.get(f"{head.dashboard}/api/v0/nodes", headers=headers, timeout=10)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import fsspec
 from s3fs import S3FileSystem
 
+from tests.ray_head import free_ports
+
 KEYS = {
     "AWS_ACCESS_KEY_ID": "tester",
     "AWS_SECRET_ACCESS_KEY": "canary-of-the-s3-store",
@@ -22,9 +23,7 @@ KEYS = {
 
 def free_port(host: str = "127.0.0.1") -> int:
     """Of this machine, that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1, host)[0]
 
 
 def answers(url: str) -> bool:
@@ -38,7 +37,7 @@ def answers(url: str) -> bool:
     return True
 
 
-def until(truth: object, seconds: float = 60.0) -> None:
+def until(truth: object, seconds: float = 300.0) -> None:
     """Wait until a function says yes."""
     end = time.monotonic() + seconds
     while not truth():  # type: ignore[operator]

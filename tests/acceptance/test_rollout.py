@@ -19,6 +19,7 @@ import ray.serve.schema
 import yaml
 from click.testing import CliRunner, Result
 
+from jobs import dashboard
 from jobs.cli import main
 from serve import code
 from tests.ray_head import Head, free_ports, ray_head
@@ -54,6 +55,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(head: Head, s3: dict[str, str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (head.environment | s3).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dashboard, "TIMEOUT_S", 300.0)  # of a busy machine
     monkeypatch.setenv("TMPDIR", str(store))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     monkeypatch.setenv("DDIFF_STORAGE", "s3://bucket/runs")
@@ -97,7 +99,7 @@ def refused(result: Result, code: int, *said: str) -> None:
 def painted_by(url: str) -> str:
     """Who answers."""
     body = {"prompt": "a red circle", "response_format": "b64_json", "seed": 1}
-    reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+    reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
     assert reply.status_code == 200, reply.text
     assert reply.json()["data"][0]["b64_json"]
     return reply.headers["x-model-version"]
@@ -106,9 +108,9 @@ def painted_by(url: str) -> str:
 def await_painter(url: str, digest: str) -> None:
     """Until a cascade paints again; while Serve replaces a hop the endpoint may answer 503."""
     body = {"prompt": "a red circle", "seed": 1}
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while time.monotonic() < end:
-        reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+        reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
         if reply.status_code == 200:
             assert reply.headers["x-model-version"] == digest
             return
@@ -126,7 +128,7 @@ def asked_all_the_while(url: str) -> Iterator[set[tuple[str, str]]]:
     def ask() -> None:
         body = {"prompt": "a red circle", "seed": 1}
         while not over.wait(0.5):
-            reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+            reply = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
             if reply.status_code == 200:
                 found.add((reply.headers["x-model-version"], reply.json()["data"][0]["b64_json"]))
 

@@ -12,7 +12,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
 from serve import app
 from serve.spec import ReplicaSpec, ServeSpec
-from tests.acceptance.test_serve import free_port
+from tests.ray_head import free_ports
 from tests.unit.dd_core.test_chain import EDM, trained
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -27,7 +27,7 @@ def client(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         name="classes", hops=(HopSpec(stage="base", how=HEUN),), context_length=12, image_size=16
     )
     bundle.save_cascade(directory / "cascade", cascade, {"base": directory / "base"}, card="classes")
-    spec = ServeSpec(cascade=str(directory / "cascade"), port=free_port(), hop=ReplicaSpec(threads=1))
+    spec = ServeSpec(cascade=str(directory / "cascade"), port=free_ports(1)[0], hop=ReplicaSpec(threads=1))
     yield openai.OpenAI(base_url=f"{app.run(spec)}/v1", api_key="none", max_retries=0)
     ray.serve.shutdown()
 

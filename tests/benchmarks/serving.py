@@ -27,6 +27,7 @@ from dd_core.cascade import CascadeState, run
 from dd_core.samplers import SamplingSpec
 from dd_core.text import tokens
 from serve.engine import Engine
+from tests.ray_head import free_ports
 from tests.unit.serve.gaussian import GaussianHop
 from tests.unit.serve.tiny import CASCADE, tiny_cascade
 
@@ -75,13 +76,12 @@ def serve_overhead(images: int) -> dict[str, float]:
 
     from serve import app  # noqa: PLC0415
     from serve.spec import ReplicaSpec, ServeSpec  # noqa: PLC0415
-    from tests.acceptance.test_serve import free_port  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as directory:
         tiny_cascade(Path(directory))
         served = Path(directory) / "cascade"
         cascade = bundle.load_cascade(served, precision="auto")  # as it is served
-        url = app.run(ServeSpec(cascade=str(served), port=free_port(), hop=ReplicaSpec(threads=1)))
+        url = app.run(ServeSpec(cascade=str(served), port=free_ports(1)[0], hop=ReplicaSpec(threads=1)))
 
         def here(seed: int) -> None:
             caption = torch.tensor(tokens(["a circle"], CASCADE.context_length))

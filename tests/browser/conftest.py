@@ -47,9 +47,10 @@ class Tab:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
         )
+        self.value("window.left = true")  # the page that is shown now, which may be of the same address
         self.call("Page.navigate", url=address)
-        until = time.monotonic() + 60
-        while self.value("location.href + document.readyState") != f"{address}complete":
+        until = time.monotonic() + 120
+        while self.value("window.left ? '' : location.href + document.readyState") != f"{address}complete":
             assert time.monotonic() < until, f"{address} does not load"
             time.sleep(0.05)
 
@@ -72,19 +73,19 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        with connect(page_of(home), max_size=None) as socket:
+        with connect(page_of(home), max_size=None, open_timeout=120) as socket:
             yield Tab(socket)
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()
+        process.wait()
 
 
 def page_of(home: Path) -> str:
     """Where the first page of a browser that has just been started is spoken to."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while time.monotonic() < until:
         if (note := home / "DevToolsActivePort").exists() and (lines := note.read_text().splitlines()):
-            for target in httpx.get(f"http://127.0.0.1:{lines[0]}/json", timeout=10).json():
+            for target in httpx.get(f"http://127.0.0.1:{lines[0]}/json", timeout=60).json():
                 if target["type"] == "page":
                     return str(target["webSocketDebuggerUrl"])
         time.sleep(0.1)

@@ -1,11 +1,10 @@
 """A run that is stopped, killed or given damaged checkpoints goes on as if nothing had been."""
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dd_core.stages.draft import DraftSpec
 from tests.prepared import write_prepared
 from tests.unit.workflows.test_embeddings import NET
 from tests.unit.workflows.tiny_run import saved
+from tests.when import when
 from workflows.attempts import RAY_TRAIN
 from workflows.embeddings import embed
 from workflows.journal import curves
@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.fault,
     pytest.mark.usefixtures("local_ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of its daemons
 ]
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 SPEC = TrainSpec(
@@ -100,24 +101,17 @@ def assert_same(one: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def when_step(stage: Path, step: int, act: Callable[[], object]) -> threading.Thread:
-    """Do something, once, as soon as the journal has this step."""
-
-    def wait() -> None:
-        while max(steps_of(stage), default=0) < step:
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+def reached(stage: Path, step: int) -> Callable[[], bool]:
+    """Whether the journal has this step."""
+    return lambda: max(steps_of(stage), default=0) >= step
 
 
 def signal_a_worker(number: signal.Signals = signal.SIGKILL) -> int:
-    """Kill one as the kernel would, or stop it; returns which."""
-    workers = [pid for pid in running(b"ray::RayTrainWorker") if os.getpid() in ancestors(pid)]
-    os.kill(max(workers), number)
-    return max(workers)
+    """Kill one as the kernel would, or stop it; returns which, 0 if there is none any more."""
+    worker = max((pid for pid in running(b"ray::RayTrainWorker") if os.getpid() in ancestors(pid)), default=0)
+    if worker:
+        os.kill(worker, number)
+    return worker
 
 
 def running(title: bytes) -> list[int]:
@@ -145,8 +139,8 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
 ) -> None:
     spec = SPEC.but(name="cut")
     stage = run / "cut"
-    when_step(stage, 10, lambda: os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C, of which Ray would hear first
-    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 120; run the same command"):
+    ctrl_c = when(reached(stage, 10), lambda: os.kill(os.getpid(), signal.SIGINT))  # Ray would hear it first
+    with ctrl_c, pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 120; run the same "):
         train_stage(spec, run=run, data=data)
     stopped = max(steps_of(stage))
     newest = max((stage / "checkpoints").iterdir())
@@ -155,9 +149,9 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
     bytes_[-1] ^= 1
     (newest / SHARD).write_bytes(bytes_)  # so that it is stepped over
     killed: list[int] = []
-    when_step(stage, stopped + 12, lambda: killed.append(signal_a_worker()))
-    train_stage(spec, run=run, data=data)
-    assert killed
+    with when(reached(stage, stopped + 12), lambda: killed.append(signal_a_worker())):
+        train_stage(spec, run=run, data=data)
+    assert any(killed)
     for name in (f"checkpoints/step-00000120/{SHARD}", "bundle/weights.safetensors"):
         assert_same(stage / name, whole / name)
     ours, theirs = (curves(path / "metrics.jsonl")["train/loss"] for path in (stage, whole))
@@ -169,21 +163,24 @@ def test_two_workers_lost_more_often_than_restarts_says_but_after_a_checkpoint_e
 ) -> None:
     hanging = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
     assert RAY_TRAIN[hanging] == "60"  # as a run has it; nobody waits for so long here
-    monkeypatch.setenv(hanging, "3")
+    monkeypatch.setenv(hanging, "20")
     spec = SPEC.but(
-        name="two", num_workers=2, restarts=1, budget=Budget(steps=40, checkpoint_every=8, report_every=1)
+        name="two", num_workers=2, restarts=1, budget=Budget(steps=56, checkpoint_every=8, report_every=1)
     )
     lost: list[int] = []
-    for step, number in ((12, signal.SIGKILL), (28, signal.SIGSTOP)):  # one dies, one hangs
-        when_step(run / "two", step, lambda number=number: lost.append(signal_a_worker(number)))
-    bundle = train_stage(spec, run=run, data=data)  # each worker refuses a row that is not due
+    with (
+        when(reached(run / "two", 12), lambda: lost.append(signal_a_worker(signal.SIGKILL))),  # one dies
+        when(reached(run / "two", 28), lambda: lost.append(signal_a_worker(signal.SIGSTOP))),  # one hangs
+    ):
+        bundle = train_stage(spec, run=run, data=data)  # each worker refuses a row that is not due
     assert len(lost) == 2
+    assert all(lost)
     assert not set(lost) & set(running(b"ray::RayTrainWorker"))
     facts = sealed.verify(bundle).facts
-    assert (facts["step"], facts["images"]) == (40, 40 * 8)
-    saved = checkpoint.facts(run / "two" / "checkpoints" / "step-00000040")
-    assert (saved["step"], saved["images"]) == (40, 40 * 8)
-    assert steps_of(run / "two") == list(range(1, 41))
+    assert (facts["step"], facts["images"]) == (56, 56 * 8)
+    saved = checkpoint.facts(run / "two" / "checkpoints" / "step-00000056")
+    assert (saved["step"], saved["images"]) == (56, 56 * 8)
+    assert steps_of(run / "two") == list(range(1, 57))
     for shard in (run / "two" / "checkpoints").glob("*/shard-*"):
         shard.write_bytes(b"damaged")
     shutil.rmtree(run / "two" / "bundle")
@@ -223,13 +220,25 @@ def test_embeddings_that_are_damaged_or_gone_are_refused_by_name_and_made_anew_b
     assert sealed.verify(train_stage(spec, run=run, data=data)).facts["step"] == 4
 
 
+class WhenWaited(logging.Handler):
+    """SIGTERM as soon as it is said that workers are waited for."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "they are waited for" in record.getMessage():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_stop_is_heard_while_workers_are_waited_for(
     data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
     spec = SPEC.but(name="waiting", resources=ResourcesSpec(cpus=64))  # which no node here will ever have
-    sign = threading.Timer(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    sign.start()
-    with pytest.raises(PreemptedError, match="waiting: stopped while it waited for workers; run the same"):
-        train_stage(spec, run=run, data=data)
-    sign.join()
+    sign = WhenWaited()
+    logging.getLogger("workflows.attempts").addHandler(sign)
+    try:
+        with pytest.raises(
+            PreemptedError, match="waiting: stopped while it waited for workers; run the same"
+        ):
+            train_stage(spec, run=run, data=data)
+    finally:
+        logging.getLogger("workflows.attempts").removeHandler(sign)

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from tests.faults.test_resume import SHARD
 from tests.prepared import write_prepared
 from tests.unit.dd_core.test_checkpoint_ranks import NET
+from tests.when import when
 from workflows.journal import curves, entries
 from workflows.pairs import PairsSpec
 from workflows.pipeline import all_made, seconds_of, timed
@@ -34,7 +33,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.fault,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(5400),
     pytest.mark.usefixtures("local_ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -95,17 +94,9 @@ def statuses(run: Path, name: str) -> list[str]:
     return [entry.value for entry in entries(run / name / "metrics.jsonl") if entry.kind == "status"]
 
 
-def when_one(run: Path, step: int, act: Callable[[], None]) -> threading.Thread:
-    """Do something as soon as one of the two has come so far; the other may still be starting."""
-
-    def wait() -> None:
-        while max(max(steps_of(run, name), default=0) for name in ("one", "other")) < step:
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+def furthest(run: Path) -> int:
+    """Steps of the one of the two that has done more; the other may still be starting."""
+    return max(max(steps_of(run, name), default=0) for name in ("one", "other"))
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -125,10 +116,10 @@ def test_two_stages_side_by_side_stopped_by_sigterm_and_continued_are_those_trai
 ) -> None:
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
-    stop = when_one(run, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(PreemptedError, match=rf"(one|other): stopped at step \d+ of {STEPS}; run the same"):
+    sigterm = when(lambda: furthest(run) >= 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = rf"(one|other): stopped at step \d+ of {STEPS}; run the same"
+    with sigterm, pytest.raises(PreemptedError, match=stopped):
         all_made(SPEC, Home.of(run), data, tracking)
-    assert not stop.is_alive()
     assert signal.getsignal(signal.SIGTERM) is before
     for name in ("one", "other"):  # each saved what it had
         newest = max((run / name / "checkpoints").iterdir())

@@ -24,6 +24,7 @@ from jobs.nodes import UNSTARTED
 from jobs.plan import plan_of
 from jobs.recipes import smoke
 from tests.answering import answering
+from tests.ray_head import free_ports
 from tests.s3 import s3_server
 from workflows.registry import Registry, RegistryError
 from workflows.storage import store
@@ -42,9 +43,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def doctor(*words: str, code: int) -> dict[str, list[dict[str, Any]]]:
     """Check -> its findings."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_ports(1)[0])
     done = CliRunner().invoke(main, ["doctor", "--json", *(words or ("--port", port))])
     assert done.exit_code == code, done.stdout + done.stderr
     report = json.loads(done.stdout)

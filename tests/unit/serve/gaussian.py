@@ -32,6 +32,8 @@ class GaussianHop:
         self.shift, self.rows_per_seed, self.side = shift, rows_per_seed, side
         self.batches: list[int] = []
         """Rows of each call of the model."""
+        self.asked = 0
+        """Calls that have begun."""
         self.gate = threading.Event()
         self.gate.set()
 
@@ -49,7 +51,8 @@ class GaussianHop:
         return Draw(begin(how, x, sigmas, noise), Rows(Conditioning(text=text), null, scale))
 
     def model(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Denoised:
-        assert self.gate.wait(10)
+        self.asked += 1
+        assert self.gate.wait(60)
         assert cond.text is not None
         first = cond.text[:, min(1, cond.text.shape[1] - 1), 0]
         if (first == POISON).any():

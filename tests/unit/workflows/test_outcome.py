@@ -20,6 +20,7 @@ from dd_core import bundle, checkpoint
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from jobs.failures import Code, code_of, line_of
+from tests.conftest import warnings_in
 from tests.unit.dd_core.test_checkpoint_ranks import NET
 from workflows import attempts
 from workflows.attempts import UNUSED, Trainer, TrainingError
@@ -177,7 +178,7 @@ def test_why_workers_were_lost_is_said_when_they_are_started_again(
         tmp_path,
         monkeypatch,
     )
-    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (line,) = warnings_in(caplog)
     assert line.startswith("x: workers were lost; starting them again, 1 of 2: IOError: no library zzz")
     assert len(line) < 400
 

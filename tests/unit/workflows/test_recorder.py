@@ -93,11 +93,11 @@ def test_a_grid_that_cannot_be_drawn_is_told_of_and_costs_itself_alone(
     monkeypatch.setattr(Recorder, "save", lambda _: done.append("save"))
     monkeypatch.setattr(Recorder, "ship", lambda _: done.append("ship"))
     recorder, sign = recorder_in(tmp_path, 0, 1, sample_every=9), SimpleNamespace(up=lambda: False)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "workflows"):
         ended = stepped(recorder.job, recorder.who, steps_of([1.0] * 9), recorder, sign)
     assert ended.status == "done"
     assert done == ["save", "draw", "ship"]
-    (line,) = caplog.messages
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "workflows.worker")
     assert line.startswith(f"x: no samples/step-00000009.png: {why}")
     assert [entry.kind for entry in entries(tmp_path / JOURNAL) if entry.kind == "picture"] == []
     assert set(curves(tmp_path / JOURNAL)["train/loss"]) == {3, 6, 9}

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.exceptions import RayTaskError
 
 from dd_core import checkpoint, sealed
-from tests.conftest import room_for
+from tests.conftest import room_for, warnings_in
 from tests.unit.workflows.test_outcome import SPEC
 from workflows import stopping, storage, training, worker
 from workflows.checkpoints import STEPPED_BACK, newest
@@ -103,10 +103,6 @@ def recorder_of(stage: Home, step: int) -> worker.Recorder:
     job: Any = SimpleNamespace(home=stage, spec=SPEC.but(checkpoints_kept=1), facts={})
     state: Any = SimpleNamespace(step=step, skipped=0, average=WEIGHTS, tensors=lambda: WEIGHTS)
     return worker.Recorder(job, worker.Position(0, 1), state, {}, seconds_before=0.0)
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_store_that_is_away_for_minutes_has_the_checkpoint_in_the_end(
@@ -224,7 +220,7 @@ def test_the_driver_says_once_what_workers_step_over_now_and_nothing_of_an_earli
         stage.write(STEPPED_BACK, "stepping back: one")
         looking.act()
         stage.write(STEPPED_BACK, "stepping back: one\nstepping back: two")
-    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    said = warnings_in(caplog)
     assert said == ["base: stepping back: one", "base: stepping back: two"]
 
 

@@ -19,6 +19,7 @@ from dd_core.stages.clip import ClipSpec
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from jobs.recipes import demo, guided
+from tests.conftest import warnings_in
 from workflows import storage, superseded
 from workflows.made_of import MadeOf, differences, named_files, same
 from workflows.storage import Home
@@ -106,7 +107,7 @@ def test_a_changed_setting_moves_what_was_trained_aside_and_the_old_one_brings_i
     assert settled(stage, one) == first
     assert content(stage) == before
     second = settled(stage, other)
-    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (line,) = warnings_in(caplog)
     assert "a: optimizer.learning_rate is 0.002, was 0.001; what was trained before lies in" in line
     assert f"{ASIDE}/{first[:12]}" in line
     assert {name for name in content(stage) if not name.startswith(ASIDE)} == set()
