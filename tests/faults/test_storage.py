@@ -11,9 +11,10 @@ import pytest
 from dd_core import sealed
 from dd_core.stage import Budget
 from tests.conftest import small_ray
-from tests.faults.test_resume import SPEC, assert_same, clip_in, embed_for, signal_a_worker, when_step
+from tests.faults.test_resume import SPEC, assert_same, clip_in, embed_for, reached, signal_a_worker
 from tests.prepared import write_prepared
 from tests.s3 import s3_server
+from tests.when import when
 from workflows import storage
 from workflows.journal import JOURNAL, curves
 from workflows.storage import Home, StorageError
@@ -127,15 +128,15 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     beside = run.at("clip/embeddings/32").names()
     assert beside == ["manifest.json", *(f"part-{number:05d}.parquet" for number in range(3))]
     stage = run.at("cut")
-    when_step(stage.here, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 400"):
+    sigterm = when(reached(stage.here, 10), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with sigterm, pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 400"):
         train_stage(spec, run=run, data=data)
     assert [name for name in stage.names() if name in ("checkpoints", "stop")] == ["checkpoints"]
     forgotten(run)
     killed: list[int] = []
-    when_step(stage.here, 300, lambda: killed.append(signal_a_worker()))
-    made = train_stage(spec, run=run, data=data)
-    assert killed
+    with when(reached(stage.here, 300), lambda: killed.append(signal_a_worker())):
+        made = train_stage(spec, run=run, data=data)
+    assert any(killed)
     assert_same(made / "weights.safetensors", whole / "weights.safetensors")
     forgotten(run)
     stage.fetch(JOURNAL)
