@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.fault,
-    pytest.mark.timeout(5400),
+    pytest.mark.timeout(3000),
     pytest.mark.filterwarnings("ignore"),  # MLflow's and botocore's, of themselves
     pytest.mark.skipif(postgres_at() is None, reason="PostgreSQL is not installed; `make servers` brings it"),
 ]
@@ -120,7 +120,7 @@ def ended(on: TestCluster, job: str) -> bool:
         return bool(json.load(answer)["end_time"])
 
 
-def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 4000) -> None:
+def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 2400) -> None:
     """Until something is so; the job's last words if it never is."""
     end = time.monotonic() + seconds
     while not truth():
@@ -131,7 +131,7 @@ def wait_for(truth: Callable[[], Any], on: TestCluster, seconds: float = 4000) -
 
 def wait_for_end(on: TestCluster, job: str) -> dict[str, Any]:
     """How a job has ended."""
-    end = time.monotonic() + 4000
+    end = time.monotonic() + 2400
     while not ended(on, job) and time.monotonic() < end:
         time.sleep(0.3)
     found: dict[str, Any] = json.loads(ddiff(on, "status", job, "--json").stdout)

@@ -26,7 +26,7 @@ from tests.ray_head import free_ports
 from workflows.journal import curves
 from workflows.report import SHEETS
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3000)]
 STAGES = ("clip", "autoencoder", "noised_clip", "draft", "base", "upsampler", "prior")
 DRAWING = {"draft", "base", "prior"}
 """Of the stages those that the recipe has draw while they learn."""

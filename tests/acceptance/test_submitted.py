@@ -19,7 +19,7 @@ from tests.ray_head import Head, ray_head
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(3000),
     pytest.mark.filterwarnings("ignore"),  # Ray's and MLflow's, of themselves
 ]
 STEPS = 300

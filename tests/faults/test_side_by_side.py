@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.fault,
-    pytest.mark.timeout(5400),
+    pytest.mark.timeout(3000),
     pytest.mark.usefixtures("local_ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
