@@ -1,4 +1,4 @@
-"""What deployments need of a store: cascades and code, each under its digest and never changed."""
+"""What deployments keep in a store: cascades and code, each under its digest and never changed."""
 
 import uuid
 from urllib.parse import urlsplit
@@ -10,24 +10,24 @@ from workflows.registry import Version
 from workflows.storage import opened
 
 RAY_FETCHES = ("s3", "gs", "file")
-"""Kinds of address that Ray (2.60) unpacks code from and that are so written by fsspec."""
+"""Schemes of addresses that Ray (2.60) unpacks code from, where fsspec spells them the same."""
 
 
 def address_in(storage: str, name: str) -> str:
-    """The address of something that is kept there; a path where it is a directory."""
+    """The address of what a storage keeps under this name; a plain path if the storage is a directory."""
     files, root = opened(storage)
     return str(files.unstrip_protocol(f"{root}/{name}")).removeprefix("file://")
 
 
 def code_address(storage: str) -> str:
-    """Where Ray fetches this code; empty where it cannot: then the nodes must have it, and are asked."""
+    """Where Ray fetches this code; empty if it cannot: then the nodes must have it, which they check."""
     place = address_in(storage, f"code/{code.digest()}.zip")
     place = place if "://" in place else f"file://{place}"
     return place if urlsplit(place).scheme in RAY_FETCHES else ""
 
 
 def keep_code(storage: str) -> None:
-    """This code, where Ray fetches it; what is there is never changed."""
+    """Put this code where Ray fetches it; what is there already is never changed."""
     files, root = opened(storage)
     place = f"{root}/code/{code.digest()}.zip"
     if not files.exists(place):
@@ -40,10 +40,10 @@ def keep_code(storage: str) -> None:
 
 
 def keep_cascade(version: Version, storage: str) -> None:
-    """A cascade under its digest, where it stays for ever; copied there if it is not there yet.
+    """Copy a cascade to its place under its digest, if it is not there yet; it stays for ever.
 
     Raises:
-        SealError: What its run left has been replaced since, so that only its digest is known.
+        SealError: The cascade at the version's address has been replaced since; only its digest is known.
     """
     files, root = opened(storage)
     place = f"{root}/cascades/{version.digest}"
@@ -55,7 +55,7 @@ def keep_cascade(version: Version, storage: str) -> None:
                 f"{version.address} holds cascade {found[:12]} by now, not {version.digest[:12]} as version "
                 f"{version.number} of {version.name} was; deploy a newer version"
             )
-        names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: without it there is nothing
+        names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: no copy counts without
         for name in names:
             if not in_a_store(storage):
                 files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)

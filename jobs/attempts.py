@@ -1,8 +1,8 @@
 """`python -m jobs.attempts 3 run --config job.yaml`: a ddiff command that is started again when it is killed.
 
-The entry point of a submitted job.  Ray starts a job once; a driver that the kernel, a bad moment of
-the node or a person kills would end it, although everything it had done lies in the store.  What
-fails by itself, in the same way each time, is not repeated.
+The entry point of a submitted job.  Ray starts a job once: a driver that is killed, by the kernel, a fault
+of the node or a person, would end the job, although all its results so far are in the store.  A command
+that fails by itself is not repeated: it would fail in the same way each time.
 """
 
 import logging
@@ -14,11 +14,11 @@ from types import FrameType
 
 log = logging.getLogger("jobs.attempts")
 ATTEMPTS = 3
-"""How often a driver that was killed is started again before its job has failed."""
+"""How often a driver is started in all, if it is killed each time, before its job has failed."""
 
 
 def attempted(most: int, words: Sequence[str]) -> int:
-    """Run the command until it ends by itself, `most` times at most; its exit code."""
+    """Run the command until it ends by itself, `most` times at most; return its exit code."""
     told, process = False, None
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -30,7 +30,7 @@ def attempted(most: int, words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     for attempt in range(1, most + 1):
         process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *words])  # noqa: S603 our own command
-        if told:  # before there was this one
+        if told:  # before this process existed
             process.send_signal(signal.SIGTERM)
         code = process.wait()
         if code >= 0 or told or attempt == most:

@@ -1,4 +1,4 @@
-"""`ddiff bits`: bits per dim of pictures under a trained chain, by term, with its interval over pictures."""
+"""`ddiff bits`: bits per dim of pictures under a trained chain, term by term, with intervals over them."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ from workflows.storage import Home
 log = logging.getLogger(__name__)
 BATCH = 8
 NORMAL = 1.959964
-"""Deviations of a normal distribution within which 95 % lie."""
+"""95 % of a normal distribution lie within so many standard deviations of its mean."""
 
 
 class Found(NamedTuple):
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
     hop: ChainHop
     facts: Mapping[str, Any]
-    """Of its bundle."""
+    """In the manifest of its bundle."""
     name: str
 
 
@@ -48,26 +48,26 @@ class Asked(NamedTuple):
     num_steps: int | None = None
     """Timesteps of the chain that are summed over; None: all of them."""
     variance: Variance | None = None
-    """None: learned where it is learned, else fixed_large."""
+    """None: learned if the chain has learned it, else fixed_large."""
     stage: str | None = None
-    """Of a cascade; None: the only chain that has a bound."""
+    """Of a cascade; None: the only stage that has a bound."""
     seed: int = 0
 
 
 def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
-    """Bits per dim of pictures of prepared data: of those held out, or of the last.
+    """Bits per dim of the last held-out pictures of prepared data; of the last of all if none are held out.
 
     Args:
-        path: A bundle, a cascade, or the directory of a run, which has one.
+        path: A bundle, a cascade, or the directory of a run that has a cascade.
         data: Prepared pairs: a directory or an address.
-        asked: What of them.
+        asked: What to measure.
 
     Returns:
-        Mean and half of the 95 % interval over the pictures, of the whole and of each term; and the mean of
-        every timestep, 0 first.
+        Of the total and of each term, the mean over pictures and the half-width of its 95 % interval; and
+        the mean of every timestep, 0 first.
 
     Raises:
-        ValueError: There is no chain, the bound is not defined for it, or the data lack what it is told.
+        ValueError: There is no chain, the bound is not defined for it, or the data lack its conditioning.
         DataError: The data are missing, damaged, or have no usable row.
         sealed.SealError: The bundle or the cascade is damaged.
     """
@@ -102,7 +102,7 @@ def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
 
 
 def mean_of(values: Float[Tensor, " n"]) -> dict[str, float | None]:
-    """Mean and half of its 95 % interval, by the normal distribution; None of a single value."""
+    """Mean, and the half-width of its 95 % interval by the normal distribution: None for a single value."""
     count = len(values)
     half = NORMAL * float(values.std()) / math.sqrt(count) if count > 1 else None
     return {"mean": float(values.mean()), "plus_minus": half}
@@ -171,7 +171,7 @@ def chosen(cascade: Path, stage: str | None) -> str:
 
 
 def used(opened: bundle.Bundle) -> dict[str, str]:
-    """Role -> digest of the parents that a chain is asked with."""
+    """Role -> digest, of the parents that a chain needs."""
     assert isinstance(opened.trained.spec, ChainSpec)
     return {role: opened.parents[role] for role in opened.trained.spec.needs}
 
@@ -192,10 +192,10 @@ def beside(path: Path, digest: str) -> bundle.Bundle:
 
 
 def label_of(found: Found) -> LabelSpec | None:
-    """Where labels are in the data, as the bundle of a chain that is told them says.
+    """Where labels are in the data, by the bundle of a class-conditional chain; None for other chains.
 
     Raises:
-        ValueError: It does not say.
+        ValueError: The bundle does not say.
     """
     if not found.hop.spec.labels:
         return None
@@ -214,7 +214,7 @@ def learned_from(found: Found, data: str) -> bool:
 
 
 def batches(yardstick: Yardstick) -> Iterator[tuple[int, PairBatch, list[str]]]:
-    """The pairs, with their places and captions, some at a time."""
+    """The pairs in batches: the position of the first, the pairs, their captions."""
     pairs, captions, _ = yardstick
     for first in range(0, len(captions), BATCH):
         some = slice(first, first + BATCH)

@@ -43,7 +43,7 @@ def deploy(
     if (cascade is None) == (file is None) or (file and changes):
         raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
     where = "" if dry_run or publish else address or cluster_address()
-    if where and not insecure and not in_a_job():  # which was let in by its submission
+    if where and not insecure and not in_a_job():  # a job was checked when it was submitted
         refuse_open(where)
     config = written_before(file) if file else resolved(str(cascade), changes, where)
     if publish and not dry_run:

@@ -56,7 +56,7 @@ def submit(
             return
         done = hand_over(order, cluster)
     manner = click.get_current_context().obj
-    if not (manner.quiet or manner.as_json):  # the pack is among the facts
+    if not (manner.quiet or manner.as_json):  # JSON has the pack among its facts
         click.echo(told(done), err=True)
     answer(as_facts(done), done.id)
     if follow:
@@ -88,7 +88,7 @@ def logs(job: str, follow: bool, address: str | None) -> None:
 
 
 def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = False) -> None:
-    """Print a log, and of a job that failed the first error of our code; its end is our end."""
+    """Print a log and, if the job failed, the first error of our code; end as the job did."""
     from jobs.failures import StoppedError
     from jobs.following import end_as, first_error, merged
 

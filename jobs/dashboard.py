@@ -1,4 +1,4 @@
-"""A cluster asked over HTTP: the API of Ray's dashboard, with the token of this user."""
+"""Requests to a cluster over HTTP: the API of Ray's dashboard, with the token of this user."""
 
 import logging
 import socket
@@ -16,20 +16,20 @@ from workflows.addresses import shown
 log = logging.getLogger(__name__)
 TIMEOUT_S = 20.0
 PUT_TIMEOUT_S = 180.0
-"""The first Serve config is answered when Serve itself has started, for which Ray gives its proxies 60 s."""
+"""The first Serve config is answered only when Serve has started; Ray gives its proxies 60 s for that."""
 
 
 class DashboardError(ValueError):
-    """The cluster does not answer, or not to us; the message says what to do."""
+    """The cluster does not answer, or refuses us; the message says what to do."""
 
 
 class Answer(NamedTuple):
-    """What came back of a question asked without a token."""
+    """The reply to a request without a token."""
 
     status: int
     body: Any
     skew_s: float | None
-    """How far its clock is ahead of ours; None: it did not say."""
+    """How far the server's clock is ahead of ours; None: the reply has no date."""
 
 
 class Dashboard:
@@ -70,7 +70,7 @@ class Dashboard:
         self.answered(self.client.build_request("PUT", path, json=body, timeout=PUT_TIMEOUT_S))
 
     def answered(self, request: httpx.Request) -> httpx.Response:
-        """The answer to a request, if it is one."""
+        """The reply to a request; raises DashboardError unless its status is 200."""
         try:
             reply = self.client.send(request)
         except httpx.HTTPError as error:
@@ -100,7 +100,7 @@ def refuse_misspelt(address: str) -> None:
 
 
 def not_let_in(address: str, status: int, *, shown: bool) -> str:
-    """What happened, and the fix; Ray says 401 to who shows no token, 403 to who shows another one."""
+    """What happened, and the fix; Ray answers 401 without a token, 403 to a wrong one."""
     fix = "set RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names, to the token of this cluster"
     if shown:
         return f"{address} answers {status}: the token from {environment.token_source()} is wrong; {fix}"
@@ -113,7 +113,7 @@ def is_dashboard(address: str) -> bool:
 
 
 def is_here(address: str) -> bool:
-    """Whether an address is of this machine: a socket could listen at its host."""
+    """Whether an address is of this machine: a socket can be bound to its host."""
     try:
         family, *_, place = socket.getaddrinfo(urlsplit(address).hostname, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
@@ -124,21 +124,21 @@ def is_here(address: str) -> bool:
 
 
 def refuse_open(address: str, *, unless: str = "say --insecure") -> None:
-    """Hand nothing to a cluster that runs code for anybody; on this machine that may be, and is told.
+    """Refuse a cluster that runs code for anybody; if it is on this machine, only warn.
 
     Args:
         address: Of its dashboard.
-        unless: How a user says that it may.
+        unless: How a user allows it, for the message.
 
     Raises:
-        DashboardError: It asks nobody for a token, or does not answer.
+        DashboardError: It is elsewhere and asks nobody for a token, or does not answer.
     """
     refuse_misspelt(address)
     here = is_here(address)
     try:
         status = without_token(f"{address.rstrip('/')}/api/version").status
     except DashboardError:
-        if here:  # who asks it next says so
+        if here:  # the next request says so
             return
         raise
     if status != httpx.codes.OK:
@@ -153,7 +153,7 @@ def refuse_open(address: str, *, unless: str = "say --insecure") -> None:
 
 
 def without_token(url: str, *, user: tuple[str, str] | None = None) -> Answer:
-    """What anybody gets who asks there, and how far the clock there is off.
+    """The reply to a request without a token, and how far the server's clock is off.
 
     Args:
         url: Where.
@@ -173,7 +173,7 @@ def without_token(url: str, *, user: tuple[str, str] | None = None) -> Answer:
         raise DashboardError(f"{host} does not answer ({why}); is it up, and reachable from here?") from None
     middle = (before + time.time()) / 2
     said = reply.headers.get("date")
-    skew = parsedate_to_datetime(said).timestamp() + 0.5 - middle if said else None  # Date counts in seconds
+    skew = parsedate_to_datetime(said).timestamp() + 0.5 - middle if said else None  # Date has whole seconds
     try:
         return Answer(reply.status_code, reply.json(), skew)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`ddiff serve` and `ddiff stop`: a cascade on the air, in this process or left running behind it."""
+"""`ddiff serve` and `ddiff stop`: a cascade served by this process, or by an endpoint that outlives it."""
 
 import json
 import logging
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 NOTE = "endpoint.json"
 START_S, STOP_S = 960.0, 180.0
-"""Above the defaults of ServeSpec.startup_s and timeout_s: a server says itself why it is not ready, and one
-that stops finishes what it has begun."""
+"""Above the defaults of ServeSpec.startup_s and timeout_s, so that a server says itself why it is not ready,
+and one that stops finishes the requests it has begun."""
 
 
 class Address(NamedTuple):
@@ -50,7 +50,7 @@ class Endpoint(NamedTuple):
 
     pid: int
     started: str
-    """When, in ticks of the system's clock: another process with this number has another one."""
+    """When, in clock ticks since boot: tells it from a later process with the same pid."""
     url: str
     digest: str
     """Of the cascade."""
@@ -70,15 +70,15 @@ def serve_here(
         address: Where to listen.
         precision: Of the networks that paint.
         changes: Of the fields of serve.spec.ServeSpec, such as `hops.base.max_replicas=2`.
-        verbose: Let Ray say all it has to.
+        verbose: Show Ray's own log.
 
     Raises:
         ConfigError: A change is refused; nothing has been started.
-        ValueError: It is of a hop that the cascade has not; nothing has been started.
+        ValueError: A change names a hop that the cascade does not have; nothing has been started.
         SealError: The cascade is damaged or unfinished.
         PortTakenError: Something listens there.
     """
-    from serve import app  # noqa: PLC0415 seconds, which a run that serves nothing need not wait
+    from serve import app  # noqa: PLC0415 takes seconds, which a run that serves nothing saves
 
     fields = {"cascade": str(cascade.resolve()), "precision": precision, **address._asdict()}
     spec = serve_spec(fields, changes)
@@ -110,11 +110,11 @@ def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "ServeSpec"
 
 
 def refuse_taken(address: Address, run: Path | None = None) -> None:
-    """Say so before anything is started.
+    """Refuse an address that is in use, before anything is started.
 
     Args:
         address: Where to listen.
-        run: Whose own endpoint may be at that port; it is stopped before another is started.
+        run: Its own endpoint may hold that port: that is stopped before another is started.
 
     Raises:
         PortTakenError: Something listens there, or nothing can.
@@ -140,7 +140,7 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
 
     Raises:
         PortTakenError: Something listens there.
-        EndpointError: It ended, or did not get ready; the message holds its last line.
+        EndpointError: The server ended or did not become ready; the message holds the last line of its log.
     """
     from serve import app  # noqa: PLC0415 seconds, as above
 
@@ -174,7 +174,7 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
 
 
 def stop_endpoint(run: Path) -> str:
-    """Stop the endpoint that a run left running, and return its address; nothing if there is none."""
+    """Stop the endpoint that a run left running, and return its address; empty if there was none."""
     endpoint = noted(run)
     was = endpoint.url if endpoint and alive(endpoint) else ""
     if endpoint:
@@ -186,14 +186,14 @@ def stop_endpoint(run: Path) -> str:
 def noted(run: Path) -> Endpoint | None:
     """The endpoint that a run left, dead or alive.
 
-    A note that cannot be read was cut while it was written, and its endpoint stopped: it is as none.
+    An unreadable note was cut off while it was written, and its endpoint stopped: it counts as none.
     """
     facts = Home.of(run).facts(NOTE)
     return Endpoint(**facts) if facts.keys() == set(Endpoint._fields) else None
 
 
 def end(endpoint: Endpoint) -> None:
-    """Tell a server to stop, and kill it if it does not, or if nobody waits for it any longer."""
+    """Send SIGTERM to a server; kill it if it is alive after STOP_S, or when the wait is interrupted."""
     try:
         if alive(endpoint):
             os.kill(endpoint.pid, signal.SIGTERM)
@@ -207,12 +207,12 @@ def end(endpoint: Endpoint) -> None:
 
 
 def alive(endpoint: Endpoint) -> bool:
-    """Whether that very process is still there and not merely waiting to be collected by its parent."""
+    """Whether that very process still runs: it is neither a zombie nor a later process with its pid."""
     return bool(endpoint.started) and started_at(endpoint.pid) == endpoint.started
 
 
 def started_at(pid: int) -> str:
-    """When a process started, as the system counts; empty if there is none."""
+    """When a process started, in clock ticks since boot; empty if there is none, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -29,11 +29,11 @@ from workflows.storage import opened
 
 log = logging.getLogger(__name__)
 LISTEN_S = 5.0
-"""How long a head may take to say that it is there."""
+"""How long a head of Ray may take to accept a connection."""
 
 
 def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
-    """Try everything; what one check raises is its finding and stops no other.
+    """Run every check; an error in one becomes its finding and stops no other.
 
     Args:
         spec: The run whose needs are compared with what there is.
@@ -57,7 +57,7 @@ def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
 
 
 def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What a check finds, or that it could not be made; no password of an address is among it."""
+    """What a check finds, or why it could not be made; passwords in addresses are left out."""
     try:
         yield from (finding._replace(says=shown(finding.says)) for finding in check())
     except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
@@ -67,7 +67,7 @@ def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
 
 
 def versions() -> Iterator[Finding]:
-    """Whether what is installed is what this distribution asks for."""
+    """Whether the installed packages are in the versions that ddiff requires."""
     if not installed("ddiff"):
         yield Finding("versions", "warn", "ddiff is not installed, only on the path", "pip install -e .")
         return
@@ -86,7 +86,7 @@ def versions() -> Iterator[Finding]:
 
 
 def asked_for() -> dict[str, SpecifierSet]:
-    """What this distribution needs on this machine, and which versions of it; nothing if not installed."""
+    """Package -> versions that ddiff requires on this machine; empty if ddiff is not installed."""
     if not installed("ddiff"):
         return {}
     all_of_them = map(Requirement, importlib.metadata.requires("ddiff") or [])
@@ -106,7 +106,7 @@ def installed(name: str) -> str:
 
 
 def cluster() -> Iterator[Finding]:
-    """Whether the cluster at RAY_ADDRESS answers, to us alone, and is of our version of Ray."""
+    """Whether the cluster at RAY_ADDRESS answers, asks for a token, and has our version of Ray."""
     address = environment.cluster_address()
     if not address:
         yield Finding(
@@ -137,7 +137,7 @@ def cluster() -> Iterator[Finding]:
 
 
 def refuse_silence(address: str) -> None:
-    """Ray waits a minute for a head that is not there.
+    """Refuse an address where nothing listens: Ray itself would wait a minute for it.
 
     Raises:
         DashboardError: Nobody listens at its port.
@@ -154,7 +154,7 @@ def refuse_silence(address: str) -> None:
 
 
 def asks_for_a_token(address: str) -> Finding:
-    """Whether a dashboard lets nobody in who shows none."""
+    """Whether a dashboard refuses requests without a token."""
     status = without_token(f"{address}/api/version").status
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         return Finding("cluster token", "ok", f"{address} asks for a token")
@@ -209,7 +209,7 @@ def storage() -> Iterator[Finding]:
     """Whether a file can be written where runs are kept, read back, and removed."""
     place = environment.runs()
     files, root = opened(place)
-    directory = "://" not in place  # a bucket is not made by the way: it would hide a misspelt name
+    directory = "://" not in place  # a bucket is never created here: that would hide a misspelt name
     fresh = directory and not files.exists(root)
     name, content = f"{root}/.ddiff-doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     began = time.time()
@@ -289,7 +289,7 @@ def mlflow() -> Iterator[Finding]:
 
 
 def mlflow_server(uri: str) -> Iterator[Finding]:
-    """Whether the server is of our version; one with users that does not let us in tells the probe why."""
+    """Whether the server has our major version; if it refuses our user, the probe after this says why."""
     answer = without_token(f"{uri.rstrip('/')}/version", user=environment.tracking_user())
     theirs, ours = str(answer.body).strip(), installed("mlflow")
     if answer.status == httpx.codes.UNAUTHORIZED or (
@@ -319,7 +319,7 @@ def nodes(plan: Plan | None) -> Iterator[Finding]:
 
 
 def clock() -> Iterator[Finding]:
-    """Whether our clock goes with those of the servers that we use."""
+    """Whether our clock agrees with those of the servers that we use."""
     servers = [environment.cluster_address(), environment.tracking_uri() or "", environment.store_endpoint()]
     asked = [server for server in servers if is_dashboard(server)]
     if not asked:
@@ -337,7 +337,7 @@ def clock() -> Iterator[Finding]:
 
 
 def port(address: Address) -> Iterator[Finding]:
-    """Whether an endpoint can listen here, or on a cluster what Serve has on the air there."""
+    """Whether an endpoint can listen here; on a cluster, what Serve already runs there."""
     where = environment.cluster_address()
     if is_dashboard(where):
         with Dashboard(where) as dashboard:
@@ -363,7 +363,7 @@ def port(address: Address) -> Iterator[Finding]:
 
 
 def on_the_air(running: str, http: dict[str, Any], address: Address) -> Finding:
-    """Serve keeps the port that it was started with."""
+    """What Serve runs, and whether at our port: it keeps the port that it was started with."""
     says = f"Serve on the cluster runs {running} at {http.get('host')}:{http.get('port')}"
     if http.get("port") == address.port:
         return Finding("port", "ok", says)
@@ -389,5 +389,5 @@ def facts_of(found: list[Finding]) -> dict[str, Any]:
 
 
 def failed(found: list[Finding]) -> bool:
-    """Whether a run would."""
+    """Whether a run would fail."""
     return any(finding.state == "fail" for finding in found)

@@ -14,11 +14,11 @@ LOCK = ".driver"
 
 
 class AlreadyRunningError(ValueError):
-    """Somebody is at work on this run."""
+    """Another process works on this run."""
 
 
 class Driver:
-    """This process as the only driver of a run while inside; a run that is not there yet is nobody's."""
+    """This process as the only driver of a run while inside; a new run is claimed once it is `opened`."""
 
     def __init__(self, home: Home) -> None:
         self.home, self.inside, self.claimed = home, ExitStack(), False
@@ -40,7 +40,7 @@ class Driver:
         return home
 
     def claim(self) -> None:
-        """Take it.
+        """Claim the run.
 
         Raises:
             AlreadyRunningError: Another process has it; nothing has been touched.

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "store://of-the-nodes"
-"""Where runs are kept if the nodes alone have been told DDIFF_STORAGE."""
+"""In place of the storage if DDIFF_STORAGE is set on the nodes only."""
 
 
 def show_plan(plan: Plan) -> None:
-    """The plan on stdout; one that does not fit ends like any other error.
+    """Print the plan on stdout, then refuse it if it does not fit.
 
     Raises:
         PlanError: It cannot fit on the nodes that are known, or on the disk.
     """
-    from jobs.nodes import UNSTARTED, unstarted  # noqa: PLC0415 a submission that is no rehearsal waits for none
+    from jobs.nodes import UNSTARTED, unstarted  # noqa: PLC0415 not needed without --dry-run
     from jobs.plan import refusals, refuse, told  # noqa: PLC0415
 
     judged = plan
@@ -44,7 +44,7 @@ def planned(order: Order, address: str) -> Plan:
         address: Of the dashboard.
 
     Raises:
-        ConfigError: The order is none of a run.
+        ConfigError: The order is neither a run nor one of its stages.
         ValueError: A parent is missing here, or does not fit.
         DashboardError: The cluster does not answer, or not to us.
     """
@@ -60,12 +60,12 @@ def planned(order: Order, address: str) -> Plan:
     one = order.words[1] if order.words[0] == "train" else ""
     spec = up_to(order.spec, one) if one else order.spec
     plan = plan_of(spec, seen_from_outside(address), run=f"{place}/{order.run}")
-    plan = plan._replace(free=None)  # of a directory that is not of this machine
+    plan = plan._replace(free=None)  # the directory is not on this machine
     return only(plan, one) if one else plan
 
 
 def up_to(spec: RunSpec, stage: str) -> RunSpec:
-    """A run as far as one stage stands on it: parents are planned too, since their bundles are not asked."""
+    """A run cut down to one stage and its ancestors, which are planned too: their bundles are not read."""
     from workflows.run_spec import in_order  # noqa: PLC0415
 
     needed = {stage}
@@ -76,7 +76,7 @@ def up_to(spec: RunSpec, stage: str) -> RunSpec:
 
 
 def only(plan: Plan, stage: str) -> Plan:
-    """The plan of one stage out of that of its run: what it stands on was made before."""
+    """The plan of one stage, out of that of `up_to`: its ancestors count as made before."""
     (one,) = [found for found in plan.stages if found.spec.name == stage]
     disk = {"checkpoints": one.checkpoints * one.need.state, "bundles": one.need.bundle}
     return plan._replace(stages=(one,), disk=disk)

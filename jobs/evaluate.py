@@ -1,7 +1,7 @@
 """How a cascade is judged, and what is said of it: `ddiff eval`, the end of `ddiff run`, `ddiff promote`.
 
-Captions of the embedded world are judged by its oracle; those of a user's own data by a CLIP.  The figures of
-the two say nothing of each other.
+Captions of the embedded world are judged by its oracle; those of a user's own data by a CLIP.  Their scores
+cannot be compared with each other.
 """
 
 import hashlib
@@ -41,15 +41,15 @@ class Way(NamedTuple):
     by: Judges
     spec: EvaluationSpec
     own: OwnData | None = None
-    """For a CLIP; None: there is no CLIP, and nobody can judge."""
+    """What a CLIP judges by; None if `by` is clip: there is no CLIP, so nothing can be judged."""
 
     @property
     def possible(self) -> bool:
-        """Whether anybody can judge."""
+        """Whether there is a judge."""
         return self.by == "oracle" or self.own is not None
 
     def fingerprint(self) -> str:
-        """What is asked and who judges, in short: scores of equal ones can be compared.
+        """Digest of the questions and the judge: scores with the same one can be compared.
 
         Raises:
             ValueError: There is no such CLIP, or no such data.
@@ -61,7 +61,7 @@ class Way(NamedTuple):
 
 
 def way_of(spec: RunSpec, run: Home) -> Way:
-    """How a run is judged: on its own data, by the CLIP that is named or else by that of its stages."""
+    """How a run is judged: by the oracle; on its own data by the CLIP named, else by one of its stages."""
     asked = spec.evaluation
     if spec.shapes is not None:
         return Way("oracle", asked)
@@ -77,7 +77,7 @@ def way_of(spec: RunSpec, run: Home) -> Way:
 
 
 def way_by(spec: EvaluationSpec, data: str) -> Way:
-    """How an endpoint is judged of which no run is known: without data, on the embedded world.
+    """How an endpoint of no known run is judged: on the data that are named, else on the embedded world.
 
     Raises:
         ValueError: Data are named and no CLIP, or a CLIP and no data.
@@ -88,11 +88,11 @@ def way_by(spec: EvaluationSpec, data: str) -> Way:
 
 
 def look_ahead(spec: RunSpec, way: Way) -> None:
-    """What would be found out at the end only: who is to judge, and by what.
+    """Load the judge now, and warn if no data are held out: both would show only at the end.
 
     Raises:
         ValueError: There is no such judge.
-        sealed.SealError: It is damaged.
+        sealed.SealError: The judge is damaged.
     """
     if way.by == "oracle":
         return
@@ -107,12 +107,12 @@ def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str,
 
     Args:
         url: Such as http://127.0.0.1:8000.
-        way: How.
+        way: How to judge.
         keep: Directory for the pictures and what was said of each.
 
     Raises:
         EndpointError: Nothing answers there.
-        ValueError: Nobody can judge.
+        ValueError: There is no judge.
         The errors of evaluate_own.
     """
     if way.by == "oracle":
@@ -123,7 +123,7 @@ def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str,
 
 
 def whole(scores: Mapping[str, Any]) -> bool:
-    """Whether every picture that was asked for came; what nobody has judged lacks none."""
+    """Whether every picture that was asked for came; true of empty scores."""
     return not scores.get("failed")
 
 
@@ -135,9 +135,9 @@ def refuse_parts(scores: Mapping[str, Any], remedy: str) -> None:
 
 
 def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:
-    """What a registered cascade says of how well it paints; `ddiff promote` compares it.
+    """Tags of a registered cascade: how it is judged, and its scores, which `ddiff promote` compares.
 
-    Scores of which pictures are missing say nothing.
+    Scores with pictures missing are left out.
     """
     own = way.own._asdict() if way.own else None
     tags = {SCORED_BY: way.by, WAY: json.dumps({"spec": way.spec.model_dump(mode="json"), "own": own})}
@@ -152,7 +152,7 @@ def score_tags(way: Way, scores: Mapping[str, Any]) -> dict[str, str]:
 
 
 def way_in(tags: Mapping[str, str]) -> Way:
-    """How a registered cascade is to be judged, as its run has said; else by the oracle."""
+    """How a registered cascade is to be judged, by the tags that its run set; without them by the oracle."""
     if WAY not in tags:
         return Way("oracle", EvaluationSpec())
     said = json.loads(tags[WAY])

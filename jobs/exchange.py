@@ -1,4 +1,4 @@
-"""`ddiff import`: published weights to our bundles, and to cascades of them where they paint alone."""
+"""`ddiff import`: published weights become bundles, or a cascade where they can paint by themselves."""
 
 import difflib
 import json
@@ -41,9 +41,9 @@ from jobs.recipes import glide
 
 CLIPS = ("openai-clip", "open-clip")
 GLIDE = ("glide-base", "glide-upsample")
-"""What source glide is made of."""
+"""The networks of source glide, in order."""
 CASCADES = ("glide", "glide-inpaint")
-"""Sources of several files that become a cascade by a tokenizer of their own."""
+"""Sources of several files that become a cascade, with a tokenizer of their own."""
 IMAGE_SIDE = 256
 """What published autoencoders were trained at, in pixels."""
 GLIDE_CARD = """# GLIDE
@@ -64,16 +64,16 @@ class More(NamedTuple):
     tokenizer: tuple[Path, Path] | None = None
     """Of glide, which becomes a cascade: its encoder.json and vocab.bpe."""
     scale: float | None = None
-    """Of an autoencoder that was published by itself: what its latents are multiplied by, so that their
-    deviation is one, where its file does not say it; with a codebook 1 unless it is given."""
+    """Of an autoencoder that was published by itself: the factor that brings its latents to a standard
+    deviation of one, where its file does not say it; with a codebook 1 unless it is given."""
     classifier: Path | None = None
     """Of a base of ADM: the file of the classifier that is to lead it."""
     upsampler: Path | None = None
-    """Of a class-conditional base at 64 or 128 px: the file of what is to enlarge its pictures."""
+    """Of a class-conditional base at 64 or 128 px: the file of the upsampler of its pictures."""
     clip: tuple[Path, Path] | None = None
     """Of glide: the files of the noised CLIP that is to lead it, those of its image and its text tower."""
     reads_for: str | None = None
-    """Of a CLIP: the network that is to hear captions as it reads them, such as sd1; None: as CLIP does."""
+    """Of a CLIP: it reads captions as the text encoder of this network, such as sd1; None: as CLIP does."""
 
 
 NOTHING_MORE = More()
@@ -87,10 +87,10 @@ def import_weights(
     averaged: bool,
     more: More = NOTHING_MORE,
 ) -> Facts:
-    """Write the bundle of a published network, or of each in its file; of one that paints alone, a cascade.
+    """Write a bundle of each network in published files, or a cascade if they can paint by themselves.
 
     Args:
-        source: Which it is: a name of `sources()`; no file says so itself.
+        source: What the files are: a name of `sources()`; they do not say so themselves.
         paths: Its files; for diffusers the folder of one component.
         out: Where the bundle goes; UNet and autoencoder of one file go to `unet` and `autoencoder` in it.
         averaged: Take averaged weights where a file holds both.
@@ -122,7 +122,7 @@ def import_weights(
 
 
 def refuse_more(source: str, more: More) -> None:
-    """Raises ValueError if an option says what is not asked of this source; it names those that ask it."""
+    """Raises ValueError if an option is not for this source; it names the sources that take it."""
     name = source.partition(":")[0]
     for option, known in {
         "tokenizer": CASCADES,
@@ -138,10 +138,10 @@ def refuse_more(source: str, more: More) -> None:
 
 
 def read_for(source: str, net: ClipNetSpec) -> ClipNetSpec:
-    """A CLIP that reads captions as the one that a published network was told by.
+    """A CLIP that reads captions as the text encoder of a published network does.
 
     Raises:
-        ValueError: That network is told by no CLIP, or by another.
+        ValueError: That network has no CLIP as its text encoder, or another CLIP.
     """
     readers = {name: network.reader for name, network in published().items() if network.reader}
     reader = readers.get(source)
@@ -215,7 +215,7 @@ def import_painter(
     *,
     beside: Mapping[str, tuple[str, Path]],
 ) -> Facts:
-    """Write the cascade of a network that paints from noise, told a class or what its own CLIP reads."""
+    """Write the cascade of a network that paints from noise, given at most a class or captions (own CLIP)."""
     if out.exists():
         raise ValueError(f"{out} exists; name another --out")
     known, stands_on = published(), known_parents(source, found)
@@ -250,12 +250,12 @@ def known_parents(source: str, found: importing.Imported) -> dict[str, Part]:
 
 
 def inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a network as those of the model of a stage, which holds it."""
+    """The weights of a network by their names in the model of a stage, which holds the network."""
     return {f"{published_stages.PREFIX}{name}": weight for name, weight in weights.items()}
 
 
 def assembled(out: Path, cascade: CascadeSpec, parts: Iterable[tuple[str, Part]], *, card: str) -> Facts:
-    """Write a cascade of imported stages, each after those that it stands on."""
+    """Write a cascade of imported stages; parents come first among the parts."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         stages: dict[str, Path] = {}
@@ -276,7 +276,7 @@ def assembled(out: Path, cascade: CascadeSpec, parts: Iterable[tuple[str, Part]]
 
 
 def sources() -> list[str]:
-    """What can be declared."""
+    """Every SOURCE of `ddiff import`."""
     return [
         "diffusers",
         *CASCADES,
@@ -292,8 +292,8 @@ def import_glide(paths: Sequence[Path], out: Path, more: More, *, inpaints: bool
     Args:
         paths: Base and upsampler, in this order.
         out: Where the cascade goes.
-        more: Their tokenizer, encoder.json and vocab.bpe; and a noised CLIP to lead the base, if one is to.
-        inpaints: They are those that fill holes, which are other networks.
+        more: Their tokenizer, encoder.json and vocab.bpe; and a noised CLIP, if one is to lead the base.
+        inpaints: The files are of the networks for inpainting, which are others.
 
     Raises:
         ValueError: A file is missing or not what it should be; it is named.

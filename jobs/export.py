@@ -63,7 +63,7 @@ def export_diffusers(directory: Path, out: Path) -> Facts:
 
 
 def export_chain(spec: ChainSpec | ConsistencySpec, found: Bundle, directory: Path, out: Path) -> Facts:
-    """The UNet of a chain, told timesteps as diffusers tells them, and the betas that it learned with."""
+    """Write the UNet of a chain, which takes timesteps as diffusers gives them, and its schedule of betas."""
     chain = spec.base if isinstance(spec, ConsistencySpec) else spec
     assert isinstance(chain, ChainSpec)
     assert isinstance(chain.net, PlainSpec)
@@ -78,7 +78,7 @@ def export_chain(spec: ChainSpec | ConsistencySpec, found: Bundle, directory: Pa
 
 
 def scheduler_of(spec: ChainSpec | ConsistencySpec, chain: ChainSpec) -> Facts | None:
-    """How the network of a chain is asked; None: diffusers has no such scheduler."""
+    """The scheduler config for the network of a chain; None: diffusers has no such scheduler."""
     if chain.predicts == "consistency":
         return diffusers_scheduler.jumps_of(*spec.sigma_range)
     levels = chain.schedule
@@ -89,10 +89,10 @@ def scheduler_of(spec: ChainSpec | ConsistencySpec, chain: ChainSpec) -> Facts |
 
 
 def factor_of(chain: ChainSpec, found: Bundle, directory: Path) -> int:
-    """Pixels of a side per number of x, which the autoencoder says: beside the chain in its run or cascade.
+    """Pixels per element of x along a side, by the autoencoder beside the chain in its run or cascade.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: The autoencoder is not there.
     """
     if not chain.latent_channels:
         return 1
@@ -114,7 +114,7 @@ def factor_of(chain: ChainSpec, found: Bundle, directory: Path) -> int:
 def export_unet(
     spec: PlainSpec, weights: Mapping[str, Tensor], out: Path, *, side: int, scheduler: Facts | None
 ) -> Facts:
-    """A UNet, and beside it how it is asked."""
+    """Write a UNet, and beside it its scheduler if there is one."""
     config = diffusers_config.config_of(spec, image_size=side)
     with torch.device("meta"):
         net = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)

@@ -9,7 +9,7 @@ from typing import Any
 from workflows.addresses import shown
 
 DISK = "the disk"
-"""Where libraries do not say at which file."""
+"""Named where a library does not say which file."""
 
 
 class Code(IntEnum):
@@ -23,14 +23,14 @@ class Code(IntEnum):
     PREEMPTED = 6
     INTERNAL = 70
     UNREAD = 141
-    """That of a shell for SIGPIPE: nobody reads on, as behind `| head`."""
+    """A shell's code for SIGPIPE: the reader of the output is gone, as with `| head`."""
 
 
 class StoppedError(BaseException):
     """The process was told to end; what was finished is kept.
 
-    As Ctrl-C it is no Exception: who tries again what a store, a server or an image does wrong, or writes it
-    down, would go on.
+    Like KeyboardInterrupt it is no Exception: code that retries or records the errors of a store, a server
+    or an image would catch it and go on.
     """
 
 
@@ -38,8 +38,8 @@ class JobFailedError(RuntimeError):
     """A job on a cluster has ended badly, or does not end; what it said has been shown.
 
     Args:
-        message: Which, and what to do.
-        code: Its own, as that of the command that follows it.
+        message: Which job, and what to do.
+        code: Of the job; a command that follows it ends with the same.
     """
 
     def __init__(self, message: str, code: Code = Code.INTERNAL) -> None:
@@ -90,7 +90,7 @@ def code_of_training(error: BaseException) -> Code:
 
 
 def code_elsewhere(status: int | None) -> Code:
-    """That of a command of ours that failed on another machine with this exit status; None: it has none."""
+    """The code of a command of ours that failed elsewhere with this status; INTERNAL for None or others."""
     return Code(status) if status in set(Code) - {Code.DONE} else Code.INTERNAL
 
 
@@ -102,7 +102,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def line_of(error: BaseException) -> str:
-    """What, where and what to do, in one line that names no password of an address."""
+    """What, where and what to do, in one line without the passwords of addresses."""
     match error:
         case KeyboardInterrupt():
             return "stopped; run the same command again to continue"
@@ -122,24 +122,24 @@ def line_of(error: BaseException) -> str:
 
 
 def no_space(where: str) -> str:
-    """Of a full disk, or a quota that is used up."""
+    """The line for a full disk, or a quota that is used up."""
     return f"no space left on {shown(where)}; free some and run the same command again to continue"
 
 
 def away(error: BaseException) -> bool:
-    """Whether it is a store that fails, and may come back."""
+    """Whether the error is of a store that may come back, not of a wrong address."""
     from workflows.storage import AddressError, StorageError  # noqa: PLC0415 only where there is an error
 
     return isinstance(error, StorageError) and not isinstance(error, AddressError)
 
 
 def words_of(error: BaseException, fields: Any = None, within: str = "") -> str:
-    """What an error says; of values that a spec refuses, which and why, without pydantic's frame.
+    """The text of an error; for values that a spec refuses, which and why, without pydantic's frame.
 
     Args:
         error: Any.
-        fields: What the spec refuses, so that the values are named as the user would name them.
-        within: Where these fields are.
+        fields: The fields that were refused, to name the values as the user would.
+        within: The path of these fields, put in front.
     """
     from pydantic import ValidationError  # noqa: PLC0415 the command line waits for it only where it fails
 
@@ -164,7 +164,7 @@ def place(fields: Any, location: tuple[int | str, ...]) -> str:
     """A path as the user would write it: members by name, without the tags of unions.
 
     Args:
-        fields: What was refused; None: nobody has kept it, and the path is as pydantic has it.
+        fields: What was refused; None: not known, so the path is pydantic's.
         location: Of the value within them.
     """
     if fields is None:
@@ -188,13 +188,13 @@ def is_tag(fields: Any, step: int | str) -> bool:
 
 
 class Line(logging.Formatter):
-    """Of a log: it names no password of an address."""
+    """Formatter of the log, without the passwords of addresses."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """What is said, as others may see it."""
+        """The formatted record, as others may see it."""
         return shown(super().format(record))
 
 
 def trace_of(error: BaseException) -> str:
-    """The whole traceback, which names no password of an address either."""
+    """The whole traceback, without the passwords of addresses too."""
     return shown("".join(traceback.format_exception(error)))

@@ -18,7 +18,7 @@ T = TypeVar("T")
 CUTS, PAUSE_S = 20, 3.0
 """How many connections to a log may fail in a row, and the pause before the next."""
 MOST_LINES = 15
-"""Of what is shown of a job that failed: an empty one, a heading, the error, how the job ended."""
+"""Shown of a job that failed: an empty line, a heading, the error with its frames, how the job ended."""
 PREFIX = re.compile(
     r"^(?:\x1b\[\d+m)?\((?P<who>[\w.]+)[^)]*pid=(?P<pid>\d+)(?:, ip=(?P<ip>[\d.]+))?\)(?:\x1b\[0m)? ?"
 )
@@ -28,9 +28,9 @@ FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<wher
 ERROR = re.compile(r"^(?!ddiff:)[A-Za-z_][\w.]*(?::|$)")
 """The line that ends a traceback: the kind of the error and what it says."""
 WRAPPED = re.compile(r"^[\w.]+\.RayTaskError\(")
-"""The line that ends one of Ray's, which goes on with the traceback of another process."""
+"""The line that ends a traceback of Ray's; the traceback of another process follows it."""
 BEGINS, AGAIN = "Traceback (most recent call last)", re.compile(r"; starting (?:it|them) again, ")
-"""The latter of a driver or workers that were lost: what was said before is mended."""
+"""AGAIN: a lost driver or lost workers are started again, which mends the errors before."""
 TAKEN = re.compile(r"Job with submission_id \S+ already exists")
 OURS = ("dd_core/", "workflows/", "serve/", "jobs/")
 
@@ -44,7 +44,7 @@ class NameTakenError(ClusterError):
 
 
 class JobFacts(NamedTuple):
-    """A job as the cluster tells of it."""
+    """A job as the cluster reports it."""
 
     id: str
     run: str
@@ -56,7 +56,7 @@ class JobFacts(NamedTuple):
     """Seconds since 1970; 0 if it has not."""
     ended: float
     order: str = ""
-    """Digest of what it was told to do; empty: nobody has said."""
+    """Digest of what it was told to do; empty: unknown."""
     exit_code: int | None = None
     """Of its command, once that has ended by itself."""
 
@@ -89,13 +89,13 @@ class Cluster:
         self.client: Any = None
 
     def ask(self, what: Callable[[Any], T]) -> T:
-        """A call of Ray's client, its errors in one line."""
+        """Call Ray's client; its errors become a ClusterError of one line."""
         from aiohttp import ClientError  # noqa: PLC0415 half a second
         from ray.exceptions import AuthenticationError  # noqa: PLC0415
 
         try:
             if self.client is None:
-                token = ray_token()  # shown by us: Ray reads its own once a process, whatever comes later
+                token = ray_token()  # sent by us: Ray reads it once a process, whatever changes later
                 headers = {"Authorization": f"Bearer {token}"} if token else None
                 self.client = client_of(self.address, headers)
             return what(self.client)
@@ -120,7 +120,7 @@ class Cluster:
         environment: Mapping[str, str],
         marks: dict[str, str],
     ) -> str:
-        """A new job that runs in a copy of a directory; its id.
+        """Start a new job in a copy of a directory; return its id.
 
         Raises:
             NameTakenError: There is one of this name, perhaps since a moment ago.
@@ -157,7 +157,7 @@ class Cluster:
         """Ask a job to save itself and end, and wait until it has.
 
         Raises:
-            JobFailedError: It is at work even now.
+            JobFailedError: It is still at work after `wait_s`.
         """
         job = self.job(name)
         if not job.over:
@@ -187,9 +187,9 @@ class Cluster:
     def follow(self, job: JobFacts) -> Iterator[str]:
         """Whole lines of a job, as they are written, until it is over.
 
-        A connection that is cut is made again; each begins with the whole log, of which what was told is
-        passed over.  One has failed if it brought nothing new and the job could not be asked afterwards; or,
-        whatever the job says, if its error kept us from the begin of the log, or from the end.
+        A connection that is cut is made again; each begins with the whole log, of which the lines yielded
+        before are skipped.  One has failed if the job could not be asked for its status afterwards, or if an
+        error kept us from the start of the log or from its end; new lines set the count of failures to 0.
 
         Raises:
             ClusterError: CUTS have failed in a row.
@@ -222,7 +222,7 @@ class Cluster:
             yield rest
 
     def pieces(self, job: JobFacts) -> Iterator[str]:
-        """The log of a job from its begin, until one end or the other closes the connection."""
+        """The log of a job from its start, until one end or the other closes the connection."""
         pieces = self.ask(lambda client: client.tail_job_logs(job.id))
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             while (
@@ -232,7 +232,7 @@ class Cluster:
 
 
 def client_of(address: str, headers: Mapping[str, str] | None) -> Any:
-    """Ray's client, which waits for an answer as long as ours; by itself (2.60) it would wait for ever."""
+    """Ray's client with our own timeout; by itself (2.60) it never gives up waiting for an answer."""
     from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 half a second
 
     class Client(JobSubmissionClient):
@@ -243,7 +243,7 @@ def client_of(address: str, headers: Mapping[str, str] | None) -> Any:
 
 
 def facts_of(job: Any) -> JobFacts:
-    """Ray's details, as far as they are wanted."""
+    """The facts of a job, from Ray's details."""
     marks = job.metadata or {}
     run, _, number = job.submission_id.rpartition(".")  # Ray may list what it deleted again, without marks
     return JobFacts(
@@ -261,17 +261,17 @@ def facts_of(job: Any) -> JobFacts:
 
 
 def gist(message: str) -> str:
-    """One line of what Ray says of a job; if it has failed, that is the last 20,000 letters of its log."""
+    """One line of Ray's message on a job; that on a failed job is the last 20,000 letters of its log."""
     lines = list(merged(iter(message.splitlines())))
     ours = [line for line in lines if line.startswith("ddiff: ")]
     return (ours or lines or [""])[-1][:300]
 
 
 def end_as(job: JobFacts) -> None:
-    """A command that follows a job ends as the job did.
+    """End the command that follows a job as the job ended.
 
     Raises:
-        JobFailedError: It was not done; with its exit code.
+        JobFailedError: The job has not succeeded; with its exit code.
     """
     match job.status:
         case "SUCCEEDED":
@@ -285,7 +285,7 @@ def end_as(job: JobFacts) -> None:
 
 
 def reason(text: str) -> str:
-    """The last line of what a server says of itself, out of JSON and tracebacks."""
+    """The last line of a server's error message, taken out of JSON and tracebacks."""
     with contextlib.suppress(ValueError, LookupError, TypeError):  # not the JSON of a dashboard
         text = str(json.loads(text.partition(": ")[2].rstrip("."))["msg"])
     lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip(" .")]
@@ -335,8 +335,8 @@ def first_error(log: str) -> list[str]:
 
     A worker's error is followed by those it brings about elsewhere: the ranks that lost it, Ray's own
     wrappers.  So the first traceback with a frame of ours in it is the one to read: its innermost frames
-    of ours, and the line that says what was wrong.  One after which workers or driver were started again is
-    not what the job has failed of, unless nothing was said since.
+    of ours, and the line that says what was wrong.  Errors before the last restart of workers or driver are
+    not why the job has failed, unless none came after it.
     """
     lines = [COLOUR.sub("", line) for line in log.splitlines()]
     mended = max((number for number, line in enumerate(lines, 1) if AGAIN.search(line)), default=0)
@@ -344,7 +344,7 @@ def first_error(log: str) -> list[str]:
 
 
 def error_in(lines: list[str]) -> list[str]:
-    """The same, of lines of which none is to be passed over; each process has lines of its own."""
+    """The first error in these lines; the tracebacks of each process are read separately."""
     said: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines):
         found = PREFIX.match(line)
@@ -365,7 +365,7 @@ def error_in(lines: list[str]) -> list[str]:
 
 
 def told_of(lines: list[str]) -> list[str]:
-    """One traceback in short; nothing if none of it is ours, or if it was never ended."""
+    """One traceback in short; nothing if none of its frames is ours, or if its last line is missing."""
     frames: list[str] = []
     for number, line in enumerate(lines[1:], 1):
         if found := FRAME.match(line):
@@ -376,7 +376,7 @@ def told_of(lines: list[str]) -> list[str]:
                 code = lines[number + 1].strip() if number + 1 < len(lines) else ""
                 frames.append(f"  {place}:{found['line']} in {found['where']}: {code}"[:200])
         elif line.strip() and not line[0].isspace() and not WRAPPED.match(line):
-            # of the lines that are shown, four are others' and one is this
+            # five of MOST_LINES are no frames: this line, and four that others print
             return [line[:500], *frames[-(MOST_LINES - 5) :]] if frames and ERROR.match(line) else []
     return []
 

@@ -10,11 +10,11 @@ from workflows.run_spec import RunSpec
 
 
 def refuse_local(spec: RunSpec | PairsSpec) -> None:
-    """Say so here, where it costs nothing, if a job would not find what it is to read.
+    """Refuse inputs that a job would not find: here that costs nothing.
 
     Raises:
-        ConfigError: A path beside the folder that the user stands in, which no node has; or data would be
-            prepared into the folder of the job, which is deleted with it.
+        ConfigError: A path is relative to the user's folder, which no node has; or data would be prepared
+            into the folder of the job, which is deleted with it.
     """
     pairs = spec if isinstance(spec, PairsSpec) else None if spec.shapes else spec.pairs
     if pairs is not None and not same_everywhere(pairs.destination):
@@ -29,11 +29,11 @@ def refuse_local(spec: RunSpec | PairsSpec) -> None:
 
 
 def read_by(spec: RunSpec) -> Iterator[tuple[str, str]]:
-    """Files and bundles that a run is told of, after the place where it is told; not its own stages."""
+    """(field, path) of every file and bundle that a run names; not of its own stages."""
     own = {stage.name for stage in spec.stages}
     for stage in spec.stages:
         for role, parent in stage.parents.items():
-            if parent not in own and ("/" in parent or Path(parent).exists()):  # or the run has one of before
+            if parent not in own and ("/" in parent or Path(parent).exists()):  # else one made before
                 yield f"stages.{stage.name}.parents.{role}", parent
         for field, file in stage.stage.files.items():
             yield f"stages.{stage.name}.stage.{field}", file
@@ -42,7 +42,7 @@ def read_by(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 
 def path_of(judge: str) -> str:
-    """The path or the address in the name of a CLIP; of MODEL/TAG there is none."""
+    """The path or the address in the name of a CLIP; empty for MODEL/TAG."""
     if "://" in judge:
         return judge
     _, separator, file = judge.partition(":")
@@ -50,7 +50,7 @@ def path_of(judge: str) -> str:
 
 
 def refuse_here(place: str, path: str) -> None:
-    """Of a path or an address that stands at this place.
+    """Refuse a relative path; `place` is the field that names it.
 
     Raises:
         ConfigError: It means something else, or nothing, on a node.

@@ -35,7 +35,7 @@ def described(path: Path) -> dict[str, Any]:
 def verified(path: Path) -> dict[str, Any]:
     """Every byte compared with the manifest, every spec read strictly, also those of nested bundles.
 
-    Prepared data are judged by what is listed: the next may be made beside them.
+    Of prepared data only the listed files are checked: the next data may be in the making beside them.
 
     Raises:
         sealed.SealError: Something is missing, changed, not listed or refused; it is named.
@@ -74,7 +74,7 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def kind_of(path: Path) -> str:
-    """Which of our directories it is, by the files in it."""
+    """Which kind of directory of ours it is, by the files in it."""
     for name, kind in (("cascade.json", "cascade"), ("spec.json", "bundle"), ("state.json", "checkpoint")):
         if (path / name).exists():
             return kind

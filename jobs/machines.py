@@ -1,4 +1,4 @@
-"""What a machine says of itself: its GPU, its disk, its clock; on a cluster every node is asked."""
+"""The state of a machine: its GPU, its disk, its clock; on a cluster every node is asked."""
 
 import sys
 import tempfile
@@ -31,13 +31,13 @@ class Finding(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a node has said."""
+    """What a node reports."""
 
     gpu: list[Finding]
     scratch: str
-    """Its directory for what is made or fetched there."""
+    """Its directory for files that are made or fetched there."""
     free: int
-    """Bytes free on the disk of that."""
+    """Bytes free on the disk of `scratch`."""
     skew_s: float = 0.0
     """How far its clock is ahead of ours."""
 
@@ -92,7 +92,7 @@ def gpu() -> Iterator[Finding]:
 
 
 def seen_everywhere() -> dict[str, Seen | str]:
-    """Every node of the Ray that this process has joined, or why one has said nothing."""
+    """Node -> its report, or why there is none, of the Ray that this process has joined."""
     import ray  # noqa: PLC0415 seconds, and for a cluster alone
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
@@ -122,8 +122,8 @@ def told_of(name: str, seen: Seen | str, scratch_bytes: int) -> Iterator[Finding
 
     Args:
         name: Of the node.
-        seen: What it has said, or why it has not.
-        scratch_bytes: What a run would write to its disk at most; 0: nobody has said.
+        seen: Its report, or why there is none.
+        scratch_bytes: What a run would write to its disk at most; 0: unknown.
     """
     if isinstance(seen, str):
         yield Finding("nodes", "fail", f"{name} says nothing of itself: {seen:.200}", RESTART)
@@ -145,7 +145,7 @@ def room(says: str, free: int, needed: int) -> Finding:
 
 
 def skewed(name: str, skew_s: float) -> Finding:
-    """Whether a clock goes with ours."""
+    """Whether a clock agrees with ours."""
     off = abs(skew_s)
     state: State = "fail" if off > SKEW_FAIL_S else "warn" if off > SKEW_WARN_S else "ok"
     fix = "" if state == "ok" else "let both follow a time server (chrony, systemd-timesyncd)"

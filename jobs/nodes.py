@@ -18,7 +18,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 class Node(NamedTuple):
-    """What a node has in all."""
+    """A node and all its resources, in use or not."""
 
     name: str
     cpus: float
@@ -28,7 +28,7 @@ class Node(NamedTuple):
 
 
 class NodeGroup(Spec):
-    """Nodes alike that a cluster starts when they are asked for."""
+    """Identical nodes that a cluster starts on demand."""
 
     name: str
     count: int = Field(ge=0)
@@ -39,7 +39,7 @@ class NodeGroup(Spec):
     labels: dict[str, str] = Field(default_factory=dict)
 
     def nodes(self) -> list[Node]:
-        """All that there may be."""
+        """All nodes that the group may grow to."""
         return [
             Node(f"{self.name}-{number}", self.cpus, self.gpus, self.memory_bytes, self.labels)
             for number in range(self.count)
@@ -69,11 +69,11 @@ def nodes_of() -> list[Node]:
 
 
 def available_memory(own_group: Path = cpus.OWN_GROUP, root: Path = cpus.CGROUPS) -> int:
-    """Bytes that can be taken without swapping, here and in this container.
+    """Bytes of memory that are available without swapping, within the limits of this container.
 
     Args:
         own_group: Where the kernel says which control group the process is in.
-        root: Where it shows the groups, of version 2 or 1.
+        root: Where the kernel lists control groups, of version 2 or 1.
     """
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     found = [int(lines["MemAvailable"].split()[0]) * 1024]
@@ -84,16 +84,16 @@ def available_memory(own_group: Path = cpus.OWN_GROUP, root: Path = cpus.CGROUPS
 
 
 def left_in(group: Path, limit: str, used: str, cached: str) -> list[int]:
-    """Bytes that a control group may still take, with those of files that the kernel gives up first.
+    """Bytes that a control group may still take, its inactive page cache included, which is freed first.
 
     Args:
         group: Its directory.
         limit: Name of the file with its limit.
         used: Name of the file with what it has taken.
-        cached: Name of the line of its memory.stat.
+        cached: Name of the line in its memory.stat with that page cache.
 
     Returns:
-        One number; none where there is no such group, or no limit to it.
+        A list of one number; empty if there is no such group, or no limit to it.
     """
     most, taken = cpus.text_of(group / limit), cpus.text_of(group / used)
     if not (most.isdigit() and taken.isdigit()):  # "max"
@@ -131,7 +131,7 @@ def seen_from_outside(address: str) -> list[Node]:
 
 
 def node_of(name: str, resources: Mapping[str, Any], labels: Mapping[str, str]) -> Node:
-    """A node from Ray's words for it."""
+    """A node, from what Ray reports of it."""
     return Node(
         name,
         float(resources.get("CPU", 0)),
@@ -142,7 +142,7 @@ def node_of(name: str, resources: Mapping[str, Any], labels: Mapping[str, str]) 
 
 
 def grown(alive: Sequence[Node]) -> list[Node]:
-    """The nodes that are there, or those that the cluster's groups come to where it starts them on demand."""
+    """The nodes alive, or all that the cluster's groups may grow to if it starts nodes on demand."""
     groups = environment.node_groups()
     if not groups:
         return list(alive)
@@ -151,9 +151,9 @@ def grown(alive: Sequence[Node]) -> list[Node]:
 
 
 def unstarted(nodes: Sequence[Node]) -> bool:
-    """Whether none of them computes: a cluster that starts nodes on demand has a head alone at first.
+    """Whether no node has CPUs: a cluster that starts nodes on demand has a head alone at first.
 
-    What it will come to is in DDIFF_NODE_GROUPS of its pods, and not told from outside.
+    What it may grow to is in DDIFF_NODE_GROUPS of its pods, which cannot be seen from outside.
     """
     return not any(node.cpus for node in nodes)
 
@@ -208,7 +208,7 @@ def node_text(node: Node) -> str:
 
 
 def shown(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels that tell nodes apart for people; Ray gives every node its number as one."""
+    """Labels worth showing: without the node id, which Ray adds to every node."""
     return {name: value for name, value in labels.items() if name not in ("ray.io/node-id",)}
 
 

@@ -18,9 +18,9 @@ PROCESS_BYTES = 1_220_000_000
 """Of a worker before it has a model: Python, torch, Ray.  Measured on four stages of the smoke and the
 demo recipe: 1.10e9 to 1.22e9 bytes resident beside what workflows.estimate adds up (torch 2.15, CPU)."""
 READER_CPUS = 0.25
-"""Of a task that reads; stages that hold all CPUs would wait for it for ever."""
+"""CPUs of a task that reads data; stages that hold all CPUs would wait for it for ever."""
 PREPARED_SHARE = 0.8
-"""Prepared bytes for a byte of the embedded world's tars; measured: 0.80 of 240 and of 400 pairs."""
+"""Prepared bytes per byte of the embedded world's tars; measured: 0.80 for 240 and for 400 pairs."""
 
 
 class PlanError(ValueError):
@@ -38,23 +38,23 @@ class StagePlan(NamedTuple):
 
     @property
     def memory_bytes(self) -> int:
-        """Of the machine, for one worker."""
+        """Memory of the machine that one worker needs."""
         inside = self.need.bundle + self.need.frozen if self.gpu else self.need.total
         return PROCESS_BYTES + inside
 
     @property
     def gpu_bytes(self) -> int:
-        """Of its GPU."""
+        """Memory of a GPU that one worker needs."""
         return self.need.total_on_gpu if self.gpu else 0
 
     @property
     def reserved_bytes(self) -> int:
-        """Of the machine, as Ray is asked for it; at least what is needed."""
+        """Memory of the machine that Ray reserves for one worker; at least what it needs."""
         return max(self.memory_bytes, round((self.spec.resources.memory_gib or 0) * 2**30))
 
     @property
     def scratch_bytes(self) -> int:
-        """On the disk of a node where its workers are and its run is in a store, at most.
+        """Most disk that its workers use on a node if the run is in a store.
 
         The checkpoint that it resumes from, the one that is being written, parents, and its bundle.
         """
@@ -94,13 +94,13 @@ class Plan(NamedTuple):
     free: int | None
     """Bytes free for it; None: a store, or a directory of other machines, which do not say."""
     standing: Mapping[str, Standing] = MappingProxyType({})
-    """How far each stage is; empty if nobody has looked."""
+    """How far each stage is; empty if that was not looked up."""
 
     @property
     def scratch_bytes(self) -> int:
-        """On the disk of one node at most, of a run in a store; see workflows.storage.
+        """Most disk that a run in a store uses on one node; see workflows.storage.
 
-        Of the stages that may train on it at a time, and every bundle that was fetched before.
+        That of the stages that may train there at once, and of every bundle that was fetched before.
         """
         if not is_address(self.run):
             return 0
@@ -134,7 +134,7 @@ def plan_of(
         spec: The run.
         nodes: Where it would run; none if that is not known yet.
         run: Its directory, or its address in a store.
-        standing: How far each stage is, if somebody has looked.
+        standing: How far each stage is, if that was looked up.
 
     Raises:
         ValueError: A parent is missing or does not fit.
@@ -171,7 +171,7 @@ def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node], *, at_once: i
 
 
 def data_bytes(spec: ShapesSpec) -> int:
-    """Raw tars of the embedded world and what is prepared of them, from eight of its pairs.
+    """Bytes of the embedded world's tars and of the data prepared from them, estimated from eight pairs.
 
     A tar rounds each member up to 512 bytes and gives it a header as long.
     """
@@ -181,7 +181,7 @@ def data_bytes(spec: ShapesSpec) -> int:
 
 
 def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
-    """Of the images by each CLIP, once for each size that is embedded, in float32."""
+    """Bytes of the image embeddings: of each CLIP, once for each image size, in float32."""
     told = {
         (stage.parents.get(by.role), by.size): by.width for stage in stages if (by := stage.stage.embedded_by)
     }
@@ -189,7 +189,7 @@ def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
 
 
 def written(spec: RunSpec, stays: Set[str] = frozenset()) -> list[str]:
-    """Where in its directory a run writes what the plan counts; but for stages whose old training stays."""
+    """Paths within a run of what the plan counts, but for stages whose old training is kept aside."""
     own = [stage.name for stage in spec.stages if stage.name not in stays]
     names = [f"{name}/{part}" for name in own for part in ("checkpoints", "bundle")]
     names += [f"cascade/{stage.name}" for stage in spec.stages]
@@ -200,7 +200,7 @@ def written(spec: RunSpec, stays: Set[str] = frozenset()) -> list[str]:
 
 
 def taken(directory: Path, names: Sequence[str]) -> int:
-    """Bytes that the run has written there before: they are among those it needs."""
+    """Bytes that the run has written there before: the plan counts them too."""
     files = [path for name in names for path in (directory / name).rglob("*")]
     return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
@@ -256,7 +256,7 @@ def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def groups(plans: Sequence[StagePlan], at_once: int) -> Iterator[tuple[StagePlan, ...]]:
-    """Every so many stages that may train side by side: none stands on another, however far below."""
+    """Every set of 2 to at_once stages that may train side by side: none is an ancestor of another."""
     below: dict[str, set[str]] = {}
     for plan in plans:  # parents come first
         parents = [name for name in plan.spec.parents.values() if name in below]
@@ -269,9 +269,9 @@ def groups(plans: Sequence[StagePlan], at_once: int) -> Iterator[tuple[StagePlan
 
 
 def group_refusals(plan: Plan) -> Iterator[str]:
-    """Of the stages that may train side by side, those that need most, if they do not fit together.
+    """Why stages that may train side by side do not fit together; told of the set that needs most memory.
 
-    GPUs that do not suffice are no reason: those stages take turns.
+    Too few GPUs are no reason: those stages take turns.
     """
     bad = [group for group in groups(plan.stages, plan.at_once) if not fit_together(group, plan.nodes)]
     if not bad:
@@ -295,7 +295,7 @@ def reserved(group: Sequence[StagePlan]) -> int:
 
 
 def fit_together(group: Sequence[StagePlan], nodes: Sequence[Node]) -> bool:
-    """Whether all workers find room at a time, the largest first, and a reading task after them."""
+    """Whether all workers fit at once, placed largest first, and a reading task after them."""
     if sum(plan.spec.num_workers * plan.gpu for plan in group) > sum(node.gpus for node in nodes):
         return True  # they wait for each other's GPUs
     left = list(nodes)
@@ -311,7 +311,7 @@ def fit_together(group: Sequence[StagePlan], nodes: Sequence[Node]) -> bool:
 
 
 def refuse(plan: Plan) -> None:
-    """Say so if the plan cannot be carried out.
+    """Refuse a plan that cannot be carried out.
 
     Raises:
         PlanError: Every reason, with its arithmetic.
@@ -342,7 +342,7 @@ def stage_facts(plan: StagePlan) -> dict[str, Any]:
 
 
 def standing_facts(standing: Standing | None) -> dict[str, Any]:
-    """How far a stage is, for programs; nothing if nobody has looked."""
+    """How far a stage is, for programs; empty if that was not looked up."""
     if standing is None:
         return {}
     return {"standing": standing.word, "step": standing.step, "because": list(standing.because)}
@@ -373,7 +373,7 @@ def told(plan: Plan) -> str:
 
 
 def together_told(plan: Plan) -> list[str]:
-    """What the largest of the groups takes that may train side by side."""
+    """A line on the largest set of stages that may train side by side, if there is one."""
     most = max(groups(plan.stages, plan.at_once), key=reserved, default=())
     names = " and ".join(one.spec.name for one in most)
     return [f"at once: {plan.at_once} stages, at most {amount(reserved(most))} ({names})"] if most else []

@@ -25,7 +25,7 @@ from workflows.prepare import Prepared, census_of, located_or_done, prepare_pair
 from workflows.shape_shards import ShapesSpec, write_shards
 
 COUNTED = ("kept", "rejected", "rejects", "first_rejects", "damaged_shards")
-"""What a check and a preparation say of a source."""
+"""Facts of a source that both a check and a preparation report."""
 
 
 def write_shapes(out: Path, *, pairs: int, seed: int, image_format: Literal["png", "jpg"]) -> dict[str, Any]:
@@ -49,13 +49,13 @@ def sides(text: str) -> tuple[int, ...]:
 
 def prepare_shards(spec: PairsSpec, *, verbose: bool) -> dict[str, Any]:
     """The Ray Data job, and what came out of it."""
-    located_or_done(spec)  # a wrong address is said before Ray is started
+    located_or_done(spec)  # a wrong address is reported before Ray is started
     with ray_cluster(verbose=verbose):
         return summary(prepare_pairs(spec))
 
 
 def summary(done: Prepared) -> dict[str, Any]:
-    """What came out of a preparation; what befell pairs that were kept is said if it befell any."""
+    """What came out of a preparation; with counts of pairs held out, enlarged or cut in caption, if not 0."""
     said = {"first_rejects": {}} | {name: done.facts[name] for name in COUNTED if name in done.facts}
     said |= {name: done.facts[name] for name in ("held_out", ENLARGED, CAPTIONS_CUT) if done.facts.get(name)}
     return {"out": done.home.address, "digest": done.digest} | said
@@ -69,7 +69,7 @@ def check_shards(
     Raises:
         ValueError: `caption` is neither txt nor json:key.
         MissingShardError: A name leads nowhere.
-        TooManyRejectsError: More are rejected, or more shards give nothing, than allowed; or all.
+        TooManyRejectsError: More samples are rejected, or more shards unreadable, than allowed; or all.
     """
     spec = PairsSpec(
         shards=tuple(shards),
@@ -121,7 +121,7 @@ def stats_of(directory: str) -> dict[str, Any]:
 
 
 def captions_of(url: str) -> list[str]:
-    """Of every usable pair of a prepared file, those held out among them.
+    """Captions of every usable pair of a prepared file, those held out among them.
 
     Raises:
         DataError: The file is gone or damaged.

@@ -19,7 +19,7 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
 
     Raises:
         PromotionError: The candidate is not better, has never been judged, or was judged in another way.
-        ValueError: Nobody can judge it.
+        ValueError: There is no judge for it.
         DeployError: The endpoint serves another cascade, or not all pictures came.
     """
     models = registry(split(wanted)[0])

@@ -2,13 +2,13 @@
 
     prompt, negative_prompt, label, seed    what was asked for; what was not said is left out
     cascade                                 digest of what painted it
-    how                                     JSON: how each hop that worked was sampled, in their order
+    how                                     JSON: how each hop that ran was sampled, in order
     edit                                    JSON: what was done to given pictures
     pictures                                JSON: sha256 of their files, by option
     precision                               of the networks that paint; a PNG without it is of float32
-    made_with                               versions and device; others may end in other last bits
+    made_with                               versions and device; with others the last bits may differ
 
-An endpoint writes the same words; it takes no pictures.
+An endpoint writes the same but edit, pictures (it takes none) and made_with.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Told(NamedTuple):
 
 
 def facts_of(order: Order, device: torch.device) -> dict[str, str]:
-    """What an order says that decides its pictures, but for the seed and how the hops are sampled."""
+    """All of an order that decides its pictures, but for the seed and how the hops are sampled."""
     usual = type(order)("")
     half = dtype_of(device, order.precision) == torch.bfloat16
     facts = {"prompt": order.prompt, "made_with": here(device), "precision": "bf16" if half else "fp32"}
@@ -71,7 +71,7 @@ def facts_of(order: Order, device: torch.device) -> dict[str, str]:
 
 
 def here(device: torch.device) -> str:
-    """What paints here."""
+    """Versions and device that paint here."""
     return f"ddiff {version('ddiff')}, torch {version('torch')}, {device.type}"
 
 
@@ -112,7 +112,7 @@ def told_by(picture: Path) -> Told:
         pictures = dict(json.loads(text.get("pictures", "{}")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{picture}: its text is damaged: {' '.join(str(error).split())}") from None
-    asked["precision"] = text.get("precision", "fp32") or "fp32"  # nothing in it was told one
+    asked["precision"] = text.get("precision", "fp32") or "fp32"  # empty: no hop takes a precision
     if asked["precision"] not in ("bf16", "fp32"):
         raise ValueError(
             f"{picture}: its hops computed in {asked['precision']} precision, and here all do in bf16 or fp32"

@@ -19,7 +19,7 @@ JUMP = SamplingSpec(sampler="consistency", num_steps=1, guidance_scale=1.0)
 LATENT = SamplingSpec(sampler="ddim", num_steps=200, eta=1.0, spacing="ldm_plus_one", guidance_scale=1.0)
 
 STABLE = {"sd1": 7.5, "sd2-base": 9.0, "sd2": 9.0}
-"""Guidance of what hears captions, in 50 steps of DDIM: as the scripts beside the published code ask."""
+"""Guidance scale of Stable Diffusion, in 50 steps of DDIM: as in the scripts beside the published code."""
 CLASSIFIERS = {
     "adm-imagenet64": ("adm-classifier64", 1.0),
     "adm-imagenet128": ("adm-classifier128", 0.5),
@@ -33,9 +33,9 @@ UPSAMPLERS = {
     "adm-imagenet128": "adm-upsampler-128-512",
     "improved-imagenet64-cond": "improved-upsampler-64-256",
 }
-"""Base -> what enlarges its pictures four times."""
+"""Base -> the upsampler that enlarges its pictures four times."""
 CONTEXT = 77
-"""Tokens of a caption; most of these hear nothing of it."""
+"""Tokens of a caption; most of these models take no caption."""
 
 
 def cascade_of(
@@ -49,17 +49,17 @@ def cascade_of(
     """A base that paints from noise, sampled as published.
 
     Args:
-        source: Under which name it was imported.
+        source: The name under which it was imported.
         stage: The base.
         name: Of the base in the cascade.
-        led: By the classifier of `CLASSIFIERS`, stage "classifier".
+        led: Whether the classifier of `CLASSIFIERS` leads it, as stage "classifier".
         enlarged: The stage "upsampler" behind it; None: there is none.
     """
     how, guides = sampling_of(source, stage), dict[Role, str]()
     if led:
         how = how.but(gradient=GradientSpec(classes=CLASSIFIERS[source][1]))
         guides["classifier"] = "classifier"
-    follows = how.takes_any_steps() or source in STABLE  # of which steps that do not divide 1000 are refused
+    follows = how.takes_any_steps() or source in STABLE  # the latter refuse steps that do not divide 1000
     hops = [HopSpec(stage=name, how=how, guides=guides, follows_request=follows)]
     if enlarged is not None:
         hops.append(HopSpec(stage="upsampler", how=ANCESTRAL))
@@ -68,7 +68,7 @@ def cascade_of(
 
 
 def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec:
-    """How its authors drew its pictures."""
+    """How the authors of a source sampled it."""
     if isinstance(stage, ConsistencySpec):
         return JUMP
     if source in STABLE:
@@ -91,7 +91,7 @@ def filling(cascade: CascadeSpec) -> CascadeSpec:
 
 
 def led_by_clip(cascade: CascadeSpec) -> CascadeSpec:
-    """GLIDE's cascade, its base led by the noised CLIP, stage "noised_clip", in place of guiding itself.
+    """GLIDE's cascade, its base led by the noised CLIP (stage "noised_clip"), without guiding itself.
 
     Source: Nichol et al. 2022 (arXiv:2112.10741), section 2.4; weight 3: the published notebook (the paper's
     raters liked 2 best).

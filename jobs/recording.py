@@ -1,7 +1,7 @@
 """`ddiff eval --record`: scores of an endpoint, kept where the cascade that it serves is known.
 
-<run>/evaluation/             pictures and verdicts, where it was asked what the run itself asks
-<run>/evaluation-1a2b3c4d/    or by the digest of other questions; scores.json in both
+<run>/evaluation/             pictures and verdicts, if the questions are those of the run itself
+<run>/evaluation-1a2b3c4d/    of other questions, by their digest; scores.json in both
 """
 
 import json
@@ -20,18 +20,18 @@ from workflows.storage import Home
 
 log = logging.getLogger(__name__)
 CASCADE = "/cascade"
-"""Where a run keeps it, within its directory."""
+"""Where a run keeps its cascade, within its directory."""
 
 
 def judge_and_record(url: str, way: Way) -> dict[str, Any]:
-    """The scores of whatever is served there, written down where the cascade is known by its digest.
+    """Judge whatever is served at a URL, and record the scores wherever its cascade is known by its digest.
 
-    That is with every version of it in MLflow, and with the run that made it, in MLflow and in its directory;
-    scores of which pictures are missing in the directory alone.  A cascade of a user's own data is judged by
-    these, as its run is.
+    That is every version of it in MLflow, and the run that made it, in MLflow and in its directory; scores
+    with pictures missing go to the directory alone.  A cascade of a user's own data is judged on these data,
+    as its run is.
 
     Raises:
-        EndpointError: No cascade of ours answers there; nobody has been judged.
+        EndpointError: No cascade of ours answers there; nothing has been judged.
         RegistryError: MLflow does not answer; if it did before the judging, the scores are in the run's
             directory.
         The errors of judge_endpoint.
@@ -65,7 +65,7 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
 
 
 def suited(way: Way, tags: Mapping[str, str]) -> Way:
-    """How a version with these tags is judged: by the data of its own run, where the oracle knows nothing."""
+    """How a version with these tags is judged: as asked, or on its run's data if the oracle cannot judge."""
     said = way_in(tags)
     if way.by == "clip" or said.by == "oracle":
         return way
@@ -89,6 +89,6 @@ def served(url: str) -> str:
 
 
 def run_of(version: Version) -> Home | None:
-    """The directory of the run that made a version; None if it is of another place."""
+    """The directory of the run that made a version; None if its address is not within a run."""
     address = version.address.rstrip("/")
     return Home.of(address.removesuffix(CASCADE)) if address.endswith(CASCADE) else None

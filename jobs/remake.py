@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Way(NamedTuple):
-    """The rest of a cascade, from the hop that paints from noise on, and what it begins with."""
+    """The rest of a cascade, from the hop that paints from noise on, and the state that it begins with."""
 
     first: int
-    """Of the hops of the cascade; those before it are left out: the picture's embedding takes their place."""
+    """Index of its first hop in the cascade; the picture's embedding takes the place of those before."""
     state: CascadeState
     how: list[SamplingSpec]
 
@@ -32,7 +32,7 @@ def asked_for(order: Order) -> bool:
 
 
 def refuse(order: Order) -> None:
-    """What cannot be asked for together.
+    """Refuse options that cannot go together.
 
     Raises:
         ValueError: With what to do about it.
@@ -76,7 +76,7 @@ def refuse(order: Order) -> None:
 def specs_of(cascade: Cascade, order: Order) -> list[HopSpec]:
     """The hops of a cascade as an order changes them.
 
-    A picture that is varied or mixed is encoded and painted at scale 1, unless the order says another.
+    A picture that is varied or mixed is encoded and painted at guidance scale 1, unless the order sets one.
     """
     specs, first = list(cascade.spec.hops), encoder_of(cascade)
     if first is not None and (order.vary is not None or order.between is not None):
@@ -85,7 +85,7 @@ def specs_of(cascade: Cascade, order: Order) -> list[HopSpec]:
 
 
 def final(cascade: Cascade, order: Order, how: Sequence[SamplingSpec]) -> list[SamplingSpec | None]:
-    """How each hop is sampled in the end; None: the picture's code takes its place."""
+    """How each hop is finally sampled; None: the picture's code takes its place."""
     first = encoder_of(cascade)
     if first is None or not asked_for(order):
         return list(how)
@@ -93,7 +93,7 @@ def final(cascade: Cascade, order: Order, how: Sequence[SamplingSpec]) -> list[S
 
 
 def encoder_of(cascade: Cascade) -> int | None:
-    """Which hop paints from noise alone, the first that does."""
+    """Index of the first hop that paints from noise alone; None if there is none."""
     return next((at for at, hop in enumerate(cascade.hops) if isinstance(hop, Encoder)), None)
 
 
@@ -104,17 +104,17 @@ def way(
     how: list[SamplingSpec],
     other: Float[Tensor, " 1 3 h w"] | None,
 ) -> Way:
-    """How an order is painted that remakes a picture; the pictures are encoded here.
+    """How an order that remakes a picture is painted; the pictures are encoded here.
 
     Args:
         cascade: What paints.
-        order: One that `asked_for` is true of.
+        order: One for which `asked_for` is true.
         asked: The prompt, and the picture as `known`.
         how: How each hop is sampled.
         other: The second picture, if there is one.
 
     Raises:
-        ValueError: No hop of the cascade can encode a picture, or none is told embeddings.
+        ValueError: No hop of the cascade can encode a picture, or, for --instead-of, it takes no embedding.
     """
     first = encoder_of(cascade)
     if first is None:

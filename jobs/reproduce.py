@@ -24,11 +24,11 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
         given: The pictures that it was made from, by field of an order.
 
     Returns:
-        What it was painted from.
+        The seed and the cascade that it was painted with.
 
     Raises:
-        ValueError: Its text says too little, or speaks of another cascade or of other pictures; or what is
-            painted now is another picture, and it is said how different.
+        ValueError: Its text says too little, or names another cascade or other pictures; or the picture
+            painted now differs, and the message says how much.
         sealed.SealError: The cascade is damaged or unfinished.
     """
     told = told_by(picture)
@@ -61,7 +61,7 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
 
 
 def refuse_other_pictures(told: Told, given: Mapping[str, Path]) -> None:
-    """Raises ValueError unless these are the pictures that one was made from."""
+    """Raises ValueError unless the given pictures are those that the PNG was made from."""
     for name in PICTURES:
         wanted, path = told.pictures.get(name), given.get(name)
         if wanted is not None and path is None:

@@ -1,7 +1,7 @@
 """`ddiff deploy`: a registered cascade onto the Serve of a cluster, and back again.
 
 <storage>/cascades/<digest>/           what was ever deployed, never changed
-<storage>/code/<digest>.zip            the ddiff that serves it: what deployed it, not what the nodes have
+<storage>/code/<digest>.zip            the ddiff that serves it: the one that deployed it, not the nodes' own
 <storage>/deployments/<name>-<12>.yaml  its config; deploying the former one is the way back
 """
 
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
 POLL_S, SILENT_S = 0.5, 60.0
-"""How often a cluster is asked how far it is, and how long it may not answer."""
+"""How often a cluster is asked for its progress, and how long it may leave that unanswered."""
 ANSWER_S = 30.0
-"""For the endpoint to answer us once Serve runs the cascade; it may be out of our reach."""
+"""How long the endpoint may take to answer us once Serve runs the cascade; it may be out of our reach."""
 
 
 class DeployError(RuntimeError):
-    """The cascade is not on the air; what was there before is, unless the message says otherwise."""
+    """The cascade is not served; what was served before still is, unless the message says otherwise."""
 
 
 class UnheardError(DeployError):
-    """Nobody knows whether it is on the air, and nothing has been put back."""
+    """The cluster has fallen silent: the cascade may be served or not, and nothing has been put back."""
 
 
 class Config(NamedTuple):
@@ -55,7 +55,7 @@ class Config(NamedTuple):
     about: str = ""
     """Where it comes from, for people."""
     version: Version | None = None
-    """Of the registry, if what the config names may not be at its address yet."""
+    """In the registry, to be published; None: what the config names is at its address already."""
 
     @property
     def spec(self) -> ServeSpec:
@@ -64,7 +64,7 @@ class Config(NamedTuple):
 
     @property
     def args(self) -> dict[str, Any]:
-        """The same as they were told, perhaps by another ddiff."""
+        """The same fields as they were written, perhaps by another ddiff."""
         return dict(self.fields["applications"][0]["args"])
 
     @property
@@ -79,17 +79,17 @@ class Config(NamedTuple):
 
 
 def resolved(wanted: str, changes: Sequence[str] = (), where: str = "") -> Config:
-    """The config for NAME@ALIAS as the registry knows it now: from here on an address and a digest.
+    """The config for NAME@ALIAS as the registry knows it now: it has an address and a digest, no alias.
 
-    Nothing is changed anywhere; `publish` puts what it names where it says.
+    Nothing is changed anywhere; `publish` puts cascade and code at the addresses that it names.
 
     Args:
         wanted: NAME@ALIAS, or NAME for its current version.
         changes: Of the fields of serve.spec.ServeSpec, such as `hops.base.num_gpus=1`.
-        where: The dashboard of the cluster that is to serve it; empty: nobody knows yet.
+        where: The dashboard of the cluster that is to serve it; empty: not known yet.
 
     Raises:
-        RegistryError: There is none.
+        RegistryError: There is no such version.
         ConfigError: A change is refused, or the cluster could not see where cascades are kept.
     """
     storage = environment.runs()
@@ -116,7 +116,7 @@ def serve_fields(spec: ServeSpec, code_at: str = "") -> dict[str, Any]:
 
 
 def fields_round(args: dict[str, Any], code_at: str) -> dict[str, Any]:
-    """The same of the fields of our application, which may be those of another ddiff."""
+    """The same around these fields of our application, which may be those of another ddiff."""
     usual = ServeSpec.model_fields
     door = {name: args.get(name, usual[name].default) for name in ("host", "port")}
     return {
@@ -139,7 +139,7 @@ def written_before(file: str) -> Config:
     """A config as `ddiff deploy` wrote it, in a file or at an address.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is no such config.
     """
     config = Config(fetched(file) if in_a_store(file) else loaded(Path(file)))
     try:
@@ -185,7 +185,7 @@ def registry(name: str) -> Registry:
 
 
 def publish(config: Config) -> str:
-    """Have what a config names where it says, and the config itself kept; its address.
+    """Put cascade and code where a config says they are, and keep the config; return its address.
 
     Raises:
         SealError: What lies at the address of the version is no longer what was registered.
@@ -216,14 +216,14 @@ def kept(config: Config, storage: str) -> str:
 
 
 def deploy(config: Config, address: str) -> dict[str, Any]:
-    """Put a config on the air and wait until its cascade answers.
+    """Deploy a config and wait until its cascade answers.
 
-    What was on the air answers until the new replicas have drawn an image, and is put back where they do not
-    come to it: Serve replaces hop by hop, and some of the new ones may be there.  Other applications stay.
-    Where the cluster falls silent nothing is put back: the new one may be on the air.
+    What was served before answers until the new replicas have drawn an image, and is put back if they fail:
+    Serve replaces hop by hop, so some of the new ones may run by then.  Other applications stay.  If the
+    cluster falls silent nothing is put back: the new cascade may be served.
 
     Args:
-        config: What.
+        config: What to deploy.
         address: Of the cluster's dashboard.
 
     Raises:
@@ -258,7 +258,7 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
 
 
 def renewed(config: Config) -> Config:
-    """The same, and another to Serve, which starts nothing anew that has failed as often as it may."""
+    """The same config, made to look new to Serve, which does not retry one that has failed for good."""
     ours, *others = config.fields["applications"]
     around = ours.get("runtime_env", {})
     around = around | {"env_vars": around.get("env_vars", {}) | {"DDIFF_ATTEMPT": uuid.uuid4().hex}}
@@ -266,7 +266,7 @@ def renewed(config: Config) -> Config:
 
 
 def put_back(dashboard: Dashboard, former: Config) -> None:
-    """On the air again; whether it comes is not waited for."""
+    """Deploy the former config again, without waiting until it runs."""
     try:
         dashboard.put(SERVE, beside_others(former, dashboard.get(SERVE)))
     except DashboardError as error:
@@ -278,7 +278,7 @@ def put_back(dashboard: Dashboard, former: Config) -> None:
 def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config with the applications of others: Serve deletes what a config does not list.
 
-    Those that no config has deployed, and those that are being deleted, have none and are left alone.
+    Applications deployed without a config, or being deleted, have no fields to list and are left alone.
     """
     others = [
         found["deployed_app_config"]
@@ -289,7 +289,7 @@ def beside_others(config: Config, details: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_door(details: dict[str, Any], spec: ServeSpec) -> None:
-    """A Serve that runs keeps the address it was started with; another one would be waited for in vain."""
+    """Refuse another address than that of a running Serve, which keeps it: the wait would be in vain."""
     http = details.get("http_options") or {}
     running = (http.get("host"), http.get("port"))
     if details.get("applications") and running != (spec.host, spec.port):
@@ -300,7 +300,7 @@ def same_door(details: dict[str, Any], spec: ServeSpec) -> None:
 
 
 def on_air(details: dict[str, Any]) -> Config | None:
-    """What Serve runs now, if it is ours; its fields as they are, for another ddiff may have told them."""
+    """What Serve runs now, if it is ours; its fields unchanged, since another ddiff may have written them."""
     ours = details.get("applications", {}).get(app.APPLICATION, {}).get("deployed_app_config")
     if not ours or not ours.get("args", {}).get("digest"):
         return None
@@ -309,18 +309,18 @@ def on_air(details: dict[str, Any]) -> Config | None:
 
 
 def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
-    """The address of the endpoint, when Serve runs the cascade and it answers there.
+    """Wait until Serve runs the cascade and its endpoint answers; return the address of the endpoint.
 
-    What Serve says decides: its endpoint may be out of our reach, or another one stand where we look, as
-    where the port of the dashboard alone is forwarded.  Then it is told of and taken for served.
+    What Serve says decides: the endpoint may be out of our reach, or another one may answer where we look, as
+    when only the port of the dashboard is forwarded.  After ANSWER_S that is logged and counts as served.
 
     Args:
         dashboard: Of the cluster.
         spec: What it was told to serve.
-        back: The former config, for who has to go back to it.
+        back: Address of the former config, for the messages; empty: there is none.
 
     Raises:
-        UnheardError: The cluster is no longer heard of.
+        UnheardError: The cluster has not answered for SILENT_S.
         DeployError: It does not come up.
     """
     way = f" (back to the former: ddiff deploy --config {back})" if back else ""
@@ -359,7 +359,7 @@ def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
 
 
 def given_up(ours: dict[str, Any]) -> bool:
-    """Whether Serve tries no more; a replica that died counts as failed until another has taken its place."""
+    """Whether Serve has given up; not if replicas only fail their health check: it replaces those."""
     bad = ("DEPLOY_FAILED", "UNHEALTHY")
     if ours.get("status") not in bad:
         return False
@@ -368,7 +368,7 @@ def given_up(ours: dict[str, Any]) -> bool:
 
 
 def state_of(ours: dict[str, Any], spec: ServeSpec) -> str:
-    """What Serve still has to do; nothing if it runs this very cascade."""
+    """What Serve still has to do; empty if it runs this very cascade."""
     running = (ours.get("deployed_app_config") or {}).get("args", {})
     of = (running.get("digest"), running.get("code", ""), running.get("precision", "auto"))
     if of != (spec.digest, spec.code, spec.precision):
@@ -379,7 +379,7 @@ def state_of(ours: dict[str, Any], spec: ServeSpec) -> str:
 
 
 def endpoint_of(dashboard: str, spec: ServeSpec) -> str:
-    """Where clients reach it; empty if they cannot."""
+    """Where clients reach the endpoint; empty if it is on the loopback of another machine."""
     head = urlsplit(dashboard).hostname or ""
     loopback = {"127.0.0.1", "localhost"}
     if spec.host in loopback and head not in loopback:

@@ -111,14 +111,14 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
 
 
 def take_down(run: Path) -> None:
-    """Stop what an earlier start has left on the air, now that this one may begin, which needs the room."""
+    """Stop the endpoint that an earlier start left running: this start, accepted by now, needs the room."""
     if was := stop_endpoint(run):
         log.info("the endpoint at %s, left by an earlier start, is stopped", was)
 
 
 @contextmanager
 def tracked_run(home: Home) -> Iterator[Tracked]:
-    """The run in MLflow: where, and under which experiment, this environment says; with whose code it is."""
+    """The run in MLflow, on the server and in the experiment of this environment, tagged with its code."""
     uri = tracking_uri() or ""
     with tracked(home, uri=uri, experiment=experiment(), stopped=TOLD_TO_STOP) as tracking:
         tracking.journal.tags(source_tags())
@@ -126,20 +126,20 @@ def tracked_run(home: Home) -> Iterator[Tracked]:
 
 
 class Left(NamedTuple):
-    """What is to be done with a cascade that is made."""
+    """What is left to do with a finished cascade."""
 
     serve: bool
     judge: bool
 
 
 def left_to_do(way: Way, before: dict[str, Any], *, stays: bool, on_cluster: bool) -> Left:
-    """Whether to serve and to judge it.
+    """Whether to serve a finished cascade, and to judge it.
 
     Args:
         way: How it is to be judged.
         before: Its scores by an earlier start; empty: none that count.
         stays: Whether the endpoint is to be left running.
-        on_cluster: Whether Serve is the one of a cluster: what is on the air there stays.
+        on_cluster: Whether Serve is that of a cluster: what it serves there stays.
     """
     judge = way.possible and not before and not on_cluster
     return Left(serve=judge or (stays and not on_cluster), judge=judge)
@@ -148,7 +148,7 @@ def left_to_do(way: Way, before: dict[str, Any], *, stays: bool, on_cluster: boo
 def concluded(
     home: Home, spec: RunSpec, made: RunResult, way: Way, scores: dict[str, Any], journal: Journal
 ) -> dict[str, Any]:
-    """Write down what a run came to, and report what no start before has; returns the facts of summary.json.
+    """Write a run's summary, and its report unless an earlier start has; returns the facts of summary.json.
 
     Raises:
         UnjudgedError: Pictures did not come; everything else is written.
@@ -213,8 +213,8 @@ def bound(spec: RunSpec, plan: Plan) -> RunSpec:
 def as_planned(spec: RunSpec, plan: Plan) -> RunSpec:
     """A run whose stages ask for what the plan found them to need.
 
-    Of nodes that a cluster starts on demand Ray itself knows nothing yet: a stage that leaves its GPU open
-    would be trained without.
+    Ray itself does not know the nodes yet that a cluster starts on demand: a stage that leaves use_gpu open
+    would be trained without a GPU.
     """
     planned = {one.spec.name: one for one in plan.stages}
     stages = []
@@ -244,13 +244,13 @@ def judged_plan(spec: RunSpec, nodes: list[Node]) -> Plan:
 
 
 def only(spec: RunSpec, stage: str) -> RunSpec:
-    """A run as far as one stage goes: that stage, on parents that are there."""
+    """A run of one stage alone, on parents that exist."""
     return spec.model_construct(**(dict(spec) | {"stages": (spec.stage(stage),)}))
 
 
 @contextmanager
 def endpoint(run: Path, cascade: Path, address: Address | None) -> Iterator[str]:
-    """A server for the cascade while inside, and afterwards too if it has an address of its own."""
+    """A server for the cascade while inside; it stays afterwards if an address is given."""
     try:
         yield start_endpoint(run, cascade, address or free_address())
     except BaseException:
@@ -276,7 +276,7 @@ def judged(home: Home, url: str, way: Way) -> dict[str, Any]:
         fresh = home.here / "evaluation.new"
         shutil.rmtree(fresh, ignore_errors=True)
         scores = judge_endpoint(url, way, keep=fresh)
-        home.drop("evaluation")  # of a cascade before
+        home.drop("evaluation")  # of an earlier cascade
         fresh.rename(home.here / "evaluation")
     home.send("evaluation")
     return scores
@@ -285,7 +285,7 @@ def judged(home: Home, url: str, way: Way) -> dict[str, Any]:
 def write_summary(
     home: Home, spec: RunSpec, made: RunResult, way: Way, scores: dict[str, Any]
 ) -> dict[str, Any]:
-    """summary.json, replaced whole: the scores under the name of who judges."""
+    """Replace summary.json as a whole; its scores stand under the name of the judge."""
     facts = {
         "run": spec.name,
         way.by: scores,
@@ -307,7 +307,7 @@ def data_of(home: Home, spec: RunSpec) -> Home:
 
 
 def report(home: Home, spec: RunSpec, journal: Journal, facts: dict[str, Any], way: Way) -> None:
-    """The page, then page and scores to MLflow; the line of the model is the last, see `told_scores`."""
+    """Write the page, then log it and the scores to MLflow; the model's line is last, see `told_scores`."""
     with timed(home, "report", "total"):
         gather(home, spec)
         path = write_report(home.here, prompts=prompts_of(spec))
@@ -325,25 +325,25 @@ def report(home: Home, spec: RunSpec, journal: Journal, facts: dict[str, Any], w
 
 
 def told_scores(journal: Journal, facts: dict[str, Any], way: Way) -> bool:
-    """Whether an earlier start has written all of its report into the journal."""
+    """Whether an earlier start has written all of its report into the journal: the line of the model too."""
     tags = version_tags(facts, way)
     return any(entry.kind == "model" and entry.value["tags"] == tags for entry in entries(journal.path))
 
 
 def version_tags(facts: dict[str, Any], way: Way) -> dict[str, str]:
-    """What a registered version says of itself."""
+    """Tags of a registered version."""
     return {"bundle_sha256": facts["digest"]} | score_tags(way, facts[way.by])
 
 
 def gather_data(home: Home, spec: RunSpec) -> None:
-    """Those parts of prepared data in a store that the page shows, where it looks for them."""
+    """Fetch the parts of prepared data that the page shows, if the data are in a store."""
     data = Home.of(data_of(home, spec).address)
     if data.stored:
         data.fetch(MANIFEST, *last_parts(data, SHOWN))
 
 
 def gather(home: Home, spec: RunSpec) -> None:
-    """Of what lies in a store, what the report shows and this machine may not have: some data, grids."""
+    """Fetch from a store what the report needs and this machine may lack: data, cascade, journals, grids."""
     gather_data(home, spec)
     if not home.stored:
         return
@@ -355,7 +355,7 @@ def gather(home: Home, spec: RunSpec) -> None:
 
 
 def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
-    """Captions to paint in the report: some of every group that is judged; of a user's own data, its own."""
+    """Captions for the report, some of every judged group; none of own data: the report finds them itself."""
     if spec.shapes is None:
         return []
     asked = spec.evaluation.cases()
@@ -364,7 +364,7 @@ def prompts_of(spec: RunSpec, count: int = 16) -> list[str]:
 
 
 def told(home: Home, facts: dict[str, Any], way: Way, url: str) -> str:
-    """Where everything is."""
+    """The scores, and where everything is, for people."""
     scores, seconds = facts[way.by], facts["seconds"]
     lines = [
         f"{'painted right:' if way.by == 'oracle' else 'judged:       '} {verdict_of(way, scores)}",

@@ -32,7 +32,7 @@ from jobs.settings import changed, refuse_overruled
 
 log = logging.getLogger(__name__)
 SEEDS = 2**32
-"""A CPU generator hears no more of a seed: from here on pictures would come again."""
+"""A CPU generator uses no more of a seed than 32 bits: from here on pictures would repeat."""
 
 
 class Order(NamedTuple):
@@ -56,7 +56,7 @@ class Order(NamedTuple):
     mask: Path | None = None
     """A greyscale picture of the same size: white is made anew.  None: all of it is varied."""
     strength: float | None = None
-    """Share of the steps of a variation."""
+    """Share of the steps that a variation takes; None as the cascade says."""
     training_free: bool = False
     """Fill the hole with models that were not trained to."""
     reference: Path | None = None
@@ -68,7 +68,7 @@ class Order(NamedTuple):
     between: float | None = None
     """Paint what lies between picture and other: 0 is the picture, 1 the other."""
     instead_of: str | None = None
-    """What the picture shows; it is turned to what the prompt says."""
+    """Caption of the picture; its embedding is turned from this caption towards the prompt."""
     by: float = 0.35
     """How far it is turned, in [0, 1]."""
     negative: str = ""
@@ -76,7 +76,7 @@ class Order(NamedTuple):
     colourise: bool = False
     """The picture is greyscale: its brightness is kept, its colours are made."""
     enlarge: bool = False
-    """The picture is small: its pixels are kept as the means of blocks of the one that is made."""
+    """The picture is small: its pixels become the means of blocks of the picture that is made."""
     changes: tuple[str, ...] = ()
     """HOP.FIELD=VALUE, of how the hops are sampled (`settings`)."""
     precision: Precision = "auto"
@@ -90,7 +90,7 @@ class Painted(NamedTuple):
     score: float | None
     """Cosine of picture and prompt by the cascade's CLIP, in [-1, 1]; None unless pictures were ranked."""
     cut: tuple[str, ...] = ()
-    """Texts of the order that are longer than the cascade reads; of each the end was not heard."""
+    """Texts of the order that are longer than the cascade reads; the end of each was ignored."""
 
 
 class Canvas(NamedTuple):
@@ -104,7 +104,7 @@ class Plan(NamedTuple):
     """How an order is painted."""
 
     hops: Sequence[Hop]
-    """Those that work."""
+    """Those that run."""
     state: CascadeState
     """What each picture begins with, its seed aside."""
     how: Sequence[SamplingSpec]
@@ -133,7 +133,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     """
     refuse_order(order)
     if order.precision == "auto" and remake.asked_for(order):
-        order = order._replace(precision="fp32")  # a picture's noise is found by walking exactly back
+        order = order._replace(precision="fp32")  # the noise of a picture is found by exact inversion
     opened = bundle.load_cascade(cascade, device=nearest(), precision=order.precision)
     specs = changed(remake.specs_of(opened, order), order.changes)
     how = [how_of(hop, order) for hop in specs]
@@ -155,7 +155,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
 
 
 def cut(order: Order, cascade: CascadeSpec) -> tuple[str, ...]:
-    """The texts of an order that are longer than a cascade reads, each told of."""
+    """The texts of an order that are longer than a cascade reads; a warning is logged for each."""
     texts = {"prompt": order.prompt, "negative": order.negative, "instead_of": order.instead_of or ""}
     lost = tuple(name for name, text in texts.items() if too_long(text, cascade.context_length))
     for name in lost:
@@ -169,13 +169,13 @@ def cut(order: Order, cascade: CascadeSpec) -> tuple[str, ...]:
 
 
 def refuse_order(order: Order) -> None:
-    """What cannot be painted by any cascade.
+    """Refuse an order that no cascade can paint.
 
     Raises:
         ValueError: With what to do about it.
     """
     remake.refuse(order)
-    described = order.vary is not None or order.between is not None  # by the picture; a prompt may help
+    described = order.vary is not None or order.between is not None  # by the picture; a prompt is optional
     if not order.prompt.strip() and not described:
         raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
     for text in (order.prompt, order.negative, order.instead_of or ""):
@@ -192,7 +192,7 @@ def refuse_order(order: Order) -> None:
 
 
 def begun(order: Order, opened: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> Plan:
-    """An order that nothing refuses, ready to be painted; a picture that is remade is encoded here."""
+    """The plan of an order that was not refused; a picture that is remade is encoded here."""
     if not remake.asked_for(order):
         return Plan(opened.hops, asked, how)
     other = None if order.other is None else rgb(order.other, opened.spec.image_size)
@@ -201,7 +201,7 @@ def begun(order: Order, opened: Cascade, asked: CascadeState, how: Sequence[Samp
 
 
 def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> None:
-    """What cannot be painted, or would be heard by no hop, before any network is asked.
+    """Refuse what this cascade cannot paint, or no hop would use, before any network runs.
 
     Raises:
         ValueError: With what to do about it.
@@ -308,7 +308,7 @@ def saved(canvas: Canvas, score: float | None, facts: dict[str, str], out: Path)
 
 
 def place_of(told: dict[str, str], out: Path) -> Path:
-    """Where a picture with this text goes: at its seed, or beside what lies there and was made otherwise."""
+    """The file for a picture with this text: named by its seed; and by a digest if another has that name."""
     path = out / f"{int(told['seed']):08d}.png"
     try:
         same = not path.exists() or text_of(path).items() >= told.items()

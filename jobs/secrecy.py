@@ -1,4 +1,4 @@
-"""What others may read, a cluster's dashboard or a file of manifests, holds no secret of this environment."""
+"""Keeps secrets of this environment out of what others may read: a cluster's dashboard, manifests."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,11 +9,11 @@ from jobs.environment import secrets_here
 from workflows.addresses import has_password
 
 LONG = 8
-"""Letters: what is shorter may stand by chance inside another word."""
+"""Letters: a shorter value may stand by chance inside another word."""
 
 
 def refuse_secrets(texts: Iterable[tuple[str, str]]) -> None:
-    """Look at every text, after the place where it stands.
+    """Refuse secrets in any of these texts: (where it stands, text).
 
     Raises:
         ConfigError: The value of a secret of this environment is in it, or a password in an address.
@@ -38,7 +38,7 @@ def holds(text: str, value: str) -> bool:
 
 
 def texts(value: Any, *path: str) -> Iterator[tuple[str, str]]:
-    """Every name and value of a spec, after its place."""
+    """Every name and value of a spec: (where it stands, text)."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in inside:
         yield ".".join(path) or "the configuration", str(name)

@@ -12,7 +12,7 @@ from jobs.failures import words_of
 
 
 def changed(hops: Sequence[HopSpec], changes: Sequence[str]) -> list[HopSpec]:
-    """The hops with these changes; what they say goes as if the cascade said it.
+    """The hops with these changes, which count as if the cascade itself said so.
 
     Args:
         hops: Of the cascade.
@@ -46,12 +46,12 @@ def name_in(change: str) -> str:
 
 
 def said(how: SamplingSpec) -> dict[str, Any]:
-    """What a sampling says, without what it leaves as it is usual."""
+    """The fields that a sampling sets; those not set, or None, are left out."""
     return how.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def settled(hop: HopSpec, fields: Mapping[str, Any]) -> HopSpec:
-    """A hop that is sampled so.
+    """A hop that is sampled by these fields.
 
     Raises:
         ConfigError: It cannot be; field and reason are named.
@@ -69,7 +69,7 @@ def settled(hop: HopSpec, fields: Mapping[str, Any]) -> HopSpec:
 def refuse_overruled(
     changes: Sequence[str], hops: Sequence[HopSpec], final: Sequence[SamplingSpec | None]
 ) -> None:
-    """What is changed by --set and then again by another option, or of a hop that does not work.
+    """Refuse a --set that another option overrules, or whose hop does not run.
 
     Args:
         changes: As given.

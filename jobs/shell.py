@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def host(name: str) -> str:
-    """Where to listen.  An empty one, as of a variable that is not set, would be every address."""
+    """Where to listen.  An empty host, as from a variable that is not set, would mean every address."""
     if not name.strip():
         raise click.BadParameter("no host is named; use 127.0.0.1, or 0.0.0.0 for every address")
     return name
@@ -50,7 +50,7 @@ PRECISION = click.option(
 )
 
 ONCE_S = 3.0
-"""Within which SIGTERM may come several times and means one."""
+"""Several SIGTERMs within this time count as one."""
 
 
 class Manner(NamedTuple):
@@ -81,7 +81,7 @@ class MisusedError(click.ClickException):
 
 
 class Read(click.Command):
-    """Of commands and groups: what click cannot read of its words is told as any other error."""
+    """Base of commands and groups: a command line that click cannot read is told as any other error."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -121,7 +121,7 @@ class Command(Read):
 
 
 class Group(Read, click.Group):
-    """A group whose commands are of the kind above."""
+    """A group whose commands are of class Command."""
 
     command_class = Command
     group_class = type
@@ -135,10 +135,10 @@ class Group(Read, click.Group):
 
 @contextlib.contextmanager
 def reading(words: list[str]) -> Iterator[None]:
-    """While click reads the words of a command.
+    """While inside, click reads the words of a command.
 
     Raises:
-        MisusedError: It cannot.
+        MisusedError: It cannot read them.
     """
     as_json = "--json" in words  # click takes words from the list as it reads
     try:
@@ -151,7 +151,7 @@ def reading(words: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """For work of seconds that is mostly imports: nobody looks for garbage, a fifth of their time, inside."""
+    """No garbage collection while inside: it takes a fifth of the time of imports that last seconds."""
     gc.disable()
     try:
         yield
@@ -160,7 +160,7 @@ def importing() -> Iterator[None]:
 
 
 def listen(manner: Manner) -> None:
-    """One line per event, on stderr; none names a password of an address."""
+    """Log one line per event, on stderr, without the passwords of addresses."""
     from jobs.failures import Line
 
     level = logging.DEBUG if manner.verbose else logging.WARNING if manner.quiet else logging.INFO
@@ -172,10 +172,10 @@ def listen(manner: Manner) -> None:
 
 
 class Stop:
-    """What SIGTERM does: end like an error, so that what was started is stopped.
+    """Handler of SIGTERM: end like an error, so that what was started is stopped.
 
-    Ray tells every process of a job at once, and `jobs.attempts` hands it on to the command: two within
-    ONCE_S are one.  A later one cuts short what the command still does.
+    Ray signals every process of a job at once, and `jobs.attempts` passes its signal on to the command: two
+    within ONCE_S count as one.  A later one cuts short what the command still does.
     """
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ def tell(line: str, code: int, *, as_json: bool) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Write lines, and end without a word, as SIGPIPE ends others, where nobody reads them any longer."""
+    """Write lines; if the reader of the output is gone, end without a message, as on SIGPIPE."""
     try:
         click.echo(text, err=err)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Which code made a run, by whom and by what command: what MLflow shows beside a run of its own making."""
+"""Which code made a run, by whom and by what command: the tags that MLflow sets itself on runs it starts."""
 
 import getpass
 import shlex
@@ -34,7 +34,7 @@ def user() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that the code is; empty if it is none, or there is no git."""
+    """Commit of the checkout that the code runs from; empty if that is none, or there is no git."""
     git = shutil.which("git")
     if git is None or not (code.ROOT / ".git").exists():
         return ""

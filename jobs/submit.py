@@ -1,8 +1,8 @@
 """`ddiff submit`: a command of ours as a job on a cluster that is reached over HTTP alone.
 
-What travels is our own packages and the configuration, resolved here; nothing of the directory the
-user stands in, so no data and no secrets.  Those the cluster has: its nodes hold the keys of the
-store, of MLflow and of Ray in their own environment.
+What travels is our own packages and the configuration, resolved here; nothing of the user's working
+directory, so no data and no secrets.  The cluster has its own: its nodes hold the keys of the store,
+of MLflow and of Ray in their environment.
 
 The run is known by its name.  While a job works on it, the same submission returns that job, and another
 one is refused; after its end the same submission makes a new job that goes on where the last one stopped.
@@ -110,7 +110,7 @@ def order_of(words: Sequence[str], recipe: str | None, file: Path | None, change
 
 
 def of_the_nodes(words: Sequence[str], changes: Sequence[str]) -> Order:
-    """What is done there since the nodes have the keys: `evaluate URL`, `deploy NAME@ALIAS`, `doctor`.
+    """Orders carried out there since the nodes have the keys: `evaluate URL`, `deploy NAME@ALIAS`, `doctor`.
 
     Raises:
         ConfigError: The words are no such order.
@@ -126,7 +126,7 @@ def of_the_nodes(words: Sequence[str], changes: Sequence[str]) -> Order:
 
 
 def no_order(words: Sequence[str]) -> ConfigError:
-    """What may be written instead."""
+    """The error for words that are no order; it says what may be written instead."""
     return ConfigError(
         f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --recipe or --config, "
         "doctor with or without them, evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of "
@@ -152,8 +152,8 @@ def judging(url: str, changes: Sequence[str]) -> tuple[str, ...]:
     """The command there for `evaluate URL`.
 
     Raises:
-        ConfigError: It has no such setting.
-        ValidationError: Or not with this value.
+        ConfigError: There is no such setting, data or judge is named alone, or no node would find it.
+        ValidationError: A value is refused.
     """
     given = [change.partition("=") for change in changes]
     for name, _, value in given:
@@ -189,10 +189,10 @@ def deploying(which: str, changes: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole_run(recipe: str | None, file: Path | None, changes: Sequence[str]) -> RunSpec:
-    """The run that is meant, all that it reads where the nodes find it.
+    """The run that is meant; all that it reads lies where the nodes find it.
 
     Raises:
-        ConfigError: It is refused, or reads what lies here.
+        ConfigError: It is refused, or reads what only this machine has.
     """
     spec = run_spec(recipe, file, changes)
     refuse_local(spec)
@@ -200,7 +200,7 @@ def whole_run(recipe: str | None, file: Path | None, changes: Sequence[str]) -> 
 
 
 def short(text: str) -> str:
-    """For a name: different for every text."""
+    """Eight hexadecimal digits for a name, different for every text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -209,13 +209,13 @@ def submit(order: Order, cluster: Cluster) -> Submitted:
 
     Raises:
         ConfigError: A secret would travel.
-        following.ClusterError: The cluster cannot be reached, does not let us, or works on this run already
-            and was told something else.
+        following.ClusterError: The cluster cannot be reached, refuses us, or works on this run already by
+            another order.
     """
     began, environment = time.monotonic(), for_the_cluster()
     with packed(order, environment) as (directory, pack):
         digest = order.digest(environment, pack.code)
-        for taken in range(NAMES):  # by somebody who submits at this moment, or by a job that is not listed
+        for taken in range(NAMES):  # names taken by another submission just now, or by unlisted jobs
             before = [job for job in cluster.jobs() if job.run == order.run]
             if job := next((job for job in before if not job.over), None):
                 refuse_another(order, job, digest)
@@ -228,10 +228,10 @@ def submit(order: Order, cluster: Cluster) -> Submitted:
 
 
 def refuse_another(order: Order, job: JobFacts, digest: str) -> None:
-    """A job that is at work does what it was told, by the code that it was given, whatever is asked for now.
+    """Refuse an order unless the job at work, which keeps its order and its code, was given the same.
 
     Raises:
-        following.ClusterError: That is not what the digest is of, or nobody knows what it is.
+        following.ClusterError: The job's order has another digest, or its digest is unknown.
     """
     if job.order != digest:
         own = ", or name this run otherwise: --set name=..." if isinstance(order.spec, RunSpec) else ""
@@ -245,7 +245,7 @@ def refuse_another(order: Order, job: JobFacts, digest: str) -> None:
 def handed_over(
     order: Order, attempt: int, cluster: Cluster, directory: Path, environment: Mapping[str, str], digest: str
 ) -> str:
-    """Start the job; its id.
+    """Start the job; return its id.
 
     Raises:
         following.NameTakenError: There is a job of this run and attempt.
@@ -284,7 +284,7 @@ def packed(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[Path,
 
 
 def travelling(order: Order, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Every text that goes to the cluster, after the place where it stands."""
+    """Every text that goes to the cluster: (where it stands, text)."""
     yield from (("the command", word) for word in (*order.words, order.source))
     yield from environment.items()
     if order.spec:

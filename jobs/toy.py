@@ -16,7 +16,7 @@ SIDE, SPAN = 320, 3.0
 
 
 def make_toy(out: Path, *, steps: int, points: int, seed: int) -> dict[str, Any]:
-    """Train the DDPM of the S and film it: points drown (left), noise becomes points (right).
+    """Train the DDPM of the S and film it: points drown in noise (left), noise becomes points (right).
 
     Args:
         out: Directory of toy.gif; made if missing.
@@ -25,8 +25,8 @@ def make_toy(out: Path, *, steps: int, points: int, seed: int) -> dict[str, Any]
         seed: Decides everything.
 
     Returns:
-        Where the film is, seconds of training, and how good the points are: error of the noise beyond the
-        best possible one, median distance from the S.
+        Where the film is, seconds of training, and how good the points are: error of the predicted noise
+        beyond that of the best possible denoiser, median distance from the S.
     """
     began = time.monotonic()
     *_, last = toy.train_points(steps=steps, seed=seed)
@@ -34,7 +34,7 @@ def make_toy(out: Path, *, steps: int, points: int, seed: int) -> dict[str, Any]
     drowning = toy.forward_frames(points, seed=seed)
     with torch.no_grad():
         rising = toy.reverse_frames(last.denoise, points, seed=seed)
-    rising = rising[:, torch.cdist(rising[-1].double(), toy.fine()).argmin(1).argsort()]  # as they end
+    rising = rising[:, torch.cdist(rising[-1].double(), toy.fine()).argmin(1).argsort()]  # by where they end
     out.mkdir(parents=True, exist_ok=True)
     path = out / "toy.gif"
     save_film(drowning, rising, path)

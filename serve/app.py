@@ -43,18 +43,18 @@ from serve.spec import ReplicaSpec, ServeSpec
 log = logging.getLogger(__name__)
 APPLICATION = "ddiff"
 OWNER = b"ddiff-serve-owner"
-"""Under which Ray keeps who has put on the air what is there."""
+"""Key under which Ray keeps who deployed what is running."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""To what is served here, past the proxies of the environment, to which this machine is another."""
+"""Opens what is served here without the environment's proxies, to which its address is another machine's."""
 GRACE_S = 5.0
-"""Beyond the longest time for one request: only then is a replica that is replaced stopped at its work."""
+"""Time beyond the longest for one request after which a replica that is replaced is stopped at its work."""
 
 SENDING_S = 1.0
-"""For the last images on their way through Serve's proxy, when all have been drawn."""
+"""Time for the last images to pass Serve's proxy after all have been drawn."""
 
 
 class ServeError(RuntimeError):
-    """The cascade cannot be put on the air; the message says what to do."""
+    """The cascade cannot be served; the message says what to do."""
 
 
 @ray.serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_surge_percent=100)
@@ -62,8 +62,8 @@ class ServeError(RuntimeError):
 class Ingress:
     """HTTP for one cascade; the application is built in the replica, where the handles work.
 
-    Where it replaces another cascade it is there when every hop has changed.  Until then, and for good if a
-    hop does not come up, the former ingress answers: with 503 as soon as one of its own hops is gone.
+    Where it replaces another cascade, it is ready only when every hop has changed.  Until then, and for good
+    if a hop does not come up, the former ingress answers: with 503 as soon as one of its own hops is gone.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
@@ -90,7 +90,7 @@ class Ingress:
         )
 
     async def drain(self) -> int:
-        """Take in no more requests for images; how many are in progress."""
+        """Take in no more requests for images; returns how many images are in progress."""
         return self.api.drain()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -147,7 +147,7 @@ def refuse_strangers(spec: ServeSpec, cascade: CascadeSpec) -> None:
 
 
 def hears_classes(cascade: CascadeSpec, stages: Mapping[str, StageSpec]) -> bool:
-    """Whether a hop of a cascade is told classes, or led to them by a classifier."""
+    """Whether a hop of a cascade is conditioned on classes, or guided to them by a classifier."""
     led = any(hop.how.gradient is not None and hop.how.gradient.classes for hop in cascade.hops)
     return led or any(stages[hop.stage].classes for hop in cascade.hops)
 
@@ -193,7 +193,7 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
 
     Args:
         spec: What and how.
-        blocking: Return after a signal only, with everything stopped.
+        blocking: Return only after a signal, when everything is stopped.
 
     Raises:
         ServeError: The port is taken, or the hops do not come up in time.
@@ -217,7 +217,7 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
     try:
         await_ready(url, digest, spec)
     except BaseException as error:
-        if fresh and owner() == mine:  # it would go on the air later, with nobody there to stop it
+        if fresh and owner() == mine:  # it would be served later, with nobody there to stop it
             leave()
         if isinstance(error, ServeError) and not fresh:
             raise ServeError(f"{error}; what was on the air may be half replaced: serve it again") from None
@@ -229,13 +229,13 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
 
 
 def owner() -> tuple[bytes | None, float]:
-    """Who has put on the air what is there: another after each `ddiff serve`, and each config deployed."""
+    """Identifies what is deployed: changes with each `ddiff serve`, and with each config deployed."""
     found = ray.serve.status().applications.get(APPLICATION)
     return _internal_kv_get(OWNER), found.last_deployed_time_s if found else 0.0
 
 
 def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
-    """The same, with a share of a GPU for each replica that does not say what it wants; all fit one GPU."""
+    """The spec with a share of a GPU for each replica that does not say what it wants; all fit one GPU."""
     share = gpu_share(gpus, len({hop.stage for hop in cascade.hops}))
 
     def placed(hop: ReplicaSpec) -> ReplicaSpec:
@@ -245,7 +245,7 @@ def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
 
 
 def gpu_share(gpus: float, hops: int) -> float:
-    """Of one GPU, for a replica of each hop and for those that replace them while they still answer.
+    """A replica's share of one GPU, for one of each hop and for those that replace them while they answer.
 
     Args:
         gpus: Of the cluster; with less than a whole one there is no share.
@@ -262,7 +262,7 @@ def wait(limit_s: float, mine: tuple[bytes | None, float]) -> None:
 
     Args:
         limit_s: Longest time for these; a second signal cuts it short.
-        mine: What `owner` says as long as nobody else has taken over; then theirs is left as it is.
+        mine: What `owner` says unless somebody else has taken over; in that case theirs is left as it is.
     """
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -277,7 +277,7 @@ def wait(limit_s: float, mine: tuple[bytes | None, float]) -> None:
 
 
 def drain(limit_s: float, *, hurried: threading.Event) -> None:
-    """Until the images in progress are on their way and no others are begun; at most until `hurried`."""
+    """Begin no more images, and wait for those in progress, at most so long and until `hurried` is set."""
     until = time.monotonic() + limit_s
     try:
         ingress = ray.serve.get_deployment_handle("Ingress", APPLICATION)
@@ -308,11 +308,11 @@ def serving(url: str) -> bool:
 
 
 def refuse_taken_port(host: str, port: int) -> None:
-    """Serve would try for ever to listen where somebody else does, or where it cannot.
+    """Refuse a port that is taken or not ours, on which Serve would try for ever to listen.
 
     Raises:
-        ServeError: Somebody does, or this machine has no such address, or keeps the port for root; or none
-            is named, which would be every one.
+        ServeError: Somebody listens there, or this machine has no such address, or keeps the port for root;
+            or no host is named, which would be every address.
     """
     if not host:
         raise ServeError(f"port {port}: no host is named; use 127.0.0.1, or 0.0.0.0 for every address")

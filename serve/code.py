@@ -1,4 +1,4 @@
-"""Which ddiff this is, by the content of its packages; all of it as one file for nodes that have another."""
+"""A digest of the content of ddiff's packages; all of it as one zip, for nodes that have another version."""
 
 import io
 import zipfile
@@ -9,7 +9,7 @@ from dd_core.sealed import digest_of, sha256
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dd_core", "jobs", "serve", "workflows")
 KINDS = (".py", ".typed", ".css", ".c")
-"""What is installed of them; the rest is for people and builders."""
+"""Suffixes of the files that are installed; the rest is for people and builders."""
 
 
 def files() -> dict[str, Path]:
@@ -23,7 +23,7 @@ def files() -> dict[str, Path]:
 
 
 def digest() -> str:
-    """Of the code that runs in this process, as it lies on disk; the same wherever it was put."""
+    """Digest of the code that runs in this process, as it lies on disk; the same wherever it is installed."""
     return digest_of({name: sha256(path) for name, path in files().items()})
 
 

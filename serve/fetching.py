@@ -1,9 +1,9 @@
 """The cascade that a config names, on this machine: a directory as it is, or fetched from a store once.
 
 A fetched cascade lies in a directory named after its digest and is never changed; every byte is
-verified before the directory gets its name.  What cleans temporary directories may still remove files
-of it, so it is verified again before it is opened, and fetched anew if it is damaged.  Who fetches one
-removes those that nobody has opened for days and that no living process holds.
+verified before the directory gets its name.  A cleaner of temporary directories may still remove files
+of it, so it is verified again before it is opened, and fetched anew if it is damaged.  After a fetch,
+cascades that nobody has opened for days and that no living process holds are removed.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from dd_core.scratch import scratch_directory
 log = logging.getLogger(__name__)
 DIGEST = re.compile("[0-9a-f]{64}")
 DRAFT, LOCK, USED = ".draft", ".lock", ".used"
-"""Beside a cascade: what is being fetched, what is locked by the one who does, and what is locked, shared,
-by all who have opened it.  These locks are empty and stay: who waits for one has it open."""
+"""Suffixes beside a cascade: of the directory being fetched, of the lock of the process that fetches, and of
+the lock shared by all that have opened it.  Lock files are empty and stay: those who wait have them open."""
 KEPT_S = 7 * 86_400.0
-"""How long a cascade stays that nobody opens again."""
+"""How long a cascade that is not opened again stays."""
 HELD: dict[Path, int] = {}
-"""What this process has opened, each with the descriptor of its lock, which goes with the process."""
+"""Cascades that this process has opened -> descriptor of the lock, which is released when it ends."""
 
 
 def on_this_machine(address: str, digest: str) -> Path:
@@ -62,7 +62,7 @@ def on_this_machine(address: str, digest: str) -> Path:
 
 
 def hold(place: Path) -> None:
-    """Have a cascade used from now on, and stay while this process lives; waits for who removes it."""
+    """Mark a cascade as used now, and keep it while this process lives; waits while another removes it."""
     if place not in HELD:
         used = os.open(place.with_suffix(USED), os.O_WRONLY | os.O_CREAT, 0o600)
         fcntl.flock(used, fcntl.LOCK_SH)
@@ -72,7 +72,7 @@ def hold(place: Path) -> None:
 
 
 def remove_unused(directory: Path) -> None:
-    """Remove the fetched cascades that were opened KEPT_S ago or earlier, and by nobody who still lives."""
+    """Remove fetched cascades that were last opened KEPT_S ago or earlier and no living process holds."""
     for path in directory.glob(f"*{USED}"):
         if time.time() - path.stat().st_mtime < KEPT_S:
             continue
@@ -95,9 +95,9 @@ def whole(place: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
-    """Be the only one of this machine who fetches a cascade; the others wait, and what the dead left goes.
+    """Be the only process of this machine that fetches a cascade; others wait.  Drafts of dead ones go.
 
-    A lock goes with the process that holds it, so a draft whose lock is free is nobody's.
+    A lock is released when its process ends, so a draft whose lock is free is nobody's.
     """
     with place.with_suffix(LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -110,7 +110,7 @@ def alone(place: Path) -> Iterator[None]:
 
 
 def in_a_store(address: str) -> bool:
-    """Whether it has to be fetched."""
+    """Whether a cascade has to be fetched."""
     return "://" in address and not address.startswith("file://")
 
 

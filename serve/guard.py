@@ -1,4 +1,4 @@
-"""The guard: limits the body of a request, names every request, turns what nobody caught into JSON."""
+"""The guard: limits the body of a request, gives every request an id, turns uncaught errors into JSON."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ class Guard:
     Args:
         app: What it guards.
         max_body_bytes: A longer body is refused with 413, announced or not.
-        body_s: A body that is not here after so many seconds is waited for no longer: 408.
+        body_s: Seconds after which a body that is not complete is refused with 408.
     """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_s: float) -> None:
@@ -31,7 +31,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, started = Headers(scope=scope), False
-        named = headers.get("x-request-id", "")  # by Ray's proxy, which answers with it too
+        named = headers.get("x-request-id", "")  # by Ray's proxy, which adds it to the response
         request_id = named or secrets.token_hex(16)
 
         async def guarded_send(message: Message) -> None:
@@ -55,7 +55,7 @@ class Guard:
             await internal_error(request_id).response()(scope, receive, guarded_send)
 
     def within_limits(self, receive: Receive) -> Receive:
-        """The same messages of one request, while its body keeps to what it may be.
+        """The messages of one request, as long as its body is within the limits.
 
         Raises:
             HTTPException: 413 or 408, out of the call that passes a limit.
@@ -80,7 +80,7 @@ class Guard:
         return limited
 
     def too_long(self, headers: Headers) -> bool:
-        """Whether the announced body is."""
+        """Whether the announced body is too long."""
         return int(headers.get("content-length", "0")[:20]) > self.max_body_bytes
 
 
@@ -90,11 +90,11 @@ def too_large(limit: int) -> ApiError:
 
 
 def too_slow(limit_s: float) -> ApiError:
-    """What a request is told whose body does not arrive; to come back would be to wait as long again."""
+    """What a request is told whose body does not arrive; not to retry, as it would wait as long again."""
     told = f"the body is not here after {limit_s:g} s; send all of it at once"
     return ApiError(408, told, code="body_too_slow", headers={"x-should-retry": "false"})
 
 
 def internal_error(request_id: str) -> ApiError:
-    """What a request is told that found a fault of ours: nothing of the inside, but how to find it."""
+    """What a request is told that met a bug of ours: no internals, but the id to find it in the log."""
     return ApiError(500, f"internal error; the server's log has it as {request_id}", code="internal_error")

@@ -13,21 +13,21 @@ from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError, Re
 from serve.painter import HopLostError, Served
 
 PAUSE_S = 1.0
-"""Before a hop is asked again whose replica says that it cannot serve: Serve has to replace that first."""
+"""Pause before a hop is asked again whose replica cannot serve: Serve has to replace that first."""
 STRANGERS = 5
-"""Replicas of another cascade that a request may meet: then its own is not on its way in, but gone."""
+"""Answers by replicas of another cascade after which a request gives up: its own is not coming, but gone."""
 
 
 class ReplicaLink:
     """Any replica of the deployment of a hop.
 
-    A sampling is seeded, so it may be asked again: when a replica dies, its request goes once more to
-    another one.  Two deaths under one request are more likely than not its own fault; a replica that
-    had failed before it was asked is none, nor is a picture that was lost with its node on the way: these are
-    asked for again until the deadline.
+    A sampling is seeded, so it can be repeated: when a replica dies, its request is sent once more, to
+    another one.  Two deaths under one request are more likely than not its own fault.  A replica that had
+    failed before it was asked does not count, nor does a picture that was lost with its node on the way:
+    these requests are repeated until the deadline.
 
-    While a cascade is replaced by another one each hop changes at its own time, so each request says
-    whose it is, and in which numbers: no image is drawn half by the one and half by the other.
+    While a cascade is replaced by another one each hop changes at its own time, so each request names its
+    cascade and its precision: no image is drawn half by the one and half by the other.
     """
 
     def __init__(self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision) -> None:

@@ -17,10 +17,10 @@ from dd_core.text import too_long
 from serve.engine import RefusedError
 
 MOST_STEPS = 250
-"""That effort asks for, but of a hop that takes more by itself."""
+"""Most steps that effort may ask for; of a hop that takes more by itself, its own number."""
 
 ANSWERED_S = 30.0
-"""After its last state a hop counts as ready, if the question whether it is stands in line behind others."""
+"""How long after its last state a hop counts as ready while the question whether it is waits in its queue."""
 
 
 class HopLostError(RuntimeError):
@@ -42,9 +42,9 @@ class Served(NamedTuple):
     digest: str
     """Of the cascade."""
     precision: Precision
-    """As it was told."""
+    """As configured."""
     computes: str
-    """What that is for its network: bf16 or fp32; empty: it has none that a precision is told to."""
+    """In which its networks compute: bf16 or fp32; empty: it has none to which a precision applies."""
 
     def lacks(self, digest: str, precision: Precision | None) -> str:
         """Why it is not what is asked for, or nothing; a precision of None is any."""
@@ -55,7 +55,7 @@ class Served(NamedTuple):
 
 
 class Link(Protocol):
-    """One hop as it is reached from here."""
+    """The connection to one hop."""
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         """The state after the hop; cancelling the caller cancels the work.
@@ -80,7 +80,7 @@ class Order(NamedTuple):
     """What the images should not be; empty is the empty caption."""
     seeds: Sequence[int]
     steps: int | None
-    """Of the hops that follow the request; None is theirs."""
+    """Of the hops that follow the request; None: as each hop has it."""
     effort: float
     """Multiplies their number of steps where `steps` is None."""
     scale: float | None
@@ -96,10 +96,10 @@ class Painter:
         digest: Which cascade the links must serve.
         links: One per stage.
         precision: In which numbers the links must serve it.
-        by_class: Whether a hop is told, or led to, classes.
-        stages: What the hops and their guides are, so that what they cannot do is refused, and effort rounded
-            to steps that they can take, before one is asked; of a stage that is not there its hop says so
-            itself.
+        by_class: Whether a hop is conditioned on classes, or guided to them.
+        stages: The specs of the hops and their guides, so that, before a hop is asked, what it cannot do is
+            refused and effort is rounded to steps that it can take; a hop whose spec is not there refuses
+            by itself.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Painter:
         self.cascade, self.digest, self.links, self.by_class = cascade, digest, links, by_class
         self.stages, self.precision = stages or {}, precision
         self.known: dict[str, Served] = {}
-        """What each stage said last that it serves."""
+        """What each stage last said it serves."""
         self.answered: dict[str, float] = {}
         """When each last handed on a state, on the loop's clock."""
 
@@ -146,7 +146,7 @@ class Painter:
         return state if order.label is None else state._replace(label=torch.tensor([order.label]))
 
     def refuse(self, state: CascadeState, plan: Sequence[SamplingSpec]) -> None:
-        """What a hop would refuse only when those before it had painted.
+        """Refuse at once what a hop would refuse only after those before it had painted.
 
         Raises:
             RefusedError: The request lacks what a hop needs, or names what it does not know.
@@ -190,7 +190,7 @@ class Painter:
     def guided(self, order: Order) -> bool | None:
         """Whether a hop is guided away from a negative prompt; None: none would be at any scale of a request.
 
-        A stage that is not there is taken for one that reads captions.
+        A hop whose spec is not there is assumed to read captions.
         """
         stages = [self.stages.get(hop.stage) for hop in self.cascade.hops]
         reads = [stage is None or hears_negative(stage) for stage in stages]
@@ -205,12 +205,12 @@ class Painter:
         return [name for name, text in texts.items() if too_long(text, self.cascade.context_length)]
 
     async def replacing(self, timeout_s: float) -> bool:
-        """Whether a hop that answers still serves something else, which is on the air until none does."""
+        """Whether a hop that answers still serves something else: until none does, that is not replaced."""
         found = (await self.served(timeout_s)).values()
         return any(self.lacks(one) for one in found if not isinstance(one, Exception))
 
     def unready(self, found: Mapping[str, object]) -> dict[str, str]:
-        """Stage -> why it cannot serve now; empty when all can.  `found` is of `served`."""
+        """Stage -> why it cannot serve now; empty when all can.  `found` comes from `served`."""
         return {stage: why for stage, one in found.items() if (why := self.lacks(one))}
 
     def computes(self, found: Mapping[str, object]) -> str:
@@ -220,7 +220,7 @@ class Painter:
         return "+".join(sorted({one.computes for one in found.values() if isinstance(one, Served)} - {""}))
 
     async def served(self, timeout_s: float) -> dict[str, object]:
-        """What each stage serves, or why that is not known; a busy one serves what it said last."""
+        """What each stage serves, or why that is not known; for a busy one, what it said last."""
         asked = (asyncio.wait_for(link.ready(), timeout_s) for link in self.links.values())
         told = await asyncio.gather(*asked, return_exceptions=True)
         found: dict[str, object] = dict(zip(self.links, told, strict=True))
@@ -248,8 +248,8 @@ class Painter:
 def chosen(hop: HopSpec, order: Order, stage: StageSpec | None = None) -> SamplingSpec:
     """The sampling of a hop: its own, changed by the order where the hop follows it.
 
-    Effort asks for no more steps than a request may, unless the hop takes more by itself, and for the nearest
-    number that it can take.
+    Effort asks for at most MOST_STEPS, or the hop's own number if that is larger, and for the nearest number
+    that the hop can take.
 
     Raises:
         ValueError: The hop cannot do what the order asks.

@@ -14,48 +14,48 @@ class ReplicaSpec(Spec):
     num_cpus: float = Field(0.5, ge=0)
     """Reserved in Ray."""
     num_gpus: float | None = Field(None, ge=0)
-    """Reserved in Ray; with any the hop lives on the GPU.  None: its `gpu_share` where `ddiff serve` or
-    `ddiff run` finds GPUs in Ray; in a config of Ray Serve, which says what it wants, none."""
+    """Reserved in Ray; with any, the hop runs on the GPU.  None: its `gpu_share` if `ddiff serve` or
+    `ddiff run` finds GPUs in Ray; in a config of Ray Serve, which has to say what it wants, no GPU."""
     threads: int = Field(0, ge=0)
     """Of PyTorch on the CPU; 0: as many as num_cpus, at least one."""
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
-    """No fewer than the least, whatever it says."""
+    """A value below min_replicas counts as min_replicas."""
     busy_requests: float = Field(8, gt=0)
     """Requests in progress per replica above which another replica is started."""
     max_rows: int = Field(8, ge=1)
     """Samples in progress at once; what fits the memory of the device."""
     max_waiting: int = Field(64, ge=0)
-    """Images that may wait for them."""
+    """Images that may wait for room among these."""
     shared: bool | None = None
     """Whether requests share calls of the network.  None: on a GPU; on a CPU it would gain little and an
     image would no longer be the same to the last bit whatever is served beside it."""
 
     @property
     def most_replicas(self) -> int:
-        """How many there may be."""
+        """How many replicas there may be."""
         return max(self.min_replicas, self.max_replicas)
 
     @property
     def room(self) -> int:
-        """Images that may be with all of them, in work or waiting."""
+        """Images that all replicas together may have, in work or waiting."""
         return self.most_replicas * (self.max_rows + self.max_waiting)
 
 
 class ServeSpec(Spec):
-    """A cascade on the air."""
+    """A cascade and how it is served."""
 
     cascade: str
     """Directory of the cascade, or its address in a store, such as s3://bucket/runs/demo/cascade."""
     digest: str = ""
     """Serve this cascade only; empty: whatever is in the directory."""
     code: str = ""
-    """Be served by this code only, `serve.code.digest()`; empty: by whatever code a node has."""
+    """Serve with this code only (its `serve.code.digest()`); empty: with whatever code a node has."""
     precision: Precision = "auto"
     """Of the networks that paint (`dd_core.stages.load_hop`); auto: bfloat16 where a replica's device
-    multiplies it, so say which where the machines of a cluster differ in that."""
+    computes in it, so set it where the machines of a cluster differ in that."""
     host: str = Field("127.0.0.1", min_length=1)
-    """An empty one would be every address of the machine; who wants that says 0.0.0.0."""
+    """Not empty, which would mean every address of the machine: for that, say 0.0.0.0."""
     port: int = Field(8000, ge=1, le=65535)
     timeout_s: float = Field(120, gt=0)
     """Longest time for one request."""
@@ -71,15 +71,15 @@ class ServeSpec(Spec):
     """Stage -> its replicas."""
 
     def room(self, stages: Iterable[str]) -> int:
-        """Images that one ingress lets in at once, more are told to come back later.
+        """Images that one ingress lets in at once; further requests are told to come back later.
 
-        It is what the hop with the least room takes, so that no hop of these stages has to refuse an image
+        As many as the hop with the least room takes, so that no hop of these stages has to refuse an image
         on which those before it have worked.
         """
         least = min(self.hops.get(stage, self.hop).room for stage in stages)
         return max(1, least // self.ingress_replicas)
 
     def replicas(self, stages: Iterable[str]) -> int:
-        """How many there may be, for one ingress, of the hop with the fewest of these stages."""
+        """Most replicas, for one ingress, that the hop with the fewest of these stages may have."""
         least = min(self.hops.get(stage, self.hop).most_replicas for stage in stages)
         return max(1, least // self.ingress_replicas)

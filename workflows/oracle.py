@@ -28,9 +28,10 @@ from workflows.shapes import (
 
 SIZE = 256
 SMALLEST_AREA = 150
-"""Regions of fewer pixels (of a 256 px picture) are no things."""
+"""Pixels (of a 256 px picture) below which a thing has no recognisable shape."""
 SPECK_AREA = 60
-"""Regions between this and SMALLEST_AREA are things too, of no shape: a clean picture has none."""
+"""Regions of fewer pixels are ignored; from here up to SMALLEST_AREA they are things without a shape, of
+which a clean picture has none."""
 CONTRAST = 45.0
 """Distance in RGB from the background that makes a pixel part of a thing."""
 WORST_FIT = 0.72
@@ -40,11 +41,11 @@ WORST_COLOUR = 75.0
 AREAS: dict[Shape, float] = {
     shape: float(np.pi) if shape == "circle" else float(cv2.contourArea(outline(shape))) for shape in SHAPES
 }
-"""Of a shape of radius one."""
+"""Area of each shape at radius one."""
 
 
 class Seen(NamedTuple):
-    """A thing as it was read; None where it is nothing that has a name."""
+    """A thing as it was read; None where no named shape or colour fits."""
 
     shape: Shape | None
     colour: Colour | None
@@ -144,16 +145,16 @@ def gap(one: Any, other: Any) -> float:
 
 
 def judged(image: NDArray[np.uint8], says: dict[str, Any]) -> dict[str, bool]:
-    """Which of the things that a caption says are true of a picture.
+    """Which statements of a caption are true of a picture.
 
     Args:
         image: [h, w, 3], RGB.
         says: From workflows.grammar: things, arrangement, perhaps the background.
 
     Returns:
-        colour, shape, and where said size, place and background -> right for every thing; count -> as
-        many things as said; all -> everything.  Things are matched to words in the way that makes
-        most of it true.
+        colour, shape, place (with the arrangement) and, where the caption says them, size and background
+        -> right for every thing; count -> as many things as said; all -> everything.  Things are matched
+        to words in the way that makes most of it true.
     """
     reading = read(image)
     truth: dict[str, bool] = {"count": len(reading.things) == len(says["things"])}
@@ -171,7 +172,7 @@ def judged(image: NDArray[np.uint8], says: dict[str, Any]) -> dict[str, bool]:
 
 
 def compared(things: tuple[Seen, ...], says: dict[str, Any]) -> dict[str, bool]:
-    """What is true if the things are those of the caption, in this order."""
+    """Which statements are true if the things, in this order, are those of the caption."""
     pairs = list(zip(things, says["things"], strict=True))
     truth = {
         "colour": all(thing.colour == said["colour"] for thing, said in pairs),

@@ -1,4 +1,4 @@
-"""How a training run ends: what all workers come to, and which errors would only come again."""
+"""How a training run ends: outcomes that all workers reach together, and errors that would recur."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from workflows.train_spec import TrainSpec
 
 Status = Literal["done", "preempted", "diverged", "data", "refused", "checkpoint", "full"]
 TOGETHER = ("done", "preempted")
-"""What all workers come to."""
+"""Outcomes that all workers reach together."""
 COME_AGAIN: tuple[tuple[type[Exception], Status], ...] = (
     (DivergedError, "diverged"),
     (DataError, "data"),
@@ -35,11 +35,11 @@ class Outcome(NamedTuple):
 
 
 class DecidedError(RuntimeError):
-    """One of several workers has met the end of the run; the others may wait for it in a collective.
+    """One of several workers has an outcome that ends the run; the others may wait for it in a collective.
 
     Args:
-        status: Of an Outcome.
-        message: Of the same.
+        status: Of the Outcome.
+        message: Of the Outcome.
     """
 
     def __init__(self, status: Status, message: str) -> None:
@@ -48,10 +48,10 @@ class DecidedError(RuntimeError):
 
 
 def told_by_ray(error: BaseException) -> BaseException:
-    """The error itself; of a read task that raised, its own in one line, without Ray's advice on retries.
+    """The error itself; for a read task that raised, its cause in one line, without Ray's advice on retries.
 
-    That is where it tells of the data, the store or a full disk.  Anything else, such as a task without
-    memory, may do better the next time: it stays as Ray tells it.
+    The cause replaces Ray's error only if it concerns the data, the store or a full disk.  Anything else,
+    such as a task without memory, may succeed the next time and stays as Ray raised it.
     """
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
     match cause:
@@ -65,7 +65,7 @@ def told_by_ray(error: BaseException) -> BaseException:
 
 
 def decided(error: BaseException, spec: TrainSpec, *, disk: Path) -> Outcome | None:
-    """How an error that would come again ends the run; None: it may be another's fault, or pass.
+    """The outcome of an error that would recur; None: it may be another worker's fault, or temporary.
 
     Args:
         error: Of a worker.
@@ -82,7 +82,7 @@ def decided(error: BaseException, spec: TrainSpec, *, disk: Path) -> Outcome | N
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether a disk or a quota was used up, however deep within an error that is told."""
+    """Whether a full disk or quota is the cause of an error, however deeply nested."""
     match error:
         case None:
             return False
@@ -96,7 +96,7 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def out_of_memory(spec: TrainSpec, error: BaseException) -> str:
-    """What to do about a GPU that is too small."""
+    """The message about a GPU that is too small, with what to do."""
     images = spec.micro_batch_size or spec.batch_size // spec.num_workers
     said = " ".join(str(error).split()).split(". ")[0]
     return f"{said}, with {images} images in one forward of each worker; lower micro_batch_size"

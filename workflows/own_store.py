@@ -1,7 +1,7 @@
 """The store of a run that names no server: <run>/mlflow.db, an SQLite file that is there whole or not at all.
 
-MLflow makes one by some thousand statements, none of which is undone with the others: what a kill has cut
-short among them it can neither use nor mend.
+MLflow creates one by about a thousand statements, not in one transaction: a store that a kill left half made
+is of no use to it, and it cannot repair one.
 """
 
 import logging
@@ -24,11 +24,11 @@ def store_of(run: Home) -> Path:
 
 
 def holds_runs(store: Path) -> bool:
-    """Whether anything was ever sent there; a file that cannot be read now may hold them."""
+    """Whether a store holds runs; True for a file that cannot be read now, since it may hold some."""
     if not store.exists():
         return False
     try:
-        with closing(sqlite3.connect(store)) as opened:  # what a kill left half written is undone by that
+        with closing(sqlite3.connect(store)) as opened:  # rolls back what a kill left half written
             if opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone() is None:
                 return False
             return opened.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is not None
@@ -37,18 +37,18 @@ def holds_runs(store: Path) -> bool:
 
 
 def ensure(store: Path, make: Callable[[str], object]) -> None:
-    """Have a whole store there: one that holds runs is left alone, one that was cut short is made anew.
+    """Ensure that the store is whole: one that holds runs is left alone, one that was cut short is made anew.
 
     Args:
         store: The file.
-        make: Makes one at an address of SQLAlchemy's, in place.
+        make: Creates a store at an SQLAlchemy URL, in place.
 
     Raises:
         OSError: The disk is full.
     """
     if holds_runs(store):
         return
-    with tempfile.TemporaryDirectory(prefix="ddiff-") as place:  # MLflow keeps what it made open, by its name
+    with tempfile.TemporaryDirectory(prefix="ddiff-") as place:  # MLflow keeps the file that it made open
         made = Path(place) / store.name
         make(f"sqlite:///{made}")
         if store.exists():
@@ -59,12 +59,12 @@ def ensure(store: Path, make: Callable[[str], object]) -> None:
         shutil.copyfile(made, draft)
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
-    store.with_name(f"{store.name}-journal").unlink(missing_ok=True)  # of another, which is gone
+    store.with_name(f"{store.name}-journal").unlink(missing_ok=True)  # of an earlier store, which is gone
     draft.replace(store)
 
 
 def version(store: Path) -> str:
-    """Of its tables, written when the last of them is made; empty before the first."""
+    """Alembic's version of the tables, final when the last of them is made; empty before the first."""
     with closing(sqlite3.connect(store)) as opened:
         if opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone() is None:
             return ""

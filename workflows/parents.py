@@ -1,4 +1,4 @@
-"""The parents of a stage: where their bundles lie, and what they are like but for their weights."""
+"""The parents of a stage: where their bundles lie, and their specs and shapes without reading weights."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Of torch, by their names in safetensors."""
+"""Name of a type in safetensors -> the type in torch."""
 
 
 def parent_home(spec: TrainSpec, role: str, run: Home | Path) -> Home:
@@ -45,10 +45,10 @@ def parent_home(spec: TrainSpec, role: str, run: Home | Path) -> Home:
 
 
 def outline(home: Home) -> Trained:
-    """A bundle with weights of no content (meta): of those in a store a few kB are read, and none are kept.
+    """A bundle with its weights as meta tensors: of weights in a store a few kB are read, and none are kept.
 
     Raises:
-        sealed.SealError: It is damaged; of weights in a store only the names and shapes are looked at.
+        sealed.SealError: It is damaged; weights in a store are checked by names, shapes and types only.
     """
     if not home.stored:
         sealed.verify(home.here)
@@ -59,7 +59,7 @@ def outline(home: Home) -> Trained:
 
 
 def outlines(home: Home) -> dict[str, Tensor]:
-    """Name, shape and type of each tensor, from the head of safetensors: its length, then JSON."""
+    """Name, shape and type of each tensor, from the header of the safetensors file: its length, then JSON."""
     length = int.from_bytes(home.part(WEIGHTS, 0, 8), "little")
     head = home.part(WEIGHTS, 8, 8 + length)
     try:

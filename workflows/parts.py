@@ -1,7 +1,7 @@
 """Prepared files, one a raw shard, each whole or not there, with a note of what is in it.
 
 <directory>/part-00000.parquet          written under another name, renamed (or sent) when whole
-<directory>/part-00000-1a2b3c4d.parquet the same, while another of that name stands in the manifest
+<directory>/part-00000-1a2b3c4d.parquet the same, where a file that is still in use has the plain name
 <directory>/.unfinished/source.json     what the parts are made from
 <directory>/.unfinished/part-00000.json the note: written after the rename
 <directory>/.unfinished/lock            held by the process that prepares (workflows.claim)
@@ -49,9 +49,9 @@ UNFINISHED = ".unfinished"
 SOURCE = f"{UNFINISHED}/source.json"
 LOCK = f"{UNFINISHED}/lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A write that failed for want of room: nothing is wrong with what was asked for."""
+"""Errors of a write for which there was no room: nothing is wrong with the request."""
 AT_ONCE, LONG = 16, 10**10
-"""Files that are read side by side, and how many bytes of them are told of before."""
+"""Files that are read in parallel, and above how many bytes the reading is logged before it begins."""
 
 
 class DestinationError(ValueError):
@@ -64,29 +64,29 @@ class Part(Spec):
     shard: int
     """Its number among the raw shards."""
     url: str
-    """Of the raw shard, as others may see it."""
+    """Of the raw shard, without user, password and query."""
     file: str
     rows: int
     kept: int
-    """Usable ones, those held out among them."""
+    """Usable rows, held-out ones included."""
     rejects: dict[str, int]
-    """Reason -> count; all but `missing` have a row."""
+    """Reason -> count; all samples but the `missing` ones have a row."""
     damage: str = ""
     """Why the shard could not be read to its end."""
     bytes: int
     sha256: str
     source: str = ""
-    """What it is made from: this shard as it was, and how; empty where only that of all parts is known."""
+    """Digest of the shard as it was and of how the part is made; empty if only that of all parts is known."""
     usable: tuple[int, ...] = ()
-    """Rows of each row group to train on; empty where an older version wrote the part."""
+    """Number of rows to train on, by row group; empty where an older version wrote the part."""
     held_out: tuple[int, ...] = ()
-    """Rows of each row group that nothing trains on; empty where there are none."""
+    """Number of held-out rows, by row group; empty where there are none."""
     enlarged: int = 0
     """Kept images that have fewer pixels than the largest size."""
     captions_cut: int = 0
     """Kept captions that have more tokens than the context."""
     first_rejects: dict[str, tuple[str, str]] = Field(default_factory=dict)
-    """Reason -> key of the first sample that it befell, and all that is said of it; empty in older parts."""
+    """Reason -> key of the first sample rejected for it, and the full reason; empty in older parts."""
 
 
 def write_part(
@@ -149,22 +149,22 @@ def write_part(
 
 
 def free_name(home: Home, shard: int, sha256: str) -> str:
-    """Of a new part: never that of a file that is still in use."""
+    """File name of a new part: never one that exists, since that file may still be in use."""
     name = f"part-{shard:05d}.parquet"
     return f"part-{shard:05d}-{sha256[:8]}.parquet" if home.has(name) else name
 
 
 def finish(home: Home, draft: Path, part: Part) -> None:
-    """A file that is whole gets its name, and then its note."""
+    """Give a complete draft the name of its part (and send it), then write the note."""
     draft.rename(home.here / part.file)
     home.send(part.file)
     write_json(home, f"{UNFINISHED}/part-{part.shard:05d}.json", part.model_dump(mode="json"))
     if home.stored:
-        (home.here / part.file).unlink()  # whoever reads it reads the store
+        (home.here / part.file).unlink()  # readers read it from the store
 
 
 def plain_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Of a file that is read often: nothing is packed, every page has its checksum."""
+    """The writer of a file that is read often: no compression or dictionary, a checksum for every page."""
     return pq.ParquetWriter(
         path,
         schema,
@@ -176,10 +176,10 @@ def plain_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def missing_from(url: str, found: int) -> int:
-    """How many samples more than were found the downloader's count beside the shard promises.
+    """How many samples are missing by the downloader's count beside the shard.
 
-    A shard whose last members were overwritten with zeros is a valid, shorter archive; img2dataset
-    writes NAME_stats.json beside NAME.tar, and that tells.
+    A shard whose last members were overwritten with zeros is a valid, shorter archive; only the
+    NAME_stats.json that img2dataset writes beside NAME.tar reveals it.
     """
     folder = url.rpartition("/")[0]
     try:
@@ -191,7 +191,7 @@ def missing_from(url: str, found: int) -> int:
 
 
 def missing_said(url: str, found: int, missing: int) -> str:
-    """Of a shard that has fewer samples than the count beside it."""
+    """The message about a shard that has fewer samples than the count beside it."""
     return f"{found:,} samples, {shown(beside(url))} says {found + missing:,}"
 
 
@@ -224,13 +224,13 @@ def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
 
 
 def beside(url: str) -> str:
-    """The name of the downloader's count."""
+    """The file name of the downloader's count beside a shard."""
     return url.rpartition("/")[2].removesuffix(".tar") + "_stats.json"
 
 
 @contextlib.contextmanager
 def claimed(home: Home) -> Iterator[None]:
-    """This process as the only one that prepares into a directory, while inside.
+    """While inside, be the only process that prepares into a directory.
 
     Raises:
         DestinationError: Another prepares there, or it holds files that are not ours or cannot be written to.
@@ -251,7 +251,7 @@ def claimed(home: Home) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(home: Home) -> Iterator[None]:
-    """What cannot be written inside is said of the directory."""
+    """Turn an OSError inside into one that names the directory (`refusal`)."""
     try:
         yield
     except OSError as error:
@@ -259,20 +259,21 @@ def writable(home: Home) -> Iterator[None]:
 
 
 def refusal(home: Home, number: int | None, why: str) -> Exception:
-    """Of a failed write: a full disk is no fault of what was asked for, all else is the destination's."""
+    """The error for a failed write: an OSError if the disk is full, else the destination's."""
     if number in FULL:
         return OSError(int(number), os.strerror(number), home.address)
     return DestinationError(f"{home.address} cannot be written to: {why}")
 
 
 def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> dict[int, Part]:
-    """Make the directory ready; the good parts of an earlier run that are made from the same stay.
+    """Make the directory ready, and return the parts of an earlier run that can be kept, by shard.
 
     Args:
         directory: Where the parts are.
-        source: What they are all made from.
-        keys: What each is made from.  With them a part stays that another source has too, and what is
-            sealed stays until something else is; without them both go.
+        source: Digest of what all parts together are made from.
+        keys: Digest of what each part is made from, by shard.  With keys, parts that match theirs stay
+            although the source as a whole has changed, and sealed data stays until it is replaced;
+            without keys, parts of another source and the manifest are removed.
 
     Raises:
         DestinationError: If it holds files that are not ours, or cannot be written to.
@@ -291,7 +292,7 @@ def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> di
             else:
                 stale.append(name)
         known = {part.shard: part for part in whole(home, good)}
-        if not same:  # notes of another source never stand beside this one, and at every moment it is ours
+        if not same:  # stale notes go before this source is noted; the directory counts as ours throughout
             home.drop_files(stale)
             write_json(home, SOURCE, {"source": source})
         if not keys:
@@ -305,18 +306,18 @@ def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> di
 
 
 def fits(part: Part, keys: Sequence[str], *, same: bool) -> bool:
-    """Whether a part is made from what its place is to be made from; `same`: all parts together are."""
+    """Whether a part is made from what its key says; one without a source is if all together are (`same`)."""
     return keys[part.shard : part.shard + 1] == [part.source] if part.source else same
 
 
 def swept(home: Home, names: Sequence[str], *, keep: Collection[str]) -> None:
-    """Remove what was to be a part, or was one."""
+    """Remove parts and drafts of parts, but for those to keep."""
     ours = [name for name in names if fnmatch(name, "part-*.parquet") or fnmatch(name, ".part-*.draft")]
     home.drop_files([name for name in ours if name not in keep])
 
 
 def tidied(home: Home, files: Collection[str]) -> None:
-    """After these have been sealed: nothing else stays."""
+    """After these files have been sealed, remove all other parts and all notes."""
     swept(home, home.names(), keep=files)
     home.drop(UNFINISHED)
 
@@ -339,12 +340,12 @@ def is_ours(home: Home, names: Sequence[str]) -> bool:
 
 
 def notes(home: Home) -> list[str]:
-    """The files that name a part each."""
+    """The files with the notes, one for each part."""
     return [f"{UNFINISHED}/{name}" for name in home.at(UNFINISHED).names() if fnmatch(name, "part-*.json")]
 
 
 def noted(home: Home) -> list[tuple[str, Part | None]]:
-    """The notes that an earlier run left, each with its part; None if it was cut: that is made again."""
+    """The notes of an earlier run, each with its part, or None if the note was cut short."""
     names = notes(home)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = pool.map(lambda name: parts_of({"parts": [home.facts(name)]}), names)
@@ -352,9 +353,9 @@ def noted(home: Home) -> list[tuple[str, Part | None]]:
 
 
 def data_digest(facts: dict[str, Any]) -> str:
-    """What prepared data with this manifest is to a stage: it changes when a row, an image or a column does.
+    """The digest by which stages identify prepared data: it changes when a row, an image or a column does.
 
-    Older manifests have only the digest of all that they say, the places of the raw shards among it.
+    Older manifests have only the digest of all their content, which includes the places of the raw shards.
     """
     return str(facts.get("content") or facts["digest"])
 
@@ -370,8 +371,9 @@ def parts_of(facts: dict[str, Any]) -> list[Part]:
 def whole(home: Home, parts: Sequence[Part]) -> list[Part]:
     """Those of some parts whose file is there and whose bytes are those that were written.
 
-    A store shows an object when all of it has arrived, and its pages are checked when they are read, so one
-    listing tells; a file system may have lost or changed bytes after a crash, so every byte is read.
+    A store shows an object when all of it has arrived, and its pages are checked when they are read, so the
+    sizes in one listing suffice; a file system may have lost or changed bytes after a crash, so every byte
+    is read.
     """
     sizes = home.sizes()
     there = [part for part in parts if sizes.get(part.file) == part.bytes]

@@ -34,11 +34,11 @@ NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 SHOWN = 16
 """Pairs of prepared data that a page shows at most."""
 GAP, LETTERS, CAPTION = 4, 11, 40
-"""Pixels of a sheet: between pictures, of its letters, and of two lines of them with what is around."""
+"""Pixels on a sheet: gap between pictures, font size, and height of a two-line caption with its margins."""
 
 
 class Painted(NamedTuple):
-    """A prompt, painted: the picture after each hop that ends in one, the smallest first."""
+    """A prompt and its pictures: one after each hop that ends in a picture, the smallest first."""
 
     prompt: str
     seed: int
@@ -46,7 +46,7 @@ class Painted(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """One question of a sampler: what it asked about and what the network saw in it."""
+    """One query of a sampler: the noisy image, and the clean one that the network estimated."""
 
     sigma: float
     noisy: bytes
@@ -78,7 +78,7 @@ def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0) -> list[
 
 
 def sheet(cells: Sequence[tuple[str, Sequence[bytes]]], *, columns: int = 4) -> Image.Image:
-    """Words and the PNGs that they are said of, cell by cell: each picture at its own size, words below."""
+    """A page of cells, each with its PNGs at their own size and its words below them."""
     sizes = [[Image.open(io.BytesIO(png)) for png in pngs] for _, pngs in cells]
     width = max(sum(picture.width + GAP for picture in some) for some in sizes) + GAP
     height = max(picture.height for some in sizes for picture in some) + CAPTION
@@ -96,7 +96,7 @@ def sheet(cells: Sequence[tuple[str, Sequence[bytes]]], *, columns: int = 4) -> 
 
 
 def wrapped(words: str, width: int, letters: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Words in two lines of so many pixels at most; what does not fit is left out."""
+    """Words in at most two lines of `width` pixels; what does not fit is replaced by dots."""
     lines = [""]
     for word in words.split():
         if letters.getlength(f"{lines[-1]} {word}".strip()) > width and lines[-1]:
@@ -115,7 +115,7 @@ def states(cascade: Cascade, prompts: list[str], seeds: list[int]) -> Iterator[C
 
 @torch.no_grad()
 def trajectory(cascade: Cascade, prompt: str, *, seed: int, frames: int = 9) -> list[Frame]:
-    """The first hop that makes an image, step by step; some of its questions, the last one included.
+    """Evenly spaced queries, from the first to the last, of the first hop that makes an image.
 
     The noisy image is shown as x / sqrt(1 + sigma**2), as the network sees it.
     """
@@ -131,7 +131,7 @@ def trajectory(cascade: Cascade, prompt: str, *, seed: int, frames: int = 9) -> 
 
 
 def answered(sampling: Sampling, denoise: Denoiser) -> tuple[list[tuple[float, Tensor, Tensor]], Tensor]:
-    """Drive a sampler and keep every question with its answer."""
+    """Drive a sampler: every query (sigma, noisy image, estimate), and the result."""
     asked: list[tuple[float, Tensor, Tensor]] = []
     try:
         query = next(sampling)
@@ -144,7 +144,7 @@ def answered(sampling: Sampling, denoise: Denoiser) -> tuple[list[tuple[float, T
 
 
 def shown(sigma: float, x: Float[Tensor, " 1 3 h w"], x0: Float[Tensor, " 1 3 h w"]) -> Frame:
-    """One question as two pictures."""
+    """One query as two pictures."""
     return Frame(sigma, images.png((x / (1 + sigma**2) ** 0.5).float().cpu()), images.png(x0.float().cpu()))
 
 
@@ -174,9 +174,9 @@ def psnr(one: Float[Tensor, " *s"], other: Float[Tensor, " *s"]) -> float:
 
 
 def last_parts(data: Home | Path, pairs: int) -> list[str]:
-    """Files of prepared data, the last first, that together have so many pairs to train on by the manifest.
+    """The last files of prepared data, in reverse, that by the manifest have so many pairs to train on.
 
-    One without any is passed over: a downloader leaves an empty tar where every link is dead.
+    Files without any are passed over: a downloader leaves an empty tar where every link is dead.
     """
     files, found = list[str](), 0
     for part in reversed(parts_of(Home.of(data).facts(MANIFEST))):
@@ -188,7 +188,7 @@ def last_parts(data: Home | Path, pairs: int) -> list[str]:
 
 
 def last_rows(data: Path, columns: Sequence[str], pairs: int, mark: str = "") -> list[dict[str, Any]]:
-    """The last rows in whose column `reject` this stands, in their order, of `last_parts`.
+    """The last rows of `last_parts` whose column `reject` is `mark`, in their order.
 
     Raises:
         DataError: A file is gone or damaged.
@@ -202,7 +202,7 @@ def last_rows(data: Path, columns: Sequence[str], pairs: int, mark: str = "") ->
 
 
 def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " b 3 h w"], list[str]]:
-    """The last usable images of prepared data in [-1, 1], with their captions; fewer where there are."""
+    """The last usable images of prepared data in [-1, 1], with their captions; fewer if there are no more."""
     column = f"image{size}"
     rows = last_rows(data, (column, "caption"), count)
     pixels = [np.asarray(Image.open(io.BytesIO(row[column])).convert("RGB")) for row in rows]
@@ -211,9 +211,9 @@ def prepared_images(data: Path, size: int, count: int) -> tuple[Float[Tensor, " 
 
 
 def prepared_captions(data: Path, count: int) -> list[str]:
-    """Of the last files of prepared data the captions that were held out, then the last of the others.
+    """Held-out captions of the last files of prepared data, preceded by others if they are too few.
 
-    None before data are prepared.
+    Empty before data are prepared.
     """
     marks = ("", HELD_OUT) if Home.of(data).facts(MANIFEST).get("held_out") else ("",)
     return [row["caption"] for mark in marks for row in last_rows(data, ("caption",), count, mark)][-count:]

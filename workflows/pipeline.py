@@ -38,13 +38,13 @@ from workflows.train_spec import TrainSpec
 log = logging.getLogger(__name__)
 PROGRESS_S = 15.0
 SHOWN = ("train/loss", "time/samples_per_second", "time/remaining_estimate")
-"""Metrics that are told of while a stage is trained."""
+"""Metrics that are shown while a stage is trained."""
 SECONDS = "seconds.json"
 EMBEDDING = threading.Lock()
-"""Two stages of one CLIP may begin at once; the second finds what the first has made."""
+"""Held while embeddings are made: of two stages of one CLIP that begin at once, the second finds them."""
 TOTAL = "total"
 WRITING = threading.Lock()
-"""Of SECONDS, which stages that train side by side read and replace."""
+"""Held while SECONDS is read and replaced, as stages that train side by side do."""
 
 
 class RunResult(NamedTuple):
@@ -121,7 +121,7 @@ def all_made(spec: RunSpec, run: Home, prepared: Prepared, tracked: Tracked) -> 
 
 
 def opened(run: Home | Path) -> Home:
-    """The directory of a run; of a store's, this machine's copy begins with what the store says."""
+    """The directory of a run; if it is in a store, with its SECONDS fetched to this machine."""
     home = Home.of(run)
     home.here.mkdir(parents=True, exist_ok=True)
     home.fetch(SECONDS)
@@ -145,9 +145,9 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
 
 
 def check_parents(spec: RunSpec, run: Home | Path) -> None:
-    """Before any work: every parent is a stage of the run or a bundle that is there.
+    """Check, before any work, that every parent is a stage of the run or a bundle that is there.
 
-    What such a bundle itself stands on is in the cascade too, so it is a parent of some stage as well.
+    The parents of such a bundle belong to the cascade too, so they must be stages or parents here as well.
 
     Raises:
         ValueError: One is not.
@@ -216,9 +216,9 @@ def made(stage: TrainSpec, making: Making) -> Path:
 
 
 def caught_up(home: Home, journal: Journal, path: Path) -> None:
-    """Of a stage that was done before: what the start that made it was killed before it could write down.
+    """Complete the journal of a finished stage, if the start that made it was killed before it could.
 
-    What that start could not deliver is carried since the journal was opened.
+    Entries that it wrote and could not deliver are being sent since the journal was opened.
     """
     said = [entry.value for entry in entries(journal.path) if entry.kind == "status"]
     if said and said[-1] != "FINISHED":
@@ -226,7 +226,7 @@ def caught_up(home: Home, journal: Journal, path: Path) -> None:
 
 
 def told_finished(home: Home, journal: Journal, path: Path) -> None:
-    """The last that is written down of a stage."""
+    """Write the last entries of a stage's journal: its bundle, and that it is finished."""
     seal = sealed.verify(path)
     journal.tags({"bundle": home.at("bundle").address, "bundle_sha256": seal.digest})
     journal.status("FINISHED")
@@ -248,9 +248,10 @@ def loaded_or_trained(stage: TrainSpec, found: training.Inputs, making: Making) 
 
 
 def cascade_of(spec: RunSpec, run: Home, bundles: Mapping[str, Path]) -> str:
-    """The cascade of these bundles; left as it is if it is made of just these.
+    """Save the cascade of these bundles, unless it is made of just these already; returns its digest.
 
-    Parents from elsewhere belong to it, but not where weights began: nothing is sampled with them.
+    Parents from elsewhere belong to it too, except those with initial weights (role `start`): nothing is
+    sampled with them.
     """
     stages = dict(bundles)
     for stage in spec.stages:
@@ -307,7 +308,7 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
 
 @contextmanager
 def timed(run: Home | Path, *names: str) -> Iterator[None]:
-    """Add the seconds inside to these of <run>/seconds.json; a start that is killed loses at most two."""
+    """Add the seconds spent inside to these entries of <run>/seconds.json; a kill loses two at most."""
     home = Home.of(run)
     known, began = seconds_of(home), time.monotonic()
 
@@ -324,7 +325,7 @@ def timed(run: Home | Path, *names: str) -> Iterator[None]:
 def seconds_of(run: Home | Path) -> dict[str, float]:
     """Step -> seconds over all starts so far; of a store's run, as far as known here.
 
-    `total` is what went by meanwhile, not their sum: stages may train side by side.
+    `total` is elapsed time, not the sum of the steps: stages may train side by side.
     """
     path = Home.of(run).here / SECONDS
     seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}

@@ -1,7 +1,7 @@
 """Raw tars in, prepared Parquet files and a manifest out: the Ray Data job.
 
-One task a shard reads, verifies, decodes, tokenises and writes (workflows.parts); what comes back to
-the driver is how far it is.  The same job run again goes on where it was cut.  The manifest is
+One task a shard reads, verifies, decodes, tokenises and writes (workflows.parts); only reports of its
+progress come back to the driver.  The same job run again goes on where it was cut.  The manifest is
 written last; a source that is worse than the spec allows gets none, but `refused.json` with the same
 facts.
 """
@@ -48,7 +48,7 @@ LAYOUT = 1
 TOKENIZER = "open_clip SimpleTokenizer"
 REFUSED = "refused.json"
 REPORT_EVERY_S = 2.0
-"""How often a task says how far it is: what it says goes through the driver, as a block of Ray's."""
+"""Pause between the progress reports of a task: each goes through the driver, as a block of Ray Data."""
 MANY = 5_000
 """Samples that are looked at before a source is refused early."""
 
@@ -65,19 +65,19 @@ class Prepared(NamedTuple):
 
     @property
     def directory(self) -> Path:
-        """Of a destination that is no store."""
+        """The directory of a destination that is not in a store."""
         return self.home.here
 
 
 def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
     """Prepare every shard of the spec; what an earlier run finished is not done again.
 
-    Ray must have been started, or is started with its defaults.  What is sealed there stays until all that
-    is new is whole and good enough, and then goes.
+    Ray must have been started, or is started with its defaults.  Data that is sealed there stays until the
+    new data is complete and accepted, and is then replaced.
 
     Raises:
         MissingShardError: If a named shard does not exist; nothing has been written.
-        DestinationError: If the destination holds other files, cannot be written to, or is prepared already.
+        DestinationError: If it holds other files, cannot be written to, or another process prepares there.
         OSError: If there is no room left.
         StorageError: If a store is away; what is finished stays, and no shard is taken for damaged.
         TooManyRejectsError: After refused.json was written, with the facts; what was sealed before stays.
@@ -89,7 +89,7 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
         return source
     facts = facts_of(spec, source)
     if done := finished(home, facts["source"]):
-        if UNFINISHED in home.names():  # of a run that was cut after its last line, or of another source
+        if UNFINISHED in home.names():  # of a run that was cut after sealing, or of another source
             with claimed(home):
                 home.drop(REFUSED)
                 tidied(home, done.facts["files"])
@@ -113,7 +113,7 @@ def made(
                 rot.count(part)
                 if rot.hopeless:
                     break
-    done = sorted(parts) if rot.hopeless else range(len(source))  # nothing is sealed that lacks a shard
+    done = sorted(parts) if rot.hopeless else range(len(source))  # raises below if a shard is missing
     facts |= totals([parts[shard] for shard in done])
     try:
         judge(spec, facts)
@@ -130,7 +130,7 @@ def made(
 
 
 def located_or_done(spec: PairsSpec) -> list[Found] | Prepared:
-    """The raw shards; where they are no longer there, what was made of them just as the spec says.
+    """The raw shards; if they are gone, the finished data that was made from them by the same spec.
 
     Raises:
         MissingShardError: Neither is there.
@@ -149,7 +149,7 @@ def located_or_done(spec: PairsSpec) -> list[Found] | Prepared:
 
 
 def are_of(shards: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether these are shards that the names could mean: files, globs and directories."""
+    """Whether each of these shards is meant by one of the names: files, globs and directories."""
 
     def means(name: str, url: str) -> bool:
         name = addresses.shown(Home.of(name).address)
@@ -181,7 +181,7 @@ def prepared(directory: Home | Path | str) -> Prepared:
 
 
 def finished(home: Home, source: str) -> Prepared | None:
-    """What stands there, if it is whole and from the same source."""
+    """The finished data that is there, if it is whole and from the same source."""
     try:
         found = prepared(home)
     except DestinationError:
@@ -190,7 +190,7 @@ def finished(home: Home, source: str) -> Prepared | None:
 
 
 def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
-    """What is known before the work: `source` changes when anything that shapes the files does."""
+    """Facts known before the work; `source` changes when anything that shapes the files does."""
     schema = pairs_schema(spec.sizes)
     return {
         "source": digest_of([LAYOUT, how(spec), fingerprint(source)]),
@@ -204,22 +204,22 @@ def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
 
 
 def how(spec: PairsSpec) -> dict[str, Any]:
-    """What of a spec shapes the files, the raw shards aside."""
+    """The fields of a spec that shape the files, the raw shards aside."""
     shaping = spec.model_dump(mode="json", exclude={"shards", "destination", "max_reject_fraction"})
     if not spec.held_out:
-        del shaping["held_out"]  # as when there was no such thing yet: what was prepared stays what it is
+        del shaping["held_out"]  # as before this field existed: data prepared then keeps its digest
     return shaping
 
 
 def keys_of(spec: PairsSpec, source: Sequence[Found]) -> list[str]:
-    """What each part is made from: a shard as it is, its number, which stands in every row, and the spec."""
+    """Digest of what each part is made from: the shard as it is, its number (in every row), and the spec."""
     return [digest_of([LAYOUT, how(spec), shard, *found]) for shard, found in enumerate(source)]
 
 
 def content_of(facts: dict[str, Any], before: dict[str, Any]) -> str:
-    """What the data is to those who learn from it, wherever it lies and whatever it was made from.
+    """The digest of the data as stages learn from it, wherever it lies and whatever it was made from.
 
-    The same bytes keep the name that they have in the manifest of before, which may be an older version's.
+    The same bytes keep the digest of the manifest before, which an older version may have written.
     """
     now, was = ([[part.sha256 for part in parts_of(it)], it.get("schema")] for it in (facts, before))
     return data_digest(before) if now == was else digest_of(now)
@@ -251,7 +251,7 @@ def totals(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 class Rot:
-    """Whether a source will be refused whatever its other shards hold, as far as those that are done tell.
+    """Tells, from the shards that are done, whether a source will be refused whatever the others hold.
 
     Args:
         spec: Allows `max_reject_fraction`.
@@ -274,13 +274,13 @@ class Rot:
 
     @property
     def hopeless(self) -> bool:
-        """Were all others without fault, twice what is allowed would be bad; never where no size is told."""
+        """Whether twice the allowed share is bad even if the rest is good; False if sizes are unknown."""
         many = self.samples >= MANY and self.rejected > self.allowed * self.samples
         return many and all(self.sizes) and self.bad_bytes > 2 * self.allowed * sum(self.sizes)
 
 
 def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
-    """Raises TooManyRejectsError if the census is worse than the spec allows; says what it cannot tell."""
+    """Raises TooManyRejectsError if the census is worse than the spec allows; logs losses it cannot count."""
     broken = [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
     if broken:
         log.warning(
@@ -297,7 +297,7 @@ def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
 
 
 def census_of(facts: dict[str, Any]) -> Census:
-    """What the totals of parts say of their source."""
+    """The totals of parts as a census of their source."""
     return Census(
         Counter({"": facts["kept"]} | facts["rejects"]),
         shards=len(facts["parts"]),
@@ -320,7 +320,7 @@ def written(
     Raises:
         DestinationError: If a part cannot be written.
         OSError: If there is no room for one.
-        StorageError: If a store, of the shards or of the parts, is away or does not let us.
+        StorageError: If a store, of the shards or of the parts, is away or denies access.
     """
     todo = [
         {"shard": shard, "url": found.url, "key": keys[shard]}
@@ -343,10 +343,10 @@ def written(
 
 
 def reports(todo: list[dict[str, Any]], spec: PairsSpec, home: Home) -> Iterator[dict[str, Any]]:
-    """What the tasks report, one for each shard that is to do."""
+    """The reports of the tasks, one task for each shard that is to do."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
+    context.target_max_block_size = 1  # reports are sent at once, not by blocks of 128 MiB
     with ray.data.DataContext.current(context):
         steps = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             partial(reported, spec=spec, home=home), batch_size=1
@@ -382,7 +382,7 @@ def report(shard: int, rows: int, position: int, **said: str | int) -> dict[str,
 def shown(
     source: Sequence[Found], known: dict[int, Part], *, progress: bool
 ) -> Iterator[SampleProgress | None]:
-    """The bar of a run, ahead by what is known; None if nobody is to see it."""
+    """The progress bar of a run, which starts at the parts that are known; None without `progress`."""
     if not progress:
         yield None
         return

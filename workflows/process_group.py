@@ -1,8 +1,8 @@
-"""PyTorch's process group of a training, made by its workers: Ray's own way, but for where torch is imported.
+"""PyTorch's process group of a training, set up as Ray does it, but without torch in Ray's controller.
 
-Ray's TorchConfig takes torch along to Ray's controller, a process beside every group of workers that computes
-nothing: half a GiB and three seconds for each stage.  This config names its functions, and the workers, which
-have torch, import them.
+Ray's TorchConfig makes the controller, a process beside every group of workers that computes nothing, import
+torch: half a GiB and three seconds for each stage.  The functions of this config import it when they run, in
+the workers, which have it anyway.
 """
 
 import logging
@@ -18,17 +18,17 @@ from ray.train.backend import Backend, BackendConfig
 
 log = logging.getLogger(__name__)
 LEAVING_S = 5
-"""How long workers that are ending are waited for, which is how long Ray waits before it kills them: to leave
-takes a moment, and one that hangs would hold up the others, after it was found, for Ray's default of 30 s."""
+"""How long to wait for workers to leave the group, as long as Ray waits before it kills them: leaving takes a
+moment, and a worker found hanging would hold up the others for Ray's default of 30 s."""
 
 
 class ProcessGroup(BackendConfig):
     """In place of ray.train.torch.TorchConfig."""
 
     backend: Literal["gloo", "nccl"] | None = None
-    """Set by Ray's TorchTrainer: what the workers' devices speak."""
+    """Set by Ray's TorchTrainer, by the devices of the workers."""
     timeout_s = 1800
-    """After which an exchange between workers has failed; Ray's default."""
+    """Timeout of a collective; Ray's default."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -51,10 +51,10 @@ class ProcessGroup(BackendConfig):
 
 
 class Joining(Backend):
-    """What Ray's controller has the workers do."""
+    """What Ray's controller makes the workers do."""
 
     share_cuda_visible_devices = True
-    """NCCL wants to see all of a node's."""
+    """NCCL needs every worker to see all GPUs of its node."""
 
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: ProcessGroup) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
@@ -79,7 +79,7 @@ class Joining(Backend):
 
 
 def join(where: dict[str, str], how: dict[str, Any]) -> None:
-    """In a worker: the process group, and the variables that torch's own launcher sets."""
+    """In a worker: set the variables that torch's own launcher sets, then join the process group."""
     from ray.train.torch import config  # noqa: PLC0415 see above
 
     os.environ.update(where)
@@ -88,7 +88,7 @@ def join(where: dict[str, str], how: dict[str, Any]) -> None:
 
 
 def leave(destroy: bool) -> None:
-    """In a worker, at the end."""
+    """In a worker, at the end: leave the process group."""
     from ray.train.torch import config  # noqa: PLC0415 see above
 
     config._shutdown_torch(destroy_process_group=destroy)

@@ -22,9 +22,9 @@ LINE_EVERY_S = 10.0
 
 
 class StepBars:
-    """One display for all training runs that go on at a time: a bar each, on a terminal; else nothing.
+    """One display for all training runs in progress: a bar each on a terminal, nothing elsewhere.
 
-    While it is shown, what is logged appears above it.
+    While it is shown, log lines appear above it.
 
     Args:
         console: Where to; standard error if not given.
@@ -60,7 +60,7 @@ class StepBars:
 
 
 class StepProgress:
-    """Steps of one training run, as its journal tells of them: a bar while inside, or plain lines.
+    """Progress of one training run, by its journal: a bar while inside, or plain lines.
 
     Args:
         title: What is trained.
@@ -81,7 +81,7 @@ class StepProgress:
         self.bars.bars.remove_task(self.task)
 
     def show(self, step: int, *, loss: float, rate: float, left_s: float) -> None:
-        """So far it has come; a line only if it is a while since the last and something is new."""
+        """Show the step that is reached; a line only every `every_s`, and only for a new step."""
         about = f"loss {loss:.4g}, {rate:.0f} images/s, {clock(left_s)} left"
         if self.bars.console.is_terminal:
             self.bars.bars.update(self.task, completed=step, about=about)
@@ -97,11 +97,11 @@ def clock(seconds: float) -> str:
 
 
 class SampleProgress:
-    """Samples done and bytes read of a source whose bytes are known and whose samples are not.
+    """Progress through a source whose number of bytes is known and whose number of samples is not.
 
     Args:
         title: What is done.
-        total_bytes: Of the whole source; 0 if the store does not tell, then there is no time left.
+        total_bytes: Of the whole source; 0 if the store does not tell: then no remaining time is shown.
         samples: Done in an earlier run.
         position: Bytes read in an earlier run.
         console: Where to; standard error if not given.
@@ -143,7 +143,7 @@ class SampleProgress:
             self.speak()
 
     def advance(self, samples: int, size: int) -> None:
-        """So many more samples, and bytes of the source."""
+        """Count so many more samples, and bytes of the source."""
         self.samples += samples
         self.position += size
         self.bar.update(self.task, completed=self.position, samples=self.samples, rate=self.rate())
@@ -155,7 +155,7 @@ class SampleProgress:
         return (self.samples - self.first[0]) / max(time.monotonic() - self.start, 1e-6)
 
     def speak(self) -> None:
-        """One plain line."""
+        """Print one plain line."""
         self.spoken = time.monotonic()
         line = f"{self.title}: {self.samples:,} samples, {self.rate():,.0f}/s"
         if self.total:

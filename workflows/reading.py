@@ -20,7 +20,7 @@ from workflows.mailbox import Leg
 from workflows.train_spec import TrainSpec
 
 LEG_BYTES = 2 * 2**30
-"""Decoded images, or embeddings, of one leg of all ranks at most; two legs are in memory at a time."""
+"""Most bytes of images and embeddings in one leg, over all ranks; two legs are in memory at a time."""
 
 
 class Reads(ray.data.Datasource):
@@ -37,7 +37,7 @@ class Reads(ray.data.Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
     ) -> list[Any]:
-        """One for each table."""
+        """One for each list of picks, whose rows become one table."""
         return [
             ray.data.ReadTask(
                 partial(feed.read, task, self.wanted),
@@ -48,14 +48,14 @@ class Reads(ray.data.Datasource):
 
 
 class Reader(NamedTuple):
-    """Who reads what, in a training of one or more workers."""
+    """What one worker of a training reads."""
 
     spec: TrainSpec
     order: feed.Order
     wanted: feed.Wanted
     rank: int
     mailbox: Any = None
-    """Where the first worker leaves what it reads for all of them; None: it is the only one."""
+    """Where the first worker leaves what it reads, for the others; None: there are none."""
 
 
 def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterator[PairBatch]:
@@ -81,9 +81,9 @@ def portions(
 
     Args:
         lengths: Rows of each table.
-        fetched: Hands out the tables of these numbers, one after the other: all that have rows of this rank.
+        fetched: Yields the tables of these numbers in turn: all those with rows of this rank.
         share: Of the rank.
-        rows: Of what is handed out at once; they divide those of a step.
+        rows: Of each table that is yielded; they divide the rank's rows of a step.
     """
     stops = share.first_step * share.batch_size + np.cumsum(lengths)
     own, starts = share.positions(), stops - lengths
@@ -97,7 +97,7 @@ def portions(
 
 
 def got(tables: Sequence[Any], numbers: Sequence[int]) -> Iterator[pa.Table]:
-    """Tables out of Ray's object store; meanwhile those that come next are brought to this machine."""
+    """Tables from Ray's object store; the next two are meanwhile fetched to this machine."""
     for place, number in enumerate(numbers):
         if behind := [tables[later] for later in numbers[place + 1 : place + 3]]:
             ray.wait(behind, num_returns=len(behind), timeout=0)
@@ -105,7 +105,7 @@ def got(tables: Sequence[Any], numbers: Sequence[int]) -> Iterator[pa.Table]:
 
 
 def stretches(spec: TrainSpec, wanted: feed.Wanted, first_step: int) -> Iterator[feed.Share]:
-    """What is read at once, for all ranks: little at first, so that training begins soon."""
+    """The stretch of each leg, for all ranks: short at first, so that training begins soon."""
     store = ray.cluster_resources().get("object_store_memory", 0)
     steps = max(1, feed.table_rows(wanted) // spec.batch_size)  # about a table
     most = max(steps, int(min(LEG_BYTES, store / 8)) // (spec.batch_size * wanted.row_bytes))
@@ -118,12 +118,12 @@ def stretches(spec: TrainSpec, wanted: feed.Wanted, first_step: int) -> Iterator
 def read_ahead(reader: Reader, first_step: int) -> Iterator[Leg]:
     """Every leg, read to its end while the one before it is trained on: by the first worker, for all.
 
-    A mix is read as a whole, and every rank trains on some of it: if each read its own, all would be read
-    by each.
+    A mix is read as a whole, and every rank trains on some of it: if each rank read for itself, each would
+    read everything.
 
-    Ray Data's executor is not left waiting for the training: with all its outputs full it asks in a
-    loop whether that has changed, and holds the interpreter's lock while it does (Ray 2.60: training
-    on two cores went at a third of its rate).  A leg that has been read to its end has no executor.
+    Ray Data's executor is not left waiting for the training: with all its outputs full it polls in a
+    loop and holds the GIL while it does (Ray 2.60: training on two cores went at a third of its rate).
+    A leg that has been read to its end has no executor.
     """
     coming = theirs(reader, first_step) if reader.rank else ours(reader, first_step)
     ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -161,7 +161,7 @@ def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> Leg:
     readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
     dataset = ray.data.read_datasource(
         Reads(tasks, wanted), num_cpus=0.25, concurrency=readers, override_num_blocks=len(tasks)
-    )  # or Ray cuts what few tasks deliver into 200 blocks
+    )  # or Ray splits the output of few tasks into 200 blocks
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a task is a block: never cut, never joined
     dataset.context.enable_progress_bars = False
@@ -172,14 +172,14 @@ def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> Leg:
 
 
 def check_positions(table: pa.Table, expected: NDArray[np.int64]) -> None:
-    """Refuse rows that are not those whose turn it is: then a restart would not be exact."""
+    """Refuse rows that are not the next in order: with them a restart would not be exact."""
     found = table["position"].to_numpy()
     if not np.array_equal(found, expected):
         raise RuntimeError(f"Ray Data handed out row {found[0]} where row {expected[0]} was due")
 
 
 def paired(table: pa.Table, wanted: feed.Wanted, device: torch.device) -> PairBatch:
-    """A table as tensors on the device; images of no pixels where none are wanted."""
+    """A table as tensors on the device; images of height and width 0 where none are wanted."""
     side, rows = wanted.image_size, len(table)
     pixels, embedding = np.zeros(0, np.uint8), None
     if side:

@@ -1,4 +1,4 @@
-"""Cascades by name: MLflow's registry says which version an alias means, and is told a better one.
+"""Cascades by name in MLflow's registry: which version an alias means, and moving it to a better one.
 
 `demo@current`     the newest that a run of this name has made
 `demo@production`  what `ddiff promote` has moved there
@@ -26,14 +26,14 @@ SCORE, SCORE_LOW, SCORE_HIGH, JUDGED, ASKED = (
     "score.captions",
     "score.evaluation",
 )
-"""Tags of a version: share of captions painted right, its interval, how many, and a digest of which."""
+"""Tags of a version: share of captions painted right, its interval, number of captions, digest of which."""
 SCORED_BY, COSINE, WAY = "score.by", "score.cosine", "score.way"
-"""Who judges a version, the oracle where that is not said; the mean cosine, where the score is R-precision;
-and how it is judged, in JSON (jobs.evaluate)."""
+"""Who judges a version (the oracle, if absent); the mean cosine, if the score is R-precision; and how it is
+judged, in JSON (jobs.evaluate)."""
 PAINTED_IN = "score.precision"
-"""In which numbers the pictures that were judged were computed, where they said it: bf16, fp32."""
+"""Precision in which the judged pictures were computed, if it is known: bf16, fp32."""
 DELETES = "delete the artifact"
-"""What a probe does and no run."""
+"""A step of `probe` that no run takes."""
 NAME: TypeAdapter[str] = TypeAdapter(SafeName)
 
 
@@ -59,12 +59,12 @@ class Version(NamedTuple):
 
     @property
     def score(self) -> float | None:
-        """Share of pictures that are right, or by a CLIP nearest to their caption; None: never judged."""
+        """Share of pictures that are right, or nearest to their own caption by a CLIP; None: never judged."""
         return float(self.tags[SCORE]) if SCORE in self.tags else None
 
     @property
     def judge(self) -> str:
-        """Whose score it is."""
+        """Who gave the score."""
         return self.tags.get(SCORED_BY, "oracle")
 
     def says(self) -> str:
@@ -113,7 +113,7 @@ class Registry:
             digest: 64 hexadecimal digits.
 
         Raises:
-            RegistryError: MLflow does not answer, or not to us.
+            RegistryError: MLflow does not answer, or denies access.
         """
         with self.answering():
             found = self.client.search_model_versions(f"tags.bundle_sha256 = '{digest}'")
@@ -168,7 +168,7 @@ class Registry:
 
         Raises:
             PromotionError: It is not better, or the two cannot be compared; the alias stays where it was.
-            RegistryError: MLflow does not answer, or not to us.
+            RegistryError: MLflow does not answer, or denies access.
         """
         NAME.validate_python(alias)
         found = self.asked(candidate.name, alias)
@@ -183,7 +183,7 @@ class Registry:
         """Write scores down on a version, and return it with them.
 
         Raises:
-            RegistryError: MLflow does not answer, or not to us.
+            RegistryError: MLflow does not answer, or denies access.
         """
         with self.answering():
             for tag, value in tags.items():
@@ -194,7 +194,7 @@ class Registry:
         """Write metrics down with the MLflow run that registered a version, if that is known.
 
         Raises:
-            RegistryError: MLflow does not answer, or not to us.
+            RegistryError: MLflow does not answer, or denies access.
         """
         with self.answering():
             for name, value in metrics.items() if version.run_id else ():
@@ -227,7 +227,7 @@ class Registry:
         return refused
 
     def emptied(self, run_id: str) -> None:
-        """Delete the artifacts of a run, for which MLflow's client has no word."""
+        """Delete the artifacts of a run, which MLflow's client cannot."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         place = self.client.get_run(run_id).info.artifact_uri
@@ -279,7 +279,7 @@ def apart(candidate: Version, holder: Version) -> str:
 
 
 def rank(version: Version) -> tuple[float, float]:
-    """By its score; a CLIP's equal ones by the mean cosine."""
+    """Sort key: the score, then the mean cosine, which only a CLIP gives."""
     return version.score or 0.0, float(version.tags.get(COSINE, 0))
 
 
@@ -297,6 +297,6 @@ def split(wanted: str) -> tuple[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What it says, short enough for a line, the cause first; MLflow names the address that it was given."""
+    """An error in one short line, the cause first; MLflow repeats its address, so passwords are removed."""
     said = [unreachable(error), shown(" ".join(str(error).split()))]
     return f"{': '.join(one for one in said if one):.240}" or type(error).__name__

@@ -1,7 +1,7 @@
-"""report.html: what a run has learned, on one page that needs nothing but itself.
+"""report.html: what a run has learned, on one self-contained page.
 
 Pictures are painted here from the bundles of the run; figures come from the journals, from the facts
-in the bundles and from summary.json.  What a run does not have yet is said in its place.
+in the bundles and from summary.json.  Sections for which a run has nothing yet are left out.
 """
 
 import json
@@ -30,7 +30,7 @@ SHEETS = ("prompts", "denoising", "noising", "reconstructions")
 """What the page shows, each as NAME.png in a run's directory, for MLflow."""
 SCORES = ("all", *GROUPS)
 SIGNS = ("summary.json", JOURNAL, "cascade", f"*/{MADE_OF}", "*/checkpoints", "*/bundle")
-"""What a directory of a run holds any one of, as soon as it is begun."""
+"""A run's directory has at least one of these as soon as the run is begun."""
 
 T = TypeVar("T")
 
@@ -54,19 +54,19 @@ class Shown(NamedTuple):
 
 
 def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Path:
-    """Write `report.html`, and of SHEETS those that there is something for, into a run directory.
+    """Write `report.html`, and those of SHEETS that have content, into a run directory.
 
     Args:
         run: The directory of the run.
         prompts: What to paint at every size; without any, captions of the prepared data.
-        seed: Of the first picture; the next has the next one.
+        seed: Of the first picture; each next picture has the next seed.
 
     Returns:
         The file; it is replaced whole.
 
     Raises:
         sealed.SealError: The cascade is there but damaged.
-        FileNotFoundError: There is no such run, or what is there is none; nothing has been written.
+        FileNotFoundError: The directory does not exist, or is no run's; nothing has been written.
     """
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; `ddiff run` makes it")
@@ -104,20 +104,20 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
 
 
 def summary_of(run: Path) -> dict[str, Any]:
-    """What the run said about itself at its end; empty before."""
+    """The summary that the run wrote at its end; empty before."""
     path = run / "summary.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def data_of(run: Path, summary: Mapping[str, Any]) -> Path:
-    """The prepared data of a run, or this machine's copy of them; without a word of where, within the run."""
+    """The prepared data of a run, or this machine's copy; within the run if the summary names no place."""
     named = summary.get("data")
     return Home.of(named).here if named else run / "data" / "prepared"
 
 
 def save_sheets(run: Path, shown: Shown) -> None:
-    """SHEETS, as far as there is something on them."""
+    """Write those of SHEETS that have content."""
     cells: list[list[tuple[str, Sequence[bytes]]]] = [
         [(one.prompt, one.pngs) for one in shown.painted],
         [(f"sigma {frame.sigma:.3g}", (frame.noisy, frame.estimate)) for frame in shown.frames],
@@ -162,7 +162,7 @@ def judged_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
 
 
 def found_section(run: Path, summary: Mapping[str, Any]) -> Section | None:
-    """What a CLIP says of pictures painted of a user's own captions, beside the true ones."""
+    """How a CLIP scores pictures painted from a user's own captions, beside the true pictures."""
     if not (clip := summary.get("clip")):
         return None
     some = thinned(verdicts_of(run), 64)
@@ -205,7 +205,7 @@ def judged_cell(picture: Path, one: Mapping[str, Any]) -> str:
 
 
 def trajectory_section(prompts: Sequence[str], frames: Sequence[Frame]) -> Section | None:
-    """One sampling, question by question."""
+    """One sampling, query by query."""
     if not frames:
         return None
     noisy = [figure(image(frame.noisy), f"σ = {frame.sigma:.3g}") for frame in frames]
@@ -262,17 +262,17 @@ def grids_of(stage: Path) -> str:
     made_of = json.loads((stage / MADE_OF).read_text()) if (stage / MADE_OF).exists() else {}
     try:
         return heading(TypeAdapter(StageSpec).validate_python(made_of.get("spec", {}).get("stage")))
-    except ValidationError:  # of a version whose specs were others
+    except ValidationError:  # of a version with other specs
         return "sample grids"
 
 
 def is_loss(name: str) -> bool:
-    """What belongs on the chart of a stage."""
+    """Whether a metric belongs on the chart of a stage."""
     return name.startswith("train/") and not name.endswith(("lr", "grad_norm", "skipped"))
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
-    """First and last, and some between."""
+    """At most so many items, evenly spaced, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
@@ -302,7 +302,7 @@ def reconstruction_section(pairs: Sequence[Rebuilt]) -> Section | None:
 
 
 def is_autoencoder(spec: Path) -> bool:
-    """By the spec in a bundle."""
+    """Whether the spec in a bundle is an autoencoder's."""
     return bool(json.loads(spec.read_text())["kind"] == "autoencoder")
 
 

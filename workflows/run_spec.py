@@ -23,9 +23,9 @@ TAKEN = (
     *("endpoint.json", "endpoint.log", "cascade.json", "manifest.json", "README.md"),
     *("embeddings", "report", "total"),
 )
-"""Names of what else lies in the directory of a run or of a cascade; the last are timed in seconds.json."""
+"""Names of other things in the directory of a run or a cascade; the last three are keys of seconds.json."""
 RECORDED = "evaluation-"
-"""So begin those of the evaluations that `ddiff eval --record` keeps."""
+"""Prefix of the names of the evaluations that `ddiff eval --record` keeps."""
 
 
 class RunSpec(Spec):
@@ -34,14 +34,14 @@ class RunSpec(Spec):
     kind: Literal["run"] = "run"
     name: SafeName
     shapes: ShapesSpec | None = None
-    """The embedded world to write first; then pairs.shards and pairs.destination follow the run."""
+    """The embedded world to write first; pairs.shards and pairs.destination are then set by the run."""
     pairs: PairsSpec
     stages: tuple[TrainSpec, ...]
     """In any order; each is trained after its parents."""
     at_once: int = Field(1, ge=1)
     """How many stages may train side by side, in the order of the list, each after its parents.  Each has
-    its part of the CPUs whether the others run or not: with another number, and on CPUs, a stage has
-    another number of threads, and so other last bits.  GPUs that do not suffice for all are waited for."""
+    its fixed share of the CPUs whether the others run or not, so on CPUs another number here changes the
+    threads of a stage, and with them the last bits.  If there are too few GPUs for all, stages wait."""
     cascade: CascadeSpec
     evaluation: EvaluationSpec = EvaluationSpec()
 
@@ -74,7 +74,7 @@ class RunSpec(Spec):
         return self
 
     def check_sizes(self, stage: TrainSpec) -> None:
-        """The data holds the images that a stage sees, and those whose embeddings it is told.
+        """Check that the data holds the images that a stage sees, and those whose embeddings it is told.
 
         Raises:
             ValueError: They are prepared at other sizes.
@@ -92,10 +92,10 @@ class RunSpec(Spec):
             )
 
     def check_lengths(self, stage: TrainSpec) -> None:
-        """Captions are prepared as long as a stage reads them.
+        """Check that captions are prepared at the length that a stage reads.
 
         Raises:
-            ValueError: It has places for more tokens, or for fewer.
+            ValueError: It reads more tokens, or fewer.
         """
         field, length = reading(stage.stage)
         if length not in (0, self.pairs.context_length):
@@ -105,9 +105,9 @@ class RunSpec(Spec):
             )
 
     def check_embeddings(self) -> None:
-        """All of a cascade speak of embeddings of one CLIP, and what a prior draws is what is heard after it.
+        """Check that a cascade uses embeddings of one CLIP, and after a prior those of the kind it draws.
 
-        Of a thumbnail a CLIP says something else.
+        The image size matters too: a CLIP embeds a thumbnail differently.
 
         Raises:
             ValueError: Some were told embeddings by another CLIP, or of images of another size.
@@ -127,14 +127,14 @@ class RunSpec(Spec):
         """The stages of the run that the cascade is made of: hops, guides, and what these stand on."""
         names = [name for hop in self.cascade.hops for name in (hop.stage, *hop.guides.values())]
         known = {stage.name: stage for stage in self.stages}
-        for name in names:  # which grow
+        for name in names:  # the list grows in the loop
             parents = known[name].parents
             wanted = [parent for role, parent in parents.items() if role != "start" and parent in known]
             names += [parent for parent in wanted if parent not in names]
         return [known[name] for name in dict.fromkeys(names)]
 
     def check_hop(self, hop: HopSpec) -> None:
-        """What a hop asks, its stage and its guides can do; said before anything is trained.
+        """Check, before anything is trained, that the stage and the guides of a hop can do what it asks.
 
         Raises:
             ValueError: They cannot.
@@ -165,17 +165,17 @@ class RunSpec(Spec):
             raise ValueError(f"hop {hop.stage}: {error}") from None
 
     def check_draft(self, prior: HopSpec) -> None:
-        """A draft paints the embeddings that it has heard: of images of one size.
+        """Check that a prior's draft was trained on embeddings of images of the same size as the prior.
 
         Raises:
-            ValueError: The draft that judges a prior's draws has heard others.
+            ValueError: The draft that judges a prior's draws was trained on others.
         """
         if (draft := prior.guides.get("draft")) is not None:
             what = f"hop {prior.stage}: its guide {draft!r}"
             refuse_other_images(what, self.stage(draft), self.stage(prior.stage))
 
     def check_tower(self, hop: HopSpec) -> None:
-        """A noised CLIP is told captions by the CLIP that it was trained with.
+        """Check that a noised CLIP gets captions from the CLIP that it was trained with.
 
         Raises:
             ValueError: The guides name another one.
@@ -205,7 +205,7 @@ class RunSpec(Spec):
 def reading(spec: StageSpec) -> tuple[str, int]:
     """The field of a stage that says how many tokens of prepared captions it reads, and its value.
 
-    0: it reads none, or as its parent does; so does a CLIP that is taken as it is, by its children alone.
+    0: it reads none, or as many as its parent; or it is a published CLIP, which only its children read by.
     """
     match spec:
         case ConsistencySpec():
@@ -220,7 +220,7 @@ def reading(spec: StageSpec) -> tuple[str, int]:
 
 
 def refuse_other_clip(told: TrainSpec, first: TrainSpec) -> None:
-    """Raises ValueError unless two stages that are told embeddings are so by one CLIP."""
+    """Raises ValueError unless two stages that are told embeddings get them from the same CLIP."""
     theirs, own = told.stage.embedded_by, first.stage.embedded_by
     assert theirs is not None
     assert own is not None

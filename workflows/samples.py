@@ -37,12 +37,12 @@ def drawn(
 
     Args:
         trained: The stage as it is now, with averaged weights.
-        parents: Role -> what it stands on.
+        parents: Role -> parent.
         what: Prompts, first seed, and how to sample.
         known: Pairs of the data, with the embeddings that the stage is trained on; see `heading`.
 
     Returns:
-        What `heading` says of a stage of this kind: one for each prompt, or known and made pictures in turn.
+        What `heading` says of a stage of this kind: one for each prompt, or known and made ones alternating.
     """
     match trained.spec:
         case (ChainSpec() as spec) | ConsistencySpec(base=ChainSpec() as spec) if not spec.always_embedded:
@@ -74,14 +74,14 @@ def heading(spec: LearnedSpec) -> str:
 
 
 def by_embedding(spec: BaseSpec | ChainSpec) -> bool:
-    """Whether a stage paints of the embeddings of pictures: it begins with drafts, or was never without."""
+    """Whether a stage paints from image embeddings: it starts from drafts, or was never trained without."""
     return spec.always_embedded or (isinstance(spec, BaseSpec) and spec.from_draft)
 
 
 def remade(
     trained: Trained, parents: Mapping[str, Trained], what: SamplesSpec, known: PairBatch
 ) -> Float[Tensor, " b 3 h w"] | None:
-    """What a stage that is shown pictures of the data, or their embeddings, makes of them; None: nothing."""
+    """What a stage makes of pictures of the data or of their embeddings; None if its kind makes nothing."""
     truth, made = images.to_unit(known.image), None
     state = CascadeState(seeds=seeds(what, len(truth)), tokens=known.tokens, label=known.label)
     match trained.spec:
@@ -133,7 +133,7 @@ def painted(
     what: SamplesSpec,
     truth: Float[Tensor, " b 3 h w"],
 ) -> Float[Tensor, " n 3 h w"] | None:
-    """What a chain, or a model of few steps, paints: one for each prompt; enlarged ones beside the true."""
+    """What a chain, or a consistency model of it, paints: one for each prompt; enlarged beside true ones."""
     count = len(truth) if spec.factor > 1 else len(what.prompts)
     if not count:
         return None
@@ -154,7 +154,7 @@ def painted(
 
 
 def seeds(what: SamplesSpec, count: int) -> list[int]:
-    """The same for every grid of a run."""
+    """Consecutive seeds, the same for every grid of a run."""
     return [what.seed + place for place in range(count)]
 
 

@@ -33,7 +33,7 @@ ABOUT, LOCK = "shapes.json", ".shapes.lock"
 PROCESS_PAIRS = 1_000
 """Pairs that are drawn while a process starts."""
 QUICK_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-"""A third of the time of OpenCV's own choice, and the same size for scenes that are mostly flat."""
+"""Takes a third of the time of OpenCV's default, at the same size for scenes that are mostly flat."""
 
 
 class ShapesSpec(Spec):
@@ -59,7 +59,7 @@ def pair(spec: ShapesSpec, number: int) -> tuple[str, dict[str, bytes]]:
 
 
 def write_shards(spec: ShapesSpec, directory: Home | Path) -> list[str]:
-    """Write the world as WebDataset tars, a process for each CPU; a whole one of this spec is left as it is.
+    """Write the world as WebDataset tars, a process for each CPU; whole ones of this spec stay as they are.
 
     Returns:
         The addresses of the shards, shapes-00000.tar and on.
@@ -89,7 +89,7 @@ def names_missing(names: Sequence[str], home: Home) -> list[int]:
 
 @contextlib.contextmanager
 def claimed(home: Home) -> Iterator[None]:
-    """This process as the only one that writes shards there, while inside; drafts of killed ones go.
+    """While inside, be the only process that writes shards there; drafts of killed ones are removed.
 
     Raises:
         TakenError: Another does.
@@ -115,7 +115,8 @@ def name_of(shard: int) -> str:
 def drop_others(spec: ShapesSpec, home: Home) -> None:
     """Remove the tars of another spec, then note this one.
 
-    Shards that are full by either number of pairs stay; so do those of older versions, which noted no spec.
+    If only the number of pairs differs, shards that are full under both numbers stay.  Those of older
+    versions, which noted no spec, stay too.
     """
     was, now = home.facts(ABOUT), facts_of_spec(spec)
     if was == now:
@@ -143,7 +144,7 @@ def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterato
         yield from map(write, shards)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["webdataset", __name__])  # which bring torch: once, not for each process
+    context.set_forkserver_preload(["webdataset", __name__])  # they import torch: once, not for each process
     with ProcessPoolExecutor(processes, context) as pool:
         yield from pool.map(write, shards)
 

@@ -37,7 +37,7 @@ RADII: dict[Size, tuple[float, float]] = {"small": (0.112, 0.118), "big": (0.198
 """Half the extent of a thing, as a share of the side of the picture."""
 
 STRAY = 0.005
-"""How far a thing may stand from its place along each axis, as a share of the side: what no caption says."""
+"""How far a thing may be from its place along each axis, as a share of the side; no caption mentions it."""
 
 UNSEEN: frozenset[tuple[Shape, Colour]] = frozenset(
     {
@@ -91,7 +91,7 @@ def draw_scene(rng: np.random.Generator, *, unseen: bool = False, count: int | N
 
     Args:
         rng: Decides everything.
-        unseen: Whether the first thing is to be one of the UNSEEN pairs; otherwise no thing is.
+        unseen: Whether one of the things, at random, is to be an UNSEEN pair; otherwise no thing is.
         count: Number of things; by default one, two or three in the shares of training.
     """
     count = count or int(rng.choice([1, 2, 3], p=[0.25, 0.65, 0.10]))

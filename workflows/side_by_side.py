@@ -1,4 +1,4 @@
-"""Steps that stand on each other, each begun as soon as it can be, so many at a time."""
+"""Runs steps that depend on each other, each as soon as its parents are made, so many at a time."""
 
 import logging
 import threading
@@ -31,17 +31,17 @@ def side_by_side(
 ) -> dict[str, T]:
     """Make every step after its parents; of those that may begin, the first of the list begins.
 
-    Each is made in a thread of its own, while this one waits, so that signals are heard.  When one
+    Each is made in a thread of its own, while this one waits, so that signals are handled.  When one
     fails, those beside it are told to save and end, and no other is begun.
 
     Args:
         parents: Step -> the steps it stands on, in the order of the list; names of no step are passed over.
         make: Makes a step, in any thread.
         at_once: How many steps may be in the making at a time.
-        stop: Tells those that run to end; asked by somebody else, no other step is begun.
+        stop: Tells those that run to end; once it is asked, by anybody, no other step is begun.
 
     Returns:
-        Step -> what was made, as far as it came before the stop was asked.
+        Step -> what was made; after a stop, of the steps that were completed.
 
     Raises:
         The error of the first step that failed; those of the others are logged.
@@ -53,7 +53,7 @@ def side_by_side(
     def begin(name: str) -> None:
         try:
             made[name] = make(name)
-        except BaseException as error:  # noqa: BLE001 raised again by who waits
+        except BaseException as error:  # noqa: BLE001 raised again by the waiting thread
             ended.put(Ended(name, error))
         else:
             ended.put(Ended(name, None))
@@ -78,5 +78,5 @@ def side_by_side(
 
 
 def ready(waiting: list[str], parents: Mapping[str, Collection[str]], made: Collection[str]) -> str:
-    """The first whose parents are there; empty if there is none."""
+    """The first waiting step whose parents are made; empty if there is none."""
     return next((name for name in waiting if all(p in made for p in parents[name] if p in parents)), "")

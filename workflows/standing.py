@@ -46,7 +46,7 @@ class Standing(NamedTuple):
 def standings(spec: RunSpec, run: Home) -> dict[str, Standing]:
     """How far each stage is.
 
-    Where the data are away, each is judged as if they will be what they were.
+    If there is no prepared data, each stage is judged as if the data will be what it was.
 
     Raises:
         ValueError: A parent, or a file that a stage names, is missing.
@@ -64,7 +64,7 @@ def standings(spec: RunSpec, run: Home) -> dict[str, Standing]:
 
 
 def standing(stage: Home, now: MadeOf) -> Standing:
-    """How far one stage is, whether what it has lies in its directory or aside."""
+    """How far one stage is, by what lies in its directory and what lies aside (workflows.superseded)."""
     was, aside = known(stage), stage.at(ASIDE)
     mine = [place for place, facts in places(stage, aside) if same(facts, now)]
     for place in mine:
@@ -85,7 +85,7 @@ def places(stage: Home, aside: Home) -> Iterator[tuple[Home, Mapping[str, Any]]]
 
 
 def newest_step(stage: Home) -> int:
-    """Of its newest checkpoint that was finished; 0 if there is none."""
+    """The step of the newest finished checkpoint of a stage; 0 if there is none."""
     for name in reversed(stage.at("checkpoints").names()):
         if step := stage.at(f"checkpoints/{name}").facts(sealed.MANIFEST).get("step"):
             return int(step)
@@ -115,9 +115,9 @@ def data_of(spec: RunSpec, run: Home) -> str:
 
 
 def more_or_fewer(patterns: Sequence[str], before: Sequence[str]) -> bool:
-    """Whether names of tars mean another number of them than were prepared; as many may be those, moved.
+    """Whether more or fewer tars are named than were prepared; the same number may be the same ones, moved.
 
-    How many a glob or a directory means is not written down: then nothing is known.
+    False for globs and directories: how many tars those mean is not written down.
     """
     names = {name for pattern in patterns for name in braces(pattern)}
     counted = all(name.endswith(".tar") and not set(name) & set("*?[") for name in names)

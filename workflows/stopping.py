@@ -28,12 +28,12 @@ class Stopping:
         self.lock = threading.Lock()
 
     def ask(self) -> None:
-        """Tell them all, in the background: a handler of signals is not to speak to a store."""
+        """Tell them all, in the background: a signal handler must not wait for a store."""
         self.asked = True
         threading.Thread(target=self.tell, name="stop").start()
 
     def tell(self) -> None:
-        """Again and again, until each has been told or has ended: a store may be away for a while."""
+        """Write each stage's file, retrying until it is told or has ended: a store may be away."""
         log.info("stopping: %s", ", ".join(stage.here.name for stage in self.stages) or "nothing trains")
         told, complained = set[Home](), False
         while True:
@@ -57,7 +57,7 @@ class Stopping:
     def joined(self, stage: Home) -> Iterator[None]:
         """While inside, this stage is one of those that are told."""
         stage.here.mkdir(parents=True, exist_ok=True)
-        stage.drop(STOP)  # of a driver that was killed
+        stage.drop(STOP)  # left by a driver that was killed
         try:
             with self.lock:
                 self.stages.append(stage)
@@ -93,7 +93,7 @@ class StopSign:
             self.asking.end()
 
     def up(self) -> bool:
-        """Costs a look at a directory, and nothing where there is a store."""
+        """Whether it is told; costs a look at a directory, and nothing where there is a store."""
         return self.seen if self.home.stored else self.home.has(STOP)
 
 

@@ -3,7 +3,7 @@
 In a store nothing is shared but the store.  Each machine keeps a scratch directory of its own for
 each run; a file is made there and sent when it is whole, and a machine that needs one fetches it
 and checks it.  A sealed directory is sent with its manifest last, and fetched only if it has one.
-The store is what is true: what a scratch directory has of an earlier time is never relied upon.
+The store is authoritative: what an earlier run left in a scratch directory is never relied upon.
 
     s3://bucket/runs/smoke/clip/bundle      Home("s3://bucket/runs/smoke", "clip/bundle")
     <tmp>/ddiff-<user>/<hash>/clip/bundle   its `here` on a machine
@@ -29,17 +29,17 @@ from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Kind of address -> what of ddiff has to be installed for it."""
+"""Protocol of an address -> the extra of ddiff that has to be installed for it."""
 FETCHES = 2
-"""How often a sealed directory is fetched before it is taken for damaged in the store."""
+"""How often a sealed directory is fetched before it counts as damaged in the store."""
 
 
 class StorageError(ValueError):
-    """The store cannot be reached, or does not let us."""
+    """The store cannot be reached, or denies access."""
 
 
 class AddressError(StorageError):
-    """The place itself is wrong, and waiting will not mend it."""
+    """The address itself is wrong, so waiting does not help."""
 
 
 class Home(NamedTuple):
@@ -52,7 +52,7 @@ class Home(NamedTuple):
 
     @classmethod
     def of(cls, place: "Home | Path | str") -> "Home":
-        """A path, an address, or what is one already."""
+        """From a path or an address; a Home stays as it is."""
         if isinstance(place, Home):
             return place
         if isinstance(place, str) and is_address(place):
@@ -159,7 +159,7 @@ class Home(NamedTuple):
         self.send(name)
 
     def create(self, name: str, text: str) -> bool:
-        """A small file of a store, unless there is one; of two at once one may, if the store can."""
+        """Write a small file of a store; False if it exists.  Of two at once one does, if the store can."""
         with said(self.address):
             try:
                 store(self.root).pipe_file(self.at(name).address, text.encode(), mode="create")
@@ -193,13 +193,13 @@ class Home(NamedTuple):
             with said(self.address), contextlib.suppress(FileNotFoundError):
                 store(self.root).rm([self.at(name).address for name in names])
 
-    # between this machine and the store; all of it nothing where the directory is one for all
+    # between this machine and the store; nothing to do where all machines share the directory
 
     def send(self, *names: str, missing_ok: bool = False) -> None:
         """Files and directories to the store; the manifest of a sealed one comes last.
 
         Raises:
-            StorageError: The store is away, or what is to be sent is not here, unless that is fine.
+            StorageError: The store is away, or what is to be sent is not here and not `missing_ok`.
         """
         if not self.stored:
             return
@@ -215,7 +215,7 @@ class Home(NamedTuple):
                     raise StorageError(f"{path} is gone; it was to be sent to {address}")
 
     def fetch(self, *names: str) -> None:
-        """Files from the store; one that the store has not is removed here too."""
+        """Files from the store; one that the store lacks is removed here too."""
         if not self.stored:
             return
         with said(self.address):
@@ -232,22 +232,22 @@ class Home(NamedTuple):
                     draft.unlink(missing_ok=True)
 
     def rejoin(self, name: str) -> None:
-        """Fetch a file that only grows, unless the one here begins with it: then nobody has written since."""
+        """Fetch a file that only grows, unless the one here begins with it: nobody else has written since."""
         if self.stored:
             there, path = self.text(name), self.here / name
             if not there or not path.exists() or not path.read_text().startswith(there):
                 self.fetch(name)
 
     def unseal(self) -> None:
-        """Take the manifest from the store: what is there is unfinished from now on."""
+        """Remove the manifest from the store: what is there counts as unfinished from now on."""
         if self.stored:
             with said(self.address), contextlib.suppress(FileNotFoundError):
                 store(self.root).rm_file(self.at(sealed.MANIFEST).address)
 
     def fetched(self) -> Path:
-        """This sealed directory, on this machine; a copy is verified, and made again once if it is harmed.
+        """This sealed directory, on this machine; a copy is verified, and fetched up to FETCHES times.
 
-        One that all machines see is as it is: the caller verifies it.
+        One that all machines see is returned as it is: the caller verifies it.
 
         Raises:
             sealed.SealError: It has no manifest, or no copy is whole.
@@ -369,7 +369,7 @@ def is_copy(directory: Path, manifest: str) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(home: Home) -> Iterator[None]:
-    """Among the processes of this machine: several workers of one node share its scratch directory."""
+    """A lock among the processes of this machine: workers of one node share its scratch directory."""
     lock = scratch(home.root) / ".lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

@@ -1,4 +1,4 @@
-"""What a stage had is moved aside when its spec, data or parents change, and comes back when they do.
+"""What a stage had is moved aside when its spec, data or parents change, and back when they change back.
 
     <run>/<stage>/fingerprint                  of what the stage is made of: its training lies here, or it
                                                lies in part in the directory of this name below
@@ -6,10 +6,10 @@
     <run>/<stage>/.superseded/<fingerprint>/   bundle, checkpoints, samples, journal of another training,
                                                with a fingerprint and a made_of.json of its own
 
-Nothing is deleted, and a start may be killed between any two moves.  What goes aside is named there first,
-then moved part by part; then the stage takes the new fingerprint; then what lies aside under that comes
-back part by part, and its empty directory goes last.  So whichever fingerprint the stage has, the parts of
-its training are in one of two places, and every start, before all else, brings together or moves on.
+Nothing is deleted, and a start may be killed between any two moves.  Before parts go aside, their fingerprint
+is noted there; then they are moved one by one; then the stage takes the new fingerprint; then the parts that
+lie aside under it come back one by one, and their empty directory is removed last.  So whichever fingerprint
+the stage has, each part of its training is in one of two places, and a start first completes what was cut.
 """
 
 import json
@@ -31,21 +31,21 @@ REASONS = 3
 
 
 def settled(stage: Home, now: MadeOf) -> str:
-    """Have in a stage's directory what belongs to one training and nothing else.
+    """Make a stage's directory hold one training and nothing else.
 
-    Of that training there is what an earlier start has left, here or aside; what was here of another one is
-    moved aside, and the log says where it lies.
+    What earlier starts left of that training, here or aside, is brought together; what was here of another
+    one is moved aside, and the log says where it lies.
 
     Args:
         stage: The directory.
         now: The training.
 
     Returns:
-        The fingerprint under which it goes on: that under which it began.
+        The fingerprint of the training: the one under which it began.
 
     Raises:
         ValueError: There is something, and nothing says what it was made of.
-        StorageError: A part lies both here and aside, by somebody else's hand.
+        StorageError: A part lies both here and aside, which is somebody else's doing.
     """
     was, fingerprint = known(stage), now.fingerprint
     if was and same(was, now):
@@ -99,12 +99,12 @@ def note(stage: Home, facts: dict[str, Any]) -> None:
 
 
 def place_of(stage: Home, fingerprint: str) -> Home:
-    """Where a training lies that is not the present one."""
+    """Where a training that is not the present one lies aside."""
     return stage.at(f"{ASIDE}/{fingerprint[:12]}")
 
 
 def aside_of(stage: Home, now: MadeOf) -> str:
-    """The fingerprint of a training that lies aside and is this one; empty if there is none."""
+    """The fingerprint under which this training lies aside; empty if it does not."""
     for name in stage.at(ASIDE).names():
         was = known(stage.at(f"{ASIDE}/{name}"))
         if was and same(was, now):
@@ -113,7 +113,7 @@ def aside_of(stage: Home, now: MadeOf) -> str:
 
 
 def set_aside(stage: Home, was: dict[str, Any]) -> bool:
-    """Move all parts of the present training aside; returns whether there were any."""
+    """Move all parts of the present training aside; returns whether any lie there now."""
     parts = [part for part in PARTS if part in stage.names()]
     place = place_of(stage, was["fingerprint"])
     if parts:
@@ -125,7 +125,7 @@ def set_aside(stage: Home, was: dict[str, Any]) -> bool:
 
 
 def bring_back(stage: Home, fingerprint: str) -> None:
-    """Move what lies aside of the present training back, whether a start was cut while it moved it or not."""
+    """Move back what lies aside of the present training, also after a start that was cut while moving it."""
     place = place_of(stage, fingerprint)
     if not (names := place.names()):
         return
@@ -138,9 +138,9 @@ def bring_back(stage: Home, fingerprint: str) -> None:
 def move(stage: Home, name: str, to: str) -> None:
     """Give a file, or a directory with all in it, another place within a stage's directory.
 
-    A directory moves at once.  A store copies file by file, the manifest of a sealed directory last, and
-    then removes: of a move that was cut, both places together have everything, and the same move completes
-    it, or the one back.
+    On a file system this is one rename.  A store copies file by file, the manifest of a sealed directory
+    last, and then removes: after a move that was cut, the two places together have everything, and the same
+    move, or the one back, completes it.
 
     Raises:
         StorageError: The store is away; or something lies there already.
@@ -167,7 +167,7 @@ def move_stored(fs: Any, address: str, to: str) -> None:
 
 
 def forget_copies(stage: Home) -> None:
-    """Of a stage in a store, remove this machine's parts, lest they be taken for those of the next one."""
+    """Remove this machine's copies of the parts of a stage in a store, lest the next training use them."""
     for part in PARTS if stage.stored else ():
         path = stage.here / part
         if path.is_dir():

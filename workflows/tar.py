@@ -94,13 +94,13 @@ def parsed(block: bytes, end: int) -> Header:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     if kind in (b"0", b"\0") and name.endswith(b"/"):
         kind = b"5"  # a directory in archives older than ustar
-    if size[0] == 0x80:  # above 8 GiB, GNU and star write bytes
+    if size[0] == 0x80:  # above 8 GiB, GNU tar and star write binary numbers
         return Header(readable(name), int.from_bytes(size[1:], "big"), kind)
     return Header(readable(name), whole_number(size.partition(b"\0")[0].strip() or b"0", 8, end), kind)
 
 
 def sum_fits(block: bytes) -> bool:
-    """The checksum: all bytes summed, its own field as blanks; some old archivers summed signed bytes."""
+    """Whether the checksum fits: all bytes summed, its own field as blanks; signed bytes in some old tars."""
     stored = block[148:156].partition(b"\0")[0].strip()
     if not stored.isdigit() or b"8" in stored or b"9" in stored:
         return False

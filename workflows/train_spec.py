@@ -28,10 +28,10 @@ class SamplesSpec(Spec):
 
     prompts: tuple[str, ...] = ()
     seed: int = 0
-    """Of the first picture; the next has the next one."""
+    """Of the first picture; each next picture has the next seed."""
     pictures: int = Field(8, ge=1)
-    """Of the data, that an upsampler enlarges, an autoencoder copies, a draft decodes, a base paints from its
-    draft, and among which a prior finds those that it means."""
+    """How many of the data: an upsampler enlarges them, an autoencoder reconstructs them, a draft decodes
+    their embeddings, a base paints from their drafts; of a prior's draw the nearest of them is shown."""
     how: SamplingSpec = SamplingSpec()
 
 
@@ -60,7 +60,7 @@ class TrainSpec(Spec):
     parents: dict[str, str] = Field(default_factory=dict)
     """Role -> a stage of the same run by its name, or the path of a bundle."""
     label: LabelSpec | None = None
-    """For a stage that is told or asked classes."""
+    """For a stage that is conditioned on classes or predicts them."""
     optimizer: OptimizerSpec
     budget: Budget
     batch_size: int = Field(ge=1)
@@ -76,7 +76,7 @@ class TrainSpec(Spec):
     seed: int = 0
     samples: SamplesSpec = SamplesSpec()
     checkpoints_kept: int = Field(2, ge=1)
-    """Newest ones that stay."""
+    """How many of the newest stay."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of so many steps stay for ever; 0: none."""
 
@@ -131,14 +131,14 @@ class TrainSpec(Spec):
         return self
 
     def on_gpu(self, gpus: float) -> bool:
-        """Whether each of its workers has a GPU, where there are so many."""
+        """Whether each of its workers has a GPU, in a cluster with so many."""
         return gpus >= self.num_workers if self.use_gpu is None else self.use_gpu
 
     def shaping(self) -> dict[str, Any]:
         """The fields that the result depends on.
 
-        How many samples share a forward is among them where the loss compares these; elsewhere it decides
-        the last bits and which noise meets which sample, as num_workers does.
+        The micro batch size is among them where the loss compares the samples of a forward; elsewhere it only
+        decides the last bits and which noise a sample gets, as num_workers does.
         """
         fields = self.model_dump(mode="json", exclude={*TECHNICAL, "parents"})
         for name in TECHNICAL_OF_BUDGET:
@@ -155,18 +155,18 @@ class TrainSpec(Spec):
         *,
         embeddings: int = feed.EMBEDDINGS,
     ) -> str:
-        """What the result depends on: equal fingerprints, weights of equal worth.
+        """Digest of all that the result depends on: equal fingerprints mean equivalent weights.
 
         Args:
             data: Digest of the prepared data.
             parents: Role -> digest.
             files: Field of the stage that names a file -> its sha256.
-            embeddings: How they are made.
+            embeddings: Version of how they are made (`feed.EMBEDDINGS`).
         """
         return self.digest_of(self.shaping(), data, parents, files or {}, embeddings)
 
     def old_fingerprint(self, data: str, parents: Mapping[str, str]) -> str:
-        """The fingerprint as it was: every micro_batch_size told apart, and no file looked at."""
+        """The fingerprint of older versions, which depends on micro_batch_size and ignores files."""
         fields = self.shaping() | {"micro_batch_size": self.micro_batch_size}
         return self.digest_of(fields, data, parents, {}, 1)
 
@@ -178,7 +178,7 @@ class TrainSpec(Spec):
         files: Mapping[str, str],
         embeddings: int,
     ) -> str:
-        """sha256 of all of it; what there is none of is not in it, as when there was no such thing yet."""
+        """sha256 of all of it; without embeddings or files they are left out, as before these existed."""
         body: dict[str, Any] = {"spec": dict(fields), "data": data, "parents": dict(parents)}
         if self.stage.embedded_by is not None:
             body["embeddings"] = embeddings
@@ -190,8 +190,8 @@ class TrainSpec(Spec):
 def cpu_share(total: float, workers: int, at_once: int) -> float:
     """CPUs that are reserved for each worker of a stage, if its spec does not say.
 
-    One, or less where half a one would not be left for those who read.  Stages that train side by side
-    have equal parts of the rest, so that any of them fit together and none waits for another's.
+    One, or less where otherwise half a CPU would not be left for the read tasks.  Stages that train side by
+    side have equal shares of the rest, so that any of them fit together and none waits for another's CPUs.
 
     Args:
         total: CPUs of all nodes.

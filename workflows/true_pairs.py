@@ -1,7 +1,7 @@
-"""Captions to judge a cascade by, and the pictures that they were written for: out of prepared data.
+"""Captions to judge a cascade by, and the pictures that they were written for, from prepared data.
 
-Those that were held out (workflows.pairs), or where none were, those that were trained on; which of them is
-a function of (data, seed).  Runs without Ray.
+The captions are held-out ones (workflows.pairs), or if there are none, those that were trained on; the choice
+is a function of (data, seed).  Runs without Ray.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from workflows.pairs import HELD_OUT
 from workflows.storage import Home
 
 LOOKS = 4
-"""Pairs that are looked at for each caption that is wanted, at most: captions may stand there often."""
+"""Most pairs that are read for each caption that is wanted: captions may occur more than once."""
 READERS = 16
 
 
@@ -32,11 +32,11 @@ class Place(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Captions, no two of them alike but for case and blanks."""
+    """Captions, no two of them the same up to case and blanks."""
 
     places: tuple[Place, ...]
     held_out: bool
-    """Nothing of this data was trained on them."""
+    """Whether no stage was trained on them with this data."""
 
 
 class Groups(NamedTuple):
@@ -45,9 +45,9 @@ class Groups(NamedTuple):
     files: list[str]
     group: list[int]
     rows: NDArray[np.int64]
-    """To choose from, in each."""
+    """Number of rows to choose from, in each."""
     mark: str
-    """What stands in their column `reject`."""
+    """The value of column `reject` in these rows."""
 
 
 def chosen(data: Home, count: int, *, seed: int) -> Chosen:
@@ -118,7 +118,7 @@ def places(groups: Groups, stops: NDArray[np.int64], drawn: NDArray[np.int64]) -
 
 
 def true_pictures(data: Home, wanted: Sequence[Place], side: int) -> list[bytes]:
-    """The picture of each caption as a PNG, of this side or the next larger one that was prepared.
+    """The picture of each caption as a PNG, of this side or the next larger one prepared, else the largest.
 
     Raises:
         DataError: A file is gone or damaged.

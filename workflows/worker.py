@@ -58,7 +58,7 @@ class Job(NamedTuple):
     facts: dict[str, Any]
     """What it is made of but for the spec (workflows.made_of), for checkpoints and the bundle."""
     drainable: bool
-    """Whether there are several nodes, of which Ray may announce that one will go."""
+    """Whether Ray may announce that a node will go (`training.may_lose_nodes`)."""
     at_once: int = 1
     """How many stages may train side by side, of which this is one."""
 
@@ -78,10 +78,10 @@ def work(job: Job) -> tuple[str, str]:
         module, with all of dd_core, to read an Outcome.
 
     Raises:
-        DecidedError: An outcome that the other workers may not have come to; Ray ends them.
+        DecidedError: An outcome that the other workers may not have reached; Ray ends them.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("workflows").setLevel(logging.INFO)  # where Ray shows what workers say, there is this
+    logging.getLogger("workflows").setLevel(logging.INFO)  # where Ray shows the logs of workers
     outcome = ended(job)
     if outcome.status not in TOGETHER and job.spec.num_workers > 1:
         raise DecidedError(*outcome)
@@ -92,11 +92,11 @@ def ended(job: Job) -> Outcome:
     """How the loop ended, or what made it impossible."""
     try:
         return trained_to_the_end(job)
-    except (Exception, CheckpointException) as error:  # torch's is none of the others
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
         said = told_by_ray(error)
         outcome = decided(said, job.spec, disk=job.home.here)
         if outcome is not None:
-            log.info("%s", outcome.status, exc_info=error)  # for who follows the job: where it arose
+            log.info("%s", outcome.status, exc_info=error)  # the traceback, for those who follow the job
             return outcome
         if said is not error:
             raise said from None
@@ -138,14 +138,14 @@ def shared(who: Position) -> Any:
 
 
 def threads(local_workers: int, at_once: int) -> int:
-    """Of this worker: its share of the CPUs it may run on, whoever is there now to use the rest."""
+    """Threads of this worker: its fixed share of the CPUs it may run on, even if nobody uses the rest."""
     return max(1, cpus.available() // (local_workers * at_once))
 
 
 def stepped(
     job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: StopSign
 ) -> Outcome:
-    """Every step of the budget, or to a reason to stop."""
+    """Take every step of the budget, or stop earlier if told to."""
     spec, warned = job.spec, False
     for report in steps:
         recorder.note(report)
@@ -182,7 +182,7 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     tensors = state.tensors()
     facts = checkpoint.read(job.home.at(name).fetched(), tensors)
     step = facts["step"]
-    images = step * spec.batch_size  # older ones count those of one rank
+    images = step * spec.batch_size  # older checkpoints counted those of one rank
     state.restored(tensors, step=step, images=images, skipped=facts.get("skipped", 0))
     if who.rank == 0:
         log.info("%s: continues at step %d", spec.name, state.step)
@@ -215,7 +215,7 @@ def node_will_go(job: Job, step: int) -> bool:
 
 
 def insisted(ask: Callable[[], T], home: Home) -> T:
-    """What the store of a checkpoint answers: to give up is to lose all since the last one.
+    """What a store answers, asked with patience: giving up would lose all steps since the last checkpoint.
 
     Raises:
         StorageError: It is away for longer than ten minutes, or the address is wrong.
@@ -243,10 +243,10 @@ class Recorder:
         self.seconds_before, self.began = seconds_before, time.monotonic()
         self.journal = Journal(job.home.here / JOURNAL)
         self.reported = max(curves(self.journal.path).get("train/lr", {}), default=0)
-        """Last step in the journal; a step that is repeated after a rollback says nothing new."""
+        """Last step in the journal; steps that are repeated after a rollback are not written again."""
         self.sums: dict[str, torch.Tensor] = {}
         self.good = 0
-        """Steps that are in the sums: none whose gradient was not finite."""
+        """Number of steps in the sums; those whose gradient was not finite are left out."""
         self.since, self.since_step = time.monotonic(), state.step
 
     def note(self, report: StepReport) -> None:
@@ -286,9 +286,9 @@ class Recorder:
         return {name: sum(values) / len(values) for name, values in told.items()}
 
     def draw(self, step: int) -> None:
-        """A grid of pictures, if the stage is of a kind that draws; whatever fails costs it alone.
+        """Draw a grid of pictures, if the stage is of a kind that draws; a failure costs the grid alone.
 
-        The other workers wait for this one in the next step, and for nothing in here.
+        The other workers take no part: they wait for this one in the next step.
         """
         name = f"samples/step-{step:08d}.png"
         try:
@@ -306,12 +306,12 @@ class Recorder:
         else:
             self.journal.picture("samples", name, step)
             return
-        torch.cuda.empty_cache()  # here the error holds no pictures any more
+        torch.cuda.empty_cache()  # only here has the error released the pictures
 
     def shown(self) -> PairBatch:
-        """The pairs that are drawn."""
+        """The first pairs of the run, for which the grid is drawn."""
         wanted, count = self.job.wanted, self.spec.samples.pictures
-        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior reads none to learn
+        wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior trains without images
         order = feed.Order(self.job.pieces, self.spec.seed, wanted)
         table = next(feed.read(order.picks(np.arange(min(count, order.rows))), wanted))
         return paired(table, wanted, torch.device("cpu"))
@@ -323,7 +323,7 @@ class Recorder:
         return {"step": self.state.step, "images": images, "seconds": seconds, **self.job.facts}
 
     def save(self) -> None:
-        """A checkpoint, by all ranks together; then those that it outlives go."""
+        """Write a checkpoint, all ranks together; then remove older ones that are not to be kept."""
         home, step = self.job.home, self.state.step
         place = home.at(f"checkpoints/step-{step:08d}")
         facts = self.facts() | {
@@ -338,9 +338,10 @@ class Recorder:
             insisted(partial(prune, home, step=step, kept=kept, every=every), home)
 
     def send(self, place: Home, written: list[str]) -> None:
-        """Each rank its files, then the journal up to this step, then the manifest; none stays here.
+        """Send a checkpoint: each rank its files, then the journal up to this step, then the manifest.
 
-        Ranks of one machine share the directory: it goes when the manifest is in the store, not before.
+        None stays here.  Ranks of one machine share the directory, so it is removed only when the manifest
+        is in the store.
         """
         if self.who.rank == 0:
             insisted(place.unseal, place)
@@ -359,7 +360,7 @@ class Recorder:
         shutil.rmtree(self.job.home.here / "checkpoints", ignore_errors=True)
 
     def ship(self) -> None:
-        """The averaged weights as a bundle."""
+        """Save the averaged weights as a bundle, and send it."""
         facts = self.facts() | {"spec": self.spec.model_dump(mode="json")}
         parents = facts.pop("parents")
         weights = {name: value.cpu() for name, value in self.state.average.items()}

@@ -29,18 +29,18 @@ from dd_core.nets.unet import Block, Down, UNet, Up
 
 
 class AdmLayout(NamedTuple):
-    """What no key of an ADM file shows, or that differs between its descendants."""
+    """What the keys of an ADM file do not show, or what differs between ADM's descendants."""
 
     order: Literal["legacy", "new"] = "legacy"
     """Rows of `qkv`: head by head, or query, key, value (ADM's model of 64 px, consistency models)."""
     attention_dims: Literal[1, 2] = 1
-    """Ones at the end of the shape of `qkv` and `proj_out`; consistency models have two."""
+    """Trailing dimensions of size 1 of `qkv` and `proj_out`; consistency models have two."""
     projection: Literal["conv", "linear"] = "conv"
-    """What leads into and out of a transformer; linear in the second Stable Diffusion."""
+    """The layers into and out of a transformer; linear in Stable Diffusion 2."""
 
 
 def unet_moves(net: UNet, how: AdmLayout) -> Iterator[Move]:
-    """All of a UNet but who reads captions and embeddings for it."""
+    """All of a UNet except the encoders of captions and embeddings."""
     yield from shared_moves(net, how)
     number = 0
     for place, level in enumerate(net.up):
@@ -57,7 +57,7 @@ def unet_moves(net: UNet, how: AdmLayout) -> Iterator[Move]:
 
 
 def classifier_moves(net: Classifier, how: AdmLayout) -> Iterator[Move]:
-    """The half UNet and its pool; the rows of the pool stand in the new order whatever the rest does."""
+    """The half UNet and its pool; the pool's `qkv` rows are in the new order whatever the rest has."""
     yield from shared_moves(net, how)
     yield from layer("out.0", "norm")
     yield tensor("out.2.positional_embedding", "pool.places", TURNED)
@@ -87,7 +87,7 @@ def shared_moves(net: UNet | Classifier, how: AdmLayout) -> Iterator[Move]:
 
 
 def block_moves(block: nn.Module, theirs: str, ours: str, how: AdmLayout) -> Iterator[Move]:
-    """A residual block and what attends after it."""
+    """A residual block and the attention after it, if any."""
     assert isinstance(block, Block)
     yield from residual_moves(block.residual, f"{theirs}.0", f"{ours}.residual")
     match block.attention:
@@ -116,7 +116,7 @@ def residual_moves(block: ResBlock, theirs: str, ours: str) -> Iterator[Move]:
 
 
 def resizing_moves(module: nn.Module, theirs: str, ours: str) -> Iterator[Move]:
-    """What leads from one level to the next."""
+    """The module between two levels that halves or doubles the size."""
     if isinstance(module, ResBlock):
         yield from residual_moves(module, theirs, ours)
         return
@@ -125,7 +125,7 @@ def resizing_moves(module: nn.Module, theirs: str, ours: str) -> Iterator[Move]:
 
 
 def attention_moves(attention: Attention, how: AdmLayout) -> Iterator[Move]:
-    """An attention of pixels, joined by a caption or not."""
+    """A joint attention, with or without a caption."""
     heads = attention.out.in_features // attention.head_width
 
     def order(parts: int) -> Change:
@@ -151,7 +151,7 @@ def transformer_moves(transformer: CrossTransformer, how: AdmLayout) -> Iterator
 
 
 def transformer_layer_moves() -> Iterator[Move]:
-    """One layer of it; diffusers kept these names."""
+    """One layer of a transformer over pixels; diffusers has the same names."""
     for number, name in enumerate(("norm_self", "norm_text", "norm_alone"), start=1):
         yield from layer(f"norm{number}", name)
     for theirs, ours in (("attn1", "to_self"), ("attn2", "to_text")):

@@ -1,7 +1,7 @@
 """CLIP's layout, that of OpenAI and of open_clip alike: the names are those of our towers.
 
-What no key shows, heads and activation, follows from the declared model; OpenAI's own weights want the
-quick activation whatever open_clip's model of that size does.
+What no key shows, heads and activation, follows from the declared model; OpenAI's own weights need
+quick GELU whatever open_clip's model of that size uses.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,22 +14,22 @@ from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.towers import open_clip
 
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
-"""OpenAI's files say these beside the weights."""
+"""Numbers that OpenAI's files hold beside the weights."""
 MASK = "attn_mask"
-"""Archives may hold it, and it follows from the length of captions."""
+"""The causal mask; archives may hold it, but it follows from the length of captions."""
 TRANSFORMERS, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 """Where the text tower lies in the files of Stable Diffusion 1 and 2."""
 UNHEARD = ("embeddings.position_ids", "text_projection", "logit_scale", MASK)
-"""Beside it: a table, and what makes an embedding of states."""
+"""Beside the text tower, not loaded: tables, and what is for embeddings rather than states."""
 UNLIKE = ("timm_model_name", "hf_model_name", "mlp_ratio", "ls_init_value", "pool_type", "no_ln_pre")
-"""What makes a model of open_clip another than CLIP's."""
+"""Fields of open_clip's configs by which a model is no plain CLIP."""
 
 
 def net_of(name: str) -> ClipNetSpec:
     """The size of a model that open_clip knows by name.
 
     Raises:
-        ValueError: It knows none, or one that is no plain CLIP.
+        ValueError: open_clip knows no such name, or the model is no plain CLIP.
     """
     config = open_clip().get_model_config(name)
     if config is None or any(
@@ -85,15 +85,15 @@ def reader_part(state: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor
 
 
 def reader_weights(spec: ClipNetSpec, part: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
-    """The weights of such a tower, float32.
+    """The weights of the text tower that `reader_part` found, float32.
 
     Args:
         spec: Its size.
         part: As `reader_part` found it.
-        first: It is laid out as in Stable Diffusion 1, by transformers; else as in 2, by open_clip.
+        first: Laid out as in Stable Diffusion 1 (transformers); else as in 2 (open_clip).
 
     Raises:
-        LayoutError: It is not so; the key is named.
+        LayoutError: It is laid out otherwise; the key is named.
     """
     with torch.device("meta"):
         net = Clip(spec)

@@ -23,7 +23,7 @@ REQUIRED: dict[str, Any] = {
     "norm_type": "group",
     "lookup_from_codebook": False,
 }
-"""What theirs may say, but only so."""
+"""Fields that a config.json may have, with the only values that ours supports."""
 
 
 def autoencoder_moves(net: Autoencoder) -> Iterator[Move]:
@@ -38,7 +38,7 @@ def autoencoder_moves(net: Autoencoder) -> Iterator[Move]:
 
 
 def half_moves(half: Encoder | Decoder) -> Iterator[Move]:
-    """One of them."""
+    """The encoder or the decoder."""
     for theirs, ours in (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out")):
         yield from layer(theirs, ours)
     way, levels = ("down", half.down) if isinstance(half, Encoder) else ("up", half.up)
@@ -53,7 +53,7 @@ def half_moves(half: Encoder | Decoder) -> Iterator[Move]:
 
 
 def level_moves(level: Level, way: str) -> Iterator[Move]:
-    """The blocks of one size and what leads to the next."""
+    """The blocks of one size, and the module that changes to the next."""
     for index, block in enumerate(level.block):
         yield from within(residual_moves(block), theirs=f"resnets.{index}.", ours=f"block.{index}.")
     for index in range(len(level.attn)):
@@ -72,7 +72,7 @@ def residual_moves(block: nn.Module) -> Iterator[Move]:
 
 
 def attention_moves() -> Iterator[Move]:
-    """An attention, of matrices there."""
+    """An attention; its projections are matrices there, 1x1 convolutions here."""
     yield from layer("group_norm", "norm")
     for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
         yield from layer(theirs, ours, folded(2))
@@ -82,7 +82,7 @@ def config_of(spec: AutoencoderNetSpec, *, scale: float) -> dict[str, Any]:
     """The config.json of an autoencoder.
 
     Raises:
-        LayoutError: It does what diffusers cannot; the field is named.
+        LayoutError: The autoencoder has what diffusers does not support; the fields are named.
     """
     if spec.stem > 1 or spec.norm == "none" or spec.attention_levels:
         raise LayoutError("diffusers has no autoencoder with a stem, without norms or with attention_levels")
@@ -105,10 +105,10 @@ def config_of(spec: AutoencoderNetSpec, *, scale: float) -> dict[str, Any]:
 
 
 def spec_of(config: Mapping[str, Any]) -> AutoencoderNetSpec:
-    """The autoencoder behind a config.json.
+    """The autoencoder that a config.json describes.
 
     Raises:
-        LayoutError: It says what ours cannot do; the field is named.
+        LayoutError: It has what ours does not support; the field is named.
     """
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):

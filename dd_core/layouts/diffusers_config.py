@@ -20,7 +20,7 @@ FIXED: Config = {
     "mid_block_scale_factor": 1,
     "time_embedding_type": "positional",
 }
-"""What a UNet of theirs may say, but only so."""
+"""Fields that a config.json may have, with the only values that ours supports."""
 REFUSED = (
     "addition_embed_type",
     "attention_type",
@@ -35,7 +35,7 @@ REFUSED = (
     "time_embedding_dim",
     "timestep_post_act",
 )
-"""What ours cannot do, unless it is left out."""
+"""Fields that ours does not support; they must be absent, null, false or "default"."""
 UNTOLD = {"residual": ("Resnet{}sampleBlock2D", "Attn{}Block2D"), "conv": ("{}Block2D", "Attn{}Block2D")}
 """Blocks of a level without and with attention, if not told a caption."""
 TOLD = {
@@ -48,7 +48,7 @@ def config_of(spec: PlainSpec, *, image_size: int, linear: bool = True) -> Confi
     """The config.json of a UNet; `linear` is its `use_linear_projection`.
 
     Raises:
-        LayoutError: It does what diffusers cannot; the field is named.
+        LayoutError: The UNet has what diffusers does not support; the field is named.
     """
     unet = spec.unet
     check_expressible(unet)
@@ -77,7 +77,7 @@ def config_of(spec: PlainSpec, *, image_size: int, linear: bool = True) -> Confi
 
 
 def check_expressible(unet: UNetSpec) -> None:
-    """Refuse what diffusers has no words for."""
+    """Refuse what a config.json of diffusers cannot express."""
     told, embedded = bool(unet.text_width), bool(unet.embedding_width)
     refused = {
         "stem": unet.stem != "conv",
@@ -98,18 +98,18 @@ def check_expressible(unet: UNetSpec) -> None:
 
 
 def head_widths(unet: UNetSpec) -> set[int]:
-    """Widths of the heads wherever it attends."""
+    """Widths of the heads, over all levels that attend."""
     attending = {*unet.attention_at, *unet.factors()[-1:] * unet.attention_in_middle}
     levels = zip(unet.channels(), unet.factors(), strict=True)
     return {out // unet.shared().heads_of(out) for out, factor in levels if factor in attending}
 
 
 def plain_config(unet: UNetSpec) -> Config:
-    """What a UNet2DModel says besides."""
+    """The further fields of a UNet2DModel."""
     kind = "resnet" if unet.resample == "residual" else "conv"
     return {
         "add_attention": unet.attention_in_middle,
-        "attn_norm_num_groups": unet.groups,  # its middle attends without a norm otherwise
+        "attn_norm_num_groups": unet.groups,  # otherwise the middle attends without a norm
         "attention_head_dim": None if unet.heads == 1 else next(iter(head_widths(unet)), 8),
         "downsample_type": kind,
         "upsample_type": kind,
@@ -117,7 +117,7 @@ def plain_config(unet: UNetSpec) -> Config:
 
 
 def told_config(unet: UNetSpec, *, linear: bool) -> Config:
-    """What a UNet2DConditionModel says besides."""
+    """The further fields of a UNet2DConditionModel."""
     config: Config = {"cross_attention_dim": unet.text_width}
     if unet.attention == "cross":
         config |= {
@@ -139,10 +139,10 @@ def told_config(unet: UNetSpec, *, linear: bool) -> Config:
 
 
 def spec_of(config: Mapping[str, Any]) -> PlainSpec:
-    """The UNet behind a config.json.
+    """The UNet that a config.json describes.
 
     Raises:
-        LayoutError: It says what ours cannot do; the field is named.
+        LayoutError: It has what ours does not support; the field is named.
     """
     check_understood(config)
     told = config["_class_name"] == "UNet2DConditionModel"
@@ -177,7 +177,7 @@ def spec_of(config: Mapping[str, Any]) -> PlainSpec:
 
 
 def as_in_ddpm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """In what DDPM's own network differs from later ones: sinusoids, padding, normalisation."""
+    """Fields in which DDPM's network differs from later ones: sinusoids, padding, normalisation."""
     shift, padding = config.get("freq_shift", 0), config.get("downsample_padding", 1)
     for name, value in (("freq_shift", shift), ("downsample_padding", padding)):
         if value not in (0, 1):
@@ -191,14 +191,14 @@ def as_in_ddpm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told_apart(spec: PlainSpec, *, learned_variance: bool) -> PlainSpec:
-    """The same UNet, of whose input channels those of x come first and the others are a picture it is told.
+    """The same UNet, its input channels split into those of x, which come first, and of a picture it is told.
 
     Args:
-        spec: As its config.json has it, which knows one number of input channels.
-        learned_variance: Whether half of what it answers is the variance, as its scheduler says.
+        spec: From config.json, which has only the total number of input channels.
+        learned_variance: Whether half of the output channels are the variance, according to the scheduler.
 
     Raises:
-        LayoutError: The numbers of channels say otherwise.
+        LayoutError: The numbers of channels contradict this.
     """
     answers = 1 + learned_variance
     x, odd = divmod(spec.out_channels, answers)
@@ -213,7 +213,7 @@ def told_apart(spec: PlainSpec, *, learned_variance: bool) -> PlainSpec:
 
 
 def check_understood(config: Mapping[str, Any]) -> None:
-    """Refuse what ours cannot do."""
+    """Refuse what ours does not support."""
     if config.get("_class_name") not in ("UNet2DModel", "UNet2DConditionModel"):
         raise LayoutError(f"config.json: _class_name is {config.get('_class_name')!r}, no UNet of diffusers")
     for name, value in FIXED.items():
@@ -233,7 +233,7 @@ def check_understood(config: Mapping[str, Any]) -> None:
 
 
 def check_blocks(config: Mapping[str, Any]) -> None:
-    """Refuse blocks that ours has not."""
+    """Refuse types of blocks that ours does not have."""
     known = {block for pair in (*UNTOLD.values(), *TOLD.values()) for block in pair}
     for way in ("Down", "Up"):
         for block in config[f"{way.lower()}_block_types"]:
@@ -242,7 +242,7 @@ def check_blocks(config: Mapping[str, Any]) -> None:
 
 
 def only_text(config: Mapping[str, Any]) -> list[bool]:
-    """At which levels transformers never look at pixels; theirs may say so of levels without any."""
+    """Whether a level's transformers never attend to pixels; a config may say so of levels without any."""
     said, down = config.get("only_cross_attention") or False, config["down_block_types"]
     if said is True or config.get("mid_block_only_cross_attention"):
         raise LayoutError("config.json: only_cross_attention in the middle, which ours cannot do")
@@ -253,7 +253,7 @@ def only_text(config: Mapping[str, Any]) -> list[bool]:
 
 
 def resampling(config: Mapping[str, Any]) -> Literal["residual", "conv"]:
-    """What leads from level to level; all of them must do alike."""
+    """How the size changes from level to level; all levels must do it in the same way."""
     kinds: set[Literal["residual", "conv"]] = set()
     for way in ("Down", "Up"):
         for block in config[f"{way.lower()}_block_types"]:

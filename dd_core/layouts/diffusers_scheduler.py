@@ -1,4 +1,4 @@
-"""The scheduler_config.json of diffusers: how a network was trained to be asked, both ways."""
+"""The scheduler_config.json of diffusers: the diffusion process of a network, both ways."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,14 +34,14 @@ UNSAID = {
     "UnCLIPScheduler": ("squaredcos_cap_v2", 1e-4, 0.02),
     "UniPCMultistepScheduler": DDPM,
 }
-"""Schedulers whose process is that of betas -> the schedule, first and last beta that they do not say."""
+"""Schedulers whose process has betas -> their defaults: schedule, first beta, last beta."""
 PLUS_ONE = {
     "_class_name": "DDIMScheduler",
     "timestep_spacing": "leading",
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
-"""Latent diffusion's steps, our spacing ldm_plus_one, of which the last leads to the level of timestep 0."""
+"""Latent diffusion's steps, our spacing ldm_plus_one; the last step leads to the level of timestep 0."""
 REFUSED = {
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (None, False),
@@ -56,14 +56,14 @@ REFUSED = {
         "learned_range",
     ),
 }
-"""What is known to ours only so."""
+"""Fields with the only values that ours supports."""
 
 
 def config_of(process: Process) -> dict[str, Any]:
     """The scheduler_config.json of a process.
 
     Raises:
-        LayoutError: It has no betas.
+        LayoutError: It has no betas, or the network is told rescaled timesteps.
     """
     if process.schedule == "karras":
         raise LayoutError(
@@ -101,7 +101,7 @@ def jumps_of(sigma_min: float, sigma_max: float) -> dict[str, Any]:
 
 
 def process_of(config: Mapping[str, Any], *, image_size: int) -> Process:
-    """The process behind a scheduler_config.json.
+    """The process that a scheduler_config.json describes.
 
     Raises:
         LayoutError: It is one that ours does not know; the class or the field is named.
@@ -142,7 +142,7 @@ def process_of_jumps(config: Mapping[str, Any], *, image_size: int) -> Process:
     """The process of a consistency model, whose levels and scaling are the published ones.
 
     Raises:
-        LayoutError: They are others; the field is named.
+        LayoutError: The config has other values; the field is named.
     """
     levels = LogNormalSpec()
     published = jumps_of(levels.sigma_min, levels.sigma_max)
@@ -156,5 +156,5 @@ def process_of_jumps(config: Mapping[str, Any], *, image_size: int) -> Process:
 
 
 def share_of(schedule: str, timesteps: int) -> float:
-    """What the betas of 1000 timesteps are multiplied by: as in `schedules.ScheduleSpec`, linear ones."""
+    """Factor of the betas for 1000 timesteps: 1 unless linear, as in `schedules.ScheduleSpec`."""
     return 1000 / timesteps if schedule == "linear" else 1.0

@@ -1,4 +1,4 @@
-"""The weights of diffusers' UNets: UNet2DModel and UNet2DConditionModel, from and to the same network."""
+"""The weights of diffusers' UNets, UNet2DModel and UNet2DConditionModel, which are one network of ours."""
 
 from collections.abc import Iterator, Mapping
 
@@ -31,7 +31,7 @@ def unet_moves(net: UNet, *, linear: bool) -> Iterator[Move]:
 
 
 def level_moves(level: nn.Module, place: int, *, linear: bool) -> Iterator[Move]:
-    """One level of either way."""
+    """One level of the way down or up."""
     assert isinstance(level, Down | Up)
     if isinstance(level, Down):
         way, resize, ours = "down", level.shrink, "shrink"
@@ -47,7 +47,7 @@ def level_moves(level: nn.Module, place: int, *, linear: bool) -> Iterator[Move]
 
 
 def block_moves(block: nn.Module, index: int, *, linear: bool) -> Iterator[Move]:
-    """A residual block and what attends after it, within its level."""
+    """A residual block and the attention after it, if any, within its level."""
     assert isinstance(block, Block)
     yield from residual_moves(block.residual, f"resnets.{index}", f"blocks.{index}.residual")
     theirs, ours = f"attentions.{index}.", f"blocks.{index}.attention."
@@ -80,7 +80,7 @@ def transformer_moves(transformer: CrossTransformer, *, linear: bool) -> Iterato
 
 
 def modern(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as diffusers names them; its first releases called those of an attention otherwise.
+    """Weights as diffusers names them; its first releases named those of an attention differently.
 
     Source: `ModelMixin._convert_deprecated_attention_blocks`.
     """

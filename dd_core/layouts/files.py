@@ -17,9 +17,9 @@ from dd_core.layouts.moves import LayoutError
 
 READ_SECONDS = 1800
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""In the folder of a component of diffusers."""
+"""Name of the weights in the folder of a component of diffusers."""
 SCHEDULER = "scheduler_config.json"
-"""In the folder of its scheduler."""
+"""Name of the config in the folder of a scheduler."""
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def weights_in(path: Path) -> dict[str, Tensor]:
 
     Raises:
         LayoutError: It is no file of weights that can be read safely; the reason is told.
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(2, "there is no such file of weights", str(path))
@@ -69,7 +69,7 @@ def weights_in_folder(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def placed(index: Path) -> dict[str, str]:
-    """Tensor -> file, as an index says; every file is one of its folder."""
+    """Name of tensor -> name of file, from an index; every file lies in the folder of the index."""
     try:
         content = json.loads(index.read_bytes())
     except ValueError as error:
@@ -84,7 +84,7 @@ def placed(index: Path) -> dict[str, str]:
 
 
 def unpickled(path: Path, target: Path) -> None:
-    """Write the tensors of a pickled file as safetensors, by a process of its own."""
+    """Write the tensors of a pickled file as safetensors, in a separate process."""
     command = [sys.executable, "-m", "dd_core.layouts.unpickle", str(path), str(target)]
     try:
         done = subprocess.run(  # noqa: S603 our own interpreter, paths as arguments

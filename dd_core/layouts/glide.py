@@ -12,7 +12,7 @@ from dd_core.nets.text import CaptionedUNet, TextBlock
 
 
 def captioned_moves(net: CaptionedUNet) -> Iterator[Move]:
-    """Base, upsampler and both for inpainting: UNet, transformer, and what leads from one to the other."""
+    """Base and upsampler, also for inpainting: UNet, transformer, and the layer from one to the other."""
     yield from within(unet_moves(net.unet, AdmLayout()), ours="unet.")
     yield weight("token_embedding", "text.tokens")
     yield tensor("positional_embedding", "text.places")
@@ -26,7 +26,7 @@ def captioned_moves(net: CaptionedUNet) -> Iterator[Move]:
 
 
 def text_block_moves(block: TextBlock) -> Iterator[Move]:
-    """A layer of a text transformer; the rows of `c_qkv` stand head by head."""
+    """A layer of a text transformer; the rows of `c_qkv` are ordered head by head."""
     yield from layer("ln_1", "norm_attention")
     yield from layer("attn.c_qkv", "qkv", regrouped(block.heads, 3))
     yield from layer("attn.c_proj", "out")
@@ -36,7 +36,7 @@ def text_block_moves(block: TextBlock) -> Iterator[Move]:
 
 
 def noised_clip_moves(net: GlideClip) -> Iterator[Move]:
-    """Both towers; they are published as two files, of which each has its prefix here."""
+    """Both towers; they are published as two files; `imported` gives each its prefix."""
     yield tensor("image.blocks.input.w_t", "image.timesteps.weight")
     yield tensor("image.blocks.input.patch_proj", "image.patches.weight")
     yield tensor("image.blocks.input.w_pos", "image.places")

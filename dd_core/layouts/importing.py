@@ -25,19 +25,19 @@ class Imported(NamedTuple):
     weights: dict[str, Tensor]
     autoencoder: dict[str, Tensor] | None = None
     left: dict[str, int] | None = None
-    """What else is in them, by kind: how many weights."""
+    """Number of weights in the files that were not taken, by kind."""
     reader: dict[str, Tensor] | None = None
-    """Of the CLIP that reads captions for it."""
+    """Weights of the CLIP text tower that reads captions for it."""
     averaged: bool = False
-    """Whether they are the averaged ones of a file that holds both."""
+    """Whether `weights` are the averaged ones of a file that holds both."""
 
 
 def imported(source: Published, states: Sequence[Mapping[str, Tensor]], *, averaged: bool) -> Imported:
     """The networks in the files of a source.
 
     Args:
-        source: Which it is declared to be.
-        states: One file; of GLIDE's noised CLIP two, image and text; of Karlo's prior two, its weights and
+        source: The source that the files are declared to be of.
+        states: One file; of GLIDE's noised CLIP two, image and text; of Karlo's prior two, its weights, and
             mean and deviation of its embeddings.
         averaged: Take averaged weights where a file holds both.
 
@@ -81,7 +81,7 @@ def statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ldm(source: Published, net: nn.Module, state: Mapping[str, Tensor], *, averaged: bool) -> Imported:
-    """UNet, autoencoder and text tower of a whole file; another text model stays behind and is counted."""
+    """UNet, autoencoder and text tower of a whole file; any other text model is only counted."""
     left = ldm.left_over(state)
     averaged = averaged and ldm.has_averaged(state)
     weights = weights_for(net, source.layout, ldm.unet_part(state, averaged=averaged))
@@ -99,12 +99,12 @@ def from_ldm(source: Published, net: nn.Module, state: Mapping[str, Tensor], *, 
 def autoencoder(
     spec: AutoencoderNetSpec, state: Mapping[str, Tensor], *, scale: float | None
 ) -> dict[str, Tensor]:
-    """The autoencoder of a whole file or of one of its own, with the moments that its scale stands for.
+    """An autoencoder's weights, from a whole file or its own, with the moments that its scale implies.
 
     Args:
         spec: Its network.
         state: The file.
-        scale: What its latents are multiplied by, unless the file says what was measured; None: it must.
+        scale: Factor of its latents, unless the file has a measured one; None: the file must have it.
 
     Raises:
         LayoutError: The file is not laid out so, or nothing says the scale.
@@ -128,7 +128,7 @@ def scaled(scale: float) -> dict[str, Tensor]:
 
 
 def upsampler_part(layout: Layout) -> str:
-    """Which of Karlo's two networks is meant."""
+    """Prefix of the one of Karlo's two upsampling networks that is meant."""
     return "model_last_step" if layout == "karlo-sr-last" else "model_first_steps"
 
 
@@ -150,7 +150,7 @@ def moves_of(net: nn.Module, layout: Layout) -> Iterator[Move]:
 
 
 def unet_layout(net: UNet, layout: Layout) -> Iterator[Move]:
-    """The same for a UNet, of which there are most ways."""
+    """The moves of a plain UNet, which is published in several layouts."""
     match layout:
         case "adm-new":
             yield from unet_moves(net, AdmLayout(order="new"))

@@ -14,7 +14,7 @@ from dd_core.nets.unet import UNet
 
 
 def decoder_moves(net: UnclipUNet) -> Iterator[Move]:
-    """The decoder; the numbers of a token made of the embedding stand apart there, side by side here."""
+    """The decoder; tokens made of the embedding are interleaved value by value there, in sequence here."""
     unet = net.spec.unet
     yield from within(unet_moves(net.unet, AdmLayout()), theirs="model.", ours="unet.")
     yield from layer("model.text_seq_proj.0", "states")

@@ -14,15 +14,15 @@ from dd_core.nets.unet import UNet
 
 UNET, AUTOENCODER, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema."
 READERS = ("cond_stage_model.", "embedder.", "noise_augmentor.", "low_scale_model.")
-"""What reads captions and images for the UNet."""
+"""Prefixes of the encoders of captions and images for the UNet."""
 SCALE = "scale_factor"
-"""Of the latents: one over the deviation of the first batch of the training, where that was measured."""
+"""Key of the latents' scale: one over the deviation of the first batch of training, where it was measured."""
 SCHEDULE = ("betas", "alphas", "sqrt_", "log_one_minus_", "posterior_", "lvlb_", "logvar", SCALE)
-"""Tables that follow from the schedule, the weight of each step in the loss, the scale of the latents."""
+"""Keys of tables that follow from the schedule, of each step's weight in the loss, of the latents' scale."""
 
 
 def ldm_unet_moves(net: UNet, how: AdmLayout) -> Iterator[Move]:
-    """The UNet; a vector that it is told goes through two layers."""
+    """The UNet; an image embedding goes through two layers."""
     yield from unet_moves(net, how)
     if net.spec.embedding_width:
         yield from layer("label_emb.0.0", "hearing.embedding.0")
@@ -75,7 +75,7 @@ def measured_scale(state: Mapping[str, Tensor]) -> float | None:
 def has_averaged(state: Mapping[str, Tensor]) -> bool:
     """Whether averaged weights of the UNet are in the file, too.
 
-    Files whose only UNet is the averaged one (emaonly) may keep the horizon, `model_ema.decay`, all the same.
+    Files whose only UNet is the averaged one (emaonly) may still contain the decay, `model_ema.decay`.
     """
     return any(name.startswith(f"{AVERAGED}diffusion_model") for name in state)
 

@@ -22,7 +22,7 @@ class Move(NamedTuple):
     """One tensor of ours and where it comes from."""
 
     theirs: tuple[str, ...]
-    """One name, or several whose rows stand one after the other in ours, each as many as the others."""
+    """One name, or several whose rows are concatenated in ours, equally many of each."""
     ours: str
     change: Change
 
@@ -34,7 +34,7 @@ def same(tensor: Tensor) -> Tensor:
 
 SAME = Change(same, same)
 TURNED = Change(Tensor.t, Tensor.t)
-"""Rows for columns."""
+"""Transposed."""
 
 
 def regrouped(outer: int, inner: int) -> Change:
@@ -65,7 +65,7 @@ def unfolded(dims: int) -> Change:
 
 
 def folded(dims: int) -> Change:
-    """The other way round."""
+    """The inverse of `unfolded`."""
     return Change(*reversed(unfolded(dims)))
 
 
@@ -103,7 +103,7 @@ def inward(theirs: Mapping[str, Tensor], moves: Iterable[Move]) -> dict[str, Ten
     """Their tensors under our names.
 
     Raises:
-        LayoutError: A key is missing, left over, or has no such shape; it is named.
+        LayoutError: A key is missing, left over, or of a wrong shape; it is named.
     """
     left, ours = dict(theirs), dict[str, Tensor]()
     for move in moves:
@@ -142,7 +142,7 @@ def outward(ours: Mapping[str, Tensor], moves: Iterable[Move]) -> dict[str, Tens
 
 
 def fitted(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for a network, all float32 and each of its shape; buffers, which are ours, may be absent.
+    """Weights that fit a network in name and shape, floats as float32; buffers, being ours, may be absent.
 
     Raises:
         LayoutError: A weight is missing, left over, or has another shape; it is named.

@@ -28,7 +28,7 @@ Layout = Literal[
 
 
 class Process(Spec):
-    """How a published network was trained to be asked: what it is told and what it answers."""
+    """The diffusion process of a published network: its noise levels, what it is told, what it predicts."""
 
     schedule: Literal["linear", "cosine", "sqrt_linear", "karras"] = "linear"
     """sqrt_linear: square roots of beta are evenly spaced (latent diffusion); karras: sigma itself."""
@@ -39,11 +39,11 @@ class Process(Spec):
     """Told t * 1000 / timesteps in place of t (Improved DDPM)."""
     predicts: Parameterization | Literal["edm", "consistency"] = "eps"
     """edm: scaled as in Karras et al. 2022 (arXiv:2206.00364), table 1, for data of deviation 0.5;
-    consistency: likewise, x itself at the smallest sigma, 0.002 (arXiv:2303.01469, appendix C)."""
+    consistency: likewise, but the identity at the smallest sigma, 0.002 (arXiv:2303.01469, appendix C)."""
     learned_variance: bool = False
     """The second half of its channels is v of Nichol & Dhariwal 2021, eq. 15."""
     last: Literal["clean", "first"] = "clean"
-    """Where the last step of its sampler leads, as of `schedules.ScheduleSpec`."""
+    """Where the last step of its sampler leads, as in `schedules.ScheduleSpec`."""
     image_size: int = Field(64, ge=1)
     """Side of x, in pixels or latents; 1 for an embedding."""
 
@@ -55,11 +55,11 @@ class Published(NamedTuple):
     layout: Layout
     process: Process
     autoencoder: AutoencoderNetSpec | None = None
-    """In the same file, if it paints latents."""
+    """Its autoencoder, in the same file, if x is a latent."""
     latent_scale: float | None = 1.0
-    """What its latents are multiplied by; None: what was measured in its training, which its file says."""
+    """Factor of its latents; None: as measured in its training, stored in its file."""
     reader: ClipNetSpec | None = None
-    """The CLIP that tells it the states of captions: its text tower, in the same file."""
+    """The CLIP whose text tower, in the same file, gives it the states of captions."""
 
 
 LADDERS: dict[int, tuple[float, ...]] = {
@@ -68,7 +68,7 @@ LADDERS: dict[int, tuple[float, ...]] = {
     256: (1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
-"""ADM's widths by the size of the image, also GLIDE's and unCLIP's."""
+"""ADM's `channel_mult` by the size of the image, also GLIDE's and unCLIP's."""
 
 
 def adm(size: int, width: int, blocks: int = 2) -> UNetSpec:
@@ -84,7 +84,7 @@ def adm(size: int, width: int, blocks: int = 2) -> UNetSpec:
 
 
 def ldm_unet(width: int, mult: tuple[float, ...], attention_at: tuple[int, ...]) -> UNetSpec:
-    """Latent diffusion's UNet: told timesteps, resized by convolutions, told nothing else."""
+    """Latent diffusion's UNet: resized by convolutions, told timesteps and nothing else."""
     return UNetSpec(
         width=width,
         channel_mult=mult,
@@ -96,7 +96,7 @@ def ldm_unet(width: int, mult: tuple[float, ...], attention_at: tuple[int, ...])
 
 
 def crossed(unet: UNetSpec, text_width: int) -> UNetSpec:
-    """The same, looking at a caption through transformers."""
+    """The same, attending to a caption by transformers."""
     return unet.but(attention="cross", text_width=text_width, text_at_level=False)
 
 
@@ -113,7 +113,7 @@ FIRST_READER = ClipNetSpec(
     states="last",
     pads_with="end",
 )
-"""OpenAI's ViT-L/14, as Stable Diffusion 1 hears it: through transformers, whose tokenizer pads with END."""
+"""OpenAI's ViT-L/14, as Stable Diffusion 1 uses it: with transformers' tokenizer, which pads with END."""
 SECOND_READER = ClipNetSpec(
     towers="text",
     embedding_width=1024,
@@ -123,7 +123,7 @@ SECOND_READER = ClipNetSpec(
     states="penultimate",
     pads_with="zero",
 )
-"""open_clip's ViT-H/14, as Stable Diffusion 2 hears it."""
+"""open_clip's ViT-H/14, as Stable Diffusion 2 uses it."""
 LEARNED = {"in_channels": 3, "out_channels": 6}
 F4 = AutoencoderNetSpec(channel_mult=(1, 2, 4), latent_channels=3)
 F8 = AutoencoderNetSpec()
@@ -189,7 +189,7 @@ def plain256(unet: UNetSpec) -> Published:
 
 
 def of_improved() -> dict[str, Published]:
-    """The networks of Improved DDPM; those trained by the bound alone are of the same shape."""
+    """The networks of Improved DDPM; those trained on the variational bound alone have the same shapes."""
     base = adm(64, 128, 3).but(attention_at=(4, 8), heads=4, resample="conv")
     small = base.but(channel_mult=(1, 2, 2, 2), attention_at=(2, 4), dropout=0.3)
     large = base.but(width=192, blocks_per_level=2, channel_mult=LADDERS[256], attention_at=(16, 32))
@@ -207,7 +207,7 @@ def of_improved() -> dict[str, Published]:
 
 
 def of_glide() -> dict[str, Published]:
-    """The networks of GLIDE (filtered); those for inpainting are told picture and mask besides."""
+    """The networks of GLIDE (filtered); those for inpainting are also told picture and mask."""
     cosine, linear = ADM.but(schedule="cosine"), ADM.but(image_size=256)
     base = adm(64, 192, 3).but(text_width=512, dropout=0.1)
     upsampler = adm(256, 192).but(text_width=512, dropout=0.1, image_channels=3)

@@ -1,7 +1,7 @@
 """TorchScript archives, as OpenAI's CLIP was published: their tensors are read, their code is not.
 
 The zip holds `data.pkl`, modules as pickled objects whose attributes are submodules and tensors, a file
-of bytes for each storage (`data/0`), and programs (`code/`), which nobody here opens.
+of bytes for each storage (`data/0`), and programs (`code/`), which are never opened here.
 """
 
 import io
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 PICKLE, SCRIPTED = "/data.pkl", "/constants.pkl"
-"""What an archive is read by, and what only one of TorchScript has."""
+"""The file that is unpickled, and one that only archives of TorchScript have."""
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -36,7 +36,7 @@ class Module:
 
 
 def strided(storage: Tensor, offset: int, size: Iterable[int], stride: Iterable[int], *_: object) -> Tensor:
-    """A tensor of a storage; torch refuses one that is not within it."""
+    """A tensor of a storage; torch refuses one that exceeds the storage."""
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
 
@@ -81,7 +81,7 @@ def scripted_tensors(path: Path) -> dict[str, Tensor]:
     """Parameters and buffers by their names, as `state_dict` of the module has them.
 
     Raises:
-        pickle.UnpicklingError: There is something else than modules, tensors and plain values in it.
+        pickle.UnpicklingError: It holds something other than modules, tensors and plain values.
         BadZipFile: It is damaged: the bytes of a part do not fit its checksum.
     """
     with ZipFile(path) as archive:

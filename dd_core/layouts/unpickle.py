@@ -1,8 +1,8 @@
 """Reads a pickled file of weights in a process of its own: `python -m dd_core.layouts.unpickle FILE OUT`.
 
 PyTorch's restricted unpickler, or that of `scripted` for TorchScript archives, builds tensors and plain
-containers only, so nothing in the file can run code; the process has a limit of memory and of time besides,
-and brings back safetensors.
+containers only, so nothing in the file can run code; the process also has limits of memory and of time,
+and writes safetensors.
 """
 
 import resource
@@ -18,17 +18,17 @@ from torch import Tensor
 from dd_core.layouts.scripted import is_scripted, scripted_tensors
 
 ADDRESS_BYTES = 16 * 2**30
-"""Address space beside the file itself; PyTorch takes several GiB of it before it does anything."""
+"""Address space beside four times the file's size; PyTorch takes several GiB before it does anything."""
 CPU_SECONDS = 900
 FOREIGN = "pytorch_lightning."
-"""Training frameworks leave the names of their callbacks in the file; they mean nothing to us."""
+"""Classes of this package, such as callbacks, are named in checkpoints; `Nothing` stands for each."""
 
 
 class Nothing:
-    """Stands for a class of somebody else's; it takes whatever it is given and does nothing."""
+    """Stands for a foreign class; accepts any arguments and does nothing."""
 
     def __init__(self, *_: object) -> None:
-        """Forget all of it."""
+        """Ignore the arguments."""
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -44,7 +44,7 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def main(source: Path, target: Path) -> None:
-    """Read the one, write the other."""
+    """Read `source`, write its tensors to `target` as safetensors."""
     limit = ADDRESS_BYTES + 4 * source.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
@@ -53,7 +53,7 @@ def main(source: Path, target: Path) -> None:
 
 
 def pickled(source: Path) -> Any:
-    """What torch.save wrote; of a training's checkpoint the weights."""
+    """The content of a file of torch.save; of a training checkpoint only its `state_dict`."""
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
     safe: list[Any] = [(Nothing, known) for known in foreign if known.startswith(FOREIGN)]
     with torch.serialization.safe_globals(safe):

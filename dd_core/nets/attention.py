@@ -1,4 +1,4 @@
-"""Attention of queries over keys, on whichever path is fast where it runs."""
+"""Scaled dot-product attention, by whichever implementation is fast on the device."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 from dd_core.devices import kind_of
 
 FEW = 512
-"""Keys up to which the products are written out: their square is held in memory."""
+"""Up to this many keys attention may be two explicit matrix products, which hold all logits in memory."""
 
 
 def attend(
@@ -19,9 +19,9 @@ def attend(
 ) -> Float[Tensor, " b h n d"]:
     """softmax(q k / sqrt(d)) v, over the keys where `mask` is True.
 
-    On a CPU in bfloat16 the fused kernel, made for long sequences, takes four times as long backward as the
-    products written out (2-core AVX512-bf16 box, 64 queries, 96 keys, torch 2.15), so there they are written
-    out while keys are few; but where nothing is differentiated it takes .9 to .3 of their time (with AMX).
+    On a CPU in bfloat16 the fused kernel, made for long sequences, takes four times as long backward as
+    explicit matrix products (2-core AVX512-bf16 box, 64 queries, 96 keys, torch 2.15), so with gradients and
+    at most FEW keys these are used; without gradients the fused kernel takes .9 to .3 of their time (AMX).
     """
     trained = q.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if kind_of(q) != "cpu" or not trained or k.shape[2] > FEW:

@@ -6,8 +6,8 @@ SiLU, halving by a stride-2 convolution padded at the right and the bottom only,
 pixels and convolving, attention in the middle, 1x1 convolutions on both sides of the latent.
 
 Images are in [-1, 1]; latents leave `encode` with a standard deviation of about one.  With a codebook
-they leave it as they were before quantisation, which belongs to the decoder: what a diffusion paints need
-not lie on a vector of the codebook (section 3.1 there).
+`encode` returns them before quantisation, which belongs to the decoder: the output of a diffusion model
+need not be a vector of the codebook (section 3.1 there).
 """
 
 from itertools import pairwise
@@ -38,7 +38,7 @@ class AutoencoderNetSpec(Spec):
     """Attention in the middle of both halves; without it latents are local and crops stand for images."""
     norm: Literal["group", "none"] = "group"
     """GroupNorm as published; or none, which is quicker, learns flat colours at once and, since nothing is
-    averaged over the picture, makes of a crop what it makes of the whole.  Small nets only."""
+    averaged over the picture, encodes a crop as it encodes the whole.  Small nets only."""
     groups: int = Field(32, ge=1)
     """Of GroupNorm."""
     latent_channels: int = Field(4, ge=1)
@@ -59,7 +59,7 @@ class AutoencoderNetSpec(Spec):
 
     @property
     def encoded_channels(self) -> int:
-        """What leaves the encoder: a latent, or the mean and log variance of one."""
+        """Output channels of the encoder: a latent, or the mean and log variance of one."""
         return self.latent_channels * (1 if self.codes else 2)
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class AutoencoderNetSpec(Spec):
 
 
 class Posterior(NamedTuple):
-    """What the encoder believes about the latent: a Gaussian for each of its values, unscaled."""
+    """Distribution of the latent given the image: a Gaussian for each of its values, unscaled."""
 
     mean: Float[Tensor, " b z h w"]
     logvar: Float[Tensor, " b z h w"]
@@ -176,7 +176,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log variance of the latent, or itself, before the 1x1 convolution."""
+    """Image -> mean and log variance of the latent, or the latent itself; before the 1x1 convolution."""
 
     def __init__(self, spec: AutoencoderNetSpec) -> None:
         super().__init__()
@@ -252,10 +252,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """First weights: signals keep their variance, and latents are drawn with a deviation of 0.05.
+        """Initial weights: signals keep their variance, and latents are drawn with a deviation of 0.05.
 
-        A run of minutes need not first make its signals heard, nor unlearn noise.  Without norms every
-        residual block begins as its shortcut (Zhang et al. 2019, arXiv:1901.09321).
+        So a run of minutes spends no steps on amplifying its signals or on unlearning noise.  Without norms
+        every residual block begins as its shortcut (Zhang et al. 2019, arXiv:1901.09321).
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -273,27 +273,27 @@ class Autoencoder(nn.Module):
             mean_and_logvar.bias[latent_channels:] = -6
 
     def posterior(self, image: Float[Tensor, " b 3 h w"]) -> Posterior:
-        """The Gaussian behind an image, whose sides are multiples of `spec.factor`."""
+        """The Gaussian of an image's latent; the sides of the image are multiples of `spec.factor`."""
         assert self.quantiser is None, "with a codebook there is no Gaussian; see `unquantised`"
         mean, logvar = self.quant_conv(self.encoder(image)).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def unquantised(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b z i j"]:
-        """What of an image goes to the codebook, unscaled."""
+        """The latent of an image before quantisation, unscaled."""
         assert self.quantiser is not None, "without a codebook there is a Gaussian; see `posterior`"
         return self.quant_conv(self.encoder(image)).float()
 
     def generate(
         self, latent: Float[Tensor, " b z h w"], *, quantise: bool = True
     ) -> Float[Tensor, " b 3 i j"]:
-        """The image of an unscaled latent; not clipped.  In training the codebook is asked before."""
+        """The image of an unscaled latent; not clipped.  Training quantises before this call."""
         if quantise and self.quantiser is not None:
             latent = self.quantiser(latent).vectors
         return self.decoder(self.post_quant_conv(latent)).float()
 
     @torch.no_grad()
     def observe(self, mean: Float[Tensor, " b z h w"]) -> None:
-        """Take a batch of latents into `moments`, on all ranks alike: a mean over the last hundred or so."""
+        """Update `moments`, a mean over about the last 100 batches, by a batch of latents from every rank."""
         now = torch.stack([mean.mean(), mean.square().mean()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(now)
@@ -322,5 +322,5 @@ class Autoencoder(nn.Module):
         return self.generate(latent / self.scale()).clamp(-1, 1)
 
     def reconstruct(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 h w"]:
-        """What is left of an image after both halves."""
+        """An image encoded, then decoded."""
         return self.decode(self.encode(image))

@@ -1,9 +1,10 @@
-"""What writes an image's caption from its embedding, word after word: a teacher of CLIP, left behind after.
+"""Predicts an image's caption from its embedding, word by word: an auxiliary task for CLIP, dropped later.
 
-Contrast asks of an embedding only what tells its image from the others of a batch; a writer asks for all
-that the caption says.  A CLIP of minutes learns both sooner with it (README, experiments).
+The contrastive loss needs of an embedding only what distinguishes its image from the others of a batch;
+writing the caption needs all that it says.  A CLIP trained for minutes learns both sooner with this task
+(README, experiments).
 
-Source: Yu et al. 2022 (arXiv:2205.01917, CoCa, section 3.2), here from the one embedding that CLIP ships.
+Source: Yu et al. 2022 (arXiv:2205.01917, CoCa, section 3.2), here from the embedding alone that CLIP ships.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from dd_core.nets import text
 
 PLACES = 4
-"""Of the sequence that the embedding takes, before the words."""
+"""Places that the embedding takes at the start of the sequence, before the words."""
 
 
 class Captioner(nn.Module):
@@ -23,7 +24,7 @@ class Captioner(nn.Module):
     Args:
         embedding_width: Of the image embedding.
         width: Of the text tower, whose states and word vectors it uses.
-        layers: Of its own.
+        layers: Transformer layers of the captioner itself.
         head_width: Of their attention.
     """
 
@@ -42,13 +43,13 @@ class Captioner(nn.Module):
         tokens: Int[Tensor, " b l"],
         words: Float[Tensor, " v w"],
     ) -> Float[Tensor, " b l-1"]:
-        """Negative log-likelihood in nats of each word after the first, up to END; zero behind it.
+        """Negative log-likelihood in nats of each word after the first, up to END; zero after END.
 
         Args:
             embedding: Unit vectors of the images.
-            states: Of the captions by a causal text tower, so that no place knows later words.
+            states: Of the captions, by a causal text tower, so that no place knows later words.
             tokens: The captions.
-            words: A vector for each of the v words there are; only those of this batch compete.
+            words: A vector for each word of the vocabulary; only words of this batch are in the softmax.
         """
         embedding = embedding * self.loud
         image = self.image_in(embedding).unflatten(1, (PLACES, -1))

@@ -1,4 +1,4 @@
-"""The noised classifier: the way down of a UNet, and a pool that asks the lowest map what it shows.
+"""The noised classifier: the way down of a UNet, then attention pooling of the lowest map.
 
 Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4 and appendix H; the pool is that of CLIP
 (Radford et al. 2021, arXiv:2103.00020, section 2.4).
@@ -25,7 +25,8 @@ class ClassifierSpec(Spec):
 
     kind: Literal["classifier"] = "classifier"
     unet: UNetSpec
-    """Its way down; it must be told nothing but the noise level, and resized by whole pixels."""
+    """The UNet whose way down is used: told nothing but the noise level, `stem` conv, `factors` that divide
+    image_size."""
     image_size: int = Field(ge=8)
     in_channels: int = Field(3, ge=1)
     classes: int = Field(1000, ge=2)
@@ -62,7 +63,7 @@ class Classifier(nn.Module):
 
         Args:
             x: Noisy images of `image_size`, scaled to about unit variance.
-            log_sigma: Noise level of each, or another number that tells it; see `UNetSpec.level_scale`.
+            log_sigma: Noise level of each, or another measure of it; see `UNetSpec.level_scale`.
         """
         check_told(self.spec.unet, x, Conditioning())
         told = Told(self.hearing(log_sigma, Conditioning()))
@@ -74,7 +75,7 @@ class Classifier(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of a map looks at the map."""
+    """Attention pooling: the mean of a map is the query; keys are the mean and all pixels."""
 
     def __init__(self, channels: int, heads: int, pixels: int, out: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""CLIP: one space for images and captions, by open_clip's models behind our contract.
+"""CLIP: one embedding space for images and captions, by open_clip's models behind our interface.
 
-Images come in [-1, 1] at any square size and are resized to what the tower reads; captions come as
+Images come in [-1, 1] at any square size and are resized to the image tower's size; captions come as
 tokens of open_clip's tokenizer.  Embeddings have unit length.
 """
 
@@ -26,15 +26,15 @@ class ClipNetSpec(Spec):
     """Size of the two towers."""
 
     towers: Literal["both", "text"] = "both"
-    """text: the one that reads captions, for its states alone, as it lies in files of Stable Diffusion, with
-    no embedding and nothing of images; what is said of the image tower means nothing then."""
+    """text: the text tower alone, as in files of Stable Diffusion: it gives states but no embedding.  The
+    fields of the image tower mean nothing then."""
 
     embedding_width: int = Field(512, ge=1)
     image_size: int = Field(224, ge=8)
     patch_size: int = Field(16, ge=1)
     stem: Literal["patch", "convolutions"] = "patch"
-    """What makes a token of a patch: one matrix, as published, or convolutions that halve the image until
-    a pixel is a patch; those see edges from the first hundred steps on."""
+    """How a patch becomes a token: by one matrix, as published, or by convolutions that halve the image until
+    a pixel is a patch; with these it sees edges from the first hundred steps on."""
     image_width: int = Field(768, multiple_of=8)
     image_layers: int = Field(12, ge=1)
     context_length: int = Field(77, ge=3)
@@ -47,11 +47,11 @@ class ClipNetSpec(Spec):
     quick_gelu: bool = False
     """The activation of OpenAI's own weights."""
     states: Literal["last", "penultimate"] = "last"
-    """Of a caption: after which layer of the text tower, each with the final norm; penultimate: the second
-    Stable Diffusion.  The embedding is always that of the last."""
+    """Layer of the text tower whose output, after the final norm, is a caption's states; penultimate: Stable
+    Diffusion 2.  The embedding always comes from the last layer."""
     pads_with: Literal["zero", "end"] = "zero"
-    """What stands behind END, whose states a network that masks nothing hears too: the token 0 (CLIP), or END
-    again (the first Stable Diffusion)."""
+    """The padding after END, whose states matter to a network without a mask: token 0 (CLIP), or END again
+    (Stable Diffusion 1)."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Of each channel in [0, 1], subtracted before the image tower."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -66,35 +66,35 @@ class ClipNetSpec(Spec):
 
 
 class PackedCaption(NamedTuple):
-    """What the text tower makes of captions, padding left out."""
+    """The text tower's output for captions, without padding."""
 
     states: Float[Tensor, " n w"]
     """One per place of the packing, after the final norm."""
     embedding: Float[Tensor, " b d"]
     """Unit vectors."""
     packing: Packing
-    """The tokens up to END, of rows cut behind the longest."""
+    """Of the tokens up to END; rows are cut after the longest caption, rounded up to a multiple of 8."""
 
 
 class ReadCaption(NamedTuple):
-    """What the text tower makes of a caption."""
+    """The text tower's output for captions."""
 
     states: Float[Tensor, " b l w"]
     """One per token, after the final norm; see `ClipNetSpec.states`."""
     embedding: Float[Tensor, " b d"]
-    """Unit vectors; of width 0 where there is the text tower alone."""
+    """Unit vectors; of width 0 if there is only the text tower."""
 
 
 def quick_attention(like: Tensor) -> AbstractContextManager[None]:
-    """On a CPU the products written out: there they train a quarter faster than the fused kernel (bf16)."""
+    """On a CPU explicit matrix products: they train a quarter faster there than the fused kernel (bf16)."""
     return sdpa_kernel(SDPBackend.MATH) if kind_of(like) == "cpu" else nullcontext()
 
 
 def convolutions(spec: ClipNetSpec) -> nn.Sequential:
     """Image -> a token per patch, by convolutions of stride 2, each twice as wide as the one before.
 
-    Source: Xiao et al. 2021 (arXiv:2106.14881, "Early convolutions help transformers see better"), with group
-    norms, since batches of CLIP are many and small here.
+    Source: Xiao et al. 2021 (arXiv:2106.14881, "Early convolutions help transformers see better"), with
+    GroupNorm, since batches of CLIP are many and small here.
     """
     halvings = int(math.log2(spec.patch_size))
     layers: list[nn.Module] = []
@@ -108,7 +108,7 @@ def convolutions(spec: ClipNetSpec) -> nn.Sequential:
 
 
 def vision_of(spec: ClipNetSpec) -> Any:
-    """The image tower as open_clip is told it; if there is none, the least that it builds, to be left out."""
+    """open_clip's config of the image tower; for "text" the smallest that it builds, which `Clip` deletes."""
     if spec.towers == "text":
         return open_clip().model.CLIPVisionCfg(layers=1, width=8, head_width=8, patch_size=8, image_size=8)
     return open_clip().model.CLIPVisionCfg(
@@ -150,7 +150,7 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def begin_places(self) -> None:
-        """Positions and words of a new CLIP as loud as patches, where open_clip begins with whispers."""
+        """Start position and token embeddings at the amplitude of patches; open_clip's start far smaller."""
         spec = self.spec
         if spec.towers == "both":
             waves = grid_waves(spec.image_size // spec.patch_size, spec.image_width)
@@ -184,9 +184,9 @@ class Clip(nn.Module):
         return ReadCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1))
 
     def read_packed(self, tokens: Int[Tensor, " b l"]) -> PackedCaption:
-        """The same states and embeddings as `read`, in half the time: none of what stands behind END."""
+        """The same states and embeddings as `read`, in half the time: nothing after END is computed."""
         towers, there = self.towers, upto_end(tokens)
-        longest = min(-(-len(there.any(0).nonzero()) // 8) * 8, tokens.shape[1])  # few sizes, as packed says
+        longest = min(-(-len(there.any(0).nonzero()) // 8) * 8, tokens.shape[1])  # few sizes: see packed.py
         tokens, found = tokens[:, :longest], packing(there[:, :longest])
         earlier = torch.ones(longest, longest, dtype=torch.bool, device=tokens.device).tril()
         x = before = found.pack(towers.token_embedding(tokens) + towers.positional_embedding[:longest])

@@ -1,7 +1,8 @@
-"""The transformer of the autoregressive prior: a caption, then an image embedding as a sentence of codes.
+"""The transformer of the autoregressive prior: a caption, then an image embedding as a sequence of codes.
 
-Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2: the main axes of the embeddings, each cut into
-buckets, in the order of their variance, behind the caption and a token that says how near the two are.
+Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2: coordinates on the main axes of the embeddings,
+the largest variance first, each quantised to a bucket; before them the caption, and a token for the product
+of caption and image embedding (their nearness).
 """
 
 from collections.abc import Sequence
@@ -19,17 +20,17 @@ from dd_core.spec import Spec
 
 
 class CodePriorSpec(Spec):
-    """Size of the transformer, and how an embedding is written."""
+    """Size of the transformer, and how an embedding becomes codes."""
 
     width: int = Field(256, multiple_of=8)
     layers: int = Field(4, ge=1)
     head_width: int = Field(64, ge=8)
     text_width: int = Field(ge=1)
-    """Of the states of the parent CLIP."""
+    """Width of the parent CLIP's states."""
     embedding_width: int = Field(ge=1)
     context_length: int = Field(ge=3)
     axes: int = Field(319, ge=1)
-    """Codes of an embedding; the axes beyond are left at the mean.  Published: 319 of 1024."""
+    """Codes per embedding, one per main axis; other axes stay at the mean.  Published: 319 of 1024."""
     buckets: int = Field(1024, ge=2)
 
     @model_validator(mode="after")
@@ -44,8 +45,8 @@ class CodePriorSpec(Spec):
 class CodePrior(nn.Module):
     """Continues [caption states, caption embedding, nearness, codes so far] by the next code.
 
-    No place sees later ones.  What it hears of a bucket are waves of the bucket's middle, so that
-    neighbours begin alike.  The axes and their ends are of the model, and ship with it.
+    Attention is causal.  A code enters as sinusoids of its bucket's middle, so that neighbouring buckets
+    start with similar inputs.  The axes and their ranges are buffers of the model and ship with it.
     """
 
     mean: Float[Tensor, " d"]
@@ -71,10 +72,10 @@ class CodePrior(nn.Module):
         self.register_buffer("low", torch.zeros(spec.axes))
         self.register_buffer("high", torch.ones(spec.axes))
         self.register_buffer("products", torch.zeros(spec.buckets, dtype=torch.long))
-        """How often each nearness of caption and image was seen."""
+        """Histogram of the nearness of captions and their images, by bucket."""
 
     def measure(self, pca: Pca, nearness: Float[Tensor, " n"]) -> None:
-        """Take axes and buckets from embeddings of the data, once, before anything is learned.
+        """Set axes and buckets from embeddings of the data, once, before anything is learned.
 
         Args:
             pca: Of image embeddings.
@@ -87,16 +88,16 @@ class CodePrior(nn.Module):
         self.products.copy_(self.product_codes(nearness).bincount(minlength=self.spec.buckets))
 
     def codes(self, embedding: Float[Tensor, " b d"]) -> Int[Tensor, " b k"]:
-        """An image embedding, written; in float32 whatever the network computes in."""
+        """The codes of an image embedding; computed in float32 whatever the dtype of the network."""
         with torch.autocast(embedding.device.type, enabled=False):
             return to_buckets(encode(self.pca(), embedding), self.low, self.high, self.spec.buckets)
 
     def embedding(self, codes: Int[Tensor, " b k"]) -> Float[Tensor, " b d"]:
-        """What is written, read back; not normalised."""
+        """The image embedding that codes stand for; not normalised."""
         return decode(self.pca(), from_buckets(codes, self.low, self.high, self.spec.buckets))
 
     def product_codes(self, nearness: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The token that says how near caption and image are."""
+        """The token for the nearness of caption and image."""
         ends = nearness.new_tensor([-1.0, 1.0])
         return to_buckets(nearness[:, None], ends[:1], ends[1:], self.spec.buckets)[:, 0]
 
@@ -105,7 +106,7 @@ class CodePrior(nn.Module):
         return Pca(self.mean, self.main, self.low, self.high)
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m w"]:
-        """The caption as the first places of the sequence; once a request."""
+        """The caption as the first places of the sequence; computed once per request."""
         return torch.cat([self.text_in(caption.states), self.caption_in(caption.embedding)[:, None]], 1)
 
     def forward(
@@ -132,7 +133,7 @@ class CodePrior(nn.Module):
         return self.code_in(self.waves(codes.flatten())).view(*codes.shape, self.spec.width)
 
     def memories(self) -> list[text.Memory]:
-        """Of a sequence of which nothing has been read: one for each block."""
+        """Empty key-value caches for a new sequence, one per block."""
         return [text.Memory() for _ in self.blocks]
 
     def logits(
@@ -142,7 +143,7 @@ class CodePrior(nn.Module):
 
         Args:
             places: The sequence from its beginning, or what comes after the places in `memories`.
-            memories: From `memories`; they remember these places too, so each place is read once.
+            memories: From `memories`; these places are added to them, so each place is computed once.
         """
         before, length = memories[0].length if memories else 0, places.shape[1]
         x = places + self.places[:, before : before + length]
@@ -153,5 +154,5 @@ class CodePrior(nn.Module):
         return logits
 
     def waves(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n 256"]:
-        """The middle of each bucket, for the network."""
+        """Sinusoids of the middle of each bucket."""
         return wave((codes + 0.5) / self.spec.buckets, 256)

@@ -1,8 +1,8 @@
-"""A convolution that may add its answer to features; a CPU lays out the weights of a frozen one once.
+"""A convolution that can add its output to features; on a CPU frozen weights are laid out only once.
 
-oneDNN multiplies weights in an order of its own.  PyTorch's `conv2d` brings them into it at every call, which
-at 8 and 16 px takes as long as the convolution, and reads and writes the answer once more to add it to
-something.  Both can be left to oneDNN by calls that torch.compile makes too.
+oneDNN wants weights in a layout of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and
+16 px takes as long as the convolution, and adding its output to something reads and writes it once more.
+Both can be avoided by oneDNN's operators, which torch.compile calls too.
 """
 
 import platform
@@ -19,18 +19,18 @@ from dd_core.precision import has_bf16
 
 @cache
 def kinds() -> tuple[torch.dtype, ...]:
-    """Of numbers that oneDNN convolves here by the processor's instructions; none where untried."""
+    """Dtypes that oneDNN convolves with native instructions here; none on platforms not tried."""
     if not torch.backends.mkldnn.is_available() or platform.machine() != "x86_64":
         return ()
     return (torch.float32, torch.bfloat16) if has_bf16(torch.device("cpu")) else (torch.float32,)
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing wants PyTorch's own call: gradients, autocast, compiling, another device or dtype."""
+    """Whether to call oneDNN directly: on a CPU in one of `kinds`, no gradients, autocast or compilation."""
     asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     return (
         not asked
-        and type(x) is Tensor  # not one without content
+        and type(x) is Tensor  # a FakeTensor has no content
         and kind_of(x) == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in kinds()
@@ -40,10 +40,10 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class Conv(nn.Conv2d):
-    """torch.nn.Conv2d around zeros, whose answer is added to `onto` if there is one.
+    """torch.nn.Conv2d with zero padding, whose output is added to `onto` if that is given.
 
-    Frozen weights are laid out for the size of the first call, and anew where they were changed in place or
-    replaced, but not where that was hidden from autograd, through `weight.data`.
+    Frozen weights are laid out for the input size of the first call, and again after they were changed in
+    place or replaced, but not if the change was hidden from autograd, through `weight.data`.
     """
 
     _laid_out: tuple[tuple[object, ...], Tensor] | None = None
@@ -54,7 +54,7 @@ class Conv(nn.Conv2d):
         if not by_onednn(x, self.weight):
             out = super().forward(x)
             return out if onto is None else onto + out
-        learns = self.weight.requires_grad or self.weight.is_inference()  # that one counts no changes
+        learns = self.weight.requires_grad or self.weight.is_inference()  # inference: no version counter
         weight = self.weight if learns else self.laid_out(x)
         where: tuple[Any, ...] = (self.bias, self.padding, self.stride, self.dilation, self.groups)
         if onto is None:
@@ -65,7 +65,7 @@ class Conv(nn.Conv2d):
         )
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """The weights as oneDNN wants them, made anew where they have changed."""
+        """The weights in oneDNN's layout, converted again if they have changed."""
         made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._laid_out is None or self._laid_out[0] != made_of:
             self._laid_out = (
@@ -77,5 +77,5 @@ class Conv(nn.Conv2d):
         return self._laid_out[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what can be laid out again, and cannot be copied."""
+        """Without the laid-out weights, which cannot be copied but can be made again."""
         return {name: part for name, part in self.__dict__.items() if name != "_laid_out"}

@@ -1,8 +1,8 @@
-"""A transformer over the pixels of a map, beside it: each layer looks at the map, then at the caption.
+"""A transformer over the pixels of a map, added to it: each layer attends to the map, then to the caption.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; Stable Diffusion differs in sizes alone.
-Its 1x1 convolutions and the linear layers of its second version are the same thing over rows of pixels,
-so here they are linear.
+The 1x1 convolutions there and the linear layers of Stable Diffusion 2 compute the same over rows of pixels;
+here they are linear layers.
 """
 
 import torch.nn.functional as F
@@ -16,12 +16,12 @@ EPSILON = 1e-6
 
 
 class CrossTransformer(nn.Module):
-    """Layers of self-attention, attention to the caption and a gated network, added to the map.
+    """Layers of self-attention, attention to the caption and a gated feed-forward network, added to the map.
 
     Args:
         channels: Of the map.
         shared: What all blocks have in common.
-        text_only: Look at the caption in the place of the map, too (Stable Diffusion's x4 upscaler).
+        text_only: The first attention, too, is to the caption, not the map (Stable Diffusion's x4 upscaler).
     """
 
     def __init__(self, channels: int, shared: Shared, *, text_only: bool = False) -> None:
@@ -43,7 +43,7 @@ class CrossTransformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """To itself, to the caption, and alone; each behind a norm and added."""
+    """Self-attention, attention to the caption, gated feed-forward network; each pre-norm and residual."""
 
     def __init__(self, width: int, heads: int, text_width: int, *, text_only: bool) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class Layer(nn.Module):
         return rows + self.alone_out(value * F.gelu(gate))
 
     def hears(self) -> tuple[nn.Linear, ...]:
-        """The layers that hear the caption."""
+        """The projections of the caption to keys and values."""
         asking = (self.to_self, self.to_text) if self.text_only else (self.to_text,)
         return tuple(layer for attention in asking for layer in (attention.key, attention.value))
 
 
 class CrossAttention(nn.Module):
-    """Queries from the map, keys and values from anywhere; projections without bias."""
+    """Queries from the map, keys and values from any sequence; these three projections have no bias."""
 
     def __init__(self, width: int, heads: int, seen_width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
         return self._looked(rows, self.key(seen), self.value(seen), None)
 
     def asked(self, rows: Float[Tensor, " b n c"], told: Told) -> Float[Tensor, " b n c"]:
-        """The same at the caption, whose keys and values are known."""
+        """Attention to the caption, whose keys and values are already computed."""
         return self._looked(rows, told.keys[self.key], told.keys[self.value], told.heard)
 
     def _looked(self, rows: Tensor, key: Tensor, value: Tensor, heard: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""A transformer over patches, with convolutions where pixels are: the backbone for small budgets.
+"""A transformer over patches between convolutions at higher resolution: the backbone for small budgets.
 
-Pixels are folded into patches of `stem`, residual convolutions work there, a further fold by 2 leads to
-the grid where a transformer does most of the work, told sigma by adaptive norms and the caption by keys
-and values beside the image's own; then back up, with a skip connection.
+Pixels are folded into patches of side `stem`, on which residual convolutions work.  A further fold by 2 leads
+to the grid where a transformer does most of the work; it is told sigma by adaptive norms and the caption by
+keys and values beside the image's own.  Then back up, with a skip connection.
 
 Sources: Peebles & Xie 2023 (arXiv:2212.09748, adaLN-zero), Hoogeboom et al. 2023 (arXiv:2301.11093, the
 transformer in the middle of a U), Nichol et al. 2022 (arXiv:2112.10741, section 2.1, caption as extra keys).
@@ -39,17 +39,17 @@ class DiTSpec(Spec):
     layers: int = Field(6, ge=1)
     head_width: int = Field(64, ge=8)
     text_width: int = Field(0, ge=0)
-    """Of the caption's states; 0: the network is not told a caption."""
+    """Width of the caption's states; 0: the network is not told a caption."""
     caption_width: int = Field(0, ge=0)
-    """Of the embedding of the whole caption; with it the norms are told the caption, too."""
+    """Width of the embedding of the whole caption; if set, the norms are told the caption, too."""
     text_layers: int = Field(1, ge=0)
-    """Layers of its own over the caption's states, both directions, before the image asks them."""
+    """Transformer layers over the caption's states, without causal mask, before the image attends to them."""
     embedding_width: int = Field(0, ge=0)
-    """Of the image embedding; 0: not told."""
+    """Width of the image embedding; 0: not told one."""
 
     @property
     def groups(self) -> int:
-        """Of channels whose norm is one, in the convolutions."""
+        """Groups of each GroupNorm of the convolutions."""
         return self.conv_width // 16 or 1
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class DiTSpec(Spec):
 
 
 class Modulation(nn.Module):
-    """What a block is told: n vectors per sample, all zero at the start (adaLN-zero)."""
+    """Shifts, scales and gates of a block: `count` vectors per sample, all zero at the start (adaLN-zero)."""
 
     def __init__(self, told: int, width: int, count: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class ConvBlock(nn.Module):
 class DiT(nn.Module):
     """Network of a diffusion model: noisy image, log sigma and conditioning -> what it predicts.
 
-    It answers in the dtype of the image, whatever its weights are kept in.
+    The output has the dtype of the image, whatever that of the weights.
     """
 
     def __init__(self, spec: DiTSpec, *, in_channels: int, out_channels: int) -> None:
@@ -196,7 +196,7 @@ class DiT(nn.Module):
         self.reading = tuple(layer for layer in attending if layer is not None)
 
     def prepared(self, cond: Conditioning) -> Conditioning:
-        """The same with the keys and values of its caption, for all calls to come."""
+        """The same conditioning with its caption's keys and values computed, for all later calls."""
         if not self.reading or cond.read is not None:
             return cond
         if cond.text is None:
@@ -204,7 +204,7 @@ class DiT(nn.Module):
         return cond._replace(read=read_by(self.reading, cond.text.to(self.places.dtype)))
 
     def read(self, caption: ReadCaption) -> Float[Tensor, " b m d"]:
-        """The caption as the blocks hear it: depends on neither x nor sigma, so computed once a request."""
+        """The caption's states for the blocks, independent of x and sigma, so computed once per request."""
         dtype = self.text_in.weight.dtype
         x = self.text_in(caption.states.to(dtype))
         if self.spec.caption_width:

@@ -1,11 +1,11 @@
-"""An image embedding unfolded to the image that it speaks of, in one call.
+"""An image embedding decoded to an image, in one forward pass.
 
-A vector is cheap to decode and an image is dear to denoise, so what the vector already says is learned
-here, at a tenth of the cost, and a diffusion model that starts from the draft has only to make it sharp.
+Decoding a vector is cheap and denoising an image is expensive, so what the vector already determines is
+learned here, at a tenth of the cost; a diffusion model that starts from the draft has only to sharpen it.
 
 The image is made of flat layers: each has one colour, soft masks say which layer a pixel belongs to, and
-what no layer says is added pixel by pixel.  What shape a thing has and what colour are then learned apart,
-and an edge is as sharp as its mask; a decoder of plain pixels learned shapes last (README, experiments).
+a residual is added pixel by pixel.  Shape and colour are then learned separately, and an edge is as sharp
+as its mask; a decoder of plain pixels learned shapes last (README, experiments).
 
 Sources: Radford et al. 2016 (arXiv:1511.06434, figure 1, "project and reshape"); Locatello et al. 2020
 (arXiv:2006.15055, section 3.2: an image as layers blended by a softmax over their masks); Pandey et al.
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dd_core.nets.whitening import Whitening
 
 FOLD = 8
-"""Pixels of the image to one position of the first map."""
+"""Side of the square of image pixels at one position of the first map."""
 STEEP = 2.0
-"""What mask logits are multiplied by, so that masks become sharp early."""
+"""Factor of the mask logits, so that masks become sharp early."""
 
 
 class Draft(nn.Module):
@@ -33,7 +33,7 @@ class Draft(nn.Module):
         image_size: Side of the image in pixels, a multiple of 8.
         width: Channels at an eighth of the side; half as many at a quarter.
         layers: Flat layers of an image.
-        measured: Embeddings that are looked at before it learns, see Whitening.
+        measured: Embeddings that the whitening is fitted to, before anything is learned.
     """
 
     def __init__(self, embedding_width: int, image_size: int, width: int, layers: int, measured: int) -> None:

@@ -1,7 +1,7 @@
-"""What image networks are made of: residual blocks told the noise level, attention, changes of size.
+"""Building blocks of image networks: residual blocks told the noise level, attention, changes of size.
 
 Every block maps features `b c h w` to features `b c h w`, kept in memory with channels innermost
-(channels_last), and is told the noise level and, if it attends, what its layers make of the caption.
+(channels_last), and is told the noise level and, if it attends, the caption's keys and values (`Told`).
 """
 
 import math
@@ -25,27 +25,27 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Told(NamedTuple):
-    """What every block of one network hears; the same for all of them."""
+    """The conditioning that all blocks of a network share."""
 
     level: Float[Tensor, " b e"]
     """SiLU of the embedded noise level, with all that is added to it."""
     keys: Mapping[nn.Linear, Float[Tensor, " b l k"]] = MappingProxyType({})
-    """What each layer that looks at the caption makes of it: keys, values or both."""
+    """Output of each layer that projects the caption: keys, values or both."""
     heard: Bool[Tensor, " b l"] | None = None
     """Which tokens of the caption count; None: all of them."""
     made: Mapping[nn.Linear, Float[Tensor, " b k"]] = MappingProxyType({})
-    """What layers make of the level, where they were asked together (`Together`)."""
+    """Outputs of layers for `level`, where they were computed as one product (`Together`)."""
 
     def by(self, layer: nn.Linear) -> Float[Tensor, " b k"]:
-        """What a layer makes of the level."""
+        """The output of a layer for `level`."""
         return self.made[layer] if layer in self.made else layer(self.level)
 
 
 class Together:
-    """Layers that hear the same, asked in one product where they are frozen and a CPU computes.
+    """Linear layers of the same input, computed as one matrix product on a CPU if they are frozen.
 
-    For one image a call of each costs more than its product.  Their weights are copied side by side once, and
-    anew as those of `Conv`; to copy them at every call would cost a large network more than it saves.
+    For one image the call of a layer costs more than its product.  The weights are concatenated once, and
+    again when they change, as in `Conv`; at every call that would cost a large network more than it saves.
 
     Args:
         layers: Each with a bias, of equal in_features.
@@ -58,12 +58,12 @@ class Together:
         self.side_by_side: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Float[Tensor, " b e"]) -> dict[nn.Linear, Tensor]:
-        """What each makes of x; nothing where they are to be asked one by one."""
+        """The output of each layer for x; empty if the layers are to be called one by one."""
         alone = torch.is_grad_enabled() or torch.compiler.is_compiling() or kind_of(x) != "cpu"
         if alone or type(x) is not Tensor:
             return {}
         parts = [part for layer in self.layers for part in (layer.weight, layer.bias)]
-        if any(part.requires_grad or part.is_inference() for part in parts):  # those count no changes
+        if any(part.requires_grad or part.is_inference() for part in parts):  # inference: no version counter
             return {}
         made_of = tuple((part.data_ptr(), part._version) for part in parts)
         if made_of != self.made_of:
@@ -73,17 +73,17 @@ class Together:
         return dict(zip(self.layers, made, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what can be copied side by side again."""
+        """Without the concatenated weights, which can be made again."""
         return self.__dict__ | {"made_of": (), "side_by_side": ()}
 
 
 def read_by(layers: Sequence[nn.Linear], text: Float[Tensor, " b l d"]) -> Float[Tensor, " b l k"]:
-    """What several layers make of a caption, side by side: `Conditioning.read`."""
+    """Outputs of several layers for a caption, concatenated: `Conditioning.read`."""
     return torch.cat([layer(text) for layer in layers], dim=-1)
 
 
 def apart(layers: Sequence[nn.Linear], read: Float[Tensor, " b l k"]) -> dict[nn.Linear, Tensor]:
-    """What each layer made, out of `read_by`."""
+    """The output of each layer, split out of that of `read_by`."""
     parts = read.split([layer.out_features for layer in layers], dim=-1)
     return dict(zip(layers, parts, strict=True))
 
@@ -98,11 +98,11 @@ class Shared(NamedTuple):
     head_width: int = 64
     text_width: int = 0
     heads: int = 0
-    """Of every attention; 0: as many as `head_width` makes of its channels."""
+    """Heads of every attention; 0: channels // head_width."""
     transformer_depth: int = 0
-    """Layers of the transformer that attends; 0: one joint attention instead."""
+    """Layers of each `CrossTransformer`; 0: a joint `Attention` instead."""
     epsilon: float = EPSILON
-    """Added to the variance by every normalisation of a map but that before a transformer."""
+    """Added to the variance by every normalisation of a map except the one before a transformer."""
 
     def heads_of(self, channels: int) -> int:
         """Heads of an attention over that many channels."""
@@ -115,13 +115,13 @@ def sinusoids(
     """Cosines, then sines, of `values` at width / 2 frequencies that fall from 1 to 1 / 10000, float32.
 
     Args:
-        values: To be told apart by differences of about 1.
+        values: Scaled so that differences of about 1 matter.
         width: Even.
         sine_first: The sines before the cosines.
-        freq_shift: 1: the last frequency is 1 / 10000; 0: that would be the one after it.
+        freq_shift: 1: the last frequency is 1 / 10000; 0: the one after the last would be.
 
     Source: the timestep embedding of Ho et al. 2020 (arXiv:2006.11239) in the order and at the frequencies
-    of ADM; its own has both of these otherwise.
+    of ADM; the original differs in both.
     """
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - freq_shift)
@@ -199,7 +199,7 @@ class Resized(nn.Module):
     Args:
         channels: Of the map, before and after.
         how: "down" or "up".
-        pads: Zeros around what is halved, or one row below it and one column to its right.
+        pads: around: zeros on all sides of a map to be halved; after: one row below, one column to the right.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), which pads after; latent diffusion pads around.
     """
@@ -219,9 +219,9 @@ class Resized(nn.Module):
 
 
 def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer makes of x in the numbers of its weights, also under autocast.
+    """The output of a layer in the dtype of its weights, also under autocast.
 
-    For what reads the noise level and what answers.
+    For the embedding of the noise level and for last layers.
 
     Source: ADM (arXiv:2105.05233) keeps the embedding of the timestep and the last layer in float32.
     """
@@ -230,7 +230,7 @@ def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def resampled(x: Float[Tensor, " b c h w"], how: Resample) -> Float[Tensor, " b c h2 w2"]:
-    """The same, halved by averaging or doubled by repetition."""
+    """The features as they are, halved by averaging, or doubled by repetition."""
     match how:
         case "same":
             return x

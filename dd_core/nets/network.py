@@ -20,21 +20,21 @@ class PlainSpec(Spec):
     kind: Literal["unet"] = "unet"
     unet: UNetSpec
     in_channels: int = Field(3, ge=1)
-    """Of x alone; `unet.image_channels` come on top."""
+    """Channels of x alone; `unet.image_channels` come on top."""
     out_channels: int = Field(3, ge=1)
-    """Twice those of x if it learns its variance."""
+    """Twice the channels of x if the variance is learned."""
 
 
 DenoiserSpec = Annotated[
     PlainSpec | CaptionedSpec | UnclipSpec | CausalPriorSpec | ClassifierSpec | GlideClipSpec,
     Field(discriminator="kind"),
 ]
-"""A network that is told noisy things, by its size."""
+"""A network whose input is noisy, by the spec of its size."""
 NetSpec = DenoiserSpec | AutoencoderNetSpec
 
 
 def build(spec: NetSpec) -> nn.Module:
-    """The network of a spec, with first weights."""
+    """The network of a spec, with initial weights."""
     network: nn.Module
     match spec:
         case PlainSpec():

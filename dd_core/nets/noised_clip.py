@@ -1,7 +1,7 @@
 """GLIDE's noised CLIP: an image tower whose class token is the timestep, and its text tower.
 
-Its timesteps are those of the cosine schedule with 1000 steps, so it is told integers, not sigma; the
-tower of our own that is told sigma stands in `dd_core/stages/noised_clip.py`.
+Its timesteps are those of the cosine schedule with 1000 steps, so it is told integers, not sigma; our
+own tower, which is told sigma, is in `dd_core/stages/noised_clip.py`.
 
 Source: Nichol et al. 2022 (arXiv:2112.10741), section 2.4 and 5.3, and the published model.
 """
@@ -19,7 +19,7 @@ from dd_core.spec import Spec
 
 MEAN = (122.77093945, 116.74601272, 104.09373519)
 STD = (68.50053285, 66.63215831, 70.32316309)
-"""Of each channel in 0..255, subtracted and divided by before the image tower, as published."""
+"""Of each channel in 0..255: pixels are normalised by these before the image tower, as published."""
 
 
 class GlideClipSpec(Spec):
@@ -38,7 +38,7 @@ class GlideClipSpec(Spec):
     head_width: int = Field(64, ge=1)
     embedding_width: int = Field(512, ge=1)
     logit_scale: float = Field(100.0, gt=0)
-    """What cosines are multiplied by before the softmax; not learned, and in no published file."""
+    """Factor of the cosines before the softmax; not learned, and in no published file."""
 
     @model_validator(mode="after")
     def _fits(self) -> "GlideClipSpec":
@@ -51,7 +51,7 @@ class GlideClipSpec(Spec):
 
 
 class ClipBlock(nn.Module):
-    """Attention, then a network alone; each behind a norm and added.  Keys have no bias."""
+    """Attention, then a feed-forward network; each pre-norm and residual.  Keys have no bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class ImageTower(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Float[Tensor, " b 3 h w"], timestep: Int[Tensor, " b"]) -> Float[Tensor, " b d"]:
-        """Embeddings of images about [-1, 1], as DDPM's step `timestep` scales them."""
+        """Embeddings of noisy images at about [-1, 1], scaled as DDPM's x at `timestep`."""
         *_, last = self.states(x, timestep)
         return self.out(self.norm_out(last[:, 0]))
 
@@ -110,7 +110,7 @@ class ImageTower(nn.Module):
     def states(
         self, x: Float[Tensor, " b 3 h w"], timestep: Int[Tensor, " b"]
     ) -> Iterator[Float[Tensor, " b l d"]]:
-        """What each layer says; first of the class token, which is the timestep, then of the patches."""
+        """The output of each layer: the class token, which is the timestep, then the patches."""
         patches = self.patches(((x + 1) * 127.5 - self.mean) / self.std).flatten(2).mT
         sequence = torch.cat([self.timesteps(timestep)[:, None], patches], dim=1) + self.places
         sequence = self.norm_in(sequence)
@@ -120,7 +120,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Tokens -> the embedding of the caption at its last token, not normalised; no token sees later ones."""
+    """Tokens -> the embedding of the caption, from its last token, not normalised; attention is causal."""
 
     def __init__(self, spec: GlideClipSpec) -> None:
         super().__init__()

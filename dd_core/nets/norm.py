@@ -1,8 +1,8 @@
-"""Group normalisation that is told things: an affine map for each channel of each sample, and SiLU after it.
+"""Conditional group normalisation: then an affine map for each channel of each sample, then SiLU.
 
-The CPU has a pair of loops of its own (norm.c), because the library's GroupNorm takes 28 times as long
-backwards with channels innermost as with pixels innermost, while convolutions want the opposite, and because
-a pass over memory costs it as much as a convolution.  Elsewhere, and compiled, the library's calls are best.
+A CPU runs two loops of our own (norm.c), because PyTorch's GroupNorm takes 28 times as long backwards with
+channels innermost as with pixels innermost, while convolutions want channels innermost, and because a pass
+over memory costs a CPU as much as a convolution.  Elsewhere, and compiled, PyTorch's calls are best.
 """
 
 import ctypes
@@ -21,10 +21,10 @@ from dd_core.devices import kind_of
 
 EPSILON = 1e-5
 CACHED = 2**18
-"""Elements that passes over a few samples work on at a time: 1 MiB of float32."""
+"""Elements that the passes without norm.c work on at a time: 1 MiB of float32."""
 SOURCE = Path(__file__).with_name("norm.c")
 KINDS = (torch.float32, torch.bfloat16)
-"""Of numbers that norm.c knows."""
+"""Dtypes that norm.c supports."""
 
 
 class Norm(nn.Module):
@@ -60,7 +60,7 @@ def modulated_norm(  # noqa: PLR0913 - the terms of its formula
         x: Features.
         weight: Of each channel.
         bias: Likewise.
-        told: Scales of a sample, then its shifts; None: no such map.
+        told: Scales of each sample, then its shifts; None: no scale and shift.
         groups: Divides the channels.
         silu: Whether SiLU follows.
         epsilon: Added to the variance of a group.
@@ -80,7 +80,7 @@ def modulated_norm(  # noqa: PLR0913 - the terms of its formula
 
 
 def known(tensor: Tensor) -> Tensor:
-    """The same in numbers that norm.c knows, one after the other."""
+    """The tensor, contiguous and in a dtype that norm.c supports."""
     return (tensor if tensor.dtype in KINDS else tensor.float()).contiguous()
 
 
@@ -94,16 +94,16 @@ def plain_modulated_norm(  # noqa: PLR0913 - the terms of its formula
     silu: bool,
     epsilon: float = EPSILON,
 ) -> Float[Tensor, " b c h w"]:
-    """`modulated_norm` as its formula reads, out of library calls."""
+    """`modulated_norm` by PyTorch's calls, as its formula reads."""
     gain, offset = gain_and_offset(weight, bias, told)
-    with torch.autocast("cuda", enabled=False):  # there it would write the norm out in float32
+    with torch.autocast("cuda", enabled=False):  # autocast would output the norm in float32
         unit = F.group_norm(x, groups, eps=epsilon)
         z = torch.addcmul(offset.to(x)[:, :, None, None], unit, gain.to(x)[:, :, None, None])
         return F.silu(z) if silu else z
 
 
 def gain_and_offset(weight: Tensor, bias: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What each channel is multiplied with and what is added, at last; `b c`, or `1 c` for all samples."""
+    """Factor and offset of each normalised channel, both maps in one; `b c`, or `1 c` for all samples."""
     gain, offset = wide(weight)[None], wide(bias)[None]
     if told is None:
         return gain, offset
@@ -138,7 +138,7 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 class Task(ctypes.Structure):
-    """The struct of norm.c: sizes, threads, whether SiLU follows, and whose numbers are bfloat16."""
+    """The struct of norm.c: sizes, threads, whether SiLU follows, and which tensors are bfloat16."""
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("batch", "pixels", "channels", "groups")),
@@ -149,7 +149,7 @@ class Task(ctypes.Structure):
 def room(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
     x: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None, groups: int, silu: bool, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Room for what is normalised, and for its moments `2 b groups`: mean, 1 / standard deviation."""
+    """Empty tensors for normalised features and their moments `2 b groups`: mean, 1 / standard deviation."""
     return torch.empty_like(x), x.new_empty((2, len(x), groups), dtype=torch.float32)
 
 
@@ -159,7 +159,7 @@ def norm(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
     """Features normalised, and their moments.
 
     Raises:
-        ValueError: Sizes that do not go together, for which the loop would read beyond its tensors.
+        ValueError: Sizes do not match, so that the loop would read beyond its tensors.
     """
     batch, channels = x.shape[:2]
     fits = weight.shape == bias.shape == (channels,) and weight.dtype == bias.dtype and not channels % groups
@@ -181,7 +181,7 @@ def norm(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
 def room_backward(
     grad: Tensor, x: Tensor, moments: Tensor, silu: bool, *affine: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for gradients: of x; of weight and bias, for each sample, `2 b c`; of what it is told, `b 2c`."""
+    """Empty tensors for gradients: of x; of weight and bias, for each sample, `2 b c`; of `told`, `b 2c`."""
     (batch, channels), (_, _, told) = x.shape[:2], affine
     of_told = moments.new_empty((0 if told is None else batch, 2 * channels))
     return torch.empty_like(x), moments.new_empty((2, batch, channels)), of_told
@@ -190,7 +190,7 @@ def room_backward(
 def norm_backward(
     grad: Tensor, x: Tensor, moments: Tensor, silu: bool, *affine: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of weight and bias, and of what samples are told; `affine` are these three."""
+    """The gradients of x, of weight and bias (per sample) and of `told`; `affine` is weight, bias, told."""
     loops = compiled(SOURCE)
     if loops is None:
         return norm_backward_by_passes(grad, x, moments, silu, *affine)
@@ -202,14 +202,14 @@ def norm_backward(
 
 
 def task_of(x: Tensor, weight: Tensor | None, told: Tensor | None, groups: int, silu: bool) -> Task:
-    """What a loop has to know beside its tensors."""
+    """The sizes and flags that a loop needs beside its tensors."""
     half = [tensor is not None and tensor.dtype == torch.bfloat16 for tensor in (x, weight, told)]
     batch, channels, *sides = x.shape
     return Task(batch, math.prod(sides), channels, groups, torch.get_num_threads(), silu, *half)
 
 
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """Where each begins."""
+    """The address of each tensor's data; a null pointer for None."""
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
@@ -223,9 +223,9 @@ def norm_by_passes(  # noqa: PLR0913, PLR0917 - as declared to PyTorch
 ) -> tuple[Tensor, Tensor]:
     """`norm` without norm.c.
 
-    What happens between reading and writing is in float32 even if x is not: element by element
-    bfloat16 costs the CPU up to eight times as much, a conversion a third of one pass.  It happens to a
-    few samples at a time, so that it stays in the cache and asks for no new memory.
+    Arithmetic is in float32 even if x is not: elementwise operations in bfloat16 cost the CPU up to eight
+    times as much, a conversion a third of one pass.  A few samples are processed at a time, so that
+    intermediate tensors stay in the cache and need no new memory.
     """
     out, moments = room(x, weight, bias, told, groups, silu, epsilon)
     gain, offset = (of.expand(len(x), -1) for of in gain_and_offset(weight, bias, told))
@@ -274,13 +274,13 @@ def norm_backward_by_passes(
 
 
 def samples(rows: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All of these, as many samples at a time as stay in the cache."""
+    """Chunks of all these tensors, as many samples at a time as fit the cache."""
     few = max(1, CACHED // rows[0].numel())
     return zip(*(part.split(few) for part in (rows, *parts)), strict=True)
 
 
 OPERATIONS = torch.library.Library("ddiff", "FRAGMENT")
-"""Known to PyTorch by name, so that it also knows what they make of sizes alone (FakeTensorMode)."""
+"""Registered with PyTorch, so that it can infer their output sizes without data (FakeTensorMode)."""
 OPERATIONS.define(
     "norm(Tensor x, Tensor weight, Tensor bias, Tensor? told, int groups, bool silu, float epsilon)"
     " -> (Tensor, Tensor)"

@@ -1,7 +1,7 @@
-"""Sequences of unequal length without their padding: what is done place by place is done for places that are.
+"""Sequences of unequal length without padding: what works place by place is computed for real places only.
 
-Captions fill half of what their tower may read.  Norms and linear maps see the n places that there are, one
-after the other; only attention lays them out as b rows again, where none looks at a place that is not.
+Captions fill half of their tower's context.  Norms and linear layers see the n real places of all rows as one
+sequence; only attention lays them out as b rows again, where no real place attends to padding.
 """
 
 from typing import NamedTuple
@@ -13,24 +13,24 @@ from torch import Tensor
 from dd_core.nets.attention import attend
 
 ROUND = 128
-"""Places are made a multiple of this by some that are not: a matrix product on a CPU is planned anew for each
-size that it meets, and kept with its memory, so sizes must be few."""
+"""The number of places is rounded up to a multiple of this by padding: on a CPU each new size of a matrix
+product is planned anew, and plan and memory are kept, so sizes must be few."""
 
 
 class Packing(NamedTuple):
-    """Which places of b rows there are."""
+    """Which places of b rows are real, that is, not padding."""
 
     there: Bool[Tensor, " b l"]
-    """The places that are."""
+    """True at real places."""
     places: Int[Tensor, " n"]
-    """The same in their order, counted through all rows; behind them fewer than ROUND that are not."""
+    """Indices of the real places in the flattened rows, in order, then of fewer than ROUND of padding."""
 
     def pack(self, x: Float[Tensor, " b l d"]) -> Float[Tensor, " n d"]:
-        """The places that are, and those behind them."""
+        """The vectors at `places`, as one sequence."""
         return x.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, x: Float[Tensor, " n d"]) -> Float[Tensor, " b l d"]:
-        """As rows; what stands where no place is means nothing."""
+        """Back as b rows; values at padding mean nothing."""
         rows, length = self.there.shape
         empty = x.new_zeros(rows * length, x.shape[1])
         return empty.index_copy(0, self.places, x).unflatten(0, (rows, length))
@@ -45,7 +45,7 @@ class Packing(NamedTuple):
 
 
 def packing(there: Bool[Tensor, " b l"]) -> Packing:
-    """Of the places that are."""
+    """The packing of rows whose real places are given."""
     flat = there.flatten()
     places, others = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
     rounded = min(-(-len(places) // ROUND) * ROUND, len(flat))
@@ -53,5 +53,5 @@ def packing(there: Bool[Tensor, " b l"]) -> Packing:
 
 
 def upto_end(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:
-    """The tokens of each caption, START and END among them."""
+    """True for the tokens of each caption, from START to END inclusive."""
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)

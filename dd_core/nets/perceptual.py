@@ -1,8 +1,8 @@
-"""What a picture looks like to a network: perceptual distances and a discriminator of patches.
+"""Perceptual distances between images, and a discriminator of patches.
 
 A perceptual distance compares what a frozen network sees in two images instead of their pixels:
-`Lpips` with a VGG16 whose weights must be given, `ClipFeatures` with a CLIP tower trained here.  Both see in
-float32 also inside autocast: of images a thousandth apart bfloat16 would show twenty times the distance.
+`Lpips` with a VGG16 whose weights must be given, `ClipFeatures` with a CLIP tower trained here.  Both compute
+in float32 even inside autocast: for images a thousandth apart bfloat16 would give twenty times the distance.
 """
 
 from itertools import pairwise
@@ -21,10 +21,10 @@ from dd_core.nets.clip import Clip
 from dd_core.spec import Spec
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Convolutions of each stage of VGG16; a pooling stands between two stages."""
+"""Widths of the convolutions of each stage of VGG16; a pooling separates two stages."""
 Pooling = Literal["max", "average"]
-"""max: VGG's own, with which people's judgements were learned; average: what consistency models were trained
-with, whose piq.LPIPS has replace_pooling."""
+"""max: VGG's own, with which LPIPS was fitted to human judgements; average: as in the training of consistency
+models, by piq.LPIPS with replace_pooling."""
 
 
 class PerceptualDistance(Protocol):
@@ -39,7 +39,7 @@ class Lpips(nn.Module):
     """LPIPS on VGG16: squared differences of unit feature vectors, weighted as people judged them.
 
     There is no dropout in it, and it stays in eval mode whatever its parents do: in published
-    training code `.train()` brought the dropout of this loss back to life.
+    training code `.train()` re-enabled the dropout of this loss.
 
     Source: Zhang et al. 2018 (arXiv:1801.03924), eq. 1.
     """
@@ -59,14 +59,14 @@ class Lpips(nn.Module):
                 before = width
             self.stages.append(nn.Sequential(*layers))
         self.weights = nn.ParameterList(torch.zeros(widths[-1]) for widths in VGG16)
-        """Of the channels of each stage; not negative."""
+        """One weight per channel of each stage; not negative."""
         shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> "Lpips":
-        """Stays in eval mode, whatever is asked."""
+        """Stay in eval mode, whatever `mode` is."""
         return super().train(mode=False)
 
     def forward(
@@ -127,7 +127,7 @@ def taken(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:
 
 
 class ClipFeatures(nn.Module):
-    """Perceptual distance seen by the image tower of a CLIP that was trained on the same data.
+    """Perceptual distance by the image tower of a CLIP that was trained on the same data.
 
     Squared distance of the unit feature vectors of every patch, mean over patches and blocks.  The first
     half of the blocks is compared: they see edges and colours, and the others would double the cost.
@@ -168,7 +168,7 @@ class ClipFeatures(nn.Module):
 
 
 def unit(x: Float[Tensor, " *s"], *, dim: int) -> Float[Tensor, " *s"]:
-    """Vectors of length one; a vector of zeros stays (eps under the root, for its gradient)."""
+    """Vectors of length one; a vector of zeros stays zero (eps is under the root, for its gradient)."""
     return x * (x.square().sum(dim, keepdim=True) + 1e-8).rsqrt()
 
 
@@ -183,8 +183,8 @@ class PatchGanSpec(Spec):
 class PatchGan(nn.Module):
     """Judges every patch of an image: positive is real.
 
-    GroupNorm stands where the original has BatchNorm, so that a judgement depends neither on the other
-    images of the batch nor on how many ranks share it; the number of parameters is the same.
+    GroupNorm replaces the original's BatchNorm, so that the output depends neither on the other images of
+    the batch nor on how many ranks share it; the number of parameters is the same.
 
     Source: Isola et al. 2017 (arXiv:1611.07004), section 3.2.2 and appendix 6.1 (initialisation).
     """

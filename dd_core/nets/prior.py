@@ -1,8 +1,8 @@
 """The networks of the diffusion prior: caption and a noised image embedding -> the image embedding.
 
 `PriorNet` is ours: a transformer reads the caption once, a small network denoises one vector many times.
-`CausalPrior` is the published one, a text transformer that continues the sequence, noised embedding and
-all; it exists so that published weights can be used.
+`CausalPrior` is the published one, a causal transformer whose sequence includes the noised embedding; it
+exists so that published weights can be used.
 
 Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2, diffusion prior); Li et al. 2024
 (arXiv:2406.11838, section 3.2: a denoiser of vectors, told one vector by a transformer).
@@ -26,7 +26,7 @@ from dd_core.nets.whitening import Whitening
 from dd_core.spec import Spec
 
 QUERIES = 4
-"""Places of the caption's sequence that gather what the denoiser is told."""
+"""Learned queries in the caption's sequence, whose outputs the denoiser is told."""
 
 
 class PriorNetSpec(Spec):
@@ -36,13 +36,13 @@ class PriorNetSpec(Spec):
     layers: int = Field(4, ge=1)
     head_width: int = Field(64, ge=8)
     text_width: int = Field(ge=1)
-    """Of the states of the parent CLIP."""
+    """Width of the parent CLIP's states."""
     embedding_width: int = Field(ge=1)
     context_length: int = Field(ge=3)
     denoiser_width: int = Field(512, ge=8, multiple_of=8)
     denoiser_blocks: int = Field(4, ge=1)
     measured_images: int = Field(2_048, ge=2)
-    """Images whose embeddings are looked at before the first step that learns, to whiten them."""
+    """Images whose embeddings the whitening is fitted to, before the first step that learns."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PriorNetSpec":
@@ -82,7 +82,7 @@ class ReaderBlock(nn.Module):
 
 
 class PriorNet(nn.Module):
-    """Reads [caption embedding, queries, caption states] once; then denoises, told what the queries found.
+    """Reads [caption embedding, queries, caption states] once; then denoises, told the queries' outputs.
 
     The published prior runs its transformer at every noise level.  Here, at the demo's size, a noise level
     costs a fifth of reading the caption, so that training can draw several for each caption.
@@ -107,7 +107,7 @@ class PriorNet(nn.Module):
         self.out = nn.Linear(2 * hidden, spec.embedding_width)
 
     def read(self, caption: PackedCaption) -> Float[Tensor, " b 1 w"]:
-        """The caption as the denoiser is told it; once a request."""
+        """The caption as the one vector that the denoiser is told; computed once per request."""
         rows, length = caption.packing.there.shape
         whole = self.caption_in(caption.embedding * self.loud)[:, None]
         asked = torch.cat([whole, self.query.expand(rows, -1, -1)], 1)
@@ -144,7 +144,7 @@ class CausalPriorSpec(Spec):
     embedding_width: int = Field(768, ge=1)
     """Of CLIP's embeddings and of its states, which are as wide (ViT-L/14)."""
     level_scale: float = Field(1.0, gt=0)
-    """What the noise level is multiplied with; 1 if told timesteps, see `UNetSpec.level_scale`."""
+    """Factor of the noise level; 1 if told timesteps, see `UNetSpec.level_scale`."""
 
     @model_validator(mode="after")
     def _fits(self) -> "CausalPriorSpec":
@@ -156,8 +156,8 @@ class CausalPriorSpec(Spec):
 class CausalPrior(nn.Module):
     """Continues [caption states, caption embedding, noise level, noised embedding] by the image embedding.
 
-    No place sees later ones, and none sees padding.  Embeddings come and go whitened: less their mean,
-    over their deviation, value by value, as published beside the weights.
+    Attention is causal, and padding is masked.  Embeddings enter and leave whitened: (value - mean) /
+    deviation for each coordinate, with the statistics published beside the weights.
     """
 
     mean: Tensor
@@ -185,7 +185,7 @@ class CausalPrior(nn.Module):
         caption: Float[Tensor, " b d"],
         heard: Bool[Tensor, " b l"] | None = None,
     ) -> Conditioning:
-        """The caption as the first places of the sequence; once a request."""
+        """The caption as the first places of the sequence; computed once per request."""
         told = torch.cat([self.text_in(states), self.caption_in(caption)[:, None]], dim=1)
         return Conditioning(text=told, heard=None if heard is None else F.pad(heard, (0, 1), value=True))
 
@@ -207,9 +207,9 @@ class CausalPrior(nn.Module):
         return unrounded(self.out, self.norm(sequence[:, -1]))
 
     def whitened(self, embedding: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
-        """An image embedding of CLIP as the prior knows it."""
+        """An image embedding of CLIP, whitened for the prior."""
         return (embedding - self.mean) / self.std
 
     def coloured(self, x0: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
-        """The image embedding of CLIP that the prior means."""
+        """The image embedding of CLIP from a whitened one."""
         return x0 * self.std + self.mean

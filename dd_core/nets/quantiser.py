@@ -1,6 +1,6 @@
 """The codebook of a VQ autoencoder: each latent becomes the nearest of its vectors.
 
-Source: van den Oord et al. 2017 (arXiv:1711.00937), eq. 1 and 2; what teaches it is in `losses.py`.
+Source: van den Oord et al. 2017 (arXiv:1711.00937), eq. 1 and 2; its loss is in `losses.py`.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class Quantised(NamedTuple):
-    """What a codebook makes of latents."""
+    """Quantised latents."""
 
     vectors: Float[Tensor, " b z h w"]
-    """The nearest vectors themselves: gradients reach the codebook, none the latents."""
+    """The nearest vectors themselves: gradients reach the codebook, but not the latents."""
     codes: Int[Tensor, " b h w"]
-    """Their numbers."""
+    """Their indices in the codebook."""
 
 
 class Quantiser(nn.Module):
@@ -30,7 +30,7 @@ class Quantiser(nn.Module):
     def forward(self, latent: Float[Tensor, " b z h w"]) -> Quantised:
         with torch.no_grad(), torch.autocast(latent.device.type, enabled=False):
             rows, book = latent.movedim(1, -1).flatten(0, -2), self.vectors.weight.to(latent)
-            apart = book.square().sum(1) - 2 * rows @ book.T  # less the square of the row, alike for all
+            apart = book.square().sum(1) - 2 * rows @ book.T  # without the row's square, equal for all
             codes = apart.argmin(1).view(len(latent), *latent.shape[2:])
         return Quantised(self.of_codes(codes), codes)
 

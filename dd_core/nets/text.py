@@ -1,6 +1,6 @@
-"""What reads a caption for a UNet, trained as one with it: a transformer of its own, or CLIP's states.
+"""Caption encoders trained jointly with their UNet: a text transformer, or projections of CLIP's states.
 
-`read` makes of a caption what depends on neither x nor sigma, once a request: a `Conditioning`.
+`read` computes what depends on neither x nor sigma, once per request, as a `Conditioning`.
 
 Sources: Nichol et al. 2022 (arXiv:2112.10741), section 2.3 and the published model (padding); Ramesh et
 al. 2022 (arXiv:2204.06125), section 2.1, as in the published unCLIP weights (CLIP's states, no layers).
@@ -37,7 +37,7 @@ class TextSpec(Spec):
 
 
 class Memory:
-    """Keys and values of the places that a block has read, for those that come after them."""
+    """Key-value cache of one block: keys and values of the places read so far."""
 
     def __init__(self) -> None:
         self.parts: tuple[Tensor, Tensor] | None = None
@@ -50,7 +50,7 @@ class Memory:
     def joined(
         self, key: Float[Tensor, " b h l w"], value: Float[Tensor, " b h l w"]
     ) -> tuple[Float[Tensor, " b h m w"], Float[Tensor, " b h m w"]]:
-        """Those of all places, these being the last."""
+        """Keys and values of all places; the new ones are appended to the cache."""
         if self.parts is not None:
             key, value = (torch.cat([old, new], 2) for old, new in zip(self.parts, (key, value), strict=True))
         self.parts = (key, value)
@@ -58,7 +58,7 @@ class Memory:
 
 
 class TextBlock(nn.Module):
-    """Attention, then a network alone; each behind a norm and added.  Rows of `qkv`: query, key, value."""
+    """Attention, then a feed-forward network; both pre-norm, residual.  Rows of `qkv`: query, key, value."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -73,12 +73,12 @@ class TextBlock(nn.Module):
         mask: Bool[Tensor, " #b 1 l m"] | None = None,
         memory: Memory | None = None,
     ) -> Float[Tensor, " b l d"]:
-        """The same sequence; each place looks at those where its row of `mask` is True.
+        """The output for the sequence; each place attends where its row of `mask` is True.
 
         Args:
             x: The sequence, or what comes after the places in `memory`.
-            mask: Over the places in memory and these; None: everywhere.
-            memory: Of the places before, which these are added to.
+            mask: Over the places in memory, then those of x; None: all True.
+            memory: Cache of the places before; those of x are appended to it.
         """
         parts = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
@@ -90,9 +90,9 @@ class TextBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Tokens -> states.  Every token looks at every other, at padding too, which has vectors of its own.
+    """Tokens -> states.  Every token attends to all, including padding, which has learned vectors of its own.
 
-    A token that does not count is replaced by the vector of its place, so what it was does not matter.
+    A token where `heard` is False is replaced by the padding vector of its place, whatever its value.
     """
 
     def __init__(self, spec: TextSpec) -> None:
@@ -112,7 +112,7 @@ class TextTransformer(nn.Module):
 
 
 class CaptionedSpec(Spec):
-    """A UNet and its own text transformer, as GLIDE."""
+    """A UNet and its own text transformer, as in GLIDE."""
 
     kind: Literal["captioned"] = "captioned"
     unet: UNetSpec
@@ -128,7 +128,7 @@ class CaptionedSpec(Spec):
 
 
 class CaptionedUNet(nn.Module):
-    """GLIDE: the caption's states go to every attention, the last one to the noise level as well."""
+    """GLIDE: every attention reads the caption's states; the last state is also added to the noise level."""
 
     def __init__(self, spec: CaptionedSpec) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class CaptionedUNet(nn.Module):
         self.text = TextTransformer(spec.text)
 
     def read(self, tokens: Int[Tensor, " b l"], heard: Bool[Tensor, " b l"]) -> Conditioning:
-        """The caption as the UNet is told it; padding speaks too, so every token counts there."""
+        """The caption as the UNet is told it; padding has states of its own, so no token is masked there."""
         return self.unet.prepared(Conditioning(text=self.text(tokens, heard)))
 
     def forward(
@@ -147,12 +147,12 @@ class CaptionedUNet(nn.Module):
 
 
 class UnclipSpec(Spec):
-    """A UNet told an image embedding and what the frozen CLIP makes of the caption."""
+    """A UNet told an image embedding, and the frozen CLIP's states and embedding of the caption."""
 
     kind: Literal["unclip"] = "unclip"
     unet: UNetSpec
     states_width: int = Field(768, ge=1)
-    """Of CLIP's states; its embeddings, of caption and image, are as wide as unet.embedding_width says."""
+    """Width of CLIP's states; its embeddings, of caption and image, have width unet.embedding_width."""
     in_channels: int = Field(3, ge=1)
     out_channels: int = Field(6, ge=1)
 
@@ -179,7 +179,7 @@ class UnclipUNet(nn.Module):
         self.norm = nn.LayerNorm(spec.unet.text_width)
         self.caption = nn.Linear(spec.unet.embedding_width, 4 * spec.unet.width)
         self.no_embedding = nn.Parameter(torch.zeros(spec.unet.embedding_width))
-        """The image embedding of nothing, for classifier-free guidance."""
+        """Stands for an absent image embedding in classifier-free guidance."""
 
     def read(
         self,
@@ -188,7 +188,7 @@ class UnclipUNet(nn.Module):
         heard: Bool[Tensor, " b l"],
         image_embedding: Float[Tensor, " b d"] | None,
     ) -> Conditioning:
-        """What CLIP says of caption and image as the UNet is told it; no embedding: the learned one."""
+        """CLIP's states and embeddings as the UNet is told them; without image_embedding `no_embedding`."""
         if image_embedding is None:
             image_embedding = self.no_embedding.expand(len(states), -1)
         text, level = self.norm(self.states(states)), self.caption(caption)

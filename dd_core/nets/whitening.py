@@ -1,9 +1,9 @@
 """Image embeddings in coordinates of variance one.
 
-A CLIP of minutes lets two dozen directions of its sphere speak loudly; what a second thing looks like it
-whispers in the others, a thirtieth as loud.  A linear readout hears it, a network that learns by gradients
-does not, and noise as loud in all directions drowns it.  So decoders and priors know an embedding by its
-coordinates on the main axes, each less its mean, over its deviation.
+In the embeddings of a CLIP trained for minutes two dozen directions have a large amplitude; what a second
+object looks like is encoded in the others, a thirtieth as strong.  A linear readout finds it, a network that
+learns by gradients does not, and noise of equal strength in all directions drowns it.  So decoders and priors
+use the coordinates of an embedding on the main axes: (value - mean) / deviation.
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: PCA of the embeddings); published priors ship the
 mean and the deviation of each number with their weights.
@@ -18,17 +18,17 @@ from dd_core.embeddings import main_axes
 from dd_core.ranks import gathered
 
 FLOOR = 0.1
-"""Added to the deviation of each coordinate, as a share of what a direction of the sphere has on average."""
+"""Added to each coordinate's deviation, as a share of the RMS coordinate of a unit vector, 1 / sqrt(d)."""
 
 
 class Whitening(nn.Module):
     """Unit vectors of d numbers <-> d coordinates of mean zero and variance about one.
 
-    It measures the embeddings it is shown until it has seen enough, and stands still from then on.
+    It is fitted to the embeddings that `look` gets until it has `measured` of them, then fixed.
 
     Args:
         width: d.
-        measured: Embeddings that it looks at.
+        measured: Embeddings to fit to.
     """
 
     mean: Tensor
@@ -50,12 +50,12 @@ class Whitening(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether it has seen enough."""
+        """Whether the coordinates are fitted."""
         return bool(self.seen >= self.measured)
 
     @torch.no_grad()
     def look(self, embedding: Float[Tensor, " b d"]) -> None:
-        """Measure these, those of the other ranks too; the last of them settle axes and deviations."""
+        """Add these and the other ranks' to the statistics; the last of them fix axes and deviations."""
         if not self.training or self.ready:
             return
         values = gathered(embedding).double()
@@ -71,7 +71,7 @@ class Whitening(nn.Module):
             self.scale.copy_(variance.clamp(min=0).sqrt() + floor)
 
     def forward(self, embedding: Float[Tensor, " b d"]) -> Float[Tensor, " b d"]:
-        """Coordinates of embeddings; in float32, since the small ones decide."""
+        """Coordinates of embeddings; in float32, since the small ones matter."""
         with torch.autocast(embedding.device.type, enabled=False):
             coordinates: Tensor = (embedding.float() - self.mean) @ self.axes / self.scale
             return coordinates
@@ -83,5 +83,5 @@ class Whitening(nn.Module):
 
 
 def nothing_of(model: nn.Module) -> Float[Tensor, ""]:
-    """A loss of zero that reaches every weight, for the steps in which a stage only looks."""
+    """A loss of zero that reaches every weight, for steps in which a stage only collects statistics."""
     return torch.stack([weight.sum() for weight in model.parameters()]).sum() * 0.0

@@ -1,4 +1,4 @@
-"""What a stage can be asked to paint, by its spec alone: before it is trained, and without its weights."""
+"""What a stage can be asked to paint, decided by its spec alone: before training, without weights."""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
@@ -22,7 +22,7 @@ from dd_core.stages.upsampler import UpsamplerSpec
 
 
 def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str]) -> None:
-    """Raises ValueError for what a hop of this stage cannot do or does not hear, or if it is none."""
+    """Raises ValueError for options that a hop of this stage cannot do or would ignore, or if it has none."""
     refuse_unlinked(spec.kind)
     if isinstance(spec, ChainSpec):
         refuse(spec, how, guides)
@@ -40,12 +40,12 @@ def refuse_sampling(spec: StageSpec, how: SamplingSpec, guides: Collection[str])
 
 
 def refuse_guides(spec: StageSpec, how: SamplingSpec, guides: Mapping[Role, StageSpec]) -> None:
-    """Raises ValueError if a guide of a hop of this stage cannot read what it paints; as the hop itself says.
+    """Raises ValueError, as the hop itself does, if a guide cannot read what a hop of this stage paints.
 
     Args:
         spec: Of the stage.
-        how: The hop is to be sampled, itself possible (`refuse_sampling`).
-        guides: Role -> stage, of those that are known.
+        how: How the hop is to be sampled; has passed `refuse_sampling`.
+        guides: Role -> stage, for the guides that are known.
     """
     if how.gradient is not None:
         reads: dict[str, int] = {role: guides[role].image_size for role in ROLES if role in guides}
@@ -54,15 +54,16 @@ def refuse_guides(spec: StageSpec, how: SamplingSpec, guides: Mapping[Role, Stag
 
 
 def refuse_cascade(hops: Sequence[tuple[str, StageSpec]], image_size: int) -> None:
-    """What hops do not hand to those after them, whatever is asked.
+    """Refuse hops that do not get what they need from the hops before them, whatever the request.
 
     Args:
         hops: Name and stage of each, in the order in which a request passes them.
         image_size: Side of the finished picture, in pixels.
 
     Raises:
-        ValueError: A hop enlarges pictures of another size than is painted before it, or was never without
-            an image embedding and none is drawn before it; or the last one paints another size.
+        ValueError: A hop enlarges pictures of another size than is painted before it, or needs an image
+            embedding (embedding_dropout 0) and none is drawn before it; or the last hop paints another size
+            than image_size.
     """
     painted, embedded = 0, False
     for name, spec in hops:
@@ -91,12 +92,12 @@ def refuse_cascade(hops: Sequence[tuple[str, StageSpec]], image_size: int) -> No
 def refuse_request(
     spec: StageSpec, how: SamplingSpec, guides: Mapping[Role, StageSpec], state: CascadeState
 ) -> None:
-    """What a request lacks, or names and a hop does not know; as the hop itself refuses it.
+    """Refuse, as the hop itself does, a request that lacks what the hop needs or names what it does not know.
 
     Args:
         spec: Of the stage.
-        how: The hop is to be sampled, itself possible (`refuse_sampling`).
-        guides: Role -> stage, of those that are known.
+        how: How the hop is to be sampled; has passed `refuse_sampling`.
+        guides: Role -> stage, for the guides that are known.
         state: The request before the first hop.
 
     Raises:
@@ -112,9 +113,9 @@ def refuse_request(
 
 @lru_cache(maxsize=1024)
 def nearest_steps(spec: StageSpec, how: SamplingSpec, wanted: int, most: int) -> int:
-    """The number of steps nearest to `wanted` that a hop of this stage can be sampled in, as it is otherwise.
+    """The number of steps nearest to `wanted` that a hop of this stage can take, otherwise sampled by `how`.
 
-    Of two as near the larger one; none above `most`, but its own where there is no other.
+    The larger of two that are equally near; at most `most`; `how.num_steps` if no number is possible.
     """
     for away in range(max(wanted, most)):
         for count in (wanted + away, wanted - away):
@@ -134,7 +135,7 @@ def can_take(spec: StageSpec, how: SamplingSpec, steps: int) -> bool:
 
 
 def hears_negative(spec: StageSpec) -> bool:
-    """Whether a hop of this stage, where it is guided, is led away from a caption that is not wanted."""
+    """Whether a hop of this stage, where it is guided, uses a negative caption."""
     match spec:
         case ChainSpec():
             return spec.guides_itself and spec.text_width > 0
@@ -146,5 +147,5 @@ def hears_negative(spec: StageSpec) -> bool:
 
 
 def led_away(spec: StageSpec, how: SamplingSpec) -> bool:
-    """Whether a hop of this stage, so sampled, is led away from one."""
+    """Whether a hop of this stage, sampled by `how`, uses a negative caption."""
     return how.guidance_scale != 1 and hears_negative(spec)

@@ -1,18 +1,18 @@
 """The autoencoder: an image to a few numbers per patch and back, the first stage of latent diffusion.
 
-Two players: the model reconstructs, by absolute error, a perceptual distance and a weak pull of the
-latents towards the normal distribution; the discriminator, from `disc_start` on, tells crops of real
-images from reconstructed ones, and the model is trained to deceive it.
+Two players: the model minimises absolute error, a perceptual distance and a weak pull of the latents
+towards the normal distribution; from `disc_start` on, the discriminator tells crops of real images from
+reconstructed ones, and the model is trained to deceive it.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G.  Where the published code
-departs from what it says, this file does as follows:
-- Its log variance of the pixels is in no optimizer and stays 0: here it is not there.
-- With a Gaussian its losses are sums over the values of an image; here they are divided by that number, all
-  alike, so that learning rate and clipping do not depend on the size of the crop.  With a codebook they are
-  means already.  `kl_weight` and `disc_weight` keep their published meaning, and the balance is clamped at
-  what is published for each.
-- The balance with the discriminator is computed only from `disc_start` on, and its gradients are used
-  again for the step: nothing is walked backwards twice.
+departs from the paper, this file does as follows:
+- Its log variance of the pixels is in no optimizer and stays 0: left out here.
+- With a Gaussian its losses are sums over the values of an image; here all of them are divided by the number
+  of values, so that learning rate and clipping do not depend on the size of the crop.  With a codebook they
+  are means already.  `kl_weight` and `disc_weight` keep their published meaning, and the balance is clamped
+  at the published value in both cases.
+- The balance with the discriminator is computed only from `disc_start` on, and its gradients are reused
+  for the step: no loss is back-propagated twice.
 """
 
 from pathlib import Path
@@ -42,13 +42,13 @@ class AutoencoderSpec(LearnedSpec):
     crops_per_image: int = Field(1, ge=1)
     """Crops of each image that is read; more of them when reading is slower than training."""
     square_weight: float = Field(0.0, ge=0)
-    """Of the squared error beside the absolute one, 0 as published.  Where most of a picture is ground, the
-    absolute error alone is slow to see the colours of small things."""
+    """Of the squared error added to the absolute one, 0 as published.  Where most of a picture is background,
+    the absolute error alone is slow to learn the colours of small things."""
     kl_weight: float = Field(1e-6, ge=0)
     """Of the Gaussian bottleneck.  A codebook (net.codes) has the commitment in its place, with weight 1."""
     commitment: Literal["fixed", "legacy"] = "fixed"
-    """Of a codebook: its vectors follow the encoder at full weight, it them at a quarter; legacy is the other
-    way round, as in the published code."""
+    """Of a codebook.  fixed: its vectors follow the encoder at full weight, the encoder follows them at a
+    quarter; legacy: the other way round, as in the published code."""
     perceptual: Literal["clip", "lpips", "none"] = "clip"
     """Features of the parent CLIP, LPIPS from `lpips_weights`, or pixels alone."""
     perceptual_weight: float = Field(1.0, ge=0)
@@ -77,7 +77,7 @@ class AutoencoderSpec(LearnedSpec):
 
     @property
     def compares(self) -> bool:
-        """The players are balanced by the gradients of a forward, and `disc_start` counts forwards."""
+        """True: the gradients of a forward balance the players, and `disc_start` counts forwards."""
         return True
 
     @property
@@ -87,15 +87,15 @@ class AutoencoderSpec(LearnedSpec):
 
 
 class Squeezed(NamedTuple):
-    """What an image is between the two halves."""
+    """An image between encoder and decoder."""
 
     latent: Float[Tensor, " b z i j"]
     """What goes to the decoder, unscaled."""
     cost: Float[Tensor, ""]
-    """Of the bottleneck, weighed."""
+    """The bottleneck's loss, weighted."""
     parts: dict[str, Float[Tensor, ""]]
     observed: Float[Tensor, " b z i j"]
-    """What a diffusion will paint, before scaling."""
+    """The latent that a diffusion model will paint, before scaling."""
 
 
 class AutoencoderStage(Stage):
@@ -175,10 +175,10 @@ class AutoencoderStage(Stage):
     def deceive(
         self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Reconstruction and deception, balanced where they meet: at the decoder's last layer.
+        """Reconstruction and adversarial loss, balanced by their gradients at the decoder's last layer.
 
-        Both losses are walked backwards to the reconstructed image once; what they ask of it together is
-        then handed on to the model by a loss that is linear in the image and has the value of both.
+        Both losses are back-propagated once, to the reconstructed image; their combined gradient then reaches
+        the model through a surrogate loss that is linear in the image and has the value of both.
         """
         leaf = x0_hat.detach().requires_grad_()
         reconstruction, parts = self.reconstruction(leaf, image)
@@ -187,7 +187,7 @@ class AutoencoderStage(Stage):
         (pull,) = torch.autograd.grad(reconstruction, leaf)
         (push,) = torch.autograd.grad(deception, leaf)
         last = self.model.decoder.conv_out.weight
-        summed = image[0].numel() if self.model.quantiser is None else 1  # values that are one published loss
+        summed = image[0].numel() if self.model.quantiser is None else 1  # values in a published loss's sum
         (pull_last,) = torch.autograd.grad(x0_hat, last, summed * pull, retain_graph=True)
         (push_last,) = torch.autograd.grad(x0_hat, last, push, retain_graph=True)
         balance = self.spec.disc_weight * losses.adaptive_weight(pull_last, push_last)

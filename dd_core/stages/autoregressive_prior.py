@@ -1,8 +1,8 @@
 """The autoregressive prior of unCLIP: caption -> CLIP image embedding, code by code.
 
-It takes the place of the diffusion prior in a cascade.  Its one query asks about pure noise, each number of
-which draws one code (`prior.chosen_code`), so a seed fixes the embedding; as many calls of the network as
-there are axes answer it, and `SamplingSpec` says no more than the guidance scale.
+It takes the place of the diffusion prior in a cascade.  Its sampling is one query with pure noise, each
+number of which draws one code (`prior.chosen_code`), so a seed fixes the embedding.  The answer takes one
+call of the network per axis; of `SamplingSpec` only `guidance_scale` and `draws` apply.
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
 """
@@ -40,8 +40,8 @@ class AutoregressivePriorSpec(LearnsEmbeddings):
     kind: Literal["autoregressive_prior"] = "autoregressive_prior"
     net: CodePriorSpec
     measured_images: int = Field(2048, ge=1)
-    """Images, the first of the training, whose embeddings fix the axes and buckets; until then nothing is
-    learned and the loss is 0."""
+    """The first so many training images, whose embeddings fix the axes and buckets; until these are seen
+    nothing is learned and the loss is 0."""
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoregressivePriorSpec":
@@ -54,7 +54,7 @@ class AutoregressivePriorSpec(LearnsEmbeddings):
 
     @property
     def looks_at(self) -> int:
-        """Until it has the axes of their embeddings."""
+        """Images whose embeddings fix the axes."""
         return self.measured_images
 
 
@@ -94,7 +94,7 @@ class AutoregressivePriorStage(Stage):
 
     @torch.no_grad()
     def look(self, embedding: Float[Tensor, " b d"], nearness: Float[Tensor, " b"]) -> None:
-        """Remember these; with the last of them, find the axes."""
+        """Store embeddings and nearnesses; once `measured_images` are stored, find the axes."""
         if not self.training:
             return
         start = int(self.count)
@@ -162,7 +162,7 @@ class AutoregressivePriorHop:
         return written
 
     def near(self, eps: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """How near the image shall be to the caption: a draw from the nearer half of the data."""
+        """Code of the nearness of image and caption, drawn from the nearer half of the data."""
         seen = self.model.products
         nearer = (seen.cumsum(0) - (seen.sum() + 1) // 2).clamp(min=0).diff(prepend=seen.new_zeros(1))
         return chosen_code(nearer.double().log().expand(len(eps), -1), eps)

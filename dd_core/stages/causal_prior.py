@@ -1,12 +1,12 @@
-"""The diffusion prior as unCLIP has it: a causal transformer on a discrete chain, of whitened embeddings.
+"""The diffusion prior as unCLIP has it: a causal transformer on a discrete chain, for whitened embeddings.
 
-It takes the place of `prior`, which is smaller and knows all noise levels.  The network's answer is the
-un-noised embedding; embeddings are whitened, value by value, by the mean and the deviation of the first
-images that the training sees, and go back as CLIP's.  Karlo's weights are of this network and no start of it:
-its features of CLIP are no unit vectors (`start.refuse_features`).
+It takes the place of `prior`, which is smaller and knows all noise levels.  The network predicts the clean
+embedding.  Embeddings are whitened, value by value, by the mean and the standard deviation of the first
+training images; results are transformed back.  Karlo's weights are of this network, but cannot start it: the
+CLIP features they were trained on are not unit vectors (`start.refuse_features`).
 
-While it is trained it notes how wrong its estimates are at each noise level.  That ships with the weights,
-and from it the ancestral sampler knows the best variance of any step (`noise.analytic_std`).
+Training records the error of the estimates at each noise level.  The errors ship with the weights, and from
+them the ancestral sampler computes the best variance of any step (`noise.analytic_std`).
 
 Sources: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2 and table 3 (64 steps of analytic variance); Bao
 et al. 2022 (arXiv:2201.06503); the published code of Karlo (whitening, bound).
@@ -42,12 +42,12 @@ from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
 from dd_core.stages.start import asked, refuse_features, refuse_other, widened
 
 BOUND = 10.0
-"""No whitened number of an estimate is larger (Karlo)."""
+"""Largest absolute value of an estimate, whitened; beyond it is clipped (Karlo)."""
 BINS = 32
-"""Parts of the chain in each of which errors are averaged."""
+"""Equal parts of the chain; errors are averaged in each."""
 HORIZON = 200_000
-"""Images over which errors are averaged in the long run; at first over a quarter of those seen.  The weights
-of each step made them, which err a little more than the averaged ones that ship."""
+"""Images over which errors are averaged in the long run; at first over a quarter of those seen.  They are
+errors of the current weights, a little larger than those of the averaged weights that ship."""
 MEASURED = ("errors", "counts", "seen")
 
 
@@ -59,20 +59,20 @@ class CausalPriorStageSpec(LearnsEmbeddings):
     """Told timesteps: its level_scale is 1."""
     schedule: ScheduleSpec = ScheduleSpec(betas="cosine")
     measured_images: int = Field(2048, ge=2)
-    """Images, the first of the training, whose embeddings fix mean and deviation; until then nothing is
-    learned and the loss is 0."""
+    """The first so many training images, whose embeddings fix mean and deviation; until these are seen
+    nothing is learned and the loss is 0."""
 
     @property
     def looks_at(self) -> int:
-        """Until it has mean and deviation of their numbers."""
+        """Images whose embeddings fix mean and deviation."""
         return self.measured_images
 
 
 class PriorDenoiser(NetworkDenoiser[CausalPrior]):
-    """The network and how wrong it is: the mean squared error of its estimates in each part of the chain.
+    """The network, and the mean squared error of its estimates in each part of the chain.
 
-    Errors are kept as shares of what they would be for numbers without any structure, sigma**2 /
-    (1 + sigma**2): these change little from one noise level to the next.
+    Errors are kept as shares of sigma**2 / (1 + sigma**2), the error for data without structure (independent
+    normal values): these shares change little from one noise level to the next.
     """
 
     errors: Float[Tensor, " k"]
@@ -105,9 +105,9 @@ class PriorDenoiser(NetworkDenoiser[CausalPrior]):
         x0_mse: Float[Tensor, " b"],
         told: Bool[Tensor, " b"],
     ) -> None:
-        """Take in the errors at these timesteps where a caption was told, and forget old ones.
+        """Add the errors of the rows that were told a caption to the moving averages, which forget old ones.
 
-        What is not finite is not counted: the gradient of its batch will be refused as well.
+        Errors that are not finite are not counted: the gradient of their batch will be refused as well.
         """
         share = (x0_mse * (1 + sigma**2) / sigma**2).double()
         told, share = told & share.isfinite(), torch.where(share.isfinite(), share, 0.0)
@@ -120,7 +120,7 @@ class PriorDenoiser(NetworkDenoiser[CausalPrior]):
 
 
 def between(values: Float[Tensor, " k"], place: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """Values of equal parts of [0, 1], read at places: straight from middle to middle, flat at the ends."""
+    """Linear interpolation of values at the middles of equal parts of [0, 1]; constant at the ends."""
     at = (place.to(values) * len(values) - 0.5).clamp(0, len(values) - 1)
     below = at.long()
     above = (below + 1).clamp(max=len(values) - 1)
@@ -133,11 +133,12 @@ class CausalPriorStage(Stage):
     Args:
         spec: What to train.
         clip: The parent whose embeddings these are.
-        start: First weights: such a prior; its mean and deviation stay, its errors are measured anew.
+        start: A causal prior to take initial weights from; its mean and deviation are kept, its errors are
+            measured anew.
 
     Raises:
-        ValueError: The parent CLIP is of other widths; or the start is another network, of another chain, or
-            the published one, whose embeddings are no unit vectors.
+        ValueError: The parent CLIP has other widths or another context length; or the start is another
+            network, of another chain, or the published one, whose embeddings are not unit vectors.
     """
 
     model: PriorDenoiser
@@ -189,7 +190,7 @@ class CausalPriorStage(Stage):
 
     @torch.no_grad()
     def look(self, embedding: Float[Tensor, " b d"]) -> None:
-        """Take these into the sums; with the last of them, fix mean and deviation."""
+        """Add embeddings to the sums; after `measured_images` of them, fix mean and deviation."""
         if not self.training:
             return
         values, net = embedding.to(self.moments), self.model.network
@@ -254,7 +255,7 @@ class CausalPriorHop:
 
 
 def asking(spec: Spec) -> dict[str, Any]:
-    """Network and chain of such a prior, to be compared; nothing of any other stage."""
+    """Fields of a causal prior that `refuse_other` compares, of network and chain; empty for other stages."""
     return asked(spec.net, spec.schedule, "x0") if isinstance(spec, CausalPriorStageSpec) else {}
 
 
@@ -262,7 +263,7 @@ def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> PriorDenoiser:
     """The network of a prior, seen as a denoiser.
 
     Raises:
-        ValueError: The parent CLIP is of other widths, or its captions are longer or shorter.
+        ValueError: The parent CLIP has other widths, or another context length.
     """
     assert isinstance(clip.spec, ClipSpec)
     theirs, net = clip.spec.net, spec.net

@@ -1,7 +1,7 @@
 """The chain: a network trained on the timesteps of DDPM, or on the noise levels of EDM.
 
 One stage for DDPM, Improved DDPM, GLIDE, ADM, EDM, the decoder of unCLIP and latent diffusion, which differ
-in what is written in the spec alone: the noise levels, the loss, the network, what it is told (a caption by a
+only in their specs: the noise levels, the loss, the network, what it is told (a caption read by a
 transformer of its own or by the parent CLIP, a class, an image embedding, a smaller picture, a picture with
 a hole), and whether x is a picture or a latent.
 
@@ -40,9 +40,9 @@ class ChainStage(Stage):
 
     Args:
         spec: What to train.
-        parents: "clip" and "autoencoder" where the spec needs them; "start", if it is there, gives the first
-            weights: a chain, or a published network, that was told no more of the picture (the weights of
-            what is new are zero at first).
+        parents: "clip" and "autoencoder" where the spec needs them; "start", if given, supplies the initial
+            weights: a chain or a published network that has no image inputs beyond this chain's (weights of
+            inputs that it lacks start at zero).
 
     Raises:
         ValueError: A parent is missing, or does not fit.
@@ -68,15 +68,16 @@ class ChainStage(Stage):
         self.freeze(*(part for part in (clip, autoencoder) if part is not None))
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
-        """Raises ValueError if the network is told classes and a picture has none."""
+        """Raises ValueError as `example` does."""
         example = self.example(batch)
         return self.loss(example.x0, example.told(self.model.network))
 
     def example(self, batch: PairBatch) -> Example:
-        """A batch as it is trained on: latents or crops of it, and what is said of them, some kept back.
+        """A batch as it is trained on: pictures, crops or latents, and their conditioning after dropout.
 
         Raises:
-            ValueError: The network is told classes and a picture has none.
+            ValueError: The network is told classes, and the batch has no labels or, without a class of
+                nothing (told_dropout 0), a picture has none.
         """
         spec, picture = self.spec, images.to_unit(batch.image)
         clip = next((part for part in self.frozen if isinstance(part, Clip)), None)
@@ -103,9 +104,9 @@ class ChainStage(Stage):
     def loss(self, x0: Float[Tensor, " b c h w"], cond: Conditioning) -> Losses:
         """The loss that the spec names, at random noise levels.
 
-        In the hybrid loss the bound counts as published where noise is predicted.  Where the image is, its
-        error does not fall with the noise and the bound is about error / sigma^2: there it counts sigma^2 as
-        much, or the few lowest levels, where it is thousands, would be all that is learned.
+        In the hybrid loss the bound has its published weight where noise is predicted.  Where the image is
+        predicted, its error does not fall with the noise, and the bound is about error / sigma^2: thousands
+        at the few lowest levels, which would dominate the loss.  There its weight is sigma^2, at most 1.
         """
         spec, table = self.spec, self.table
         assert spec.predicts != "consistency"  # `build_stage` refuses it
@@ -136,7 +137,7 @@ class ChainStage(Stage):
 
 
 def parents_of(spec: ChainSpec, parents: Mapping[str, Trained]) -> tuple[Clip | None, Autoencoder | None]:
-    """The CLIP and the autoencoder that a chain stands on.
+    """The parent CLIP and the parent autoencoder of a chain.
 
     Raises:
         ValueError: One is missing, or of another width than the spec says.
@@ -153,7 +154,7 @@ def parents_of(spec: ChainSpec, parents: Mapping[str, Trained]) -> tuple[Clip | 
 
 
 def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) -> list[tuple[str, int, int]]:
-    """What spec and parents must agree on: name, as the spec has it, as the parent has it."""
+    """What spec and parents must agree on: (name, value in the spec, value in the parent)."""
     found = []
     if clip is not None and spec.embedding_width:
         found.append(("embedding_width", spec.embedding_width, clip.spec.embedding_width))

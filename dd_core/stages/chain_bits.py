@@ -1,7 +1,7 @@
-"""Bits per dim of pictures under a trained chain: what their variational bound is, term by term.
+"""Bits per dim of pictures under a trained chain: their variational bound, term by term.
 
-The chain is told of each picture what it was told in training, and no more of the picture itself: what is
-told an embedding of it, or the picture made smaller, would be told a part of the answer.
+The chain is conditioned as in training, but must not be told anything of the picture itself: a chain that is
+told an embedding of it, or the picture made smaller, would know a part of the answer, and is refused.
 
 Sources: Ho et al. 2020 (arXiv:2006.11239), eq. 5; Nichol & Dhariwal 2021 (arXiv:2102.09672), section 3.3.
 """
@@ -24,7 +24,7 @@ UNGUIDED = SamplingSpec(guidance_scale=1.0)
 
 
 def refuse_bits(spec: Spec) -> None:
-    """Raises ValueError where pictures have no bound in bits; with the reason."""
+    """Raises ValueError, with the reason, if the bound in bits is not defined for this stage."""
     kind = getattr(spec, "kind", type(spec).__name__)
     if not isinstance(spec, ChainSpec):
         raise ValueError(
@@ -49,16 +49,16 @@ def refuse_bits(spec: Spec) -> None:
 
 
 def refuse_variance(spec: ChainSpec, variance: Variance) -> None:
-    """Raises ValueError for a variance that the chain does not know."""
+    """Raises ValueError for a learned variance if the chain does not learn it."""
     if variance == "learned" and not spec.learns_variance:
         raise ValueError("the chain does not learn its variance; take fixed_large or fixed_small")
 
 
 def table_of(spec: ChainSpec, num_steps: int | None = None) -> Float[Tensor, " t"]:
-    """The noise levels of a chain, rising; of so many of its timesteps, evenly spaced from first to last.
+    """The noise levels of a chain, rising: all, or `num_steps` of them, evenly spaced from first to last.
 
     Raises:
-        ValueError: It has not so many.
+        ValueError: The chain has fewer timesteps.
     """
     assert isinstance(spec.schedule, ScheduleSpec)
     if num_steps is None:
@@ -79,12 +79,12 @@ def bits_of(
     Args:
         hop: The chain.
         x0: 8-bit pixels in [-1, 1].
-        state: What is told of them; its seeds fix the noise of each.
+        state: The conditioning of the pictures; its seeds fix their noise.
         table: `table_of`.
         variance: Of the steps.
 
     Raises:
-        ValueError: The bound is not defined for it, or the state says too little.
+        ValueError: The bound is not defined for this chain, or the state lacks conditions that it needs.
     """
     refuse_bits(hop.spec)
     refuse_variance(hop.spec, variance)

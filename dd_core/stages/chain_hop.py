@@ -1,8 +1,8 @@
-"""A trained chain as a link of the cascade: painting, guided, varying, filling holes, enlarging.
+"""A trained chain as a link of the cascade: generation, guidance, variations, filling of holes, enlarging.
 
-Its samplers walk in the sigma frame, so x begins as sqrt(1 + sigma**2) eps, DDPM's N(0, 1), at the level of
-the first timestep; as sigma eps where it has none.  Everything that cannot work is refused before a network
-is asked.
+Its samplers walk in the sigma frame, so x begins as sqrt(1 + sigma**2) eps (DDPM's N(0, 1)) at the level of
+the first timestep, and as sigma eps for a chain without timesteps.  Everything that cannot work is refused
+before a network is called.
 """
 
 from collections.abc import Collection, Mapping
@@ -55,7 +55,7 @@ class ChainHop:
 
     Args:
         trained: The chain.
-        parents: What it stands on, and its guides: "classifier", "noised_clip" and that one's CLIP
+        parents: Its parents, and its guides: "classifier", "noised_clip" and the CLIP of the latter
             (`leaders_of`).
         device: Where it paints.
 
@@ -136,7 +136,7 @@ class ChainHop:
         return Draw(invert(known, sigmas), self.rows(state, how))
 
     def rows(self, state: CascadeState, how: SamplingSpec) -> Rows:
-        """What the samples of a request should become."""
+        """The rows of a request: conditioning, guidance and gradient of each sample."""
         refuse_unembedded(self.spec, state.image_embedding)
         spec, count = self.spec, len(state.seeds)
         picture = self.shown(state, self.edit(state))
@@ -158,7 +158,7 @@ class ChainHop:
         return rows
 
     def read(self, state: CascadeState) -> tuple[Int[Tensor, " b l"], Int[Tensor, " b l"]]:
-        """Caption and what guidance leads away from, in the tokens of this network."""
+        """Captions, and those that guidance leads away from, as tokens of this network."""
         silent = self.spec.told_dropout > 0
         if self.vocabulary is None:
             return state.tokens, away_from(state, silent=silent)
@@ -169,7 +169,7 @@ class ChainHop:
         return caption, null
 
     def counts(self, tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"] | None:
-        """Which tokens of a vocabulary of its own are no padding; None without one."""
+        """Which tokens are not padding, if the chain has a vocabulary of its own; otherwise None."""
         return None if self.vocabulary is None else tokens != self.vocabulary.end
 
     def told(self, heard: Heard, picture: Tensor | None) -> Conditioning:
@@ -179,7 +179,7 @@ class ChainHop:
         return told(self.spec, self.model.network, caption, heard, picture)
 
     def shown(self, state: CascadeState, edit: Edit | None) -> Tensor | None:
-        """The pictures that the network is told; with no hole an inpainting model is told of nothing else."""
+        """The image inputs of the network; without a hole, an inpainting model is told that all is hidden."""
         spec, size = self.spec, self.spec.image_size
         small = None if state.image is None or spec.factor == 1 else state.image.to(self.device)
         if edit is None or edit.hole is None:
@@ -218,28 +218,28 @@ class ChainHop:
 
 
 def in_vp(sampling: Sampling, sigma: float) -> Sampling:
-    """The same sampling, its end, which is at a level still, in DDPM's frame (latent diffusion)."""
+    """The same sampling, its result, which is still at level `sigma`, in DDPM's frame (latent diffusion)."""
     return to_vp((yield from sampling), sigma)
 
 
 def levels_of(spec: ChainSpec, how: SamplingSpec) -> Float[Tensor, " n"]:
-    """The noise levels that a sampling visits; fewer for a variation, which begins in between.
+    """The noise levels that a sampling visits; fewer for a variation, which begins at a lower one.
 
     A model that enlarges varies nothing: it is told what to enlarge.
 
     Raises:
-        ValueError: The spacing cannot give so many steps, or the strength takes none.
+        ValueError: The spacing cannot give so many steps, or the strength leaves none.
     """
     low, high = spec.sigma_range
     chain = spec.schedule if isinstance(spec.schedule, ScheduleSpec) else None
     sigmas = sigmas_of(how, sigma_min=low, sigma_max=high, chain=chain)
-    if how.sampler != "ddim":  # as published: only there does the last step end on the level of timestep 0
+    if how.sampler != "ddim":  # as published: only DDIM's last step may end on the level of timestep 0
         sigmas = torch.cat([sigmas[:-1], torch.zeros_like(sigmas[:1])])
     return edits.varied(sigmas, how.strength) if spec.factor == 1 else sigmas
 
 
 def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
-    """What a chain cannot do, whatever it is asked to paint.
+    """Refuse a sampling that a chain cannot do, whatever the request.
 
     Raises:
         ValueError: With what to do about it.
@@ -256,7 +256,7 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
 
 
 def kept_in_range(how: SamplingSpec) -> str:
-    """What asks that estimates or images keep to the range of pixels; empty: nothing does by its name."""
+    """The option that clips estimates or images to the range of pixels; empty if none is set explicitly."""
     if how.dynamic_threshold is not None:
         return "dynamic_threshold"
     return f"clip {how.clip}" if how.clip in {"estimate", "image"} else ""
@@ -265,11 +265,11 @@ def kept_in_range(how: SamplingSpec) -> str:
 def refuse_told(
     spec: ChainSpec, how: SamplingSpec, state: CascadeState, *, own_vocabulary: bool = False
 ) -> None:
-    """What a request says too little of, or what is unknown.
+    """Refuse a request whose class or captions are missing or do not fit the chain.
 
     Args:
         spec: Of the chain.
-        how: It is to be sampled.
+        how: How it is to be sampled.
         state: The request.
         own_vocabulary: Whether the chain reads the captions themselves, not their tokens.
 
@@ -295,7 +295,7 @@ def refuse_told(
 
 
 def refuse_label(spec: ChainSpec, how: SamplingSpec, label: Int[Tensor, " b"] | None) -> None:
-    """Raises ValueError if a chain that paints by class is given none, or none that it knows."""
+    """Raises ValueError if chain or gradient need a class and get none, or if the chain does not know it."""
     by_class = bool(how.gradient and how.gradient.classes)
     lowest = UNLABELLED if spec.has_class_of_nothing else 0
     if label is None:

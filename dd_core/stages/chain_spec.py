@@ -20,7 +20,7 @@ ChainNet = Annotated[DiTSpec | PlainSpec | CaptionedSpec | UnclipSpec, Field(dis
 
 
 def levels_kind(levels: Any) -> str:
-    """Which noise levels are meant; timesteps, which came first, do not say so."""
+    """The kind of noise levels; specs of timesteps, which are older, have no `kind`."""
     kind = levels.get("kind") if isinstance(levels, dict) else getattr(levels, "kind", None)
     return "timesteps" if kind is None else str(kind)
 
@@ -33,7 +33,7 @@ Levels = Annotated[
 
 
 class ChainSpec(LearnedSpec):
-    """A diffusion model: noise -> picture or latent, told what its network is told."""
+    """A diffusion model: noise -> picture or latent, conditioned on what its network takes."""
 
     kind: Literal["chain"] = "chain"
     net: ChainNet
@@ -42,36 +42,37 @@ class ChainSpec(LearnedSpec):
     image_size: int = Field(64, ge=8)
     """Side of the pictures, in pixels."""
     embedded_at: int | None = Field(None, ge=8)
-    """Side of the prepared images whose embeddings it is told, as its prior learns them; None: image_size."""
+    """Side of the prepared images whose embeddings it is told, the same as its prior's; None: image_size."""
     latent_channels: int = Field(0, ge=0)
     """Channels of the latents of the parent autoencoder that it paints; 0: it paints pixels."""
     factor: int = Field(1, ge=1)
-    """Above 1 it enlarges: told the picture, so many times smaller."""
+    """Above 1 the chain enlarges: it is told the picture made this many times smaller."""
     enlarged_by: Literal["bilinear", "bicubic"] = "bilinear"
-    """How that picture is brought to its own size: bilinear (ADM, GLIDE), or bicubic, antialiased (Karlo)."""
+    """How the smaller picture is enlarged for the network: bilinear (ADM, GLIDE), or bicubic, antialiased
+    (Karlo)."""
     degrades: Literal["none", "blur", "bsr"] = "none"
-    """What makes the smaller picture rougher in training, for one that enlarges: `degradations` (unCLIP)."""
+    """How the smaller picture of a chain that enlarges is degraded in training: `degradations` (unCLIP)."""
     crop: int = Field(0, ge=0)
     """Side of the random crops of the pictures that it trains on, in pixels; 0: whole pictures.  It paints
-    whole pictures all the same, so its network must not know places."""
+    whole pictures either way, so its network must have no position embeddings."""
     inpaints: bool = False
-    """Told a picture with a hole, and where it is known: x's channels and one more."""
+    """Whether it is told a picture with a hole, and a mask of what is known: x's channels and one more."""
     schedule: Levels = ScheduleSpec()
     rescaled_time: bool = False
     """Told t * 1000 / T instead of t (Improved DDPM)."""
     predicts: Parameterization = "eps"
-    """consistency: of the base of a consistency model, the identity at its lowest level; not learned as a
-    chain."""
+    """consistency: only for the base of a consistency model that is the identity at its lowest level; cannot
+    be trained as a chain."""
     loss: Literal["simple", "hybrid", "vlb"] = "simple"
-    """Squared error of what is predicted; with the bound on top, for a network that learns its variance too;
-    or the bound alone, at timesteps drawn by their losses (Improved DDPM)."""
+    """simple: squared error of what is predicted; hybrid: with the variational bound added, for a network
+    that learns its variance too; vlb: the bound alone, at timesteps drawn by their losses (Improved DDPM)."""
     bound_rescaled: bool = True
-    """In the hybrid loss the bound counts T / 1000 (Improved DDPM; ADM has T = 1000, which is the same)."""
+    """In the hybrid loss the bound is weighted by T / 1000 (Improved DDPM; ADM has T = 1000, so weight 1)."""
     told_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of captions and classes kept back, so that it can guide itself; unCLIP: 0.5, GLIDE: 0.2.  The
-    class of nothing is the last of the network's labels."""
+    """Share of captions and classes dropped, for classifier-free guidance; unCLIP: 0.5, GLIDE: 0.2.  If above
+    0, the last of the network's labels is the class of nothing."""
     embedding_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of image embeddings kept back, independently."""
+    """Share of image embeddings dropped, independently."""
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -80,7 +81,7 @@ class ChainSpec(LearnedSpec):
 
     @property
     def learns_variance(self) -> bool:
-        """Whether its network answers with the variance too, in as many channels again."""
+        """Whether its network predicts the variance too, with twice the channels."""
         return self.loss != "simple"
 
     @property
@@ -137,12 +138,12 @@ class ChainSpec(LearnedSpec):
 
     @property
     def always_embedded(self) -> bool:
-        """Whether it is told image embeddings, and was never without one."""
+        """Whether it is told image embeddings, and never trains without one."""
         return self.embedding_width > 0 and self.embedding_dropout == 0
 
     @property
     def guides_itself(self) -> bool:
-        """Whether it has learned what it paints when some of what it can be told is kept back."""
+        """Whether it trains with dropped conditions, as classifier-free guidance needs."""
         told = (self.text_width or self.labels) and self.told_dropout
         return bool(told or (self.embedding_width and self.embedding_dropout))
 
@@ -160,7 +161,7 @@ class ChainSpec(LearnedSpec):
 
 
 def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
-    """What of a chain does not go together, and what to do about it."""
+    """Checks of fields that do not go together: (whether it fails, what to do about it)."""
     net, out = spec.net, spec.channels * (1 + spec.learns_variance)
     latent, told = bool(spec.latent_channels), spec.told_channels
     continuous = isinstance(spec.schedule, LogNormalSpec)
@@ -195,7 +196,7 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
 
 
 def cropping(spec: ChainSpec) -> list[tuple[bool, str]]:
-    """What of crops and degradations does not go together, and what to do about it."""
+    """The same for crops and degradations."""
     crop, grid = spec.crop, spec.factor * (spec.unet.factors()[-1] if spec.unet else 1)
     return [
         (

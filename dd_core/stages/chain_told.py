@@ -1,6 +1,7 @@
 """What the network of a chain is told: caption, class, image embedding, pictures -> `Conditioning`.
 
-In training by `heard_of`, `kept` and `holes`, in sampling by a request; from there the same functions.
+The inputs come from `heard_of`, `kept` and `holes` in training, from a request in sampling; the rest is
+shared.
 """
 
 from typing import NamedTuple, assert_never
@@ -25,11 +26,11 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import embedding_of
 
 WHOLE_HOLES = 0.125
-"""Share of the training pictures of an inpainting model that are hidden whole, so that it still paints."""
+"""Share of an inpainting model's training pictures that are hidden whole, so that it learns to paint too."""
 
 
 class Heard(NamedTuple):
-    """What a request or a training pair says, once per row."""
+    """Captions, classes and embeddings of a request or a training batch, one per row."""
 
     tokens: Int[Tensor, " b l"]
     """The empty caption says nothing."""
@@ -38,11 +39,11 @@ class Heard(NamedTuple):
     embedding: Float[Tensor, " b d"]
     """A row of zeros says nothing."""
     counts: Bool[Tensor, " b l"] | None = None
-    """Which tokens are the caption's, to a network that reads for itself; None: see `counted`."""
+    """Which tokens are not padding, for a network that reads captions itself; None: as `counted` says."""
 
 
 def read_by(spec: ChainSpec, clip: Clip | None, tokens: Int[Tensor, " b l"]) -> ReadCaption | None:
-    """Captions as the parent CLIP reads them; None to a network that hears none, or reads for itself."""
+    """Captions as the parent CLIP reads them; None for a network that takes none, or reads them itself."""
     if not spec.text_width or spec.context_length:
         return None
     assert clip is not None
@@ -53,13 +54,13 @@ def read_by(spec: ChainSpec, clip: Clip | None, tokens: Int[Tensor, " b l"]) -> 
 def told(
     spec: ChainSpec, network: nn.Module, caption: ReadCaption | None, heard: Heard, picture: Tensor | None
 ) -> Conditioning:
-    """What the network is told; a network that reads for itself does so here, so once a request.
+    """The conditioning of the network; one that reads captions itself does so here, so once a request.
 
     Args:
         spec: The chain.
         network: Its network.
-        caption: What is said, by `read_by`.
-        heard: What is said.
+        caption: The captions, from `read_by`.
+        heard: Captions as tokens, classes and embeddings.
         picture: `Conditioning.image`, if it is told one.
     """
     embedding = heard.embedding if spec.embedding_width else None
@@ -88,7 +89,7 @@ def told(
 
 
 def counted(tokens: Int[Tensor, " b l"]) -> Bool[Tensor, " b l"]:
-    """The same, but none of an empty caption: to a network that reads for itself it is all padding."""
+    """`upto_end`, but none of an empty caption: a network that reads captions itself sees all padding."""
     return upto_end(tokens) & (tokens.argmax(1, keepdim=True) > 1)
 
 
@@ -110,7 +111,7 @@ def heard_of(spec: ChainSpec, batch: PairBatch, picture: Tensor, clip: Clip | No
 
 
 def kept(spec: ChainSpec, heard: Heard) -> Heard:
-    """The same with some of it kept back: caption and class together, the embedding by itself."""
+    """The same after dropout: of caption and class together, of the embedding independently."""
     dropped, unseen = torch.rand(2, len(heard.tokens), 1, device=heard.tokens.device)
     silent = dropped < spec.told_dropout
     return Heard(
@@ -121,7 +122,7 @@ def kept(spec: ChainSpec, heard: Heard) -> Heard:
 
 
 def unsaid(spec: ChainSpec, heard: Heard, tokens: Int[Tensor, " b l"]) -> Heard:
-    """Nothing said but these captions, and what is never kept back in training: it stays as it is."""
+    """These captions without class and embedding; but what training never drops is kept."""
     label = torch.full_like(heard.label, UNLABELLED) if spec.has_class_of_nothing else heard.label
     silent = torch.zeros_like(heard.embedding)
     return Heard(tokens, label, silent if spec.embedding_dropout else heard.embedding)
@@ -140,7 +141,7 @@ def encoded(
 
 
 def smaller(spec: ChainSpec, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 i j"] | None:
-    """What an enlarging model enlarges in training, made by averaging, or worse; None for the others."""
+    """The smaller picture for an enlarging model in training, averaged or degraded; None for other models."""
     if spec.factor == 1:
         return None
     match spec.degrades:
@@ -162,10 +163,10 @@ def seen(
     known: Float[Tensor, " b 3 h w"],
     hole: Bool[Tensor, " b 1 h w"] | None,
 ) -> Float[Tensor, " b n y x"] | None:
-    """What the network is told of pictures: what is known beside a hole, and the smaller one enlarged.
+    """The image inputs of the network: what is known around a hole, and the smaller picture enlarged.
 
-    In the order of GLIDE's weights: known values, 1 where they are known, the enlarged picture.  Known
-    latents are those of the picture with the hole painted grey.
+    Channels are in the order of GLIDE's weights: known values, a mask (1 where they are known), the enlarged
+    picture.  Known latents are those of the picture with the hole painted grey.
     """
     parts: list[Tensor] = []
     if spec.inpaints:
@@ -173,7 +174,7 @@ def seen(
         values = encoded(torch.where(hole, 0.0, known), autoencoder)
         parts += [values, 1 - covering(hole, values).to(values)]
     if small is not None:
-        as_antialiased = spec.enlarged_by == "bicubic"  # another bicubic curve than without, as Karlo has it
+        as_antialiased = spec.enlarged_by == "bicubic"  # changes the bicubic kernel too, to Karlo's
         parts.append(
             F.interpolate(small, scale_factor=spec.factor, mode=spec.enlarged_by, antialias=as_antialiased)
         )

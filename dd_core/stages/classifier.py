@@ -50,7 +50,7 @@ class ClassifierSpec(GuideSpec):
 
     @property
     def compares(self) -> bool:
-        """The loss is a mean over those of a forward that have a label."""
+        """True: the loss is a mean over the images of a forward that have a label."""
         return True
 
 
@@ -69,7 +69,7 @@ class NoisedClassifier(nn.Module):
 
 
 class ClassifierStage(Stage):
-    """Cross-entropy of the labels; an image without one teaches nothing and is counted in `labelled`."""
+    """Cross-entropy of the labels; images without one are left out, `labelled` is the share of the others."""
 
     model: NoisedClassifier
 
@@ -80,7 +80,7 @@ class ClassifierStage(Stage):
         self.model = NoisedClassifier(spec)
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
-        """Raises ValueError if the batch has no labels, or one that is no class."""
+        """Raises ValueError if the batch has no labels."""
         if batch.label is None:
             raise ValueError("noised_classifier learns labels; set `label` (path and classes) of the run")
         known, x0 = batch.label != UNLABELLED, images.to_unit(batch.image)

@@ -26,9 +26,9 @@ class ClipSpec(LearnedSpec):
     pretrained: str = ""
     """Weights to take instead of training: an open_clip name such as ViT-L-14/openai, or MODEL:FILE."""
     captioner_layers: int = Field(0, ge=0)
-    """Of a network that writes the caption from the image embedding and teaches it so; 0: none, as CLIP."""
+    """Of a captioner that trains the image embedding by writing the caption from it; 0: none, as in CLIP."""
     caption_weight: float = Field(2.0, ge=0)
-    """Of its loss beside the contrastive one; CoCa: 2."""
+    """Of the captioner's loss relative to the contrastive one; CoCa: 2."""
 
     @property
     def image_size(self) -> int:
@@ -37,18 +37,18 @@ class ClipSpec(LearnedSpec):
 
     @property
     def compares(self) -> bool:
-        """A caption has to be found among those of the batch."""
+        """True: a caption has to be found among those of the batch."""
         return True
 
     @property
     def files(self) -> dict[str, str]:
-        """Weights from a file; what open_clip knows by name stays what it is."""
+        """The weights, if they come from a file; those that open_clip knows by name need none."""
         file = self.pretrained.partition(":")[2]
         return {"pretrained": file} if file else {}
 
 
 class ClipStage(Stage):
-    """Trains both towers so that a caption is nearest to its own image, and can be written from it."""
+    """Trains both towers so that captions are nearest to, and with a captioner follow from, their images."""
 
     model: Clip
 
@@ -77,7 +77,7 @@ class ClipStage(Stage):
 
 
 def captioner_of(spec: ClipSpec) -> Captioner | None:
-    """What teaches the embedding to hold the whole caption; it is not shipped."""
+    """The network that trains the embedding to hold the whole caption; it does not ship."""
     if not spec.captioner_layers:
         return None
     net = spec.net
@@ -90,7 +90,7 @@ def captioner_of(spec: ClipSpec) -> Captioner | None:
 
 
 def refuse_text_alone(spec: ClipSpec) -> None:
-    """Raises ValueError if a CLIP has its text tower alone, and more than states of captions is wanted."""
+    """Raises ValueError if a CLIP is a text tower alone, which gives states of captions and no embeddings."""
     if spec.net.towers == "text":
         raise ValueError(
             "this CLIP is a text tower alone, as it lies in files of Stable Diffusion: it tells networks the "
@@ -103,10 +103,10 @@ def clip_of(trained: Trained, *, states_alone: bool = False) -> Clip:
 
     Args:
         trained: The parent.
-        states_alone: Nothing is asked of it but the states of captions.
+        states_alone: Whether only states of captions are needed, for which a text tower is enough.
 
     Raises:
-        ValueError: The parent is not a CLIP, or has not the towers that are asked.
+        ValueError: The parent is not a CLIP, or lacks a tower that is needed.
     """
     if not isinstance(trained.spec, ClipSpec):
         raise ValueError(f"the parent 'clip' is a {type(trained.spec).__name__}, it must be a CLIP")
@@ -140,7 +140,7 @@ def embedding_of(clip: Clip, batch: PairBatch, at: int | None = None) -> Float[T
 
 
 def embedded(clip: Clip, picture: Float[Tensor, " b 3 h w"], side: int) -> Float[Tensor, " b d"]:
-    """Embeddings of pictures in [-1, 1], made as small as if prepared at this side; smaller ones stay so."""
+    """Embeddings of pictures in [-1, 1], first reduced to this side as in preparation; never enlarged."""
     side = min(side, *picture.shape[2:])
     return clip.embed_image(F.interpolate(picture, (side, side), mode="area"))
 
@@ -150,8 +150,8 @@ def published(spec: ClipSpec) -> Trained:
 
     Args:
         spec: `pretrained` says which: `ViT-B-32/openai` (downloaded by open_clip into its cache) or
-            `ViT-B-32:path/to/weights.safetensors`.  How captions are read for others, `net.states` and
-            `net.pads_with`, stays as the spec has it; the rest is replaced by what the model is.
+            `ViT-B-32:path/to/weights.safetensors`.  `net.states` and `net.pads_with`, how captions are read
+            for other networks, are kept; the rest of `net` is replaced by that of the model.
 
     Raises:
         ValueError: open_clip does not know the model, or the file is missing or does not fit.

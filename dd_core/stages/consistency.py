@@ -1,13 +1,13 @@
 """The consistency model: a base or chain that jumps from any noise level to the image, in one step or a few.
 
-It has the network of a base, or of a chain, and is told what that is told.  Distilled, it starts as this
-parent and learns to land, from anywhere on a path, where the parent's guided sampler would, whatever the
-parent predicts (eps, v, x0, edm); alone, it learns from the images.  Its levels are those that samplers walk,
-ending in 0, where it is the identity: so one jump is a finished picture, where the published models end at
-0.002.
+It has the network and the conditioning of a base or of a chain.  Distilled, it starts with the weights of
+that parent and learns to land, from anywhere on a path, where the parent's guided sampler would, whatever
+the parent predicts (eps, v, x0, edm); without a teacher, it learns from the images alone.  Its levels are
+those that samplers walk, ending at 0, where it is the identity: so one jump gives a finished picture.  The
+published models end at 0.002.
 
-Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; on the guidance that is learned with the
-steps: Luo et al. 2023 (arXiv:2310.04378), section 4.2; on segments: Heek et al. 2024 (arXiv:2403.06807).
+Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; distilled guidance: Luo et al. 2023
+(arXiv:2310.04378), section 4.2; segments: Heek et al. 2024 (arXiv:2403.06807).
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,43 +36,43 @@ from dd_core.stages.refusals import needed, refuse_unlearned
 
 
 class TeacherSpec(Spec):
-    """How the parent walks when it is followed."""
+    """How the parent `base` is sampled as the teacher."""
 
     guidance_scale: float = Field(3.0, ge=0, le=50)
-    """It is learned with the path, so that sampling at scale 1 is guided by it."""
+    """It is distilled too, so that sampling the student at scale 1 is guided by it."""
     solver: Solver = "heun"
     """heun asks the parent twice a step, as published; ddim once."""
     steps: int = Field(1, ge=1)
-    """From one level to the next.  With several, fewer levels will do: what the parent has walked no average
-    of the model needs to have learned before."""
+    """Of the teacher, from one level to the next.  With several, fewer levels are enough: the target need not
+    have learned first what the teacher walks."""
     clipped: bool = True
-    """Whether its estimates are kept in the range of pixels, as where it is sampled, and latents never; as
-    published they are not."""
+    """Whether its estimates are clipped to the range of pixels, as in its own sampling (latents never are);
+    as published they are not."""
 
 
 class ConsistencySpec(LearnedSpec):
-    """A base or a chain of few steps."""
+    """A base or a chain that is sampled in few steps."""
 
     kind: Literal["consistency"] = "consistency"
     base: Annotated[BaseSpec | ChainSpec, Field(discriminator="kind")]
-    """Network, what it is told, and its noise levels; of a distilled one, the parent's own spec, but for the
-    dropout of its UNet."""
+    """Network, conditioning and noise levels; for distillation the parent's own spec, except for the dropout
+    of its UNet."""
     teacher: TeacherSpec | None = TeacherSpec()
-    """Distillation from the parent `base`; None trains alone, without one."""
+    """Distillation from the parent `base`; None: training without a teacher."""
     levels: Annotated[FixedLevels | GrowingLevels, Field(discriminator="kind")] = FixedLevels()
     sigma_max: float | None = Field(None, gt=0)
     """Where its paths begin; published: 80.  None: at the base's highest level, which for a chain with cosine
     betas is above 50,000, and then half of the levels lie where no picture is to be seen."""
     sigma_min: float | None = Field(None, gt=0)
-    """The last level before their end at 0; None: the base's lowest, which it may not fall below."""
+    """The last level before paths end at 0; None: the base's lowest, which is also the least allowed."""
     distance: Literal["l1", "l2", "pseudo_huber", "lpips", "clip"] = "pseudo_huber"
-    """Between two answers.  lpips, as published, with the weights of `lpips_weights` and averages in place
-    of VGG's maxima; clip: features of the parent CLIP in its place."""
+    """Between two outputs.  lpips: as published, with `lpips_weights` and average pooling in place of VGG's
+    max pooling; clip: features of the parent CLIP in place of VGG's."""
     lpips_weights: str = ""
     """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
     segments: int = Field(1, ge=1)
-    """Equal parts of its fixed levels; a jump then goes to the end of the part that it begins in, so a
-    picture takes as many jumps or a multiple of that, which is easier to learn than one for all."""
+    """Equal parts of its fixed levels; a jump goes to the end of the part that it begins in, so a picture
+    takes as many jumps as there are parts, or a multiple, which is easier to learn than a single jump."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ConsistencySpec":
@@ -110,7 +110,7 @@ class ConsistencySpec(LearnedSpec):
 
     @property
     def dropout(self) -> str:
-        """The field of its base by which it learns to guide itself."""
+        """The field of its base that trains classifier-free guidance."""
         return "told_dropout" if isinstance(self.base, ChainSpec) else "caption_dropout"
 
     @property
@@ -136,12 +136,12 @@ class ConsistencySpec(LearnedSpec):
 
     @property
     def embedded_by(self) -> EmbeddedBy | None:
-        """Whom its base hears embeddings from."""
+        """The parent CLIP, if its base is told embeddings."""
         return self.base.embedded_by
 
     @property
     def always_embedded(self) -> bool:
-        """Whether its base was never without one."""
+        """Whether its base is told image embeddings, and never trains without one."""
         return self.base.always_embedded
 
     @property
@@ -156,7 +156,7 @@ class ConsistencySpec(LearnedSpec):
 
 
 class ConsistencyStage(Stage):
-    """Trains a base to answer alike along a path: the parent's, or that of the image itself.
+    """Trains a network to give the same answer all along a path: the parent's, or that of the image itself.
 
     Args:
         spec: What to build.
@@ -186,12 +186,12 @@ class ConsistencyStage(Stage):
             frozen.append(seeing)
         self.distance = distance_of(spec, seeing)
         self.target = copy_of(self.model, spec.base).requires_grad_(False)
-        """The average of the model that it is trained towards; not what ships, which is averaged longer."""
+        """The EMA of the model that serves as its training target; what ships is another, longer average."""
         self.register_buffer("steps", torch.tensor(0))
         self.freeze(*frozen)
 
     def players(self, phase: str) -> list[nn.Parameter]:
-        """The model's; the target follows."""
+        """Those of the model; the target follows it (`after_step`)."""
         return list(self.model.parameters())
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class ConsistencyStage(Stage):
         pair = draw_pair(example.x0, cut)
         student = bound(self.model, example.told(self.model.network))
         if cut.segments == cut.num_levels - 1:
-            target = there  # every interval ends its segment, so nothing of what it would say is heard
+            target = there  # every interval ends its segment, so an answer there is never used
         else:
             with torch.no_grad():
                 target = ended(bound(self.target, example.told(self.target.network)))
@@ -221,7 +221,7 @@ class ConsistencyStage(Stage):
 
     @torch.no_grad()
     def walker(self, how: TeacherSpec, example: Example) -> Denoiser:
-        """The parent as it is sampled: guided, then clipped if it should be, unless it paints latents."""
+        """The parent as the teacher: guided, then clipped if `how` says so and it does not paint latents."""
         teacher = next(part for part in self.frozen if isinstance(part, NetworkDenoiser))
         cond = example.told(teacher.network)
         null = cond if how.guidance_scale == 1 else example.untold(teacher.network)
@@ -268,7 +268,7 @@ def undropped(spec: BaseSpec | ChainSpec) -> dict[str, Any]:
 
 
 def stage_of(spec: BaseSpec | ChainSpec, parents: Mapping[str, Trained]) -> BaseStage | ChainStage:
-    """The stage that trains such a network as a diffusion model: its network, and what that is told."""
+    """The diffusion stage of a base spec, for its network and its `example`."""
     if isinstance(spec, BaseSpec):
         return BaseStage(spec, parents["clip"], parents.get("draft"))
     return ChainStage(spec, parents)
@@ -283,7 +283,7 @@ def copy_of(model: NetworkDenoiser[Any], spec: BaseSpec | ChainSpec) -> NetworkD
 
 
 def bound(model: NetworkDenoiser[Any], cond: Conditioning) -> Denoiser:
-    """A model that is told this."""
+    """A model with its conditioning bound."""
 
     def denoise(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Denoised:
         return model(x, sigma, cond)
@@ -292,12 +292,12 @@ def bound(model: NetworkDenoiser[Any], cond: Conditioning) -> Denoiser:
 
 
 def there(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Denoised:
-    """Where a path has ended already."""
+    """The denoiser at the end of a path: x as it is."""
     return Denoised(x)
 
 
 def distance_of(spec: ConsistencySpec, seeing: nn.Module | None) -> Distance:
-    """The distance that a spec names, by what `seeing_of` gives."""
+    """The distance that a spec names; a perceptual one by the network from `seeing_of`."""
     match spec.distance:
         case "l1":
             return consistency.l1
@@ -316,7 +316,7 @@ def distance_of(spec: ConsistencySpec, seeing: nn.Module | None) -> Distance:
 
 
 def unregistered(network: nn.Module) -> Distance:
-    """A network as a function: a stage that holds it has none of its weights."""
+    """A network as a plain function, so that a stage that holds it does not register its weights."""
 
     def between(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
         return network(a, b)
@@ -327,7 +327,7 @@ def unregistered(network: nn.Module) -> Distance:
 def seeing_of(
     spec: ConsistencySpec, parents: Mapping[str, Trained], frozen: Sequence[nn.Module]
 ) -> nn.Module | None:
-    """The network by which a distance sees, one of `frozen` if it is there; None if it looks at pixels.
+    """The network of a perceptual distance, on the CLIP in `frozen` if one is there; None for pixels.
 
     Raises:
         ValueError: The LPIPS weights cannot be used.

@@ -29,11 +29,11 @@ from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard, refuse_
 class ConsistencyHop:
     """What its base is told -> an image in how.num_steps jumps; or an edit of an image.
 
-    Jumps start at levels that it was trained at, without taus as evenly as num_steps of them can lie, and
-    noise is drawn anew after each; where the path is in segments they go from end to end of these, and
-    nothing is drawn.  Published models end at their lowest level: without taus theirs start at the first
-    num_steps of num_steps + 1 Karras levels.  A guidance scale other than 1 comes on top of the one that was
-    learned.
+    Jumps start at training levels: those of taus, or without them num_steps spaced as evenly as possible.
+    New noise is drawn after each jump.  If the path is cut into segments, jumps are DDIM steps that stop at
+    each segment's end, and no noise is drawn.  Published models end at their lowest level: without taus their
+    jumps start at the first num_steps of num_steps + 1 Karras levels.  A guidance scale other than 1 comes on
+    top of the distilled one.
 
     Args:
         trained: The consistency model.
@@ -57,7 +57,7 @@ class ConsistencyHop:
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
         refuse_unheard(how, "consistency")
         refuse_jumps(self.spec, how)
-        refuse_edit(how, state, has_channels=True)  # its edits need no channels, nor leave to do without
+        refuse_edit(how, state, has_channels=True)  # its edits need no mask channels
         refuse_known(state, self.base.spec.image_size)
         if state.known is not None and state.hole is None:
             raise ValueError(
@@ -88,7 +88,7 @@ class ConsistencyHop:
             lowest = self.spec.sigma_range[0] if self.spec.ends_at_lowest else 0.0
             sampling = begin(how, x, sigmas, noise, sigma_min=lowest)
         rows = self.base.rows(state, how)
-        if self.spec.segments > 1 and how.clip is None:  # what leads to a segment's end is no picture
+        if self.spec.segments > 1 and how.clip is None:  # an estimate of a segment's end is no picture
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * len(state.seeds)))
         return Draw(edits.edited(sampling, known.edit) if known else sampling, rows)
 
@@ -100,11 +100,11 @@ class ConsistencyHop:
 
 
 def refuse_jumps(spec: ConsistencySpec, how: SamplingSpec) -> None:
-    """What such a model cannot do, whatever it is asked to paint.
+    """Refuse a sampling that a consistency model cannot do, whatever the request.
 
     Raises:
         ValueError: Jumps that do not end where the segments of its path do, or begin at levels that it was
-            not trained at; guidance that it has not learned; a threshold for what is no picture.
+            not trained at; guidance that it has not learned; clipping to pixels of what is no picture.
     """
     refuse_unlearned(how.guidance_scale, spec.base.guides_itself, spec.dropout)
     possible, last = possible_jumps(spec), spec.levels.final - 1
@@ -142,7 +142,7 @@ def possible_jumps(spec: ConsistencySpec) -> tuple[int, ...]:
 
 
 def levels_of(spec: ConsistencySpec, how: SamplingSpec) -> Float[Tensor, " n"]:
-    """Where jumps begin, from the noise on, and the end, 0."""
+    """The levels at which jumps begin, falling, and the end, 0."""
     if spec.ends_at_lowest:
         low, high = spec.sigma_range
         jumps = how.but(taus=how.taus or tuple(range(how.num_steps + 1)))

@@ -27,12 +27,12 @@ class DraftSpec(LearnedSpec):
     """Flat layers of which an image is blended."""
     image_size: int = Field(64, ge=8, multiple_of=8)
     embedded_at: int | None = Field(None, ge=8)
-    """Side of the prepared images whose embeddings it is told, as its prior learns them; None: image_size."""
+    """Side of the prepared images whose embeddings it is told, the same as its prior's; None: image_size."""
     edge_weight: float = Field(4.0, ge=0)
-    """Of the squared error of differences between neighbouring pixels, which is where shapes are told;
+    """Of the squared error of differences between neighbouring pixels, which carry the shapes;
     Mathieu et al. 2016 (arXiv:1511.05440, equation 6)."""
     embedding_noise: float = Field(0.05, ge=0)
-    """Deviation of the noise added to each whitened coordinate, since the prior's draw is not exact."""
+    """Standard deviation of the noise on each whitened coordinate, since the prior's draw is not exact."""
     measured_images: int = Field(2_048, ge=2)
     """Images whose embeddings are looked at before the first step that learns, to whiten them."""
 
@@ -43,7 +43,7 @@ class DraftSpec(LearnedSpec):
 
     @property
     def looks_at(self) -> int:
-        """Until it can whiten their embeddings."""
+        """Images measured for the whitening."""
         return self.measured_images
 
 
@@ -103,6 +103,6 @@ def draft_of(trained: Trained) -> Draft:
 
 @torch.no_grad()
 def drawn(net: Draft, embedding: Tensor) -> Tensor:
-    """[b, d] embeddings as [b, 3, h, w] images in [-1, 1]; one of zeros, which is none, as plain gray."""
+    """[b, d] embeddings as [b, 3, h, w] images in [-1, 1]; zeros, which mean no embedding, as plain gray."""
     there = embedding.any(-1)[:, None, None, None]
     return torch.where(there, net(embedding).float().clamp(-1, 1), 0.0)

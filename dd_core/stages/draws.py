@@ -1,9 +1,10 @@
 """Several embeddings drawn for each caption, of which a prior keeps one.
 
 unCLIP draws two and keeps the one nearer to its caption.  An embedding may be near and yet lie between
-pictures; so where the cascade has a draft, each draw is painted and CLIP looks at the pictures.  The draw is
-kept whose picture is nearest to the caption (DALL-E's re-ranking, before the first pixel is denoised) and to
-the draw itself: what lies between pictures is painted as one of them, or as none, and read back as another.
+pictures, so where the cascade has a draft, it paints each draw and CLIP embeds the pictures.  The draw is
+kept whose picture is nearest, in sum, to the caption (DALL-E's re-ranking, before the first pixel is
+denoised) and to the draw itself: an embedding between pictures is painted as one of them, or as none, and
+the embedding of that differs from the draw.
 
 Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: two draws, the nearer one); Ramesh et al. 2021
 (arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model).
@@ -27,8 +28,8 @@ from dd_core.stages.base import away_from
 from dd_core.stages.draft import drawn
 
 STRIDE = 0x9E3779B9
-"""From the seed of a draw to that of the next, modulo 2**32, as a CPU generator hears no more of a seed;
-odd, so that no two draws of a seed are one, and 2**32 over the golden ratio, so that they are far apart."""
+"""Step from the seed of a draw to that of the next, modulo 2**32, since a CPU generator uses only 32 bits;
+odd, so that no two draws of a request share one; 2**32 over the golden ratio, so that they are far apart."""
 
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
@@ -39,12 +40,12 @@ def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
 def rows_of_draws(
     state: CascadeState, how: SamplingSpec, told: Callable[[Int[Tensor, " b l"]], Conditioning]
 ) -> Rows:
-    """What the draws of a request should become; a caption is read once for all of its own.
+    """The rows of a request's draws; each caption is read once for all of its draws.
 
     Args:
         state: The request.
-        how: It is sampled.
-        told: Captions -> what the network hears, one row for each.
+        how: How it is sampled.
+        told: Captions -> their conditioning, one row for each.
     """
     each = torch.arange(len(state.seeds)).repeat_interleave(how.draws)
     cond = told(state.tokens).pick(each)
@@ -56,8 +57,8 @@ class Chooser:
     """Keeps one embedding of those drawn for a caption.
 
     Args:
-        clip: Which caption and pictures are compared by.
-        draft: What paints a draw; None: the draws themselves are compared with the caption.
+        clip: Embeds caption and pictures, to compare them.
+        draft: Paints a draw; None: the draws themselves are compared with the caption.
 
     Raises:
         ValueError: The draft paints embeddings of another width.

@@ -1,10 +1,10 @@
-"""The noise levels at which the guides learn: those of the model that they lead.
+"""The noise levels at which guides train: those of the model that they guide.
 
-A guide is asked at every level that a sampling visits, and says nothing sensible of levels it never saw: of
-linear betas with 1000 timesteps, half lie above sigma 3.4 and the last at 157.
+A guide is called at every level that a sampling visits, and is useless at levels that it never saw: with
+linear betas and 1000 timesteps, half of the levels lie above sigma 3.4 and the last at 157.
 
 Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4; Nichol et al. 2022 (arXiv:2112.10741), section
-2.4; Liu et al. 2021 (arXiv:2112.05744), section 3.2: all timesteps of the chain alike.
+2.4; Liu et al. 2021 (arXiv:2112.05744), section 3.2: uniform over all timesteps of the chain.
 """
 
 import torch
@@ -24,7 +24,7 @@ class GuideSpec(LearnedSpec):
     log_sigma_std: float = Field(1.4, gt=0)
     """Noise levels of training where there is no `schedule`: log sigma is normal, as for the demo's base."""
     schedule: ScheduleSpec | None = None
-    """Of the chain that it leads, at whose timesteps it is trained, all alike, as published; None: normal."""
+    """Of the chain that it guides; it trains uniformly at its timesteps, as published.  None: log-normal."""
 
 
 class GuideLevels(nn.Module):
@@ -39,7 +39,7 @@ class GuideLevels(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, like: Float[Tensor, " b *s"]) -> Float[Tensor, " b"]:
-        """Levels of the number, the dtype and the device of `like`."""
+        """One level per sample of `like`, with its dtype and on its device."""
         if self.table is not None:
             return self.table.to(like)[torch.randint(len(self.table), (len(like),), device=like.device)]
         normal = torch.randn(len(like), dtype=like.dtype, device=like.device)

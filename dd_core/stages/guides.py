@@ -21,7 +21,7 @@ from dd_core.stages.published_clip import PublishedClip, published_clip_of
 from dd_core.steering import GradientSpec, Guides, Pull, score_of
 
 CLEAN = 0.02
-"""Noise level that the guides are told of a decoded estimate: the lowest that ours are trained about."""
+"""Noise level that guides are told for a decoded estimate: about the lowest at which ours are trained."""
 ROLES: tuple[Role, ...] = ("noised_clip", "classifier")
 """Of the guides that read pictures."""
 Decode = Callable[[Tensor], Tensor]
@@ -37,23 +37,23 @@ class Leaders(NamedTuple):
     """Whose text tower the noised CLIP was trained with; a published one has its own."""
 
     def roles(self) -> set[str]:
-        """Those that are there."""
+        """Roles of the guides that are there."""
         return {name for name, part in self._asdict().items() if part is not None}
 
     def guides(self) -> Guides:
-        """As the score asks them."""
+        """The same as functions, for `score_of`."""
         tower = self.noised_clip
         if tower is None:
             return Guides(logits=self.classifier)
         return Guides(self.classifier, tower.embed_image, tower.features, tower.logit_scale().detach())
 
     def lead(self, denoise: Denoiser, rows: Rows, decode: Decode | None = None) -> Denoiser:
-        """The denoiser, its estimates moved to where the rows are to be led.
+        """The denoiser, its estimates moved along the gradient of the scores that the rows ask for.
 
         Args:
             denoise: Of pictures, or of latents.
-            rows: Whose `pull` says where.
-            decode: Of latents, estimate -> picture: the guides read it, at its lowest level of noise.
+            rows: Their `pull` says which scores.
+            decode: For latents, estimate -> picture: the guides read the picture, at noise level CLEAN.
         """
         if rows.pull is None:
             return denoise
@@ -78,13 +78,13 @@ class Leaders(NamedTuple):
         return read
 
     def pull(self, how: GradientSpec, state: CascadeState, side: int, *, decoded: bool = False) -> Pull:
-        """Where a request is to be led.
+        """What the gradient is to lead a request towards.
 
         Args:
             how: What pulls, and how strongly.
             state: The request.
             side: Of the pictures of the hop, in pixels.
-            decoded: Whether the hop's pictures are decoded for the guides, and made smaller if they read so.
+            decoded: Whether the hop's pictures are decoded for the guides, and reduced to the size they read.
 
         Raises:
             ValueError: A guide is missing, reads pictures of another size, or knows fewer classes.
@@ -106,7 +106,7 @@ class Leaders(NamedTuple):
         return Pull(torch.tensor([how.weights()] * count), label, caption, reference, noise)
 
     def caption(self, state: CascadeState) -> Float[Tensor, " b d"]:
-        """The captions of a request as the noised CLIP was trained to find them, on the CPU."""
+        """Embeddings of a request's captions in the space of the noised CLIP, on the CPU."""
         assert self.clip is not None
         if isinstance(self.clip, PublishedClip):
             return self.clip.read(state.captions).cpu()
@@ -142,17 +142,18 @@ def one_size(reads: Mapping[str, int]) -> int:
 
 
 def refuse_sizes(how: GradientSpec, reads: Mapping[str, int], side: int, *, decoded: bool) -> None:
-    """Pictures that guides cannot read, whatever is asked.
+    """Refuse guides that cannot read the hop's pictures, whatever the request.
 
     Args:
-        how: What pulls; other guides are there, and asked nothing.
+        how: What pulls; guides that it does not ask are checked only if `decoded`.
         reads: Role -> side of the pictures that this guide reads, in pixels.
         side: Of the pictures of the hop.
-        decoded: Whether these are decoded for the guides, and made smaller if they read so: all of them read
-            the same ones.
+        decoded: Whether these are decoded for the guides, and reduced to the size they read, which must then
+            be the same for all of them.
 
     Raises:
-        ValueError: A guide that is asked reads other pictures than the hop paints.
+        ValueError: A guide that is asked reads pictures of another size than the hop paints (if decoded, of a
+            larger one), or guides read decoded pictures of two sizes.
     """
     for role in sorted(how.guides() & set(reads)):
         if reads[role] > side or (reads[role] != side and not decoded):
@@ -164,7 +165,7 @@ def refuse_sizes(how: GradientSpec, reads: Mapping[str, int], side: int, *, deco
 
 
 def refuse_aim(how: GradientSpec, state: CascadeState, classes: int) -> None:
-    """What a request cannot be led to, whatever the weights of the guides.
+    """Refuse a label or a reference picture that the gradient cannot lead to, whatever the guides' weights.
 
     Args:
         how: What pulls.
@@ -172,8 +173,8 @@ def refuse_aim(how: GradientSpec, state: CascadeState, classes: int) -> None:
         classes: Of the classifier; 0 if there is none.
 
     Raises:
-        ValueError: A row has no class that the classifier knows, or the reference picture is lacking or is
-            none.
+        ValueError: A row has no class that the classifier knows, or the reference picture is missing or not
+            RGB.
     """
     label, reference = state.label, state.reference
     unknown = label is None or bool(((label < 0) | (label >= classes)).any())

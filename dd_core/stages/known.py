@@ -1,4 +1,4 @@
-"""What an edit without training starts from and keeps: a picture with a hole, its brightness, its blocks.
+"""What a training-free edit starts from and keeps: a picture with a hole, its brightness, or block means.
 
 Source: Song et al. 2023 (arXiv:2303.01469), algorithm 4: zero-shot editing.
 """
@@ -22,11 +22,11 @@ class Known(NamedTuple):
 
 
 def refuse_known(state: CascadeState, side: int) -> None:
-    """What of a picture cannot be kept at this side.
+    """Refuse an edit that cannot be kept at this side.
 
     Raises:
-        ValueError: Two edits are asked for at once, a part has other channels, or blocks do not fill the
-            side.
+        ValueError: Two edits are asked for at once, an input has the wrong number of channels, or blocks do
+            not fill the side.
     """
     asked = [name for name in ("hole", "gray", "coarse") if getattr(state, name) is not None]
     if len(asked) > 1:
@@ -44,7 +44,7 @@ def refuse_known(state: CascadeState, side: int) -> None:
 
 
 def known_of(state: CascadeState, side: int, device: torch.device) -> Known | None:
-    """What a request knows of its image, at the side of a hop; None if it is no edit.
+    """What is known of a request's image, at the side of a hop; None if it is no edit.
 
     Raises:
         ValueError: As `refuse_known`.

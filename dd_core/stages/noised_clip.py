@@ -1,7 +1,7 @@
 """The noised CLIP: an image tower that can read noisy images, and so can guide a sampling by a caption.
 
-The tower of CLIP, but its class token is an embedding of the noise level.  It is trained on noisy images
-to find their captions in the space of the parent, whose text tower stays as it is: one network fewer to
+The tower of CLIP, with an embedding of the noise level added to its class token.  It is trained on noisy
+images to find their captions in the space of the parent, whose text tower is frozen: one network fewer to
 train, and captions embedded for the parent serve both.
 
 Sources: Nichol et al. 2022 (arXiv:2112.10741, GLIDE), section 3.2 and the published model (class token);
@@ -30,7 +30,7 @@ LEVEL_WIDTH = 128
 
 
 class NoisedClipSpec(GuideSpec):
-    """Noisy image -> the embedding of what it will become.  It is told log sigma, whatever its levels."""
+    """Noisy image -> the embedding of what it will become.  It is told log sigma, with a `schedule` too."""
 
     kind: Literal["noised_clip"] = "noised_clip"
     net: ClipNetSpec = ClipNetSpec()
@@ -38,17 +38,17 @@ class NoisedClipSpec(GuideSpec):
     target: Literal["caption", "clip"] = "caption"
     """What a noisy image has to find in the batch: its caption, or itself without noise."""
     start: Literal["parent", "random"] = "parent"
-    """First weights: the parent's image tower, if it has the same shape, or none."""
+    """Initial weights: the parent's image tower, which must have the same shape, or random."""
 
     @property
     def embedded_by(self) -> EmbeddedBy | None:
-        """The parent CLIP, if its embeddings of the clean images are to be found."""
+        """The parent CLIP, if its embeddings of the clean images are the target."""
         wide, side = self.net.embedding_width, self.image_size
         return EmbeddedBy("clip", wide, side) if self.target == "clip" else None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The parent CLIP, whose captions or clean images are to be found."""
+        """The parent CLIP, whose embeddings of captions or clean images are the target."""
         return ("clip",)
 
     @property
@@ -58,7 +58,7 @@ class NoisedClipSpec(GuideSpec):
 
     @property
     def compares(self) -> bool:
-        """What is to be found is found among the batch."""
+        """True: the target has to be found among those of the batch."""
         return True
 
 
@@ -123,7 +123,7 @@ class NoisedClip(nn.Module):
         return maps
 
     def begun(self, x: Float[Tensor, " b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b l c"]:
-        """What the first layer sees: the noise level as class token, then the patches."""
+        """Input of the first layer: the class token with the noise level added, then the patches."""
         size, visual = self.spec.image_size, self.visual
         if x.shape[2:] != (size, size):
             raise ValueError(
@@ -138,7 +138,7 @@ class NoisedClip(nn.Module):
         return begun
 
     def logit_scale(self) -> Float[Tensor, ""]:
-        """What cosines are multiplied by to be log probabilities; at most 100, as published."""
+        """The factor that turns cosines into logits; at most 100, as published."""
         return self.log_scale.exp().clamp(max=100)
 
 
@@ -195,7 +195,7 @@ class NoisedClipStage(Stage):
 
 
 def begin_as(model: NoisedClip, parent: Clip) -> None:
-    """Take over the parent's image tower and scale: with a clean image the new tower says what it says."""
+    """Take over the parent's image tower and scale: at first it embeds clean images as the parent does."""
     fields = (
         "image_size",
         "patch_size",

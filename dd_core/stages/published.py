@@ -11,20 +11,20 @@ from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.start import BETAS, levels_of
 
 ENLARGED = 4
-"""Times by which every published network that is told a smaller picture enlarges it."""
+"""How many times every published network that is told a smaller picture enlarges it."""
 PREFIX = "network."
 """Of the weights of a network within the model of a stage."""
 KEPT_BACK = 0.1
-"""Share of the captions that Stable Diffusion was not told, so that it guides itself (its model card)."""
+"""Caption dropout of Stable Diffusion's training, for classifier-free guidance (its model card)."""
 BICUBIC: tuple[Layout, ...] = ("karlo-sr", "karlo-sr-last")
 """Whose smaller picture is enlarged bicubically; that of the others bilinearly."""
 
 
 def stage_of(source: Published) -> ChainSpec | ConsistencySpec | ClassifierSpec | None:
-    """What hears and answers just as a published network does; None if no stage of ours does.
+    """The spec of a stage with just the inputs and outputs of a published network; None if there is none.
 
-    A network that is told captions is a chain if its reader lies in the same file, one that is told
-    embeddings is none.  Nor is the last step of Karlo's upsampler, which is no chain by itself.
+    A network that is told captions is a chain if its text encoder is in the same file; one that is told
+    embeddings is not.  Nor is the last step of Karlo's upsampler, which is no chain by itself.
     """
     match source.net:
         case PlainSpec() if source.layout != "karlo-sr-last":
@@ -36,9 +36,9 @@ def stage_of(source: Published) -> ChainSpec | ConsistencySpec | ClassifierSpec 
 
 
 def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec | None:
-    """The same of a UNet: of ADM's family told no more than class and smaller picture, of latents captions.
+    """`stage_of` for a UNet: of ADM's family, told at most class and smaller picture; of latents, captions.
 
-    Stable Diffusion's for holes is none: it hears the mask otherwise than ours do.
+    Stable Diffusion's inpainting UNet gives None: it takes the mask in another form than ours.
     """
     process, autoencoder, unet = source.process, source.autoencoder, net.unet
     latent = 0 if autoencoder is None else autoencoder.latent_channels
@@ -65,7 +65,7 @@ def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec |
 
 
 def process_of(chain: ChainSpec, schedule: ScheduleSpec) -> Process:
-    """How the network of a chain of timesteps is asked, in the words of the published ones."""
+    """How the network of a chain of timesteps is called, as published networks declare it."""
     theirs = {ours: name for name, ours in BETAS.items()}
     return Process.model_validate(
         {

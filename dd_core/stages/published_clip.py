@@ -1,6 +1,6 @@
-"""GLIDE's noised CLIP as a guide: told sigma as the others are, it reads noisy images and captions itself.
+"""GLIDE's noised CLIP as a guide: told sigma like the others, with an image and a text tower of its own.
 
-Its captions are the tokens of CLIP's vocabulary at its own length, whatever the network that it leads reads.
+It reads captions as tokens of CLIP's vocabulary at its own length, however the network that it guides does.
 
 Source: Nichol et al. 2022 (arXiv:2112.10741), sections 2.4 and 5.3, and the published code (CLIPModel).
 """
@@ -29,7 +29,7 @@ class PublishedClip(nn.Module):
         process: The chain whose timesteps the image tower was trained at.
 
     Raises:
-        ValueError: It has no timesteps, or more than the network has learned.
+        ValueError: The process has no timesteps, or more than the network has learned.
     """
 
     def __init__(self, spec: GlideClipSpec, process: Process) -> None:
@@ -62,7 +62,7 @@ class PublishedClip(nn.Module):
         return self.network.image.features(self.seen(x, sigma), self.timesteps(sigma))
 
     def seen(self, x: Float[Tensor, " b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b 3 h w"]:
-        """The same as DDPM scales it."""
+        """The images as DDPM scales them, x / sqrt(1 + sigma**2)."""
         size = self.spec.image_size
         if x.shape[2:] != (size, size):
             raise ValueError(
@@ -83,12 +83,12 @@ class PublishedClip(nn.Module):
             return self.network.embed_text(rows.to(device), lengths.to(device))
 
     def logit_scale(self) -> Float[Tensor, ""]:
-        """What cosines are multiplied by to be log probabilities."""
+        """The factor that turns cosines into logits."""
         return torch.tensor(self.spec.logit_scale)
 
 
 def published_clip_of(trained: Trained) -> PublishedClip | None:
-    """An imported noised CLIP, ready to guide; None if it is none."""
+    """An imported noised CLIP, ready to guide; None if `trained` is not one."""
     match trained.spec:
         case NetworkSpec(net=GlideClipSpec() as net, process=Process() as process):
             model = PublishedClip(net, process)

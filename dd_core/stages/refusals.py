@@ -1,4 +1,4 @@
-"""What a stage lacks and what no hop can do, said before a network is asked; each error names the way out."""
+"""Checks for missing parents and impossible requests, before a network is called; errors name a remedy."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from dd_core.stage import LearnedSpec, Trained
 
 
 def needed(parents: Mapping[str, Trained], role: str, kind: str) -> Trained:
-    """One of the parents, or an error that says whose is missing.
+    """The parent of a role, or an error that names role and stage.
 
     Raises:
         ValueError: It is missing.
@@ -22,10 +22,10 @@ def needed(parents: Mapping[str, Trained], role: str, kind: str) -> Trained:
 
 
 def refuse_vocabularies(parents: Mapping[str, Trained]) -> None:
-    """For training: prepared captions are tokens of CLIP's vocabulary, whatever a parent has learned.
+    """For training, where prepared captions are tokens of CLIP's vocabulary.
 
     Raises:
-        ValueError: A parent brings another vocabulary along.
+        ValueError: A parent has a vocabulary of its own.
     """
     for role, parent in parents.items():
         if parent.vocabulary is not None:
@@ -36,9 +36,10 @@ def refuse_vocabularies(parents: Mapping[str, Trained]) -> None:
 
 
 class Hears(NamedTuple):
-    """What of a sampling a kind of hop makes use of; the rest is refused where it is asked for.
+    """Which options of a sampling a kind of hop uses; the others are refused if they are asked for.
 
-    Steps, spacing, and strength and inpainting, which a request says to the whole cascade, are no part of it.
+    It does not cover steps, spacing (where levels are walked), or what a request sets for the whole cascade:
+    strength and inpainting.
     """
 
     variances: tuple[SampledVariance, ...] = ("fixed_small", "fixed_large")
@@ -74,12 +75,12 @@ def refuse_unlinked(kind: str) -> None:
 
 
 def refuse_unheard(how: SamplingSpec, kind: str, *, hears: Hears | None = None) -> None:
-    """What of a sampling this kind of hop would pass over, or could not do.
+    """Refuse options of a sampling that this kind of hop would ignore, or cannot do.
 
     Args:
         how: What is asked for.
         kind: Of the stage, one of HEARS.
-        hears: What it hears, if more than every hop of its kind.
+        hears: What this hop uses, if more than others of its kind.
 
     Raises:
         ValueError: With what to do about it.
@@ -123,7 +124,7 @@ def refuse_unheard(how: SamplingSpec, kind: str, *, hears: Hears | None = None) 
 
 
 def sampled(how: SamplingSpec, kind: str, hears: Hears) -> list[tuple[bool, str]]:
-    """What no sampler can do with its answers, and what to do about it."""
+    """Checks of sampler and variance for this kind of hop: (whether it fails, what to do about it)."""
     jumps, ancestral = how.sampler == "consistency", how.sampler == "ddpm"
     known = " or ".join(name for name in hears.variances if name != "fixed_large")
     unlearned, unmeasured = (
@@ -156,7 +157,7 @@ def a(kind: str) -> str:
 
 
 def refuse_unlearned(scale: float, guides_itself: bool, dropout: str) -> None:
-    """Raises ValueError if a model is to guide itself that heard everything at every step of its training."""
+    """Raises ValueError if guidance is asked of a model that was trained without dropped conditions."""
     if scale != 1 and not guides_itself:
         raise ValueError(
             f"guidance_scale {scale:g}, but the model has not learned to paint both told and not told; "
@@ -165,11 +166,7 @@ def refuse_unlearned(scale: float, guides_itself: bool, dropout: str) -> None:
 
 
 def refuse_kept(state: CascadeState, kind: str) -> None:
-    """For the hops that paint from noise and keep no brightness and no blocks of a picture.
-
-    Raises:
-        ValueError: They are asked to.
-    """
+    """Raises ValueError if a hop is asked to keep a picture's brightness or blocks; for hops that cannot."""
     if state.gray is not None or state.coarse is not None:
         given = "the brightness of a picture" if state.gray is not None else "the pixels of a smaller picture"
         raise ValueError(
@@ -196,7 +193,7 @@ def refuse_small(image_size: int, factor: int, small: Tensor | None) -> None:
 
 
 def refuse_unembedded(spec: LearnedSpec, embedding: Tensor | None) -> None:
-    """Raises ValueError unless there is an image embedding for a network that was never without one."""
+    """Raises ValueError if a network that never trained without an image embedding gets none."""
     if spec.always_embedded and embedding is None:
         raise ValueError(
             "it was told an image embedding at every step of its training (embedding_dropout 0) and got "
@@ -205,10 +202,10 @@ def refuse_unembedded(spec: LearnedSpec, embedding: Tensor | None) -> None:
 
 
 def given_noise(state: CascadeState, like: Tensor) -> Tensor | None:
-    """What a sampling begins with instead of `like`, noise drawn by the seeds; None unless it is given.
+    """The noise that a request gives instead of `like`, which its seeds draw; None if it gives none.
 
     Raises:
-        ValueError: It is noise of another hop, or a picture to edit is given as well.
+        ValueError: It has the shape of another hop's noise, or a picture to edit is given as well.
     """
     if state.noise is None:
         return None
@@ -223,7 +220,7 @@ def given_noise(state: CascadeState, like: Tensor) -> Tensor | None:
 
 
 def refuse_edit(how: SamplingSpec, state: CascadeState, *, has_channels: bool) -> None:
-    """A picture to edit that cannot be edited so; for every hop.
+    """Refuse a picture to edit that does not fit its hole, strength or inpainting; for every hop.
 
     Raises:
         ValueError: With what to do about it.

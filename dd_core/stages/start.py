@@ -1,7 +1,7 @@
-"""First weights of a stage from another model: what must be alike, and what is new begins at zero.
+"""Initial weights of a stage from another model: what must be equal; weights of new inputs start at zero.
 
-Names and shapes of weights do not tell how many heads an attention has, nor what a network was told and
-asked; so the specs are compared.
+Names and shapes of weights do not show how many heads an attention has, nor what the inputs and outputs of a
+network mean; so the specs are compared.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.network import NetworkSpec
 
 FREE = ("image_channels", "in_channels", "out_channels", "dropout")
-"""Of a network: what the shapes of weights say, or no weight depends on."""
+"""Fields of a network that the shapes of weights show, or that no weight depends on."""
 AS_READ = ("states", "pads_with", "quick_gelu", "text_layers")
-"""Of a CLIP that tells a network captions: what the width of its states does not show."""
+"""Fields of a CLIP that reads captions for a network, which the width of its states does not show."""
 READ_OTHERWISE = ("ldm-text256", "ldm-cin256")
-"""Published networks that are told the states of something else."""
+"""Published networks that are told states of something other than a CLIP."""
 BETAS = {"linear": "linear", "cosine": "cosine", "sqrt_linear": "scaled_linear"}
 """Names of the schedules of published networks -> ours."""
 
@@ -34,17 +34,17 @@ BETAS = {"linear": "linear", "cosine": "cosine", "sqrt_linear": "scaled_linear"}
 def begun(
     spec: ChainSpec, start: Trained, now: Mapping[str, Tensor], clip: ClipNetSpec | None = None
 ) -> dict[str, Tensor]:
-    """First weights of a chain, told no less of the picture than the other model was.
+    """Initial weights of a chain that has at least the image inputs of the other model.
 
     Args:
         spec: The chain.
         start: The other model: a chain, or a published network.
-        now: The state that is begun.
-        clip: Who reads captions for the chain, if it reads none itself.
+        now: The state to be filled.
+        clip: The CLIP that reads captions for the chain, if it does not read them itself.
 
     Raises:
-        ValueError: It is another network, was told or asked otherwise, was told features of CLIP that are no
-            unit vectors or captions that were read otherwise, or hears of holes elsewhere.
+        ValueError: The other model is another network, has other inputs or outputs, was told CLIP features
+            that are not unit vectors or captions read in another way, or takes holes in other channels.
     """
     refuse_features(spec.kind, start)
     refuse_holes(spec, start)
@@ -57,10 +57,11 @@ def begun(
 
 
 def refuse_features(kind: str, start: Trained) -> None:
-    """Published networks of unCLIP are Karlo's, which hear CLIP's features as its towers project them.
+    """Refuse the published networks of unCLIP, Karlo's: they are told CLIP's features without normalisation.
 
-    Here embeddings are unit vectors, stored ones too: a decoder would be told image and caption at another
-    length, and a prior, less the mean of the others and over their deviation, nearly the same for all images.
+    Here embeddings are unit vectors, stored ones too: a decoder would be told image and caption embeddings of
+    another length, and a prior, which whitens by mean and deviation of the features, nearly the same values
+    for all images.
 
     Raises:
         ValueError: The start is one of them.
@@ -76,7 +77,7 @@ def refuse_features(kind: str, start: Trained) -> None:
 
 
 def refuse_readers(kind: str, start: Trained, clip: ClipNetSpec | None) -> None:
-    """Published weights that were told captions in states that this stage's CLIP does not say.
+    """Refuse published weights trained on caption states that this stage's CLIP does not give.
 
     Raises:
         ValueError: The start is one of them; the field of the CLIP is named, with both values.
@@ -97,10 +98,10 @@ def refuse_readers(kind: str, start: Trained, clip: ClipNetSpec | None) -> None:
 
 
 def refuse_holes(spec: ChainSpec, start: Trained) -> None:
-    """Weights whose input fits in number, and not in what it means.
+    """Refuse weights whose input channels match in number, but not in meaning.
 
     Raises:
-        ValueError: They hear of a hole elsewhere, or otherwise, than this network does.
+        ValueError: They take a hole in other channels, or in another form, than this network does.
     """
     match start.spec:
         case ChainSpec() as other if spec.inpaints and other.inpaints and other.factor < spec.factor:
@@ -116,12 +117,12 @@ def refuse_holes(spec: ChainSpec, start: Trained) -> None:
 
 
 def refuse_other(kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Weights that fit in shape, of a network that computes or was asked something else.
+    """Refuse weights that fit in shape, but whose network computes or predicts something else.
 
     Args:
-        kind: Of the stage that begins.
-        mine: Its network and how it is asked, as `asked` says.
-        theirs: The same of the other model; empty if it can be no start.
+        kind: Of the stage that is to start from them.
+        mine: Its fields, from `asked`.
+        theirs: Those of the other model; empty if that cannot be a start.
 
     Raises:
         ValueError: They differ; the field is named, with both values.
@@ -141,7 +142,7 @@ def refuse_other(kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) 
 
 
 def asked_of(spec: Spec) -> dict[str, Any]:
-    """`asked` of a chain or a published network, of which a source may not say more than the network is."""
+    """`asked` for a chain or a published network, the network's fields alone if its process is not known."""
     match spec:
         case ChainSpec():
             found = asked(spec.net, spec.schedule, spec.predicts, rescaled=spec.rescaled_time)
@@ -156,7 +157,7 @@ def asked_of(spec: Spec) -> dict[str, Any]:
 
 
 def enlarged(spec: NetworkSpec) -> dict[str, Any]:
-    """How the smaller picture is enlarged that a published UNet is told, after four channels of a hole."""
+    """How a published UNet's smaller picture is enlarged: 3 channels, after 4 of a hole if there is one."""
     told = spec.net.unet.image_channels if isinstance(spec.net, PlainSpec | CaptionedSpec) else 0
     by = "bicubic" if spec.source.startswith("karlo-sr") else "bilinear"
     return {"enlarged_by": by} if told in {3, 7} else {}
@@ -165,7 +166,7 @@ def enlarged(spec: NetworkSpec) -> dict[str, Any]:
 def asked(
     net: Spec, levels: ScheduleSpec | LogNormalSpec, predicts: str, *, rescaled: bool = False
 ) -> dict[str, Any]:
-    """A network field by field, what it answers, and how it is told the noise level."""
+    """Fields to compare: those of the network, what it predicts, and how it is told the noise level."""
     return parts("net", net) | {"predicts": predicts} | told_level(net, levels, rescaled=rescaled)
 
 
@@ -198,7 +199,7 @@ def told_level(net: Spec, levels: ScheduleSpec | LogNormalSpec, *, rescaled: boo
 
 
 def parts(prefix: str, net: Spec) -> dict[str, Any]:
-    """What of a network no shape of its weights shows, field by field; heads decide over their width."""
+    """Fields of a network that weight shapes do not show; `heads`, if set, overrides `head_width`."""
     found: dict[str, Any] = {}
     for name, value in net:
         if isinstance(value, Spec):
@@ -211,13 +212,13 @@ def parts(prefix: str, net: Spec) -> dict[str, Any]:
 
 
 def widened(start: Trained, now: Mapping[str, Tensor], of_x: float = 1.0) -> dict[str, Tensor]:
-    """First weights from another model; input channels that it lacked are zero: it answers as before.
+    """Initial weights from another model; input channels that it lacks get zeros, so outputs are the same.
 
     Args:
         start: The other model.
-        now: The state that is begun.
-        of_x: Share of the input channels, the first ones, that are those of x.  What the other model lacks
-            comes right after them, as what is told of a hole does; what that is told of stays at the end.
+        now: The state to be filled.
+        of_x: Share of the input channels that are those of x, the first ones.  Channels that the other model
+            lacks are inserted right after them, where those of a hole are; its other inputs stay at the end.
 
     Raises:
         ValueError: A weight is missing, or differs in more than input channels.

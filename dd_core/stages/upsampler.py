@@ -1,8 +1,7 @@
 """The upsampler: a small image -> the same image at several times the size.
 
-Trained on crops: the crop is made small by averaging, roughened by blur and noise as the base's
-pictures are rough, and the network, told the small crop, learns the large one.  It is not told the
-caption.
+Trained on crops: the crop is made small by averaging and noised, since the base's pictures are not
+perfect either, and the network, told the small crop, learns the large one.  It is not told the caption.
 
 Sources: Ho et al. 2021 (arXiv:2106.15282, cascades, noise on the small image), Ramesh et al. 2022
 (arXiv:2204.06125, section 2.1, crops, no attention, no caption).
@@ -43,7 +42,7 @@ class UpsamplerSpec(LearnedSpec):
     log_sigma_std: float = Field(1.4, gt=0)
     weight_range: tuple[float, float] = (0.05, 5.0)
     roughness: float = Field(0.1, ge=0)
-    """Largest deviation of the noise on the small image in training; each crop draws its own."""
+    """Largest standard deviation of the noise on the small image in training; each crop draws its own."""
     sigma_min: float = Field(0.02, gt=0)
     sigma_max: float = Field(20.0, gt=0)
 
@@ -62,7 +61,7 @@ class UpsamplerSpec(LearnedSpec):
 
 
 class Refiner(nn.Module):
-    """A UNet that says what the enlarged image lacks, so that an untrained one already enlarges."""
+    """A UNet that predicts the residual to the enlarged image, so that an untrained one already enlarges."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()

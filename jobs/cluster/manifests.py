@@ -26,7 +26,7 @@ SERVE_PORT = 8000
 SERVICE = "ddiff-serve"
 """The name of the RayService, one to a namespace."""
 NAME_LENGTH = 40
-"""Of the objects of a run; of 63 characters KubeRay takes some for the names of its own."""
+"""Longest name of an object of a run; of the 63 characters KubeRay needs some for what it appends."""
 Manifest = dict[str, Any]
 
 
@@ -53,9 +53,9 @@ def text_of(manifests: list[Manifest]) -> str:
 def job(spec: RunSpec, cluster: ClusterSpec) -> list[Manifest]:
     """A RayJob that makes a run on a cluster of its own.
 
-    A driver that is killed is started again where it was.  A retry is a new cluster and a new driver, for a
-    head that was lost; the run resumes because its name and its storage, and so all that it has finished, are
-    the same.  KubeRay cannot tell a lost head from a run that is refused, and tries either again.
+    A driver that is killed is started again on the same cluster.  If the head is lost, a retry makes a new
+    cluster and a new driver; the run resumes because its name and its storage, and so all that it has
+    finished, are the same.  KubeRay cannot tell a lost head from a run that is refused, and retries both.
 
     Raises:
         ConfigError: A secret of this environment, or a password, would stand in it, or the run reads what no
@@ -140,13 +140,13 @@ def service(config: Config, cluster: ClusterSpec) -> list[Manifest]:
 
 
 def said_of(cluster: ClusterSpec, fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every text of which manifests are made, after its place."""
+    """Every text that manifests are made of: (where it stands, text)."""
     yield from texts(cluster.model_dump(mode="json"), "cluster")
     yield from texts(fields)
 
 
 def on_groups(spec: RunSpec, cluster: ClusterSpec) -> tuple[RunSpec, list[Group]]:
-    """A run with everything about its nodes said, and the groups of nodes it says.
+    """A run whose stages name all their resources and their groups of nodes, and these groups.
 
     Raises:
         PlanError: A stage cannot fit even there.
@@ -178,7 +178,7 @@ def stage_bound(plan: StagePlan) -> Any:
 def stage_groups(plans: tuple[StagePlan, ...], at_once: int) -> list[Group]:
     """One group for each kind of stage; empty at first.
 
-    As large as the largest stage of that kind needs, or those that may train side by side together.
+    It may grow to what the largest stage of that kind needs, or those that may train side by side.
     """
     found: list[Group] = []
     for kind in dict.fromkeys(plan.spec.stage.kind for plan in plans):
@@ -199,7 +199,7 @@ def stage_groups(plans: tuple[StagePlan, ...], at_once: int) -> list[Group]:
 
 
 def said(selectors: Mapping[str, str]) -> dict[str, str]:
-    """The labels that a node needs to be chosen; of several it may have, the first."""
+    """Labels that fulfil these selectors: of several allowed values the first, none for a negated one."""
     chosen = {}
     for name, selector in selectors.items():
         if not selector.startswith("!"):
@@ -209,9 +209,9 @@ def said(selectors: Mapping[str, str]) -> dict[str, str]:
 
 
 def hop_groups(spec: ServeSpec, cluster: ClusterSpec) -> list[Group]:
-    """Nodes for the replicas of the hops, of those that ask for a GPU and of those that do not.
+    """Nodes for the replicas of the hops: a group for hops that ask for a GPU, one for those that do not.
 
-    Twice as many as replicas at most, since new ones start before the old ones stop.
+    At most twice as many as all replicas need, since new ones start before the old ones stop.
     """
     unnamed = max(1, 3 - len(spec.hops))  # a cascade has three hops or so
     hops = [*spec.hops.values(), *[spec.hop] * unnamed]
@@ -233,7 +233,7 @@ def hop_groups(spec: ServeSpec, cluster: ClusterSpec) -> list[Group]:
 
 
 def nodes_for(hops: list[ReplicaSpec], pod: PodSpec, which: str) -> int:
-    """How many pods take so many replicas, each whole on one."""
+    """How many pods the replicas of these hops need, hop by hop, each replica whole on one pod."""
     count = 0
     for hop in hops:
         fit = min(
@@ -250,7 +250,7 @@ def nodes_for(hops: list[ReplicaSpec], pod: PodSpec, which: str) -> int:
 
 
 def claim(cluster: ClusterSpec) -> list[Manifest]:
-    """The volume for a storage that is a path: of all runs, so no run's manifests hold it.
+    """The volume for a storage that is a path; all runs share it, so it is in the manifests of none.
 
     Raises:
         ConfigError: The settings name none.
@@ -278,7 +278,7 @@ def group_name(kind: str) -> str:
 def object_name(name: str) -> str:
     """The name of a run as Kubernetes accepts it (DNS-1035), with room for what KubeRay adds.
 
-    A name that is not left as it is ends in what tells it from others that would look the same.
+    A name that has to be changed gets a digest at its end, to tell it from others that would look the same.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     plain = plain if plain[:1].isalpha() else f"run-{plain}".rstrip("-")

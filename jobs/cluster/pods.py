@@ -13,13 +13,13 @@ from jobs.nodes import NodeGroup
 PART = "app.kubernetes.io/part-of"
 DATA, CONFIG, SCRATCH = "/data", "/etc/ddiff", "/scratch"
 LEAVE_S = 20
-"""Of a pod's grace, for Ray itself to end."""
+"""The part of a pod's grace period in which Ray itself ends."""
 GROUP_START_S = 1800
 """How long Ray Train waits for nodes that the autoscaler brings; its default is 60 s."""
 
 
 class Group(NamedTuple):
-    """Worker pods alike."""
+    """Identical worker pods."""
 
     name: str
     pod: PodSpec
@@ -152,14 +152,14 @@ def template(
 
 
 def pulling(cluster: ClusterSpec) -> dict[str, Any]:
-    """By what a pod may pull our image."""
+    """The secret by which a pod may pull our image, if one is named."""
     return {"imagePullSecrets": [{"name": cluster.pull_secret}]} if cluster.pull_secret else {}
 
 
 def submitter(cluster: ClusterSpec, name: str) -> dict[str, Any]:
     """The pod that hands a RayJob to its cluster: as KubeRay makes it, with our label and the pull secret.
 
-    By the label `network_policy` lets it in: KubeRay itself labels this pod since 1.7 only.  Its command is
+    `network_policy` lets it in by the label: KubeRay itself labels this pod since 1.7 only.  Its command is
     left to KubeRay.
     """
     container = {
@@ -175,9 +175,9 @@ def submitter(cluster: ClusterSpec, name: str) -> dict[str, Any]:
 
 
 def leaving(grace_s: int) -> str:
-    """What a worker pod does before it is stopped: who trains there is told, saves, and goes on elsewhere.
+    """The command of a worker pod before it is stopped: Ray tells training there to save and go on elsewhere.
 
-    SIGTERM would not do: KubeRay's shell does not hand it on.
+    SIGTERM would not do: KubeRay's shell does not pass it on.
     """
     seconds = grace_s - LEAVE_S
     announced = f"--reason DRAIN_NODE_REASON_PREEMPTION --deadline-remaining-seconds {seconds}"

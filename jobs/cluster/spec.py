@@ -1,4 +1,4 @@
-"""What a Kubernetes cluster is like, as far as the manifests must know it."""
+"""The settings of a Kubernetes cluster that the manifests follow."""
 
 import importlib.metadata
 import math
@@ -30,9 +30,9 @@ class PodSpec(Spec):
         return round(self.memory_gib * (1 - OBJECT_STORE_SHARE) * 2**30)
 
     def resources(self) -> dict[str, Any]:
-        """As Kubernetes has it; requests equal limits, so that nobody is thrown out for another's sake.
+        """Requests and limits for Kubernetes: equal, so that no pod is evicted in favour of another.
 
-        But of the disk: a pod that writes more than it was thought to is no worse than another.
+        The disk has no limit: a pod is not evicted only because it writes more than was planned.
         """
         amounts = {"cpu": str(self.cpus), "memory": f"{self.memory_gib}Gi"}
         if self.gpus:
@@ -51,8 +51,8 @@ class ClusterSpec(Spec):
     pull_secret: DnsName | None = None
     """Secret of type kubernetes.io/dockerconfigjson, for an image in a registry that asks who pulls it."""
     service_account: DnsName | None = None
-    """Of every pod, made before: who its pods are to a cloud's stores.  None: the head has one that KubeRay
-    makes, the others the namespace's own."""
+    """Of every pod, made before: its identity to a cloud's stores.  None: the head has one that KubeRay
+    makes, the others the default one of the namespace."""
     storage: str = "s3://ddiff/runs"
     """DDIFF_STORAGE of every pod; a path lies on `claim`."""
     s3_endpoint: str = ""
@@ -83,9 +83,9 @@ class ClusterSpec(Spec):
     hop: PodSpec = PodSpec(cpus=4, memory_gib=16)
     """Nodes that serve; one with a GPU where a hop asks for one."""
     grace_s: int = Field(120, ge=30)
-    """What a worker pod that is to go is given: Ray announces it, and who trains there saves."""
+    """Grace period of a worker pod that is stopped: Ray announces it, and training there saves."""
     retries: int = Field(1, ge=0)
-    """New clusters for a job whose head was lost; each resumes.  One that is refused is tried as often."""
+    """New clusters for a job whose head was lost; each resumes.  A refused run is retried as often."""
     operator_namespace: DnsName = "kuberay-system"
     """May ask the dashboard and Serve."""
     client_namespace: DnsName = "ingress"
@@ -117,7 +117,7 @@ class ClusterSpec(Spec):
 
 
 def pod_for(*, cpus: float, memory_bytes: int, gpus: int, scratch_bytes: int = 0) -> PodSpec:
-    """A pod on which a worker of this size fits, with a CPU for those who read and a GiB for Ray itself.
+    """A pod on which a worker of this size fits, with one more CPU for reading and a GiB for Ray itself.
 
     Args:
         cpus: Of the worker.
