@@ -33,6 +33,7 @@ from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from jobs.source import source_tags
 from workflows.journal import JOURNAL, Journal, entries
+from workflows.pairs import HELD_OUT
 from workflows.parents import parent_home
 from workflows.pictures import SHOWN, last_parts
 from workflows.pipeline import RunResult, run_pipeline, run_stage, seconds_of, timed
@@ -339,7 +340,8 @@ def gather_data(home: Home, spec: RunSpec) -> None:
     """Fetch the parts of prepared data that the page shows, if the data are in a store."""
     data = Home.of(data_of(home, spec).address)
     if data.stored:
-        data.fetch(MANIFEST, *last_parts(data, SHOWN))
+        shown = {*last_parts(data, SHOWN), *last_parts(data, SHOWN, HELD_OUT)}
+        data.fetch(MANIFEST, *sorted(shown))
 
 
 def gather(home: Home, spec: RunSpec) -> None:

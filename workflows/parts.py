@@ -307,7 +307,7 @@ def resumed(directory: Home | Path, source: str, keys: Sequence[str] = ()) -> di
 
 def fits(part: Part, keys: Sequence[str], *, same: bool) -> bool:
     """Whether a part is made from what its key says; one without a source is if all together are (`same`)."""
-    return keys[part.shard : part.shard + 1] == [part.source] if part.source else same
+    return [*keys[part.shard : part.shard + 1]] == [part.source] if part.source else same
 
 
 def swept(home: Home, names: Sequence[str], *, keep: Collection[str]) -> None:

@@ -173,14 +173,20 @@ def psnr(one: Float[Tensor, " *s"], other: Float[Tensor, " *s"]) -> float:
     return float(10 * torch.log10(4 / mse))
 
 
-def last_parts(data: Home | Path, pairs: int) -> list[str]:
-    """The last files of prepared data, in reverse, that by the manifest have so many pairs to train on.
+def last_parts(data: Home | Path, pairs: int, mark: str = "") -> list[str]:
+    """The last files of prepared data, in reverse, that together have so many pairs by the manifest.
 
     Files without any are passed over: a downloader leaves an empty tar where every link is dead.
+
+    Args:
+        data: Where it lies.
+        pairs: How many to find.
+        mark: Empty: pairs to train on; HELD_OUT: held-out ones.
     """
     files, found = list[str](), 0
     for part in reversed(parts_of(Home.of(data).facts(MANIFEST))):
-        usable = part.kept - sum(part.held_out)
+        held_out = sum(part.held_out)
+        usable = held_out if mark == HELD_OUT else part.kept - held_out
         if usable and found < pairs:
             files.append(part.file)
             found += usable
@@ -194,7 +200,7 @@ def last_rows(data: Path, columns: Sequence[str], pairs: int, mark: str = "") ->
         DataError: A file is gone or damaged.
     """
     tables: list[pa.Table] = []
-    for url, group, _ in backwards(str(data / file) for file in last_parts(data, pairs)):
+    for url, group, _ in backwards(str(data / file) for file in last_parts(data, pairs, mark)):
         tables.insert(0, marked(url, group, [*columns], mark))
         if sum(map(len, tables)) >= pairs:
             break

@@ -129,6 +129,15 @@ def test_of_prepared_data_no_more_is_read_than_is_shown_and_what_is_read_is_chec
         pictures.prepared_images(data, 16, 6)
 
 
+def test_held_out_captions_are_looked_for_in_earlier_files_too(tmp_path: Path) -> None:
+    data = own_data(tmp_path / "data", pairs=300, shards=3, held_out=0.03).here
+    parts = [pq.read_table(path).to_pylist() for path in sorted(data.glob("part-*"))]
+    held = [row["caption"] for rows in parts for row in rows if row["reject"] == HELD_OUT]
+    last = sum(row["reject"] == HELD_OUT for row in parts[-1])
+    assert last < len(held)  # though the last file has as many pairs to train on
+    assert pictures.prepared_captions(data, len(held)) == held
+
+
 def test_a_last_part_without_a_usable_pair_is_passed_over(tmp_path: Path) -> None:
     run, data = make_run(tmp_path / "run"), tmp_path / "run" / "data"
     shutil.rmtree(run / "cascade")  # painting takes most of the time
