@@ -1,4 +1,4 @@
-"""Churn: noise put back before each step of Heun's method, so that errors of the steps before are redrawn.
+"""Churn: noise put back before each step of Heun's method, which corrects errors of earlier steps.
 
 Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
 """
@@ -24,9 +24,9 @@ class ChurnSpec(Spec):
     low: float = Field(0.05, ge=0)
     """S_tmin: noise levels below it are left alone."""
     high: float = Field(50.0, gt=0)
-    """S_tmax: and those above."""
+    """S_tmax: noise levels above it are left alone."""
     noise: float = Field(1.003, gt=0)
-    """S_noise: deviation of the new noise; a little above 1, as denoisers take away too much."""
+    """S_noise: standard deviation of the new noise; a little above 1, as denoisers remove too much."""
 
 
 def churned(

@@ -1,7 +1,7 @@
-"""Loops in C, compiled by the machine that runs them: for its own processor, in a second, once.
+"""Loops in C, compiled on the machine that runs them, for its own processor: once, in a second.
 
-PyTorch's operations work on whole tensors; where a CPU passes over memory ten times for what one loop does,
-the loop is written out.  Whoever calls has the same in PyTorch's operations, for machines without gcc.
+PyTorch's operations work on whole tensors; where a CPU would pass over memory ten times for what one loop
+does, the loop is written in C.  Callers have the same in PyTorch's operations, for machines without gcc.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 @cache
 def compiled(source: Path) -> ctypes.CDLL | None:
-    """The library made of a C file, or None, said once, where there is no gcc or it fails.
+    """The library compiled from a C file; None, logged once, if there is no gcc on Linux or it fails.
 
     OpenMP's threads are PyTorch's own: on Linux both ask for libgomp.so.1, which PyTorch has loaded.
     """
@@ -44,17 +44,17 @@ def compiled(source: Path) -> ctypes.CDLL | None:
 
 
 def library(gcc: str, source: Path) -> Path:
-    """The compiled file, made unless it is there for this source, these flags and this processor.
+    """The compiled file for this source, these flags and this processor, made unless it exists.
 
     Raises:
         subprocess.CalledProcessError: gcc fails.
-        OSError: Of the directory it is kept in.
+        OSError: The directory it is kept in cannot be used.
     """
     processor = repr(sorted(torch.cpu.get_capabilities().items()))
     key = hashlib.sha256("\0".join([source.read_text(), *FLAGS, processor]).encode()).hexdigest()[:16]
     made = scratch_directory("compiled") / f"{source.stem}-{key}.so"
     if not made.exists():
-        draft = made.with_suffix(f".{uuid.uuid4().hex}")  # several may be at it; the last one's stays
+        draft = made.with_suffix(f".{uuid.uuid4().hex}")  # several processes may compile; the last one wins
         subprocess.run(  # noqa: S603 our own source
             [gcc, *FLAGS, source, "-o", draft, "-lm"], check=True, capture_output=True
         )

@@ -1,10 +1,10 @@
-"""Consistency training: a network learns to answer alike along the path from noise to image.
+"""Consistency training: a network learns to give the same answer all along the path from noise to image.
 
-A pair of neighbouring levels, an image noised to the higher, and where its path meets the lower: by a step
-of a teacher (distillation) or by the image itself (training alone).  The network at the higher level is
-trained towards its own average at the lower, by whatever distance between images.  The path may be cut into
-segments: then the network jumps to the end of the one it is in, so as many jumps as there are segments make a
-picture, and each is far easier to learn.
+Of two neighbouring levels, an image is noised to the higher and its path followed to the lower: by the steps
+of a teacher (distillation), or with the image itself and the same noise (training alone).  The network at the
+higher level is trained towards its own average at the lower, by any distance between images.  The path may be
+cut into segments: then the network jumps to the end of the segment it is in, so a picture takes as many jumps
+as there are segments, and each is far easier to learn.
 
 Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; Song & Dhariwal 2023 (arXiv:2310.14189,
 pseudo-Huber distance); Heek et al. 2024 (arXiv:2403.06807, segments).
@@ -27,7 +27,7 @@ from dd_core.samplers import Query, Sampling, sample
 from dd_core.spec import Spec
 
 Distance = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], Float[Tensor, " b"]]
-"""Between estimates of images, one value per sample: l1, l2, pseudo_huber, or a perceptual one."""
+"""Distance between estimates of images, one value per sample: l1, l2, pseudo_huber, or a perceptual one."""
 
 
 class Pace(NamedTuple):
@@ -35,7 +35,7 @@ class Pace(NamedTuple):
 
     num_levels: int
     mu: float
-    """Share of the target's weights that stays at each step."""
+    """Decay of the target's moving average: the share of its weights that is kept at each step."""
 
 
 def pace(
@@ -51,12 +51,12 @@ def pace(
 
     Args:
         step: k, from 0.
-        num_steps: K, at which N(k) arrives.
-        s0: Levels less one at first.
+        num_steps: K, at which N(k) reaches s1 + 1.
+        s0: Levels at first, but these are never fewer than 2.
         s1: Levels less one at last; above s0.
         mu0: Averaging at first, in the paper's form.
-        form: The published code has N(k) - 1 where the paper has N(k) in mu, so it averages less: at k = 0
-            0.9025 where the paper has 0.95.
+        form: In mu the published code has N(k) - 1 where the paper has N(k), so it averages less: 0.9025 at
+            k = 0 where the paper has 0.95.
 
     Source: Song et al. 2023, section 5 and appendix C.
     """
@@ -67,13 +67,13 @@ def pace(
 
 
 class FixedLevels(Spec):
-    """As many levels from the first step to the last, for distillation (Song et al. 2023, table 3)."""
+    """The same number of levels at every step, for distillation (Song et al. 2023, table 3)."""
 
     kind: Literal["fixed"] = "fixed"
     num_levels: int = Field(18, ge=2)
     """N: 18 on CIFAR-10, 40 on ImageNet-64."""
     mu: float = Field(0.95, ge=0, lt=1)
-    """Share of the target's weights that stays at each step; 0 on CIFAR-10."""
+    """As `Pace.mu`; 0 on CIFAR-10."""
 
     @property
     def final(self) -> int:
@@ -90,7 +90,7 @@ class GrowingLevels(Spec):
 
     kind: Literal["growing"] = "growing"
     steps: int = Field(ge=1)
-    """K, the step at which there are s1 + 1 of them; the budget's, as published."""
+    """K, the step at which there are s1 + 1 levels; as published, that of the whole budget."""
     s0: int = Field(2, ge=1)
     s1: int = Field(150, ge=2)
     mu0: float = Field(0.9, gt=0, lt=1)
@@ -123,14 +123,14 @@ class Cut(NamedTuple):
     """Lowest level that is not 0."""
     sigma_max: float = 80.0
     to_zero: bool = False
-    """Whether 0 is the last of the levels, as samplers walk, or sigma_min, as published."""
+    """Whether the last level is 0, as in samplers; otherwise it is sigma_min, as published."""
     segments: int = 1
-    """Equal parts of the num_levels - 1 intervals; it divides them."""
+    """How many, each of equally many intervals; divides num_levels - 1."""
     steps: int = 1
-    """Of the teacher in each interval."""
+    """Teacher steps in each interval."""
 
     def grid(self) -> Float[Tensor, " n"]:
-        """Where the teacher stops, on a Karras grid; every steps-th is a level."""
+        """All levels that the teacher visits, a Karras grid; every steps-th is a level of the path."""
         fine = (self.num_levels - 1) * self.steps
         levels = karras_sigmas(fine + (not self.to_zero), sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         return levels[: fine + 1]
@@ -144,7 +144,7 @@ class Pair(NamedTuple):
     end: Float[Tensor, " b"]
     """0 in the last segment."""
     path: Float[Tensor, " b n"]
-    """Where the teacher stops on its way from high to low, both included."""
+    """The levels that the teacher visits on its way from high to low, both included."""
 
 
 def draw_pair(like: Float[Tensor, " b *s"], cut: Cut) -> Pair:
@@ -158,9 +158,9 @@ def draw_pair(like: Float[Tensor, " b *s"], cut: Cut) -> Pair:
 
 
 def ended(denoise: Denoiser) -> Denoiser:
-    """A denoiser as a consistency function whose paths end at level 0: there it answers what it is shown.
+    """A denoiser as a consistency function whose paths end at level 0, where it is the identity.
 
-    Networks that predict eps, v or edm tend to that by themselves.
+    Networks that predict eps, v or edm tend to the identity there by themselves.
 
     Source: Song et al. 2023, eq. 4, with epsilon 0.
     """
@@ -173,14 +173,14 @@ def ended(denoise: Denoiser) -> Denoiser:
 
 
 Solver = Literal["heun", "ddim"]
-"""By which the teacher is followed: Heun's steps, as published, or those of DDIM, which ask it once."""
+"""The teacher's steps: Heun's, as published, or DDIM's, which query it once each."""
 
 Follow = Callable[[Float[Tensor, " b *s"], Float[Tensor, " b n"]], Float[Tensor, " b *s"]]
-"""Images at the first of the levels -> where their path is at the last."""
+"""Images at the first of the levels -> the images on their path at the last."""
 
 
 def following(teacher: Denoiser, solver: Solver = "heun") -> Follow:
-    """A diffusion model, told the captions and guided as it should be, as one who shows the path."""
+    """Follows the path of a teacher, a diffusion model already conditioned and guided."""
 
     def walked(x: Float[Tensor, " b *s"], path: Float[Tensor, " b n"]) -> Float[Tensor, " b *s"]:
         step = heun_down if solver == "heun" else ddim_down
@@ -223,9 +223,9 @@ def distillation(
     """Consistency distillation: the path is followed by the steps of a sampler with the teacher.
 
     Args:
-        student: What is trained, told the captions.
-        target: The average of its weights, told the same.
-        teacher: Whose path it is.
+        student: The network in training, with its conditioning bound.
+        target: The moving average of the student, with the same conditioning.
+        teacher: Follows the path that is learned.
         x0: Clean images.
         pair: Levels to train at.
         distance: Between the answers of student and target.
@@ -255,9 +255,9 @@ def gap(
     pair: Pair,
     distance: Distance,
 ) -> Float[Tensor, " b"]:
-    """How far the student at the higher level is from the target at the lower; both drop out alike.
+    """Distance of the student at the higher level from the target at the lower, with the same dropout masks.
 
-    The lower level's answer is not trained.
+    No gradient flows through the target.
     """
     devices = [noisy[0].device] if noisy[0].is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # the student draws the same masks below
@@ -268,10 +268,10 @@ def gap(
 def landing_alike(
     found: Float[Tensor, " b *s"], noisy: tuple[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], pair: Pair
 ) -> Float[Tensor, " b *s"]:
-    """The estimate at the higher level with which DDIM ends the segment where it does with `found`.
+    """The estimate at the higher level from which DDIM reaches the same segment end as from `found`.
 
     Args:
-        found: The estimate at the lower level; in the last segment the answer itself.
+        found: The estimate at the lower level; in the last segment it is the result, unchanged.
         noisy: The image at both levels.
         pair: The levels.
 
@@ -303,7 +303,7 @@ def pseudo_huber(a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"]) -> Float[
 
 
 def enlarged(distance: Distance, side: int = 224) -> Distance:
-    """A perceptual distance of images that are enlarged to what its network was trained on, if smaller.
+    """A perceptual distance between images that, if smaller, are enlarged to the size its network expects.
 
     Source: Song et al. 2023, published code (LPIPS, bilinear, below 256 px).
     """

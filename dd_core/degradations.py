@@ -1,6 +1,6 @@
-"""Degradations: what an enlarging model is shown in training, so that no rough picture surprises it.
+"""Degradations of the small picture that an enlarging model is told in training, to make it robust to flaws.
 
-`blurred` is Gaussian blur augmentation; `bsr` is blind super-resolution's chain of blurs, noises and
+`blurred` is Gaussian blur augmentation; `bsr` is the chain of blind super-resolution: blurs, noises and
 compression in random order, from the large picture to the small one.  Written from the papers.
 
 All random numbers come from torch's global generators, as in every loss; pixels are in [-1, 1].
@@ -15,11 +15,11 @@ from torch import Tensor
 
 BLUR_SHARE, BLUR_STD = 0.5, (0.4, 0.6)
 KERNEL = 21
-"""Side of the largest blurs of `bsr`, in pixels."""
+"""Side of the blur kernels of `bsr`, in pixels."""
 ROUND_STD, LONG_STD = (0.1, 2.8), (0.5, 8.0)
-"""Of its blurs: the round ones, and the longer axis of the others; for a factor of 4."""
+"""Deviations of its blurs: of the round ones, and along the longer axis of the others; for a factor of 4."""
 NOISE = (1 / 255, 25 / 255)
-"""Of its Gaussian noise, as deviation of a pixel of [0, 1]."""
+"""Deviation of its Gaussian noise, for pixels in [0, 1]."""
 QUALITY = (30.0, 95.0)
 SENSOR_SHARE = 0.25
 LUMINANCE = (
@@ -39,12 +39,12 @@ CHROMINANCE = (
     (47, 66, 99, 99, 99, 99, 99, 99),
     *((99,) * 8,) * 4,
 )
-"""Steps of JPEG's coefficients at quality 50 (ITU-T T.81, tables K.1 and K.2)."""
+"""JPEG's quantisation tables, those of quality 50 (ITU-T T.81, tables K.1 and K.2)."""
 TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def blurred(small: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 h w"]:
-    """Half of the small pictures blurred by 3 x 3 pixels, each by its own deviation of 0.4 to 0.6.
+    """Blurs a random half of the small pictures by 3 x 3 pixels, each with its own deviation of 0.4 to 0.6.
 
     Source: Ho et al. 2021 (arXiv:2106.15282), section 4.2 (blurring augmentation); for unCLIP's first
     upsampler Ramesh et al. 2022 (arXiv:2204.06125), section 2.1, which names the blur but not its size.
@@ -56,18 +56,19 @@ def blurred(small: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 h w"]:
 
 
 def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 i j"]:
-    """The picture made `factor` times smaller, and worse.
+    """The picture made `factor` times smaller, and degraded.
 
-    Two blurs, the shrinking, Gaussian noise, noise of a sensor and JPEG in an order drawn for the batch; a
-    last JPEG ends it.  What each does is drawn for each picture.  The sensor's noise is shot and read noise
-    in linear light, without the mosaic and the camera's colours that the paper has; the code published with
-    latent diffusion has no noise of a sensor at all.
+    Two blurs, the shrinking, Gaussian noise, sensor noise and JPEG in an order drawn for the batch, then a
+    last JPEG.  Except for the way of shrinking, parameters are drawn for each picture.  The sensor noise is
+    shot and read noise in linear light, without the paper's mosaic and camera colours; the code published
+    with latent diffusion has no sensor noise at all.
 
-    Otherwise it is of the strength of that code's full variant (noise up to 25/255, JPEG of quality 30 to
-    95), not of its light one (one blur, a quarter as wide, noise of 1/255 or 2/255, quality 80 to 95).  There
-    the shrinking is two steps between which others may fall, its first at times a shifted blur of which every
-    k-th pixel is taken; each of its two blurs is round or long by chance; the JPEG in the order is left out
-    for a tenth.  Here the shrinking is one step, there is a blur of each kind, and no JPEG is left out.
+    Otherwise the strength is that of that code's full variant (noise up to 25/255, JPEG of quality 30 to 95),
+    not of its light one (one blur, a quarter as wide, noise of 1/255 or 2/255, quality 80 to 95).  In that
+    code the shrinking is two steps, between which others may fall, and the first is at times a shifted blur
+    of which every k-th pixel is taken; each of the two blurs is round or long by chance; the JPEG in the
+    order is left out for a tenth.  Here the shrinking is one step, one blur is round and one long, and no
+    JPEG is left out.
 
     Source: Zhang et al. 2021 (arXiv:2103.14006, BSRGAN), section 3; for unCLIP's second upsampler Ramesh et
     al. 2022, section 2.1, who refer to Rombach et al. 2022 (arXiv:2112.10752), section 4.4.
@@ -76,7 +77,7 @@ def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 
         found, steps = picture.float(), ("round", "long", "shrink", "noise", "sensor", "jpeg")
         place = dict(
             zip(steps, torch.rand(len(steps)).tolist(), strict=True)
-        )  # each once, even if all are alike
+        )  # in random order, each once even if numbers are equal
         for step in sorted(steps, key=place.__getitem__):
             match step:
                 case "round":
@@ -98,17 +99,17 @@ def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 
 
 
 def exact(like: Tensor) -> torch.autocast:
-    """No autocast: a blur in bfloat16 would be noise of its own."""
+    """Disables autocast: the rounding of a blur in bfloat16 would add noise."""
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
 def uniform(low: float, high: float, like: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b"]:
-    """One number for each picture."""
+    """A uniform draw from [low, high) for each picture."""
     return low + (high - low) * torch.rand(len(like), device=like.device)
 
 
 def chosen(share: float, like: Float[Tensor, " b 3 h w"]) -> Bool[Tensor, " b 1 1 1"]:
-    """A share of the pictures."""
+    """Which pictures are chosen, each with the probability `share`."""
     return torch.rand(len(like), 1, 1, 1, device=like.device) < share
 
 
@@ -120,7 +121,7 @@ def gaussians(
     Args:
         long: Deviation along the direction `angle`, in pixels.
         thin: Deviation across it.
-        angle: In radians, from the rows.
+        angle: In radians, 0 along the rows.
         side: Of the kernels, odd.
     """
     at = torch.arange(side, device=long.device) - side // 2
@@ -132,7 +133,7 @@ def gaussians(
 
 
 def filtered(image: Float[Tensor, " b 3 h w"], kernels: Float[Tensor, " b k k"]) -> Float[Tensor, " b 3 h w"]:
-    """Each picture by its own kernel; its border is continued outwards."""
+    """Each picture convolved with its own kernel; border pixels are replicated outwards."""
     edge = kernels.shape[-1] // 2
     padded = F.pad(image, (edge, edge, edge, edge), mode="replicate").flatten(0, 1)[None]
     weight = kernels.repeat_interleave(3, 0)[:, None]
@@ -140,7 +141,7 @@ def filtered(image: Float[Tensor, " b 3 h w"], kernels: Float[Tensor, " b k k"])
 
 
 def shrunk(image: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 i j"]:
-    """By nearest, bilinear or bicubic interpolation, at once or down too far and up again."""
+    """Shrunk by nearest, bilinear or bicubic interpolation, directly or, by chance, to less and up again."""
     how = ("nearest-exact", "bilinear", "bicubic")[int(torch.randint(3, ()))]
     height, width = image.shape[2] // factor, image.shape[3] // factor
     if torch.rand(()) < 0.25:
@@ -152,7 +153,7 @@ def shrunk(image: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3
 
 
 def noised(image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 h w"]:
-    """Gaussian noise: of two fifths the same in all channels, of two independent, of the rest correlated."""
+    """Gaussian noise: alike in all channels for 2/5 of the pictures, independent for 2/5, else correlated."""
     white, kind = torch.randn_like(image), torch.rand(len(image), 1, 1, 1, device=image.device)
     mix = F.normalize(torch.randn(len(image), 3, 3, device=image.device), dim=2)
     coloured = torch.einsum("bij,bjhw->bihw", mix, white)
@@ -173,13 +174,13 @@ def sensed(image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b 3 h w"]:
 
 
 def jpeg(image: Float[Tensor, " b 3 h w"], quality: Float[Tensor, " b"]) -> Float[Tensor, " b 3 h w"]:
-    """What JPEG leaves of a picture, at full resolution of colour.
+    """A picture after JPEG compression without chroma subsampling.
 
     Args:
         image: In [-1, 1]; values outside are clipped.
-        quality: In 1..100 as libjpeg counts, one for each picture.
+        quality: In 1..100 on libjpeg's scale, one for each picture.
 
-    Source: ITU-T T.81, annex A (transform) and K (steps).
+    Source: ITU-T T.81, annex A (transform) and K (quantisation tables).
     """
     height, width = image.shape[2:]
     values = (image.clamp(-1, 1) + 1) * 127.5
@@ -201,7 +202,7 @@ def jpeg(image: Float[Tensor, " b 3 h w"], quality: Float[Tensor, " b"]) -> Floa
 
 
 def cosines(device: torch.device) -> Float[Tensor, " 8 8"]:
-    """The orthonormal cosine transform of eight values."""
+    """The matrix of the orthonormal cosine transform (DCT-II) of eight values."""
     at = torch.arange(8, device=device)
     waves = torch.cos(math.pi / 8 * at[:, None] * (at + 0.5)) / 2
     return torch.where(at[:, None] == 0, 1 / math.sqrt(8), waves)

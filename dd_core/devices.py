@@ -1,4 +1,4 @@
-"""Which kind of device computes, for layers have a way of their own on CPUs; and what is carried to it."""
+"""The kind of device that computes, since layers take other paths on CPUs; and copies of tensors to it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ _imagined = ""
 
 
 def nearest() -> torch.device:
-    """The GPU that this process computes with where it has one, else the CPU."""
+    """This process's GPU if it has one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def kind_of(tensor: Tensor) -> str:
-    """cpu, cuda or another: of the device that computes with a tensor, or of the one that is imagined to."""
+    """cpu, cuda or another: the kind of a tensor's device or, inside `imagined`, the kind given there."""
     return _imagined or tensor.device.type
 
 
 @contextmanager
 def imagined(kind: str) -> Iterator[None]:
-    """While inside, layers do as on such a device; to plan for one that is not here (FakeTensorMode)."""
+    """Inside, layers take the paths of this kind of device, to plan for an absent one (FakeTensorMode)."""
     global _imagined  # noqa: PLW0603 torch.compile reads a plain name, not a ContextVar
     before, _imagined = _imagined, kind
     try:
@@ -32,12 +32,12 @@ def imagined(kind: str) -> Iterator[None]:
 
 
 def carry(part: Tensor, device: torch.device) -> Tensor:
-    """`part` on a device; one of the host goes to a GPU without waiting for what that is at work on."""
+    """`part` on a device; a copy from the CPU to a GPU does not wait for the work queued there."""
     return part.to(device, non_blocking=part.device.type == "cpu" and device.type == "cuda")
 
 
 def carried(*parts: Tensor) -> Callable[[torch.device], tuple[Tensor, ...]]:
-    """What a request says once and every step uses: device -> the parts there, carried at the first call."""
+    """Device -> the parts there, copied at the first call only: for what every step of a request uses."""
 
     @cache
     def there(device: torch.device) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def averaged_init(model: nn.Module) -> dict[str, Tensor]:
-    """A float32 copy of everything in the state of a model."""
+    """A copy of the whole state of a model (in training its weights are float32)."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -15,7 +15,7 @@ def update(
 ) -> None:
     """Move the average towards the model by one step, in place; buffers, which are not learned, are copied.
 
-    The decay is exp(-images / horizon), and less at the beginning, so that the start is forgotten:
+    The decay is exp(-images / horizon), and less at the beginning, so that the initial weights are forgotten:
     after n images the average spans about min(horizon, n / 10) of them.
 
     Args:

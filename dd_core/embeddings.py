@@ -14,10 +14,10 @@ from torch import Tensor
 def slerp(
     a: Float[Tensor, " b *s"], b: Float[Tensor, " b *s"], share: Float[Tensor, " b"] | float
 ) -> Float[Tensor, " b *s"]:
-    """On the great circle from a (share 0) to b (share 1): unit vectors stay unit vectors.
+    """A point on the great circle from a (share 0) to b (share 1): unit vectors stay unit vectors.
 
     For vectors of any length, such as noise, the angle is that between their directions (Song et al. 2021,
-    arXiv:2010.02502, appendix D.5).  Opposite directions have no shortest way and give nan.
+    arXiv:2010.02502, appendix D.5).  Opposite directions have no shortest arc and give nan.
 
     Source: section 3.2; Shoemake 1985.
     """
@@ -44,12 +44,12 @@ def text_difference(caption: Float[Tensor, " b d"], start: Float[Tensor, " b d"]
 def nearest_draw(
     draws: Float[Tensor, " b k d"], caption: Float[Tensor, " b d"], seen: Float[Tensor, " b k d"]
 ) -> Float[Tensor, " b d"]:
-    """Of k embeddings drawn for each caption, the one whose picture is nearest to the caption and to itself.
+    """Of k embeddings drawn for a caption, the one whose picture is nearest, in sum, to caption and draw.
 
     Args:
         draws: Unit vectors.
         caption: Unit vectors.
-        seen: Embeddings of the draws' pictures, unit vectors; the draws themselves where nothing paints them.
+        seen: Embeddings of the draws' pictures, unit vectors; the draws themselves if there is no draft.
 
     Source: section 2.2 (k is 2, unpainted).
     """
@@ -101,14 +101,14 @@ def encode(pca: Pca, embeddings: Float[Tensor, " b d"]) -> Float[Tensor, " b k"]
 
 
 def decode(pca: Pca, coordinates: Float[Tensor, " b k"]) -> Float[Tensor, " b d"]:
-    """The embedding with these coordinates, its part beyond the axes that of the mean; not normalised."""
+    """The embedding with these coordinates, equal to the mean off the axes; not normalised."""
     return coordinates @ pca.axes.T + pca.mean
 
 
 def to_buckets(
     values: Float[Tensor, " b k"], low: Float[Tensor, " k"], high: Float[Tensor, " k"], count: int = 1024
 ) -> Int[Tensor, " b k"]:
-    """Which of `count` equal parts of [low, high] each value lies in; values beyond are in the outermost.
+    """Which of `count` equal parts of [low, high] each value lies in; values outside go to the nearest.
 
     Also for the product of caption and image embedding that the autoregressive prior is told, one value in
     [-1, 1].  Source: section 2.2.

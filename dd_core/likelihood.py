@@ -26,13 +26,13 @@ class Step(NamedTuple):
     sigma_next: Float[Tensor, " b"]
     """0 at timestep 0."""
     log_small: Float[Tensor, " b"]
-    """Of beta-tilde; at timestep 0, where it is nil, that of timestep 1."""
+    """Log of beta-tilde; at timestep 0, where that is zero, of that of timestep 1."""
     log_large: Float[Tensor, " b"]
-    """Of beta."""
+    """Log of beta."""
 
 
 def step_at(table: Float[Tensor, " t"], t: Int[Tensor, " b"]) -> Step:
-    """What the timesteps t of a chain are."""
+    """The steps of a chain at the timesteps t."""
     levels = table.double().to(t.device)
     sigma, sigma_next = levels[t], torch.where(t > 0, levels[(t - 1).clamp(min=0)], 0.0)
     upper, lower = levels[t.clamp(min=1)], levels[t.clamp(min=1) - 1]
@@ -52,11 +52,11 @@ def bound(
 ) -> Float[Tensor, " b"]:
     """The term of the bound for timestep t, in bits per number.
 
-    The divergence of the true posterior from the model's; at timestep 0, the bits to write the pixels with.
+    The divergence of the true posterior from the model's; at timestep 0, the bits that encode the pixels.
 
     Args:
-        out: The answer to x0 with noise of level t on it; its mean depends on x0 alone, as both means have
-            the same share of x.
+        out: The denoiser's answer to x0 noised to level t; the means of the two posteriors differ by their
+            x0 alone, as both have the same share of x.
         x0: Pixels in [-1, 1].
         t: Timesteps.
         table: Noise levels of the chain.
@@ -85,10 +85,10 @@ def bound(
 def log_pixel(
     x0: Float[Tensor, " b *s"], mean: Float[Tensor, " b *s"], log_std: Float[Tensor, " b *#s"]
 ) -> Float[Tensor, " b *s"]:
-    """Log probability of 8-bit pixels under a normal distribution: its mass within each pixel's 1/127.5.
+    """Log probability of 8-bit pixels under a normal distribution: its mass in bins that are 1/127.5 wide.
 
-    The outermost pixels have the tails.  The published code approximates the distribution function by a
-    tanh; this is the function itself, taken in the lower tail where it is exact.
+    The darkest and the brightest bin include the tails.  The published code approximates the distribution
+    function by a tanh; this is the function itself, evaluated in the lower tail, where it is accurate.
 
     Source: Ho et al. 2020, eq. 13; probabilities below 1e-12 count as that, as published.
     """
@@ -160,7 +160,7 @@ class TimestepSampler(nn.Module):
 
     Args:
         num_timesteps: Length of the chain.
-        history: Losses remembered of each timestep; until all have that many, draws are uniform.
+        history: Losses remembered per timestep; until all timesteps have that many, draws are uniform.
         uniform: Share of the draws that stays uniform.
 
     Source: Nichol & Dhariwal 2021, eq. 18.
@@ -184,19 +184,19 @@ class TimestepSampler(nn.Module):
         return torch.where(warm, by_loss, 1 / count)
 
     def draw(self, count: int) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
-        """Timesteps, and the weights that make a weighted loss mean what a uniform draw would."""
+        """Timesteps, and the weights with which the mean loss is in expectation that of uniform draws."""
         chances = self.probabilities()
         t = torch.multinomial(chances, count, replacement=True)
         return t, (1 / (len(chances) * chances[t])).float()
 
     @torch.no_grad()
     def observe(self, t: Int[Tensor, " b"], loss: Float[Tensor, " b"]) -> None:
-        """Remember unweighted losses; of a timestep that occurs more than once, one after the other.
+        """Remember unweighted losses; those of a timestep that occurs more than once, in their order.
 
-        One that is not finite is none: with it no timestep could be drawn for the rest of the run.
+        A loss that is not finite is skipped: with it no timestep could be drawn for the rest of the run.
         """
         count, history = self.losses.shape
-        t = torch.where(loss.isfinite(), t, count)  # the row behind the last is nobody's
+        t = torch.where(loss.isfinite(), t, count)  # an extra row, dropped below
         order = t.argsort(stable=True)
         t, loss = t[order], loss.double()[order]
         new = self.seen.new_zeros(count + 1).scatter_add_(0, t, torch.ones_like(t))
@@ -213,7 +213,7 @@ class Bits(NamedTuple):
 
     total: Float[Tensor, " b"]
     prior: Float[Tensor, " b"]
-    """That the noisiest level is not pure noise."""
+    """The cost of the noisiest level not being pure noise."""
     steps: Float[Tensor, " b t"]
     """Of each timestep, 0 first."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Mean(NamedTuple):
-    """Of a sample, with its interval."""
+    """The mean of a sample, with its confidence interval."""
 
     value: float
     low: float
@@ -32,13 +32,13 @@ def others(count: int, among: int, *, seed: int) -> Int[Tensor, " n k"]:
     """For each of `count` captions, `among - 1` of the others, drawn anew for each from (seed, its number).
 
     Raises:
-        ValueError: There are not so many, or none would be drawn.
+        ValueError: There are fewer than `among` captions, or none would be drawn.
     """
     if not 2 <= among <= count:
         raise ValueError(f"{among} of {count} captions cannot be compared; 2 to {count} can")
     rows = [
         np.random.default_rng((seed, row)).permutation(count - 1)[: among - 1] for row in range(count)
-    ]  # of those that are left when its own is taken out
+    ]  # indices among the others: its own is left out
     drawn = torch.from_numpy(np.stack(rows))
     return drawn + (drawn >= torch.arange(count)[:, None])
 
@@ -46,7 +46,7 @@ def others(count: int, among: int, *, seed: int) -> Int[Tensor, " n k"]:
 def found_own(
     pictures: Float[Tensor, " n d"], captions: Float[Tensor, " n d"], others: Int[Tensor, " n k"]
 ) -> Bool[Tensor, " n"]:
-    """Whether a picture is nearer to its own caption than to each of the others; as near is not nearer.
+    """Whether a picture is nearer to its own caption than to each of the others; a tie counts as no.
 
     The mean is R-precision.  Source: Xu et al. 2018 (arXiv:1711.10485, AttnGAN), section 4.1, with R = 1.
     """

@@ -1,8 +1,8 @@
 """Muon: the momentum of a matrix, made orthogonal, is its step; kernels are matrices [out, in * k * k].
 
-torch's own multiplies in bfloat16 whatever the device, which a CPU without it imitates at a four-hundredth
-of the speed: three quarters of a training step there were Muon's.  This one takes the numbers that the device
-multiplies itself.
+torch's own multiplies in bfloat16 on every device; a CPU without bfloat16 emulates that at a four-hundredth
+of the speed, so that Muon took three quarters of a training step there.  This one uses bfloat16 only where
+the device has it.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,13 +20,13 @@ ITERATIONS = 5
 
 
 class Muon(optim.Optimizer):
-    """Steps of the size that AdamW's have, so that both may share a learning rate.
+    """Muon with steps as large as AdamW's, so that both may share a learning rate.
 
     Args:
         params: Matrices and kernels of convolutions.
         lr: Learning rate.
         weight_decay: Decoupled, as AdamW's.
-        momentum: Of the gradients, averaged, and looked ahead (Nesterov).
+        momentum: Of the running average of gradients, with Nesterov's look-ahead.
 
     Source: Jordan et al. 2024 (Muon), with the scale of Liu et al. 2025 (arXiv:2502.16982, section 2.2).
     """
@@ -61,7 +61,7 @@ class Muon(optim.Optimizer):
 def orthogonal(matrix: Float[Tensor, " rows columns"]) -> Float[Tensor, " rows columns"]:
     """U V^T of U S V^T, roughly: singular values that are not tiny end between .7 and 1.2.
 
-    In bfloat16 where the device has it, else in the matrix's own numbers.
+    In bfloat16 where the device has it, else in the matrix's own dtype.
 
     Source: Jordan et al. 2024 (Muon): five Newton-Schulz iterations.
     """

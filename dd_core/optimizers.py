@@ -1,4 +1,4 @@
-"""Which algorithm steps which weights: AdamW or RAdam for all, or Muon for what is hidden in the middle."""
+"""Which algorithm steps which weights: AdamW or RAdam for all, or Muon for hidden ones, AdamW for others."""
 
 from torch import nn, optim
 
@@ -10,11 +10,11 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
     """The algorithms that together step the parameters of a phase, each parameter by one of them.
 
     Muon replaces the update of a matrix by the nearest orthogonal one and learns more from each image;
-    it takes a tenth to a fifth of a step's time.  RAdam is AdamW that holds its first steps back until their
+    it takes a tenth to a fifth of a step's time.  RAdam is AdamW whose first steps are held back until their
     scale is known.
 
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101, AdamW); Liu et al. 2020 (arXiv:1908.03265, RAdam, with
-    AdamW's decay of weights).
+    AdamW's decoupled weight decay).
     """
     players = list(stage.players(phase))
     if spec.algorithm == "radam":
@@ -40,10 +40,10 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
 
 
 def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
-    """What Muon steps: matrices in blocks, with muon_unet also the kernels of a UNet.
+    """The weights that Muon steps: matrices in blocks, with muon_unet also the kernels of a UNet.
 
-    Blocks are those of transformers and, on the way down, in the middle and on the way up alike, of UNets.
-    What enters or leaves the network, embeds, or modulates a block stays with AdamW.
+    Blocks are those of transformers, and those of UNets: down, middle and up.  Input, output, embedding and
+    modulation layers stay with AdamW.
     """
     kernels = ("down.", "up.", "middle") if algorithm == "muon_unet" else ()
     if not algorithm.startswith("muon"):

@@ -1,4 +1,4 @@
-"""In which numbers networks compute: bfloat16 where the device multiplies it, float32 elsewhere."""
+"""The precision that networks compute in: bfloat16 where the device multiplies it, float32 elsewhere."""
 
 from typing import Literal
 
@@ -8,9 +8,9 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself.
+    """Whether a device multiplies bfloat16 in hardware.
 
-    A CPU without such instructions imitates them: a product of 2048^3 runs at .2 GFLOP/s in bfloat16
+    A CPU without such instructions emulates them: a product of 2048^3 runs at .2 GFLOP/s in bfloat16
     and at 77 in float32 on two cores with AVX2 (torch 2.15).
     """
     if device.type == "cuda":
@@ -27,6 +27,6 @@ def dtype_of(device: torch.device, precision: Precision) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Products and convolutions in numbers of `dtype_of`."""
+    """Inside, matrix products and convolutions compute in `dtype_of`."""
     half = dtype_of(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=half)

@@ -1,4 +1,4 @@
-"""What stands on all ranks of a training, for losses that compare the samples of a batch with each other."""
+"""Gathers values from all ranks of a training, for losses that compare the samples of a batch."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Gathered(torch.autograd.Function):
-    """The rows of all ranks, in their order; a rank answers for its own."""
+    """The rows of all ranks, in rank order; each rank keeps the gradient of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -27,12 +27,12 @@ class Gathered(torch.autograd.Function):
 def gathered(values: Shaped[Tensor, " b *s"]) -> Shaped[Tensor, " n *s"]:
     """The values of all ranks, so that all compute the same loss of the same batch; alone: the values.
 
-    Gradients stay where they arise, times the number of ranks: DDP takes the mean over ranks, and the
-    sum of what each rank's own samples contribute is the gradient of one worker with the whole batch.
-    Nothing is sent backward.
+    Each rank keeps the gradient of its own rows, times the number of ranks: DDP takes the mean over ranks,
+    and the sum of what each rank's own samples contribute is the gradient of one worker with the whole batch.
+    The backward pass communicates nothing.
 
     Args:
-        values: As many rows on every rank.
+        values: The same number of rows on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values

@@ -64,7 +64,7 @@ class LogNormalSpec(Spec):
     std: float = Field(1.2, gt=0)
     sigma_min: float = Field(0.002, gt=0)
     sigma_max: float = Field(80.0, gt=0)
-    """Highest and, before 0, lowest level that samplers visit."""
+    """The highest level that samplers visit; sigma_min is the lowest before 0."""
 
     @model_validator(mode="after")
     def _rises(self) -> "LogNormalSpec":
@@ -92,7 +92,7 @@ def sigma_range(levels: ScheduleSpec | LogNormalSpec) -> tuple[float, float]:
 
 
 def added(spec: ScheduleSpec) -> NDArray[np.float64]:
-    """Variance added by each step, in DDPM's frame; numbers even where tensors are only imagined.
+    """Variance added by each step, in DDPM's frame; a NumPy array, which has content in FakeTensorMode, too.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), section 4 (linear); Nichol & Dhariwal 2021 (arXiv:2102.09672),
     eq. 17 (cosine); Rombach et al. 2022 (arXiv:2112.10752), published code (scaled_linear).
@@ -137,8 +137,8 @@ def timesteps(
     - sections: the chain cut into equal parts, each with its own number of steps (ADM on LSUN).
     - fast27: sections 10, 10, 3, 2, 2, the last timestep two earlier (GLIDE's upsampler).
     - ldm_plus_one: ddim_leading, one later (latent diffusion).
-    - quad: evenly in sqrt(t) up to 0.8 T (DDIM on CIFAR), without the repeats that it has from 30 steps of
-      1000 on: there DDIM's code asks the network again and moves nothing.
+    - quad: evenly in sqrt(t) up to 0.8 T (DDIM on CIFAR), without the repeated timesteps of DDIM's code from
+      30 steps of 1000 on, at which it calls the network again and changes nothing.
     - trailing: evenly from the last timestep backwards (Lin et al. 2023, arXiv:2305.08891, table 2).
     """
     if not 1 <= num_steps <= num_timesteps:
@@ -170,15 +170,15 @@ def timesteps(
 def fractions(size: int, count: int) -> list[int]:
     """`count` of the numbers below `size`, evenly and with both ends; a single one is the first.
 
-    Halves go to the even neighbour.  ADM's own code adds up its stride, whose rounding takes the other
-    neighbour for some counts (21 of 1000), never for the published ones.
+    Halves go to the even neighbour.  ADM's own code adds up its stride; the rounding error leads to the other
+    neighbour for some counts (21 of 1000), but for none of the published ones.
     """
     stride = (size - 1) / max(1, count - 1)
     return [round(i * stride) for i in range(count)]
 
 
 def leading(num_timesteps: int, num_steps: int) -> list[int]:
-    """Every k-th number from 0, k the smallest stride that gives so many."""
+    """Every k-th number from 0, k the smallest stride that gives num_steps; ValueError if none does."""
     stride = next(k for k in range(1, num_timesteps + 1) if -(-num_timesteps // k) <= num_steps)
     found = list(range(0, num_timesteps, stride))
     if len(found) != num_steps:
@@ -190,9 +190,9 @@ def leading(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def plus_one(num_timesteps: int, num_steps: int) -> list[int]:
-    """`leading`, one later, where that is num_steps timesteps of the chain.
+    """`leading`, each timestep one later; ValueError unless num_steps divides the chain and is less than it.
 
-    Where num_steps does not divide, the published code takes more steps than asked for or runs off its end.
+    Otherwise the published code takes more steps than asked for or runs off the end of the chain.
     """
     if num_timesteps % num_steps or num_steps == num_timesteps:
         raise ValueError(
@@ -207,11 +207,11 @@ def squares(num_timesteps: int, num_steps: int) -> list[int]:
     Source: Song et al. 2021 (arXiv:2010.02502), appendix D.2, and the published code.
     """
     roots = np.linspace(0, math.sqrt(0.8 * num_timesteps), num_steps)
-    return sorted({int(t) for t in roots**2})  # rounded as published: 16 steps of 1000 depend on it
+    return sorted({int(t) for t in roots**2})  # float errors as published: 16 steps of 1000 depend on them
 
 
 def in_sections(num_timesteps: int, num_steps: int, sections: tuple[int, ...]) -> list[int]:
-    """Equal parts of the chain, the first ones longer by one if need be, each evenly with both ends.
+    """Timesteps of equal parts of the chain, the first ones longer by one if need be, each as `fractions`.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), section 4; the numbers of Dhariwal & Nichol 2021
     (arXiv:2105.05233), appendix H.
@@ -231,12 +231,12 @@ def in_sections(num_timesteps: int, num_steps: int, sections: tuple[int, ...]) -
 
 
 class Walk(NamedTuple):
-    """The way of a sampler through a chain."""
+    """The levels that a sampler visits on a chain."""
 
     sigmas: Float[Tensor, " n_plus_1"]
-    """Decreasing; the last is where the image is, 0 or that of timestep 0."""
+    """Decreasing; the last is the level of the result: 0, or that of timestep 0."""
     timesteps: Int[Tensor, " n"]
-    """Of all but the last."""
+    """Of all levels but the last."""
 
 
 def walk(schedule: ScheduleSpec, spacing: Spacing, num_steps: int, *, sections: tuple[int, ...] = ()) -> Walk:

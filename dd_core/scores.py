@@ -1,18 +1,18 @@
-"""Scores: what guidance by gradient climbs, log p(y | x) or what is taken for it, one value per sample.
+"""Scores: what guidance by gradient climbs, log p(y | x) or a substitute for it, one value per sample.
 
 Each function here returns a score, (noisy images, their levels) -> one number per sample, to be weighted,
 added up and given to `guidance.by_gradient`.  The networks are callables that read noisy images: a noised
 classifier, or the `embed_image` and `features` of a noised CLIP.  No score mixes samples.
 
-Which are likelihoods, so that weight 1 is Bayes' rule:
+Which of them are log likelihoods, so that weight 1 is Bayes' rule:
 
 - class: yes, of the classifier, which is trained to be one at each level.
 - caption, image: not by themselves.  exp(scale * cosine) is the likelihood of a caption up to a constant
   where its sum over all captions is the same whatever x is, as if they lay evenly on the sphere (von
   Mises-Fisher), and the scale fits each level.  InfoNCE learns it up to that sum, which the score leaves out.
-- structure: of features that are seen with noise of deviation d at all n values of a map, with weight
-  n / 2 d**2, which grows with the certainty that a level leaves; one weight for all levels is none.
-- style: no; Gram matrices are compared as if noise were added to them.  A distance to climb down, no more.
+- structure: yes, if features are observed with noise of deviation d at all n values of a map, with weight
+  n / 2 d**2, which grows as a level leaves less uncertainty; with one weight for all levels, no.
+- style: no; that would take noise added to the Gram matrices.  It is a distance to reduce, no more.
 
 Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233, class), Nichol et al. 2022 (arXiv:2112.10741, text),
 Liu et al. 2021 (arXiv:2112.05744, section 3: text, image, style, structure).
@@ -66,7 +66,7 @@ def of_image(embed: Embed, reference: Float[Tensor, " b *s"], noise: Noise) -> S
 def of_style(features: Features, reference: Float[Tensor, " b *s"], noise: Noise) -> Score:
     """Minus the squared distance of Gram matrices to those of a reference at the same level.
 
-    Places are forgotten and only which channels go together is compared.
+    Positions are ignored: only the correlations of channels are compared.
     """
 
     def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -89,7 +89,7 @@ def of_structure(features: Features, reference: Float[Tensor, " b *s"], noise: N
 
 
 def weighted(*parts: tuple[float | Float[Tensor, " b"], Score]) -> Score:
-    """The sum of scores, each with its weight, for all samples or for each."""
+    """The sum of scores, each with its weight: one for all samples, or one per sample."""
 
     def score(x: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         total = torch.zeros_like(sigma)
@@ -101,12 +101,12 @@ def weighted(*parts: tuple[float | Float[Tensor, " b"], Score]) -> Score:
 
 
 def noised(image: Float[Tensor, " b *s"], sigma: Float[Tensor, " b"], noise: Noise) -> Float[Tensor, " b *s"]:
-    """A clean image at a noise level; with noise that is the same at every call it moves along with x."""
+    """A clean image at a noise level; if `noise` is the same at every call, only the level changes it."""
     return image + spread(sigma, image) * noise(image)
 
 
 def gram(features: Float[Tensor, " b c h w"]) -> Float[Tensor, " b c c"]:
-    """How much the channels of each sample go together (Gatys et al. 2016, eq. 3), over their size."""
+    """Gram matrix of the channels of each sample (Gatys et al. 2016, eq. 3), over their number of values."""
     flat = features.flatten(2)
     return flat @ flat.mT / flat[0].numel()
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def scratch_directory(*inner: str) -> Path:
-    """The directory of this user, or one within it, made where it is missing; only its owner may look in.
+    """The directory of this user, or one within it, made if it is missing; only its owner has access.
 
-    What lies there may be a program: nobody else may have been able to write it or to lead us elsewhere.
+    It may hold programs that we run: nobody else may be able to write there, or to redirect us by a link.
 
     Raises:
-        PermissionError: Somebody else has made it, or it is a link.
+        PermissionError: Somebody else owns it or has access, or it is a link.
         OSError: The disk is full.
     """
     place = Path(tempfile.gettempdir()) / f"ddiff-{os.getuid()}"
-    for name in ("", *inner):  # a mode is of the last directory that is made alone
+    for name in ("", *inner):  # mkdir gives its mode to the last directory only
         place /= name
         place.mkdir(mode=0o700, exist_ok=True)
         about = place.lstat()

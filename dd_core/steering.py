@@ -1,8 +1,8 @@
 """What a request asks of guidance by gradient: how strongly to climb which score, and towards what.
 
-A sum of scores pulls as the sum of their gradients, so a sampling may be led by a class, a caption and a
-picture at once; the scores themselves are in `scores`, their networks are somebody else's: a noised
-classifier and a noised CLIP.
+The gradient of a sum of scores is the sum of their gradients, so a sampling may be led by a class, a caption
+and a picture at once.  The scores themselves are in `scores`; their networks, a noised classifier and a
+noised CLIP, are passed in.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,10 +25,10 @@ SCORES = ("classes", "caption", "image", "style", "structure")
 class GradientSpec(Spec):
     """Weights of the scores; 0 leaves one out.
 
-    Of `classes` 1 is Bayes' rule and more exaggerates; of `caption` and `image`, by the scale that the noised
-    CLIP has learned, as far as a cosine is a likelihood (`scores`).  `style` and `structure` weigh mean
-    squared distances of feature maps, which are small numbers: on the demo's noised CLIP ten million and a
-    thousand (README).
+    For `classes`, 1 is Bayes' rule and more exaggerates; so it is for `caption` and `image`, which are
+    multiplied by the noised CLIP's learned scale, as far as a cosine is a log likelihood (`scores`).  `style`
+    and `structure` weigh mean squared distances of feature maps, which are small, so these weights are large:
+    on the demo's noised CLIP ten million and a thousand (README).
     """
 
     classes: float = Field(0.0, ge=0)
@@ -56,12 +56,12 @@ class GradientSpec(Spec):
         return [self.classes, self.caption, self.image, self.style, self.structure]
 
     def guides(self) -> set[str]:
-        """The roles of the networks that are asked."""
+        """The roles of the networks that the weighed scores need."""
         clip = {"noised_clip"} if any(self.weights()[1:]) else set()
         return clip | ({"classifier"} if self.classes else set()) | ({"clip"} if self.caption else set())
 
     def refuse_lacking(self, there: Collection[str]) -> None:
-        """Raises ValueError if a hop lacks guides that are asked; all of them are named."""
+        """Raises ValueError if a hop lacks guides that are needed; all that it lacks are named."""
         if lacking := sorted(self.guides() - set(there)):
             raise ValueError(
                 f"gradient asks {listed(lacking)}, and this hop has none; name "
@@ -92,13 +92,13 @@ class Pull(NamedTuple):
 
 
 class Guides(NamedTuple):
-    """The networks that are asked; None where there is none."""
+    """The networks that the scores call; None where there is none."""
 
     logits: Embed | None = None
     embed: Embed | None = None
     features: Features | None = None
     scale: float | Float[Tensor, ""] = 1.0
-    """Learned scale of the cosines; of a network on its device, so that nobody waits to read it."""
+    """Learned scale of the cosines; a network's stays on its device, since reading it would wait for that."""
 
 
 def score_of(pull: Pull, guides: Guides) -> Score:
@@ -115,7 +115,7 @@ def score_of(pull: Pull, guides: Guides) -> Score:
 
 
 def weighed(kind: str, weight: Float[Tensor, " b"], pull: Pull, guides: Guides) -> tuple[Tensor, Score]:
-    """A score of the one name, and what it is weighed by."""
+    """The weights, one per row, of the score that `kind` names, and this score."""
     if kind == "classes":
         assert guides.logits is not None
         return weight, of_class(guides.logits, pull.label)
@@ -137,7 +137,7 @@ def weighed(kind: str, weight: Float[Tensor, " b"], pull: Pull, guides: Guides) 
 
 
 def stacked(pulls: Sequence[Pull | None], counts: Sequence[int]) -> Pull | None:
-    """One batch out of those of several requests, of which some have none."""
+    """One batch out of the pulls of several requests; None pulls nowhere, and if all are None, so is this."""
     given = next((pull for pull in pulls if pull is not None), None)
     if given is None:
         return None

@@ -24,7 +24,7 @@ START, END = 49406, 49407
 """Open and close every caption; what follows END is zeros."""
 MERGES = 49152 - 256 - 2
 LONGEST_REMEMBERED = 32
-"""Characters of a piece: longer runs of letters do not come again, but would fill the memory."""
+"""Characters of the longest piece that is cached: longer ones do not recur, but would fill the cache."""
 PLAIN = re.compile(r"[ -%'-~\t\n]*")
 """Printable ASCII without '&': the text repairs below leave it as it is."""
 PIECES = regex.compile(
@@ -63,12 +63,12 @@ def too_long(caption: str, context_length: int) -> bool:
 
 
 def null_tokens(context_length: int) -> list[int]:
-    """The empty caption: what guidance compares with and dropped captions become."""
+    """The empty caption: what guidance compares with, and what replaces dropped captions."""
     return padded([], context_length)
 
 
 def padded(ids: list[int], context_length: int) -> list[int]:
-    """Between START and END, cut or filled to the length."""
+    """The tokens between START and END, cut to the length or filled with zeros."""
     row = [START, *ids[: context_length - 2], END]
     return row + [0] * (context_length - len(row))
 
@@ -86,18 +86,18 @@ def cleaned(caption: str) -> str:
 
 
 def piece_tokens(piece: str) -> tuple[int, ...]:
-    """The tokens of one word, number or run of signs; those of words of common length are remembered."""
+    """The tokens of one word, digit or run of signs; cached up to LONGEST_REMEMBERED characters."""
     return remembered(piece) if len(piece) <= LONGEST_REMEMBERED else joined_tokens(piece)
 
 
 @functools.lru_cache(maxsize=65_536)
 def remembered(piece: str) -> tuple[int, ...]:
-    """The same, once for each piece."""
+    """`joined_tokens`, cached."""
     return joined_tokens(piece)
 
 
 def joined_tokens(piece: str) -> tuple[int, ...]:
-    """The symbols of a piece: neighbours are joined, lowest rank first."""
+    """The tokens of a piece: neighbouring symbols are joined, lowest rank first."""
     vocabulary = loaded()
     if piece in {"<start_of_text>", "<end_of_text>"}:
         return (vocabulary.ids[piece],)
@@ -107,7 +107,7 @@ def joined_tokens(piece: str) -> tuple[int, ...]:
 
 
 def merged(word: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Neighbours joined, those of the lowest rank first, until none that is left may be."""
+    """Neighbours joined, those of the lowest rank first, until no pair left has a rank."""
     while len(word) > 1:
         best = min(itertools.pairwise(word), key=lambda pair: ranks.get(pair, math.inf))
         if best not in ranks:
@@ -117,7 +117,7 @@ def merged(word: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
 
 
 def joined(word: list[str], pair: tuple[str, str]) -> list[str]:
-    """Every occurrence of the pair, from the left, as one symbol."""
+    """The word with every occurrence of the pair, from the left, joined to one symbol."""
     result: list[str] = []
     place = 0
     while place < len(word):

@@ -1,4 +1,4 @@
-"""open_clip, imported where a tower is built: for seconds that nobody waits who only reads specs."""
+"""open_clip, imported only when a tower is built: it takes seconds, which reading specs must not cost."""
 
 import importlib
 import sys
@@ -13,11 +13,11 @@ LOCK = threading.Lock()
 def open_clip() -> ModuleType:
     """The package, without timm, and torchvision without torch's compiler.
 
-    open_clip does without timm, whose towers we refuse.  Importing it costs half a second and 40 MB in every
-    process, and it compiles functions with TorchScript meanwhile, which Python before 3.11.8 cannot do in one
-    thread while another parses ("AST constructor recursion depth mismatch").  torchvision imports the whole
-    compiler, two seconds and 150 MB, for one question of its roi_align, which no tower asks; it imports it
-    where it is asked after all.
+    open_clip works without timm, whose towers we refuse.  Importing timm costs half a second and 40 MB in
+    every process, and it compiles functions with TorchScript meanwhile, which Python before 3.11.8 cannot do
+    in one thread while another parses ("AST constructor recursion depth mismatch").  torchvision imports the
+    whole compiler, two seconds and 150 MB, for one check in roi_align, which no tower calls; `ASKED` imports
+    it if the check is called after all.
     """
     unwanted = {"timm": None, "torch._dynamo": ModuleType("torch._dynamo"), ASKED.__name__: ASKED}
     with LOCK, standing_in(unwanted):
@@ -26,7 +26,7 @@ def open_clip() -> ModuleType:
 
 @contextmanager
 def standing_in(modules: dict[str, ModuleType | None]) -> Iterator[None]:
-    """Modules in place of those of these names, where they are not there yet, while others are imported."""
+    """Inside, these modules stand for those of the same names not imported so far; None fails the import."""
     absent = {name: module for name, module in modules.items() if name not in sys.modules}
     sys.modules.update(absent)  # type: ignore[arg-type]
     try:
@@ -37,7 +37,7 @@ def standing_in(modules: dict[str, ModuleType | None]) -> Iterator[None]:
 
 
 def is_compile_supported(device_type: str) -> bool:
-    """What `torch._dynamo.utils.is_compile_supported` says."""
+    """As `torch._dynamo.utils.is_compile_supported`, imported at the call."""
     return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type))
 
 

@@ -1,8 +1,8 @@
 """The first example: a DDPM of points on a plane, whose true answer is known at every noise level.
 
-Points lie on an S.  A small network learns to say the noise on them, by the same schedule, contract, loss and
-sampler as the large ones.  Since the S, noised, is a mixture of Gaussians along it, its density, its score
-and the best possible denoiser are closed forms to hold the network to.
+Points lie on an S.  A small network learns to predict the noise on them, with the schedule, contract, loss
+and sampler of the large ones.  Since the noised S is a mixture of Gaussians along it, its density, its score
+and the best possible denoiser have closed forms to compare the network with.
 
 Sources: Ho et al. 2020 (arXiv:2006.11239); the S is that of scikit-learn's make_s_curve, seen from the side.
 """
@@ -27,26 +27,26 @@ SCHEDULE = ScheduleSpec(betas="linear", num_timesteps=100)
 
 
 def s_curve(place: Float[Tensor, " n"]) -> Float[Tensor, " n 2"]:
-    """Points of the S, from its one end (place 0) to the other (1): of about unit variance both ways."""
+    """Points of the S, from one end (place 0) to the other (1); about unit variance in both coordinates."""
     angle = 3 * math.pi * (place - 0.5)
     return 1.5 * torch.stack([angle.sin(), angle.sign() * (angle.cos() - 1) / 2], 1)
 
 
 def fine(count: int = 2_000) -> Float[Tensor, " n 2"]:
-    """Points so dense on the S that, noised at the levels of `SCHEDULE`, they are the S."""
+    """Points so dense on the S that, noised at the levels of `SCHEDULE`, they are as good as the whole S."""
     return s_curve((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
 
 def log_density(
     points: Float[Tensor, " n 2"], x: Float[Tensor, " b 2"], sigma: Float[Tensor, " b"]
 ) -> Float[Tensor, " b"]:
-    """Exact log density at x of one of the points, each as likely, noised to sigma; nats."""
+    """Exact log density at x, in nats, of the points noised to sigma, all equally likely."""
     variance = sigma.square()
     return nearness(points, x, sigma).logsumexp(1) - (2 * math.pi * variance * len(points)).log()
 
 
 def exact(points: Float[Tensor, " n 2"]) -> Denoiser:
-    """The best possible denoiser of these points: E[x0 | x] for each as likely."""
+    """The best possible denoiser of these points: E[x0 | x], all of them equally likely."""
 
     def denoise(x: Float[Tensor, " b 2"], sigma: Float[Tensor, " b"]) -> Denoised:
         near = nearness(points.to(x), x, sigma).softmax(1)
@@ -58,16 +58,16 @@ def exact(points: Float[Tensor, " n 2"]) -> Denoiser:
 def nearness(
     points: Float[Tensor, " n 2"], x: Float[Tensor, " b 2"], sigma: Float[Tensor, " b"]
 ) -> Float[Tensor, " b n"]:
-    """Log likelihood of x for each point, less what is the same for all."""
+    """Log likelihood of x for each point, up to a constant that is the same for all points."""
     squares = (x[:, None] - points).square().sum(2)
     return -squares / (2 * sigma[:, None].square())
 
 
 class PointNet(nn.Module):
-    """Three residual layers on waves of the coordinates, each told the timestep.
+    """Three residual layers on the coordinates, their sines and cosines; each is told the timestep.
 
     Args:
-        width: Of each.
+        width: Of each layer.
     """
 
     waves: Tensor
@@ -107,8 +107,8 @@ def train_points(*, steps: int = 1_500, batch_size: int = 256, seed: int = 0) ->
 
     Args:
         steps: Optimizer steps.
-        batch_size: Points of each, drawn anew.
-        seed: Decides the result.
+        batch_size: Points per step, drawn anew.
+        seed: Determines the result.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng([]):
@@ -135,7 +135,7 @@ def train_points(*, steps: int = 1_500, batch_size: int = 256, seed: int = 0) ->
 
 
 def forward_frames(count: int, *, seed: int = 0) -> Float[Tensor, " t n 2"]:
-    """Points of the S as they drown, timestep by timestep, in DDPM's frame; the first are clean."""
+    """Points of the S as they turn to noise, timestep by timestep, in DDPM's frame; the first are clean."""
     place = (torch.arange(count) + 0.5) / count
     x, before = s_curve(place), 0.0
     frames, noise = [x], SeededNoise([seed])
@@ -147,10 +147,10 @@ def forward_frames(count: int, *, seed: int = 0) -> Float[Tensor, " t n 2"]:
 
 
 def reverse_frames(denoise: Denoiser, count: int, *, seed: int = 0) -> Float[Tensor, " t n 2"]:
-    """Noise as it becomes points, by DDPM's own steps, in its frame; the last are clean.
+    """Noise as it turns to points, by DDPM's own steps, in its frame; the last are clean.
 
     Args:
-        denoise: Asked about all points at once.
+        denoise: Called for all points at once.
         count: Points.
         seed: Of the noise; every point has its own stream.
     """

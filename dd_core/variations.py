@@ -1,7 +1,7 @@
-"""Variations: a picture is encoded to what it can be painted from, that is moved, and painted again.
+"""Variations: a picture is encoded to what it can be painted from; this code is moved and painted again.
 
-A picture's code is its image embedding, what it shows, and the noise from which deterministic DDIM paints it,
-everything else about it.  A base that is told no embeddings has the noise alone (Song et al. 2021,
+A picture's code is its image embedding (what it shows) and the noise from which deterministic DDIM paints it
+(everything else about it).  For a base that is told no embeddings, it is the noise alone (Song et al. 2021,
 arXiv:2010.02502, section 5.3).
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125, unCLIP), section 3.
@@ -37,7 +37,7 @@ class Encoder(Hop, Protocol):
         ...
 
     def embedded(self, picture: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b d"]:
-        """The image embedding of a picture of any size as it was told in training, by its `embedder`."""
+        """The image embedding of a picture of any size, by its `embedder`, computed as in training."""
         ...
 
     def encode(self, state: CascadeState, how: SamplingSpec) -> Draw:
@@ -64,10 +64,10 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
     """The code of a picture.
 
     Args:
-        hop: What is to paint it again.
+        hop: The hop that is to paint it again.
         state: The picture (`known`) and the caption that the hop is told meanwhile.
-        how: The sampling that is to paint it again: its steps are walked backwards, guided as they are, since
-            painted at another scale than it was found at, a code is another picture.
+        how: The sampling that is to paint it again: its steps are walked backwards with the same guidance,
+            since at another scale than it was found at, a code paints another picture.
 
     Raises:
         ValueError: As `Encoder.encode`.
@@ -85,7 +85,7 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
 
 
 def between(a: Code, b: Code, share: float) -> Code:
-    """On the way from one picture to another, embedding and noise each on its great circle.
+    """A code on the way from one picture to another, embedding and noise each on its great circle.
 
     Source: section 3.2.
     """

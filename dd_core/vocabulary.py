@@ -1,10 +1,10 @@
-"""A vocabulary that came with its weights: GPT-2's kind of byte-pair tokens, by which GLIDE reads captions.
+"""A vocabulary that comes with weights: byte-pair tokens of GPT-2's kind, by which GLIDE reads captions.
 
-Two published files say all: `encoder.json` (symbol -> id) and `vocab.bpe` (which pairs of symbols join, the
-first of them first).  They travel in the bundle of the weights, beside them, under its seal.  A caption is
-lower-cased and cut into pieces that keep the blank before them; nothing is repaired, opened or closed.  What
-follows the caption is END, the last id, which no caption holds: a network that takes such tokens replaces it
-by what it has learned of padding.
+Two published files define it: `encoder.json` (symbol -> id) and `vocab.bpe` (which pairs of symbols join, in
+order of priority).  They lie beside the weights in their bundle, under its seal.  A caption is lower-cased
+and cut into pieces that keep the blank before them; text is not repaired, and no tokens open or close it.
+The rest of the row is END, the last id, which no caption contains: a network that reads such tokens replaces
+it by its learned padding vectors.
 
 Sources: Radford et al. 2019 (GPT-2), section 2.2; Sennrich et al. 2016 (arXiv:1508.07909); the published
 code of Nichol et al. 2022 (arXiv:2112.10741, GLIDE: lower case, cut, filled with the last id).
@@ -29,7 +29,7 @@ LETTERS = letters_of_bytes()
 
 
 class ByteVocabulary(NamedTuple):
-    """Symbols and the order in which their pairs join."""
+    """The symbols, and the order in which pairs of them join."""
 
     ids: Mapping[str, int]
     ranks: Mapping[tuple[str, str], int]
@@ -47,17 +47,17 @@ class ByteVocabulary(NamedTuple):
         return [row + [self.end] * (context_length - len(row)) for row in rows]
 
     def encoded(self, caption: str) -> list[int]:
-        """The tokens of a caption, all of them."""
+        """The tokens of a caption, neither cut nor filled."""
         return [token for piece in PIECES.findall(caption.lower()) for token in self.piece_tokens(piece)]
 
     def piece_tokens(self, piece: str) -> list[int]:
-        """Those of one piece; half a character, which has no bytes, is told as a question mark."""
+        """The tokens of one piece; a lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
         word = [LETTERS[byte] for byte in piece.encode(errors="replace")]
         return [self.ids[symbol] for symbol in merged(word, self.ranks)]
 
 
 def read_vocabulary(encoder: Path, merges: Path) -> ByteVocabulary:
-    """The vocabulary of two files, each plain or packed by gzip.
+    """The vocabulary of two files, each plain or gzip-compressed.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -86,7 +86,7 @@ def read_vocabulary(encoder: Path, merges: Path) -> ByteVocabulary:
 
 
 def unpacked(path: Path) -> bytes:
-    """The content of a file, without gzip where it is packed."""
+    """The content of a file, decompressed if it is gzip."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -100,7 +100,7 @@ def unpacked(path: Path) -> bytes:
 
 
 def ids_in(content: bytes, path: Path) -> dict[str, int]:
-    """Symbol -> id; the ids are all numbers from 0."""
+    """Symbol -> id; n symbols must have the ids 0 to n - 1."""
     try:
         ids = json.loads(content)
     except (ValueError, RecursionError) as error:
