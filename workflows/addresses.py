@@ -1,14 +1,14 @@
 """Addresses as others may see them: what is printed, logged, kept and sent names no user and no password.
 
-An address may carry its right of access behind the question mark: those that a store has signed
-(X-Amz-Signature, X-Goog-Signature, sig), tokens, passwords of databases.  So what is shown ends there.
+The query of an address may hold credentials: signatures of stores (X-Amz-Signature, X-Goog-Signature, sig),
+tokens, passwords of databases.  So an address is shown without its query.
 """
 
 import re
 
 USER = re.compile(r'(?<=://)[^/?#\s"]*@')
 QUERY = re.compile(r"""(://[^\s"'?]*)\?[^\s"'=]*=[^\s"']*[^\s"',;:.)\]]""")
-"""Not the question mark of a pattern: it is followed by a name and a value."""
+"""A question mark in a glob pattern does not match: no name and value follow it."""
 PASSWORD = re.compile(r'://[^/?#\s"]*:[^/?#\s"]+@')
 RIGHT = re.compile(
     r"""://[^\s"']*[?&;](?:sig|auth|[^=&;\s"']*(?:key|keyid|token|secret|signature|credential"""
@@ -23,5 +23,5 @@ def shown(text: str) -> str:
 
 
 def has_password(text: str) -> bool:
-    """Whether an address in this text has one, or another secret in its query."""
+    """Whether an address in this text has a password, or another secret in its query."""
     return bool(PASSWORD.search(text) or RIGHT.search(text))

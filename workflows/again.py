@@ -1,4 +1,4 @@
-"""What is done with a run's files every few seconds while something else goes on: sending, fetching."""
+"""Work on a run's files that a thread repeats every few seconds in the background: sending, fetching."""
 
 import logging
 import threading
@@ -10,18 +10,19 @@ from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
 SEND_EVERY_S = 2.0
-"""How far what others see of a file that grows may lag behind."""
+"""How far the copies that others see of a growing file may lag behind."""
 
 
 class Again:
-    """While inside, do something again and again, and mostly once more at the end; what fails is said once.
+    """While inside, repeat an action in a thread, and by default once more at the end.
 
-    What fails at the end is raised, unless an error is under way: that one is how it ended.
+    A failure is logged, and then none until the action has succeeded again.  A failure at the end is raised,
+    unless another error is already propagating: that one is the cause.
 
     Args:
-        act: What to do.
-        every_s: The pause.
-        at_end: Whether it is done once more.
+        act: The action.
+        every_s: The pause before each repetition.
+        at_end: Whether to repeat it once more at the end.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Again:
             try:
                 self.act()
                 self.complained = False
-            except (StorageError, OSError) as error:  # a full disk here is no reason to be silent ever after
+            except (StorageError, OSError) as error:  # a full disk must not end this thread for good
                 if not self.complained:
                     log.warning("storage: %s; it is tried again", error)
                 self.complained = True
@@ -57,7 +58,7 @@ class Again:
             log.warning("storage: %s; that is not why it ends", error)  # the error that is under way says why
 
     def end(self) -> None:
-        """Stop doing it."""
+        """Stop repeating the action, without a last time."""
         self.over.set()
         self.thread.join()
 
@@ -80,7 +81,7 @@ class Sending:
 
 
 def following(home: Home, name: str) -> Again:
-    """While inside, keep the copy of a file here as the store has it: somebody else writes it."""
+    """While inside, keep the local copy of a file up to date with the store: another process writes it."""
 
     def look() -> None:
         size = home.size(name) if home.stored else None

@@ -1,23 +1,23 @@
-"""What an error of MLflow's, or of the place of its artifacts, says of later attempts."""
+"""What an error of MLflow, or of its artifact store, says: its code, and whether a retry may help."""
 
 from PIL import UnidentifiedImageError
 
 from workflows.files import GONE
 
 LATER = (408, 429)
-"""Status of requests that are to be made again."""
+"""HTTP status codes of requests to retry."""
 ABSENT, INVALID = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
-"""MLflow's answers about a run that is not there, and, among others, one that was deleted."""
+"""MLflow's error codes for a run that does not exist, and, among other cases, for a deleted one."""
 
 
 def code_of(error: Exception) -> str:
-    """Which answer of MLflow's it is; empty if it is none."""
+    """MLflow's code of an error; empty if it is none of MLflow's."""
     return str(getattr(error, "error_code", ""))
 
 
 def refused(error: Exception) -> bool:
-    """Whether a thing cannot be read or taken, so that no later attempt would help."""
-    answer = getattr(error, "response", None)  # of requests
+    """Whether something was refused or cannot be read, so that no retry would help."""
+    answer = getattr(error, "response", None)  # an error of the library requests
     status = getattr(answer, "status_code", 0) or getattr(error, "get_http_status_code", lambda: 0)()
     if status:
         return 400 <= status < 500 and status not in LATER

@@ -1,4 +1,4 @@
-"""The workers of one training, started by Ray Train until they come to a common end."""
+"""Run the workers of one training by Ray Train, and again after losses, until all reach a common outcome."""
 
 import logging
 import os
@@ -35,24 +35,24 @@ KEEPS_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
-"""Of the workers, for glibc: what one step frees the next one takes, where it would go back to the kernel and
-be faulted in again, page by page."""
+"""Settings of glibc in the workers: memory that one step frees is kept for the next one, instead of going
+back to the kernel and being faulted in again, page by page."""
 TOO_LATE, NOT_STARTED = "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"
-"""What Ray Train calls it (ray.train.v2._internal.exceptions) when there was no place for all workers in its
-time, which others may make yet; and when one died before it trained: of its node, of memory, of a library."""
+"""Ray Train's errors (ray.train.v2._internal.exceptions): no room for all workers within its timeout, which
+others may still free; and a worker that died before it trained, of its node, of memory, of a library."""
 UNUSED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
-"""Of Ray Train: each starts a process beside every group of workers, to split datasets, and to remove the
-placement groups of a controller that died.  We give it no datasets, and such groups end with our driver."""
+"""Callbacks of Ray Train that each start a process beside every group of workers: one to split datasets, and
+we give it none; one to remove placement groups of a dead controller, which end with our driver."""
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's, without what we do not need: two processes, and a Ctrl-C that saves nothing and exits with 0."""
+    """Ray's trainer without the two UNUSED processes and its Ctrl-C, which saves nothing and exits with 0."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Nothing: workflows.stopping hears it, tells the workers to save themselves, and waits for them."""
+        """Does nothing: workflows.stopping handles Ctrl-C, tells the workers to save, and waits for them."""
 
 
 class TrainingError(RuntimeError):
@@ -60,7 +60,7 @@ class TrainingError(RuntimeError):
 
 
 def fit(spec: TrainSpec, job: Job, told: Stopping) -> Outcome:
-    """Run the workers to their common end; they are started anew when some are lost.
+    """Run the workers to their common outcome; all are started again when some are lost.
 
     Raises:
         TrainingError: Lost more often than spec.restarts with no checkpoint made between.
@@ -85,7 +85,7 @@ def fit(spec: TrainSpec, job: Job, told: Stopping) -> Outcome:
                 log.warning("%s: its workers have not started yet; they are waited for", spec.name)
                 continue
             before = saved
-            with suppress(StorageError):  # while the store is away nothing new is there
+            with suppress(StorageError):  # while the store is away, none counts as new
                 saved = newest_seal(job.home)
             lost = lost + 1 if saved == before else 1
             if lost > spec.restarts:
@@ -96,13 +96,13 @@ def fit(spec: TrainSpec, job: Job, told: Stopping) -> Outcome:
 
 
 def decided_by(error: Exception) -> Outcome | None:
-    """The end of the run that a worker has met, if one has."""
+    """The outcome that one worker decided for the whole run, if one did."""
     failures = getattr(error, "worker_failures", {}).values()
     return next((failure.outcome for failure in failures if isinstance(failure, DecidedError)), None)
 
 
 def newest_seal(home: Home) -> str:
-    """The manifest of the newest finished checkpoint, which tells it from any other; empty: there is none."""
+    """The manifest of the newest finished checkpoint, which identifies it; empty if there is none."""
     name = next(finished_checkpoints(home), None)
     return home.text(f"checkpoints/{name}/{sealed.MANIFEST}") if name else ""
 
@@ -113,7 +113,7 @@ def attempt(spec: TrainSpec, job: Job) -> Outcome:
         os.environ.setdefault(name, value)
     if WATCHER not in FROM_OUTSIDE and (job.drainable or WATCHER not in os.environ):
         os.environ[WATCHER] = str(int(job.drainable))  # never off again: stages beside this one may need it
-    shutil.rmtree(job.home.here / "ray", ignore_errors=True)  # of a driver that was killed
+    shutil.rmtree(job.home.here / "ray", ignore_errors=True)  # left by a driver that was killed
     trainer = Trainer(
         partial(work, job),  # not train_loop_config: that is unpickled, with torch, in Ray's controller too
         torch_config=ProcessGroup(),
@@ -121,7 +121,7 @@ def attempt(spec: TrainSpec, job: Job) -> Outcome:
         run_config=ray.train.RunConfig(
             name=f"{spec.name}-{uuid.uuid4().hex[:8]}",  # so that Ray never resumes from its own snapshot
             storage_path=str(job.home.here / "ray"),  # on the machine of the controller; nothing of ours
-            # Ray would count failures over a run's whole life, and wait for workers deaf to who says stop
+            # Ray counts failures over the whole run, and does not hear a stop while it waits for workers
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             worker_runtime_env={"env_vars": KEEPS_MEMORY},
         ),
@@ -133,9 +133,9 @@ def attempt(spec: TrainSpec, job: Job) -> Outcome:
 
 
 def scaling(spec: TrainSpec, at_once: int) -> ray.train.ScalingConfig:
-    """Workers with a GPU each if there are enough; a little of the CPUs is left to those who read.
+    """Workers with a GPU each if there are enough; a little of the CPUs is left to the read tasks.
 
-    A GPU that is asked for by name and is not there yet is waited for: an autoscaler may bring it.
+    With `use_gpu: true`, GPUs that are not there yet are waited for: an autoscaler may add them.
     """
     total, asked = ray.cluster_resources(), spec.resources
     resources = {"CPU": asked.cpus or cpu_share(total.get("CPU", 1), spec.num_workers, at_once)}
@@ -151,6 +151,6 @@ def scaling(spec: TrainSpec, at_once: int) -> ray.train.ScalingConfig:
 
 
 def last_line(error: BaseException) -> str:
-    """What a nested failure of Ray comes down to."""
+    """The last line of a nested failure of Ray, which says what caused it."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{one_line(lines[-1] if lines else repr(error))} (-v shows all)"

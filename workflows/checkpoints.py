@@ -1,4 +1,4 @@
-"""The checkpoints of a stage, wherever it is: the one to continue from, and those that go."""
+"""The checkpoints of a stage, local or in a store: which one to continue from, and which to remove."""
 
 import logging
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from workflows.storage import Home
 
 log = logging.getLogger(__name__)
 STEPPED_BACK = "stepped_back"
-"""In the directory of a stage: which checkpoints were passed over at this start, for the driver to say."""
+"""File in a stage's directory: damaged checkpoints passed over at this start, for the driver to log."""
 
 
 def newest(stage: Home) -> str:
-    """The newest checkpoint that verifies, within the stage's directory; empty if none was ever finished.
+    """Path within the stage of the newest checkpoint that verifies; empty if none was ever finished.
 
     Raises:
         sealed.SealError: Some were finished, and all of them are damaged.
@@ -44,7 +44,7 @@ def finished_checkpoints(stage: Home) -> Iterator[str]:
 def prune(stage: Home, *, step: int, kept: int, every: int = 0) -> None:
     """Remove the checkpoints of a stage that are `outlived` by the one just written and sealed at `step`.
 
-    One loses its manifest first, so that a cut removal leaves nothing that would be taken for good.
+    The manifest of each goes first, so that an interrupted removal leaves nothing that looks finished.
     """
     place = stage.at("checkpoints")
 

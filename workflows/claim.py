@@ -1,10 +1,10 @@
 """One process at a time in a directory: on this machine by a lock, among machines by a lease in the store.
 
-<here>/<name>           locked by the process that it names; gone with it, however that came about
+<here>/<name>           locked by the process that it names; the lock ends with it, however it dies
 <store>/<name>.lease    of a directory in a store: who works there, since when, renewed while it does
 
-No two clocks are compared: whoever finds a lease looks whether it changes.  One that does not for DEAD_S is
-of a process that is gone, and one that this machine's lock file names is so at once, since the lock is free.
+No two clocks are compared: a process that finds a lease watches whether it changes.  If it does not for
+DEAD_S, its holder is gone; if this machine's lock file names it, at once, since that lock is free.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from workflows.storage import Home, StorageError, parsed
 
 log = logging.getLogger(__name__)
 LOOK_S, RENEW_S, DEAD_S = 1.0, 5.0, 60.0
-"""How often a lease is looked at by who wants it and renewed by its holder, and when it counts no more."""
+"""Pause between looks at a lease that is wanted, between renewals, and how long one lasts without renewal."""
 
 
 class TakenError(ValueError):
@@ -33,14 +33,14 @@ class TakenError(ValueError):
 
 @contextlib.contextmanager
 def claim(home: Home, name: str, *, job: str = "") -> Iterator[None]:
-    """This process as the only one that works in a directory, while inside.
+    """While inside, this process is the only one that works in a directory.
 
     A process whose lease was taken over, since the store heard nothing of it for DEAD_S, is sent SIGTERM.
 
     Args:
-        home: The directory; it, or its copy on this machine, is there.
+        home: The directory; it, or its copy on this machine, must exist.
         name: Of the file that is locked.
-        job: In which job of a cluster this process runs, for whoever is refused.
+        job: Job of a cluster that this process runs in; told to processes that are refused.
 
     Raises:
         TakenError: Another process works there; nothing has been touched.
@@ -67,7 +67,7 @@ def claim(home: Home, name: str, *, job: str = "") -> Iterator[None]:
 def locked(path: Path, text: str) -> Iterator[str]:
     """A file with this text that is locked while inside; yields what stood in it before.
 
-    The lock is one of POSIX: it belongs to a process, not to a file that a child may have inherited.
+    It is a POSIX lock: it belongs to the process, not to the open file, which a child may have inherited.
     """
     with path.open("a+") as file:
         try:
@@ -88,7 +88,7 @@ def locked(path: Path, text: str) -> Iterator[str]:
 
 
 def holder(lease: str) -> str:
-    """Who works there by the text of a lease."""
+    """The process that holds a lease, by the text of the lease."""
     return str(parsed(lease).get("who", "another process"))
 
 
@@ -103,16 +103,16 @@ class Lease:
         return json.dumps({"who": self.who, "token": self.token, "renewed": self.renewed})
 
     def take(self, before: str) -> None:
-        """Write it down, once nobody else works there.
+        """Create the lease, once no other process works there.
 
         Args:
-            before: What this machine's lock file said: the process of the lease that it names is gone.
+            before: Former text of this machine's lock file: the holder of a lease whose token it has is gone.
 
         Raises:
-            TakenError: Somebody does.
+            TakenError: Another process works there.
         """
         while (theirs := self.seen()) is not None or not self.home.create(self.name, self.text()):
-            if theirs is None:  # another was faster
+            if theirs is None:  # another process created it first
                 continue
             if parsed(theirs).get("token", "?") not in before:
                 self.watch(theirs)
@@ -121,15 +121,15 @@ class Lease:
                 self.home.drop(self.name)
 
     def seen(self) -> str | None:
-        """What stands in it, however it was cut; None if there is none."""
+        """Text of the lease, even if it was cut short; None if there is no lease."""
         text = self.home.text(self.name)
         return text if text or self.home.has(self.name) else None
 
     def watch(self, theirs: str) -> None:
-        """Look whether a lease is let go of, or not renewed for so long that its holder is gone.
+        """Wait until another's lease is released, or was not renewed for DEAD_S: its holder is gone.
 
         Raises:
-            TakenError: It is renewed.
+            TakenError: It was renewed.
         """
         until, told = time.monotonic() + DEAD_S, False
         while time.monotonic() < until:
@@ -149,7 +149,7 @@ class Lease:
                 told = True
 
     def renew(self) -> None:
-        """Change it; one that somebody has removed stays away, and whose it is by now is believed."""
+        """Renew the lease; a removed one is not recreated; if another process has it, this process stops."""
         now = self.home.facts(self.name)
         if self.lost or not now:
             return
@@ -162,7 +162,7 @@ class Lease:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def release(self) -> None:
-        """Remove it, if it is ours."""
+        """Remove the lease, if it is ours."""
         try:
             if self.home.facts(self.name).get("token") == self.token:
                 self.home.drop(self.name)

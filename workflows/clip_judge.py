@@ -2,8 +2,8 @@
 
 Two figures, each beside that of the true pictures of the same captions, which is the most to be hoped for:
 the mean cosine of a picture and its caption, and R-precision, the share of pictures that are nearer to their
-own caption than to all of some others.  A CLIP that the cascade was trained with has taught it what it likes,
-so its figures flatter; one that it has never met judges better.
+own caption than to all of some others.  The CLIP that the cascade was trained with flatters it, since the
+cascade has adapted to it; one that was not part of its training judges better.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,17 +29,17 @@ UNREADABLE = "unreadable picture"
 
 
 class OwnData(NamedTuple):
-    """Prepared pairs of a user's own, and the CLIP that judges what is painted of their captions."""
+    """Prepared pairs of a user's own, and the CLIP that judges the pictures painted from their captions."""
 
     data: str
     """Address."""
     clip: str
     """Address of a bundle, or a CLIP of open_clip as `ClipSpec.pretrained` names one."""
     taught: bool = False
-    """The cascade was trained with it."""
+    """Whether the cascade was trained with this CLIP."""
 
     def digest(self) -> str:
-        """Of what decides the figures, seed and number of captions aside.
+        """Digest of data and CLIP, on which the figures depend besides the spec (seed, captions, among).
 
         Raises:
             ValueError: There is no such CLIP, or no such data.
@@ -51,14 +51,14 @@ class OwnData(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """A CLIP, ready to read: everything to unit vectors."""
+    """The two encoders of a loaded CLIP, from pictures and from captions to unit vectors."""
 
     pictures: Callable[[Float[Tensor, " b 3 h w"]], Float[Tensor, " b d"]]
     captions: Callable[[Sequence[str]], Float[Tensor, " b d"]]
 
 
 class Verdict(NamedTuple):
-    """What the judge says of one picture, and of the true one of its caption."""
+    """The judge's verdict on one painted picture, and on the true picture of its caption."""
 
     caption: str
     cosine: float
@@ -70,10 +70,10 @@ class Verdict(NamedTuple):
 
 
 def clip_digest(named: str) -> str:
-    """Of a CLIP's weights, or its name where open_clip knows it by that; nothing is loaded.
+    """Identity of a CLIP: its bundle's digest, MODEL:sha256 of its file or open_clip's name; loads nothing.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such CLIP.
     """
     if digest := Home.of(named).facts(sealed.MANIFEST).get("digest"):
         return str(digest)
@@ -91,7 +91,7 @@ def judge_of(named: str) -> Judge:
     """A CLIP, loaded onto the GPU if there is one.
 
     Raises:
-        ValueError: There is none, its weights cannot be had, or the bundle is no CLIP.
+        ValueError: There is no such CLIP, its weights cannot be had, or the bundle is no CLIP.
         sealed.SealError: The bundle is damaged.
     """
     home = Home.of(named)
@@ -107,7 +107,7 @@ def judge_of(named: str) -> Judge:
 
 
 def reading(clip: Clip) -> Judge:
-    """How a CLIP reads; one thing at a time, so that nothing depends on its company."""
+    """The encoders of a CLIP; each input is encoded alone, so that no result depends on its batch."""
     device = clip.mean.device
 
     @torch.inference_mode()
@@ -135,13 +135,13 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
 
     Returns:
         cosine, r_precision, true_cosine, true_r_precision; intervals: name -> [low, high] at 95 %; n; failed;
-        among: how many captions each is compared with, its own included; held_out: whether nothing of the
-        data was trained on these captions; judge: name, digest, taught.
+        among: how many captions each is compared with, its own included; held_out: whether no stage was
+        trained on these captions with this data; judge: name, digest, taught.
 
     Raises:
-        EndpointError: Nothing answers there; nobody has been judged.
+        EndpointError: No server that paints answers there; nothing has been judged.
         ValueError: There is no such judge.
-        DataError: The data is damaged, or has no two captions.
+        DataError: The data is damaged, or has no two captions that differ.
         StorageError: A store is away.
     """
     data, judge = Home.of(own.data), judge_of(own.clip)
@@ -175,7 +175,7 @@ def readable(png: bytes) -> Float[Tensor, " 1 3 h w"] | None:
 
 
 def side_of(pngs: Sequence[bytes]) -> int:
-    """Of the first that can be read; 1 if none can."""
+    """Side of the first picture that can be read; 1 if none can."""
     pictures = (readable(png) for png in pngs)
     return next((picture.shape[-1] for picture in pictures if picture is not None), 1)
 
@@ -199,7 +199,7 @@ def judged(
 ) -> list[Verdict]:
     """A verdict for each caption; the true pictures are compared with the same captions as the painted.
 
-    Pictures are PNGs, of which one is decoded at a time.
+    Pictures are PNGs, decoded one at a time.
     """
     wanted = judge.captions(captions)
     drawn = metrics.others(len(captions), among(spec, len(captions)), seed=spec.seed)
@@ -218,7 +218,7 @@ def judged(
 
 
 def read(judge: Judge, png: bytes) -> Float[Tensor, " 1 d"] | None:
-    """What the judge sees in a picture; None if it cannot be read."""
+    """The judge's embedding of a picture; None if it cannot be read."""
     picture = readable(png)
     return None if picture is None else judge.pictures(picture)
 

@@ -1,4 +1,4 @@
-"""The chapter of the report on what a CLIP said of pictures of a user's own captions."""
+"""The report's section on how a CLIP scores pictures painted from a user's own captions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from workflows.markup import bar, figure, png, quoted
 
 FOUND = {"cosine": ("cosine", ".3f"), "r_precision": ("R-precision", ".1%")}
-"""Score -> its name on the page, and how it is written."""
+"""Score -> its name on the page, and its format."""
 
 
 def note(clip: Mapping[str, Any]) -> str:
-    """What the figures are, and what they are worth."""
+    """What the figures mean, and how far to trust them."""
     seen = "no stage was trained on" if clip["held_out"] else "it was trained on: nothing is held out"
     judge = (
         "The CLIP is the one that the cascade was trained with, and has taught it what it likes: these "
@@ -31,7 +31,7 @@ def note(clip: Mapping[str, Any]) -> str:
 
 
 def table(clip: Mapping[str, Any]) -> str:
-    """Each figure, of what was painted and of the true pictures."""
+    """Each figure, of the painted and of the true pictures."""
     head = "<tr><th></th><th></th><th class=number>value</th><th class=number>95 % interval</th></tr>"
     rows = [
         row(f"{title}, {whose} pictures", clip[key], clip["intervals"][key], shown)
@@ -42,7 +42,7 @@ def table(clip: Mapping[str, Any]) -> str:
 
 
 def row(title: str, value: float, interval: Sequence[float], shown: str) -> str:
-    """One figure as a bar; a bar shows 0 to 1."""
+    """One figure with its interval, as numbers and as a bar from 0 to 1."""
     low, high = interval
     drawn = bar(inside(value), (inside(low), inside(high)))
     return (
@@ -68,7 +68,7 @@ def grid(evaluation: Path, verdicts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(evaluation: Path, one: Mapping[str, Any]) -> str:
-    """A picture and its caption, and whether the one finds the other."""
+    """A picture and its caption, and whether the picture is nearest to it."""
     painted = evaluation / one["picture"]
     true = painted.with_name(f"{painted.stem}-true.png")
     inset = f'<img class="inset" alt="" src="{png(true.read_bytes())}">' if true.exists() else ""

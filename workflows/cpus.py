@@ -1,4 +1,4 @@
-"""How many CPUs are ours: those that this process may run on, and no more than its container is given."""
+"""How many CPUs to count on: those that this process may run on, at most the quota of its container."""
 
 import math
 import os
@@ -18,7 +18,7 @@ def available(own_group: Path = OWN_GROUP, root: Path = CGROUPS) -> int:
 
 
 def quota(own_group: Path, root: Path) -> float:
-    """CPUs' worth of time in each period, by the strictest of the groups around this process."""
+    """Quota in CPUs of the strictest control group around this process; infinite if none has one."""
     texts = [text_of(group / "cpu.max") for group in groups(own_group, root)]
     found = [share(text) for text in texts if text]
     older = text_of(root / "cpu" / "cpu.cfs_quota_us"), text_of(root / "cpu" / "cpu.cfs_period_us")
@@ -35,13 +35,13 @@ def groups(own_group: Path, root: Path) -> list[Path]:
 
 
 def share(text: str) -> float:
-    """Of a `cpu.max`: microseconds, or max, in each period."""
+    """CPUs that a `cpu.max` grants: its limit (microseconds, or max) over its period."""
     limit, period = text.split()
     return math.inf if limit == "max" else int(limit) / int(period)
 
 
 def text_of(path: Path) -> str:
-    """Of a file, or nothing."""
+    """The text of a file, stripped; empty if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

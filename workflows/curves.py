@@ -1,4 +1,4 @@
-"""Curves of a training as a drawing."""
+"""The curves of a training as a chart."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Lines over steps as SVG; logarithmic, and linear next to zero where some value is not positive.
+    """Lines over steps as SVG, on a log scale; on a symlog scale if some value is not positive.
 
     Args:
         curves: Name -> (step, value) in the order of steps.

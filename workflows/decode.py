@@ -62,8 +62,8 @@ def square_of(data: bytes, size: int, *, min_side: int, max_pixels: int) -> Pixe
 
     Args:
         data: An image file.
-        size: A side in pixels; what is larger may have been shrunk, but not below it.
-        min_side: The shorter side must have so many pixels.
+        size: A side in pixels; a larger image may have been shrunk while decoded, but not below it.
+        min_side: The shorter side must have at least so many pixels.
         max_pixels: Width x height must not exceed this; checked before decoding.
 
     Raises:
@@ -86,7 +86,7 @@ def at_sizes(square: Pixels, sizes: tuple[int, ...]) -> dict[int, Pixels]:
 
 
 def quickly_decoded(data: bytes, size: int, min_side: int, max_pixels: int) -> Pixels | None:
-    """A plain JPEG by libjpeg-turbo, at least `size` a side if it was; None if it is not plain."""
+    """A plain JPEG by libjpeg-turbo, no side shrunk below `size`; None leaves the file to Pillow."""
     jpeg = plain_jpeg(data)
     if jpeg is None:
         return None
@@ -120,7 +120,7 @@ def carefully_decoded(data: bytes, min_side: int, max_pixels: int) -> Pixels:
 
 @contextlib.contextmanager
 def by_our_limit() -> Iterator[None]:
-    """While inside, Pillow opens images of any size: it reads headers, and `check_size` is ours."""
+    """While inside, Pillow opens images of any size: opening reads the header, then `check_size` decides."""
     theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -137,7 +137,7 @@ def check_size(width: int, height: int, min_side: int, max_pixels: int) -> None:
 
 
 def rgb(image: Image.Image) -> Pixels:
-    """8-bit RGB of any mode: 16 bits are scaled, what shows through is white."""
+    """8-bit RGB of any mode: 16 bits are scaled, transparency is put on white."""
     if image.mode.startswith("I"):
         grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
@@ -193,7 +193,7 @@ def plain_jpeg(data: bytes) -> Jpeg | None:
         if marker == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
             orientation = exif_orientation(data[place + 4 : place + 2 + length])
         if marker != 0xC4 and not 0xDB <= marker <= 0xFE:
-            return None  # arithmetic coding, lossless frames, filling: for Pillow
+            return None  # arithmetic coding, lossless frames, fill bytes: for Pillow
         place += 2 + length
     return None
 

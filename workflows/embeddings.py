@@ -1,13 +1,13 @@
 """Prepared images in, their embeddings by a frozen CLIP out: a Ray Data job between CLIP and its children.
 
-    <run>/<clip>/embeddings/64/part-00000.parquet      beside each prepared file one of its name, its row
-                                                       groups and its rows: `embedding`, zeros if rejected
+    <run>/<clip>/embeddings/64/part-00000.parquet      for each prepared file one of the same name, row
+                                                       groups and rows: `embedding`, zeros if rejected
     <run>/<clip>/embeddings/64/manifest.json           written last: of which data, by which CLIP, sha256
     <run>/.embeddings/<digest of the CLIP>/64/         the same, by a CLIP that is no stage of the run
 
-64 is the side of the images.  A row group is embedded at once, by one thread (or one GPU) and in float32,
-which is how a cascade embeds pictures that are edited, whatever precision the children train in.  So the
-bytes follow from data, CLIP and kind of device, and not from how many share the work.
+64 is the side of the images.  A row group is embedded as one batch, by one thread (or one GPU), in float32
+whatever precision the children train in; a cascade embeds pictures that are edited in float32, too.  So the
+bytes depend on data, CLIP and kind of device alone, not on how many tasks share the work.
 """
 
 import hashlib
@@ -50,11 +50,11 @@ from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
 PROCESS_BYTES = 1_500_000_000
-"""Of a task before it has a model: Python, torch, Ray."""
+"""Memory of a task before it loads a model: Python, torch, Ray."""
 PROCESS_IMAGES = 1_000
-"""A process starts for some ten seconds: fewer images than this are embedded in that time."""
+"""A process takes some ten seconds to start; fewer images than this are embedded in less time."""
 SMALL = 100_000_000
-"""Bytes of a CLIP that need no process of its own to be gone from memory."""
+"""A CLIP of fewer bytes may be loaded in this process: no process has to end to free its memory."""
 
 
 class Embeddings(NamedTuple):
@@ -67,7 +67,7 @@ class Embeddings(NamedTuple):
     data: str
     """Digest of the prepared data."""
     images: int
-    """How many there are; it decides into how many processes the work is cut."""
+    """Number of images; it decides among how many processes the work is split."""
     clip: Home
     """The bundle."""
     clip_digest: str
@@ -75,7 +75,7 @@ class Embeddings(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Changes when anything that shapes the files does."""
+        """Digest of everything that the content of the files depends on."""
         names = [url.rpartition("/")[2] for url in self.files]
         shaping = [feed.EMBEDDINGS, self.data, names, self.clip_digest, self.image_size]
         return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
@@ -84,7 +84,7 @@ class Embeddings(NamedTuple):
 def home_of(run: Home, named: str, clip: Home, digest: str, image_size: int) -> Home:
     """Where the embeddings by a CLIP lie: beside its bundle if it is a stage of the run.
 
-    The name of no stage begins with a dot, so those by other CLIPs are in nobody's way.
+    No stage's name begins with a dot, so the directory for other CLIPs (`.embeddings`) collides with none.
     """
     if clip == run.at(f"{named}/bundle"):
         return run.at(f"{named}/embeddings/{image_size}")
@@ -92,26 +92,26 @@ def home_of(run: Home, named: str, clip: Home, digest: str, image_size: int) -> 
 
 
 def embed(what: Embeddings, *, told_to_stop: Callable[[], bool] = lambda: False) -> None:
-    """Make what is not there yet; a job that was cut goes on, a finished one is not done again.
+    """Make the embeddings that are missing; an interrupted job continues, a finished one is not repeated.
 
     Ray must have been started, or is started with its defaults.
 
     Args:
         what: The job.
-        told_to_stop: Asked after every file; if so, the job returns unfinished.
+        told_to_stop: Asked after every file; if it is true, the job returns unfinished.
 
     Raises:
         ValueError: The parent is no CLIP.
         DataError: A prepared file is damaged, or was prepared without this size.
         DestinationError: The directory cannot be written to, or holds other files.
-        StorageError: A store, of the data or of the embeddings, is away; what is made stays.
+        StorageError: A store, of the data or of the embeddings, is away; finished files stay.
     """
     if not is_finished(what):
         made(what, told_to_stop)
 
 
 def require(what: Embeddings) -> None:
-    """Refuse to read what is not there; pages are verified when they are read.
+    """Refuse embeddings that are not finished; their pages are verified only when they are read.
 
     Raises:
         DataError: The embeddings were not finished, or are of other data, or by another CLIP.
@@ -177,8 +177,8 @@ def made(what: Embeddings, told_to_stop: Callable[[], bool]) -> None:
 def reopened(what: Embeddings) -> dict[int, Part]:
     """The good files of an earlier job, cut or finished; the directory is ready for the others."""
     home, facts = what.home, facts_of(what)
-    if facts.get("source") == what.source:  # it was finished, and has lost a file since
-        home.drop(UNFINISHED)  # of another source, for which it was not yet made ready when that was cut
+    if facts.get("source") == what.source:  # finished, but has lost a file since
+        home.drop(UNFINISHED)  # of another source, whose job was cut before it removed this manifest
         for part in parts_of(facts):
             write_json(home, f"{UNFINISHED}/part-{part.shard:05d}.json", part.model_dump(mode="json"))
         write_json(home, SOURCE, {"source": what.source})
@@ -203,7 +203,7 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
 
 
 def reported_here(what: Embeddings, todo: list[dict[str, int]]) -> Iterator[dict[str, Any]]:
-    """The reports, made in this process: before another one has started it is done."""
+    """The reports, made in this process: that is done before another one would have started."""
     threads = torch.get_num_threads()
     try:
         numbers = np.array([one["file"] for one in todo])
@@ -216,7 +216,7 @@ def reported_here(what: Embeddings, todo: list[dict[str, int]]) -> Iterator[dict
 def reported_by_tasks(what: Embeddings, todo: list[dict[str, int]], gpus: int) -> Iterator[dict[str, Any]]:
     """The reports of many tasks.
 
-    Tasks and no actors: the CLIP is gone from memory when one ends, and the process is there for the next.
+    Tasks, not actors: when one ends, the CLIP leaves memory and the process is free for the next task.
     """
     most = at_once(what, gpus)
     context = ray.data.DataContext.get_current().copy()
@@ -226,7 +226,7 @@ def reported_by_tasks(what: Embeddings, todo: list[dict[str, int]], gpus: int) -
         reports = ray.data.from_items(todo, override_num_blocks=min(len(todo), 4 * most)).map_batches(
             partial(reported, what=what, device="cuda" if gpus else "cpu"),
             batch_size=None,  # a task does several files, since each reads the CLIP anew
-            num_cpus=0.5,  # each keeps one busy; what is left is for those who read beside it
+            num_cpus=0.5,  # each keeps one busy; the rest is left to read tasks beside it
             num_gpus=1 if gpus else None,
             compute=ray.data.TaskPoolStrategy(size=min(len(todo), most)),
         )
@@ -239,7 +239,7 @@ def weight_of(what: Embeddings) -> int:
 
 
 def at_once(what: Embeddings, gpus: int) -> int:
-    """As many tasks as there are CPUs or GPUs, memory and work for."""
+    """How many tasks to run at once: as CPUs or GPUs, memory and the number of images allow."""
     there = ray.cluster_resources()
     worthwhile = -(-what.images // PROCESS_IMAGES)
     each = PROCESS_BYTES + 3 * weight_of(what)
@@ -287,7 +287,7 @@ def write_sidecar(
     Args:
         what: The job.
         number: Of the file.
-        width: Numbers of an embedding.
+        width: Length of an embedding.
         told: Images, uint8 [b, 3, s, s] -> embeddings [b, width].
 
     Raises:
@@ -325,7 +325,7 @@ def write_sidecar(
 
 
 def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
-    """Of each row group the images that are there, uint8 [b, 3, s, s], and which rows they are of."""
+    """For each row group: the images of its usable rows, uint8 [b, 3, s, s], and the mask of these rows."""
     column = f"image{image_size}"
 
     def look() -> int:

@@ -1,9 +1,9 @@
-"""What a worker of a stage will need, found by running the real stage on tensors without content.
+"""The memory that a worker of a stage will need, found by running the real stage on fake tensors.
 
-Nothing is allocated and nothing computed: PyTorch carries shapes and types alone through the very
-modules, optimizers and the very forward of the training (torch.FakeTensorMode), and what it would
-keep is added up.  Where a value would decide (a random crop, a mask), the case that needs most is
-taken.  A check that costs a second, not a model of memory that must be kept true by hand.
+Nothing is allocated and nothing computed: PyTorch carries only shapes and types through the
+training's own modules, optimizers and forward (torch.FakeTensorMode), and the bytes that it would
+keep are added up.  Where a value would decide (a random crop, a mask), the case that needs most is
+taken.  The check costs a second, and there is no formula for memory to keep up to date by hand.
 """
 
 import math
@@ -33,11 +33,11 @@ from workflows.train_spec import TrainSpec
 OPS = torch.ops.aten
 COMES_UP_TO = (OPS.ge.Scalar, OPS.gt.Scalar)
 FILLS = (OPS.uniform_.default, OPS.normal_.default, OPS.fill_.Scalar, OPS.zero_.default, OPS.copy_.default)
-"""They change what a tensor holds, in place, and nothing else: there is nothing to do."""
+"""In-place operations that change nothing but the content of a tensor: they are skipped."""
 
 
 class Need(NamedTuple):
-    """What one worker holds while it trains, in bytes; `parameters` is a count."""
+    """What one worker holds in memory while it trains, in bytes; `parameters` is a count."""
 
     parameters: int
     """Of the model that ships."""
@@ -50,10 +50,10 @@ class Need(NamedTuple):
     frozen: int
     """Parents inside the stage, and their bundles beside it."""
     activations: int
-    """What forward keeps for backward, for a micro-batch, in the numbers of this machine's CPU."""
+    """What forward keeps for backward, for a micro-batch, in the precision of this machine's CPU."""
     activations_on_gpu: int
-    """The same where bfloat16 is multiplied, as GPUs do.  Of a stage that is sure to train on one kind of
-    device both are what it needs there."""
+    """The same on a GPU, where precision `auto` is bfloat16.  If a stage is sure to train on one kind of
+    device, both fields are what it needs there."""
 
     @property
     def total(self) -> int:
@@ -67,29 +67,29 @@ class Need(NamedTuple):
 
 
 class Content(TorchDispatchMode):
-    """Answers the questions for values that tensors without content cannot.
+    """Supplies values where code asks fake tensors, which have none, for their content.
 
-    One for a fraction, since RAdam divides by what its count of steps makes of it; zero for other numbers;
-    every row of a mask; and a count has long got where it is waited for, so that a prior has looked enough
-    and learns, and the second player of an autoencoder plays.
+    Floats answer 1 (RAdam divides by a function of its step count), other numbers 0.  A mask selects every
+    row.  A count has reached any threshold, so that a prior has measured enough images and learns, and the
+    discriminator of an autoencoder trains.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.arrived = list[Tensor]()
-        """Answers to the question whether a count is there."""
+        """Results of comparing a count with a threshold."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device  # asked half as often as everything else together
+            return args[0].fake_device  # a third of all calls
         if func in FILLS:
             return args[0]
         return self.answer(func, args, kwargs or {})
 
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What an operation comes to."""
+        """The result of an operation."""
         if func is OPS._local_scalar_dense.default:
             if any(args[0] is answer for answer in self.arrived):
                 return True
@@ -108,7 +108,7 @@ class Content(TorchDispatchMode):
 
 
 def all_rows(place: Tensor | None) -> Tensor | None:
-    """A mask as if it chose everything; indices as they are."""
+    """For a mask of rows, as many indices as if it selected all; anything else as it is."""
     if place is None or place.dtype is not torch.bool or place.ndim != 1:
         return place
     return torch.zeros(len(place), dtype=torch.long, device=place.device)
@@ -117,13 +117,13 @@ def all_rows(place: Tensor | None) -> Tensor | None:
 def needs(
     stages: list[TrainSpec], *, context_length: int, run: Home | Path, gpus: float | None = None
 ) -> dict[str, Need]:
-    """What each stage needs; parents come before their children.
+    """The memory that each stage needs; parents come before their children.
 
     Args:
         stages: In the order of training.
         context_length: Tokens of a caption.
         run: Where parents that are none of these stages are looked for first.
-        gpus: How many there are; None: that is not known, and a stage may come to train on either device.
+        gpus: How many there are; None: unknown, so a stage may train on either kind of device.
 
     Raises:
         ValueError: A parent is missing, or does not fit its child or the captions.
@@ -144,7 +144,7 @@ def needs(
 
 
 def refuse_length(spec: TrainSpec, parents: Mapping[str, Trained], context_length: int) -> None:
-    """Raises ValueError if a stage is told captions by a CLIP that reads longer or shorter ones."""
+    """Raises ValueError if a stage reads captions by a CLIP of another context length."""
     clip = parents["clip"].spec if "clip" in parents else None
     if not isinstance(clip, ClipSpec) or not told_captions(spec.stage):
         return
@@ -156,7 +156,7 @@ def refuse_length(spec: TrainSpec, parents: Mapping[str, Trained], context_lengt
 
 
 def told_captions(spec: StageSpec) -> bool:
-    """Whether a stage hears captions as its CLIP reads them."""
+    """Whether a stage is given captions as its CLIP encodes them."""
     match spec:
         case ConsistencySpec():
             return told_captions(spec.base)
@@ -169,7 +169,7 @@ def told_captions(spec: StageSpec) -> bool:
 
 
 def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Home | Path) -> Trained:
-    """A parent of the same run, imagined; else the bundle that is there, imagined in its shapes."""
+    """A parent as fake tensors: one of these stages, else the existing bundle by its shapes."""
     if (named := spec.parents[role]) in trained:
         return trained[named]
     there = outline(parent_home(spec, role, run))
@@ -180,9 +180,9 @@ def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Home
 def need(
     spec: TrainSpec, state: TrainState, parents: Mapping[str, Trained], context_length: int, on: Set[bool]
 ) -> Need:
-    """The parts, added up, on a CPU, on a GPU or on both.
+    """What a stage needs on a CPU, on a GPU or on both.
 
-    Without a context length the stage is taken as it is and not trained.
+    With a context length of 0 the stage, a pretrained CLIP, is taken as it is and not trained.
     """
     stage = state.stage
     assert isinstance(stage, Stage)
@@ -215,7 +215,7 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu:
     seen: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        seen[id(tensor.untyped_storage())] = tensor  # holding it, so that no other gets its number
+        seen[id(tensor.untyped_storage())] = tensor  # holding it, so that no other gets its id
         return tensor
 
     stage.train()
@@ -238,7 +238,7 @@ def nothing(spec: TrainSpec, rows: int, context_length: int) -> PairBatch:
 
 
 def numbers(spec: TrainSpec, *, gpu: bool) -> torch.autocast:
-    """What forward computes in on such a device."""
+    """The autocast that forward runs under on a GPU or a CPU."""
     precision = spec.optimizer.precision
     if gpu and precision == "auto":
         precision = "bf16"
@@ -246,5 +246,5 @@ def numbers(spec: TrainSpec, *, gpu: bool) -> torch.autocast:
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes."""
+    """Bytes of a tensor."""
     return tensor.numel() * tensor.element_size()

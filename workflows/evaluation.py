@@ -1,4 +1,4 @@
-"""How good the served cascade is: captions painted over HTTP; those of the embedded world, by the oracle.
+"""How good a served cascade is: it paints captions over HTTP; the oracle judges those of the embedded world.
 
 A user's own captions are judged by a CLIP (workflows.clip_judge).
 """
@@ -31,11 +31,11 @@ ATTRIBUTES = ("colour", "shape", "size", "place", "background", "count")
 VERDICTS = "verdicts.jsonl"
 BUSY = (429, 503)
 ROUNDS, PAUSE_S = 3, 5.0
-"""How often captions are asked whose pictures did not come, and the pause before they are asked again."""
+"""Rounds of requests, each for the pictures still missing, and the pause before each round but the first."""
 NOT_THERE = f"HTTP {httpx.codes.NOT_FOUND}"
 ADDRESS = "give the address that `ddiff serve` or `ddiff deploy` has said"
 LOST_S = 60.0
-"""How long a server that cannot be reached is waited for with one picture, of hundreds."""
+"""How long one picture, of hundreds, waits for a server that cannot be reached."""
 
 
 class Answer(NamedTuple):
@@ -45,15 +45,15 @@ class Answer(NamedTuple):
     """Empty if nothing did."""
     failure: str = ""
     refused: bool = False
-    """The request was at fault: to ask again would change nothing."""
+    """Whether the request was at fault, so that a retry would change nothing."""
 
 
 class EndpointError(ValueError):
-    """Nothing that paints answers there."""
+    """No server that paints answers at this address."""
 
 
 class Verdict(NamedTuple):
-    """What the oracle says of one picture."""
+    """The oracle's verdict on one picture."""
 
     group: str
     caption: str
@@ -64,8 +64,8 @@ class Verdict(NamedTuple):
 def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = None) -> dict[str, Any]:
     """Paint every caption through an endpoint and judge the pictures.
 
-    A request that fails is made again; if it fails in the end, its picture is one in which everything is
-    wrong, and counts among `failed`.  None is left out.
+    A request that fails is retried; if the last attempt fails too, its picture counts as one in which
+    everything is wrong, and among `failed`.  None is left out.
 
     Args:
         url: Of the server, such as http://127.0.0.1:8000.
@@ -77,7 +77,7 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
         [low, high] at 95 %; precision (`computed_in`).
 
     Raises:
-        EndpointError: Nothing that paints answers there; nobody has been judged.
+        EndpointError: No server that paints answers there; nothing has been judged.
     """
     asked = spec.cases()
     answers = answered(url, [case.caption for case in asked], spec)
@@ -91,7 +91,7 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
 
 
 def computed_in(answers: Iterable[Answer]) -> str:
-    """In which numbers the pictures say that they were computed: bf16, fp32, both; empty: they do not say."""
+    """The precision noted in the pictures: bf16, fp32, or both as bf16+fp32; empty if they note none."""
     told: set[str] = set()
     for answer in answers:
         with (
@@ -106,7 +106,7 @@ def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[An
     """One picture of each caption, the first with the seed of the spec, the next with the next one.
 
     Raises:
-        EndpointError: Nothing answers there, or something that paints no pictures.
+        EndpointError: Nothing answers there, or a server that paints no pictures.
     """
     with (
         client_of(url, spec.timeout_s) as client,
@@ -127,14 +127,14 @@ def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[An
 
 
 def client_of(url: str, timeout_s: float) -> httpx.Client:
-    """Asks an endpoint; one on this machine past the proxies of the environment, which do not know it.
+    """A client of an endpoint; one on this machine is reached without the proxies set, which do not know it.
 
     Args:
-        url: Of the server, as it is or, as clients of OpenAI have it, with /v1.
+        url: Of the server, with or without the /v1 that clients of OpenAI append.
         timeout_s: Of each request.
 
     Raises:
-        EndpointError: That is no address.
+        EndpointError: The URL is not valid.
     """
     url = url.rstrip("/").removesuffix("/v1")
     try:
@@ -146,16 +146,16 @@ def client_of(url: str, timeout_s: float) -> httpx.Client:
 
 
 def missing(answers: Sequence[Answer]) -> None:
-    """Say how many pictures are, and why."""
+    """Log how many pictures are missing, and why."""
     for failure, count in Counter(answer.failure for answer in answers if answer.failure).most_common():
         log.warning("%d of %d pictures are missing and count as wrong: %s", count, len(answers), failure)
 
 
 def refuse_nobody(client: httpx.Client) -> None:
-    """One question before hundreds, each of which would wait for a server that may come back.
+    """Check that the server answers, before hundreds of requests that would each wait for it to come back.
 
     Raises:
-        EndpointError: Nobody hears it.
+        EndpointError: It does not answer.
     """
     try:
         client.get("/health/live")
@@ -166,7 +166,7 @@ def refuse_nobody(client: httpx.Client) -> None:
 
 
 def gone(client: httpx.Client, *, pause_s: float) -> bool:
-    """Whether nobody is there any longer, after a pause."""
+    """Whether the server no longer answers, checked after a pause."""
     time.sleep(pause_s)
     try:
         refuse_nobody(client)
@@ -201,7 +201,7 @@ def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to be left alone, at most 30."""
+    """Seconds to wait by the server's Retry-After header, 0.05 to 30; 1 if it has none, 5 if it is a date."""
     try:
         return min(30.0, max(0.05, float(headers.get("retry-after", "1"))))
     except ValueError:  # a date
@@ -209,7 +209,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
 
 
 def verdict(case: Case, answer: Answer) -> Verdict:
-    """The oracle's reading of an answer; without a picture, everything that was said is wrong."""
+    """The oracle's verdict on an answer; without a readable picture, all that the caption says is wrong."""
     try:
         truth, failure = judged(pixels(answer.png), case.says), answer.failure
     except (OSError, SyntaxError) as error:  # no picture, or none that can be read
@@ -224,7 +224,7 @@ def pixels(png: bytes) -> NDArray[np.uint8]:
 
 
 def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Shares and intervals; an attribute counts where the caption says it."""
+    """Shares and intervals; an attribute is scored over the captions that state it."""
     marks: dict[str, list[bool]] = {"all": [one.truth["all"] for one in verdicts]}
     for group in GROUPS:
         marks[group] = [one.truth["all"] for one in verdicts if one.group == group]
@@ -237,7 +237,7 @@ def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a share that was `right` of `count` times so, 95 % by default.
+    """Confidence interval of the share `right / count`, 95 % by default.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -248,18 +248,18 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def keep_pictures(directory: Path, answers: Iterable[Answer]) -> None:
-    """The pictures, for the report and for doubters; what was said of others in their place goes."""
+    """Write the pictures, for the report and for inspection; verdicts on earlier ones are removed."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / VERDICTS).unlink(missing_ok=True)
     for number, answer in enumerate(answers):
         picture = directory / f"{number:05d}.png"
-        picture.unlink(missing_ok=True)  # of a cascade that was judged before
+        picture.unlink(missing_ok=True)  # of an earlier evaluation
         if answer.png:
             picture.write_bytes(answer.png)
 
 
 def write_down(directory: Path, verdicts: Iterable[Mapping[str, Any]]) -> None:
-    """What is said of each picture that is kept there."""
+    """Write the verdict on each picture that is kept in a directory."""
     with (directory / VERDICTS).open("w") as file:
         for number, found in enumerate(verdicts):
             file.write(json.dumps({"picture": f"{number:05d}.png", **found}) + "\n")

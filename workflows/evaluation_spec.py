@@ -1,4 +1,4 @@
-"""What is judged of a served cascade."""
+"""How a served cascade is evaluated."""
 
 from typing import Literal
 
@@ -13,8 +13,8 @@ class EvaluationSpec(Spec):
 
     kind: Literal["evaluation"] = "evaluation"
     captions: int = Field(320, ge=4)
-    """Of the embedded world three eighths each of one and of two objects, a quarter with shape-colour pairs
-    never seen together; of a user's own data no more than there are."""
+    """Of the embedded world: three eighths with one object, three eighths with two, a quarter with
+    shape-colour pairs never seen together.  Of a user's own data: as many, or fewer if there are fewer."""
     seed: int = 0
     """Of the choice of captions; picture i is painted with seed + i."""
     concurrency: int = Field(32, ge=1)
@@ -23,9 +23,9 @@ class EvaluationSpec(Spec):
     """For one picture, waiting and repeats included."""
     judge: str = ""
     """Of a user's own data: a CLIP, as the address of a bundle, open_clip's name (`ViT-L-14/openai`) or
-    MODEL:FILE.  Empty: the run's own, which has taught the cascade: another one judges better."""
+    MODEL:FILE.  Empty: the run's own; the cascade was trained with that, so another one judges better."""
     among: int = Field(100, ge=2)
-    """Of a user's own data: among how many captions, its own included, a picture's own is to be nearest."""
+    """Of a user's own data: how many captions R-precision compares a picture with, its own included."""
 
     def cases(self) -> list[Case]:
         """The captions, and what each says."""

@@ -1,13 +1,13 @@
 """What a training run reads, and in which order: row k of a run is a function of (data, seed, k) alone.
 
 An epoch is a permutation of the row groups of all files, drawn from (seed, epoch).  Up to eight
-consecutive groups are a mix (fewer where images are so large that a task could not hold them), whose
+consecutive groups form a mix (fewer if the images are too large for one task to hold them), whose
 rows are permuted by (seed, epoch, mix).  Rejected rows are in no mix.  Epochs follow each other
 without a seam, so step s of a run trains on the rows [s * batch, (s + 1) * batch), and rank r of n on
-the r-th n-th of them: whoever knows the step knows what has been read, and a restart, on any number
-of workers, reads exactly the rest.
+the r-th of n equal parts of them: the step alone says what has been read, and a restart, on any
+number of workers, reads exactly the rest.
 
-Runs without Ray and without torch, so that the processes that read start at once.
+Imports neither Ray nor torch, so that read processes start fast.
 """
 
 import io
@@ -34,13 +34,13 @@ from workflows.storage import Home
 
 T = TypeVar("T")
 GROUPS_PER_MIX = 8
-"""At most: a mix is read by one task."""
+"""At most: one task reads a whole mix."""
 TABLE_BYTES = 32 * 2**20
-"""Decoded images, or embeddings, of one table that a read task hands out."""
+"""At most, of decoded images and embeddings in one table that a read task yields."""
 TABLE_ROWS = 16_384
-"""Of one table at most: a task names each row, and Ray 2.60 fails on a task of a megabyte."""
+"""Of one table at most: the arguments of a task list its rows, and Ray 2.60 fails on a task of a megabyte."""
 TASK_TABLES = 4
-"""Of one task at most, but for a single row group of more: Ray makes a block of all of them."""
+"""Of one task at most, unless a single row group has more: Ray makes one block of all of them."""
 
 EMBEDDINGS = 1
 """Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
@@ -64,21 +64,21 @@ class Wanted(NamedTuple):
     """Address of the directory where each prepared file has a sidecar of its own name (workflows.embeddings);
     empty: none are read."""
     width: int = 0
-    """Numbers of an embedding."""
+    """Length of an embedding."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of the prepared files."""
+        """Those to read from the prepared files."""
         image = (f"image{self.image_size}",) if self.image_size else ()
         return (*image, "tokens", *(("meta",) if self.label else ()))
 
     @property
     def row_bytes(self) -> int:
-        """Of a row that has been read, its few tokens aside."""
+        """Bytes of a row once it is read, apart from its few tokens."""
         return 3 * self.image_size**2 + 4 * self.width
 
     def sidecar(self, url: str) -> str:
-        """Of a prepared file."""
+        """Address of the sidecar of a prepared file."""
         return f"{self.embeddings}/{url.rpartition('/')[2]}"
 
 
@@ -89,7 +89,7 @@ class Pieces(NamedTuple):
     file: NDArray[np.int32]
     group: NDArray[np.int32]
     rows: NDArray[np.int64]
-    """Usable ones."""
+    """Number of usable rows."""
 
 
 class Pick(NamedTuple):
@@ -99,7 +99,7 @@ class Pick(NamedTuple):
     """File and row group of each piece of the mix."""
     seed: tuple[int, int, int]
     rows: NDArray[np.int64]
-    """Places in the permuted mix."""
+    """Indices into the permuted mix."""
     positions: NDArray[np.int64]
     """The same rows, counted from the beginning of the run."""
 
@@ -115,7 +115,7 @@ class Share(NamedTuple):
     ranks: int
 
     def positions(self) -> NDArray[np.int64]:
-        """Of every row, counted from the beginning of the run, in order."""
+        """Position of every row, counted from the beginning of the run, in order."""
         own = self.batch_size // self.ranks
         starts = (self.first_step + np.arange(self.steps)) * self.batch_size + self.rank * own
         return (starts[:, None] + np.arange(own)).ravel()
@@ -141,14 +141,14 @@ def survey(files: Sequence[str], wanted: Wanted) -> Pieces:
 
 
 def noted_rows(files: Sequence[str]) -> dict[str, Sequence[int]]:
-    """Usable rows of each row group, of the files whose manifest says it."""
+    """File -> usable rows of each row group, as the manifest notes them; empty if it does not."""
     home = Home.of(files[0].rpartition("/")[0])
     parts = home.facts(sealed.MANIFEST).get("parts", [])
     return {home.at(part["file"]).address: part.get("usable", ()) for part in parts}
 
 
 def usable_rows(url: str, wanted: Wanted, noted: Sequence[int]) -> Sequence[int]:
-    """Usable rows of each row group of a file that has what is wanted: as noted, or else counted."""
+    """Usable rows of each row group of a file, as noted or else counted; columns and sidecar are checked."""
 
     def look() -> tuple[Sequence[int], list[int]]:
         with parquet_of(url) as parquet:
@@ -179,7 +179,7 @@ def check_columns(url: str, parquet: pq.ParquetFile, columns: Sequence[str]) -> 
 
 
 def check_sidecar(url: str, groups: Sequence[int], width: int) -> None:
-    """Refuse embeddings that are not there, or are not those of a file of these row groups."""
+    """Refuse embeddings that are missing, have other row groups than their file, or are of another width."""
     try:
         kind, rows = patiently(lambda: shape_of(url), url)
     except (OSError, KeyError, pa.ArrowInvalid) as error:
@@ -191,7 +191,7 @@ def check_sidecar(url: str, groups: Sequence[int], width: int) -> None:
 
 
 def shape_of(url: str) -> tuple[pa.DataType, list[int]]:
-    """Of a sidecar: the kind of its embeddings, and the rows of each row group."""
+    """The type of a sidecar's embeddings, and the rows of each of its row groups."""
     with parquet_of(url) as parquet:
         return parquet.schema_arrow.field(EMBEDDING).type, groups_of(parquet)
 
@@ -207,7 +207,7 @@ class Order:
     Args:
         pieces: From `survey`.
         seed: Of the run.
-        wanted: What is read of each row: the more it is, the fewer row groups are a mix.
+        wanted: What is read of each row: the larger that is, the fewer row groups form a mix.
     """
 
     def __init__(self, pieces: Pieces, seed: int, wanted: Wanted) -> None:
@@ -246,7 +246,7 @@ class Order:
 
 
 def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
-    """The reads of one rank: of mixes that make a table together, or of one, for a mix is read as a whole."""
+    """The reads of one rank, by task: picks that fit in one table, or a larger pick; mixes are read whole."""
     found, room = list[list[Pick]](), 0
     for pick in order.picks(share.positions()):
         if len(pick.rows) > room:
@@ -258,7 +258,7 @@ def tasks(order: Order, share: Share, wanted: Wanted) -> list[list[Pick]]:
 
 
 def table_rows(wanted: Wanted) -> int:
-    """Of one table at most."""
+    """Most rows of one table."""
     return max(1, min(TABLE_ROWS, TABLE_BYTES // wanted.row_bytes))
 
 
@@ -326,7 +326,7 @@ def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.T
 
     Raises:
         DataError: The file is gone, cut or changed; the message ends with the remedy.
-        StorageError: The store is away, or does not let us.
+        StorageError: The store is away, or denies access.
     """
 
     def look() -> pa.Table:
@@ -341,9 +341,9 @@ def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.T
 
 @contextmanager
 def parquet_of(url: str) -> Iterator[pq.ParquetFile]:
-    """A file of ours whose pages are checked, and of which only that is fetched which is asked for.
+    """A Parquet file of ours, opened to check the pages that are read and to fetch only the bytes asked for.
 
-    Left alone, fsspec reads ahead: 50 MiB from S3 for a row group of few.
+    By default fsspec reads ahead: 50 MiB from S3 for a row group of a few.
     """
     fs, path = fsspec.url_to_fs(url)
     with fs.open(path, "rb", cache_type="none") as file:
@@ -351,24 +351,24 @@ def parquet_of(url: str) -> Iterator[pq.ParquetFile]:
 
 
 def patiently(look: Callable[[], T], url: str) -> T:
-    """What is read of a file; tried again while it is the store that fails.
+    """What `look` finds in a file; tried again while it is the store that fails.
 
     Raises:
-        StorageError: The store failed at every attempt, or does not let us.
-        The errors of `look` that tell of the file.
+        StorageError: The store failed at every attempt, or denies access.
+        The errors of `look` that are about the file itself.
     """
     return insistently(look, f"{url} cannot be read", final=tells_of_the_file)
 
 
 def tells_of_the_file(error: Exception) -> bool:
-    """Whether it is gone, or damaged as pyarrow says it; stores raise other kinds, or with a number."""
+    """Whether a file is gone, or damaged by pyarrow's error; stores raise other types, or set an errno."""
     if isinstance(error, (*GONE, pa.ArrowException, DataError, KeyError, MemoryError)):
         return True
     return type(error) is OSError and error.errno is None
 
 
 def first_line(error: Exception) -> str:
-    """What an error says before it goes into details; its kind where it says nothing."""
+    """The first line of an error's message; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,8 +1,8 @@
 """Where shards lie: addresses expanded and checked, and reads that survive a failing store.
 
 Any store that fsspec knows (local, http, s3, gs).  A name that matches nothing is refused before
-work starts; a file that shrinks or changes while it is read is found out, and one that a store does not
-give is not taken for damaged.
+work starts; a file that shrinks or changes while it is read is detected, and one that a store fails to
+deliver does not count as damaged.
 """
 
 import hashlib
@@ -34,15 +34,15 @@ VERSION_FIELDS = (
     "Content-MD5",
 )
 GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-"""Of the file itself: no later attempt finds more."""
+"""Errors of the file, not of the store: no retry helps."""
 ATTEMPTS, PAUSE_S = 6, 0.1
-"""How often a store that fails is asked, and the first pause, of which each is twice the one before."""
+"""Attempts at a failing store, and the first pause between them; each pause is twice the one before."""
 INSISTED, LONGEST_S = 28, 30.0
-"""How often where much would be lost, and the pause that is not exceeded: for ten minutes in all."""
+"""Attempts where much would be lost, and the longest pause: for ten minutes in all."""
 
 
 class MissingShardError(ValueError):
-    """A name among the shards leads nowhere."""
+    """A name among the shards matches no file, or cannot be looked up."""
 
 
 class DamagedError(ValueError):
@@ -51,7 +51,7 @@ class DamagedError(ValueError):
     def __init__(self, message: str, *, member: str = "") -> None:
         super().__init__(message)
         self.member = member
-        """Of an archive, in whose content it broke; empty if between members."""
+        """Member of an archive whose content is damaged; empty if the damage is between members."""
 
 
 class Found(NamedTuple):
@@ -112,9 +112,9 @@ def matched(name: str) -> list[Found]:
 
 
 def files_of(fs: Any, pattern: str) -> list[Found]:
-    """The files that a glob matches, in order; what a store tells of each is one request, several at once.
+    """The files that a glob matches, in order, each looked up by its own request, several at once.
 
-    A listing would tell of all, but not in the words of `found_in`, and then nothing would be as it was.
+    One listing would do, but its fields are not those that `found_in` gets: every file would seem changed.
     """
     with ThreadPoolExecutor(16) as pool:
         found = pool.map(partial(told_of, fs), sorted(fs.glob(pattern)))
@@ -122,7 +122,7 @@ def files_of(fs: Any, pattern: str) -> list[Found]:
 
 
 def opened(url: str) -> tuple[Any, str]:
-    """The store of an address, without what it remembers of earlier listings, and the path in it."""
+    """The store of an address, without its cache of listings, and the path in it."""
     try:
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
@@ -157,7 +157,7 @@ def fingerprint(files: Iterable[Found]) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error, or what it says, in one line, without the secrets of addresses, control characters shown."""
+    """An error or a text in one line, without the secrets of addresses, control characters escaped."""
     text = " ".join(shown(str(error)).split()) or type(error).__name__
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)[:300]
 
@@ -165,12 +165,12 @@ def one_line(error: BaseException | str) -> str:
 def insistently(
     ask: Callable[[], T], what: str, *, final: Callable[[Exception], bool], attempts: int = ATTEMPTS
 ) -> T:
-    """What a store answers; it is asked again while it is the store that fails.
+    """What `ask` gets from a store; it is called again while it is the store that fails.
 
     Args:
-        ask: The question.
-        what: What is not so while it has no answer, for people: `<address> cannot be read`.
-        final: Whether an error is the answer, and no later attempt finds more: it is raised.
+        ask: The request.
+        what: What has failed, for messages: `<address> cannot be read`.
+        final: Whether an error is the store's answer, so that no retry helps: it is raised.
         attempts: At most.
 
     Raises:
@@ -204,7 +204,7 @@ class ShardFile:
 
         Raises:
             DamagedError: If the file is gone or was replaced.
-            StorageError: If the store fails at every attempt or does not let us; the file may be good.
+            StorageError: If the store fails at every attempt or denies access; the file may be good.
         """
         data = b""
         for attempt in range(self.attempts):
@@ -243,7 +243,7 @@ class ShardFile:
         return data
 
     def open(self) -> None:
-        """To the same byte of the same file."""
+        """Open the file; after a failure the same file, at the same byte."""
         fs, path = opened(self.url)
         about = found_in(fs, path)
         if self.about is not None and about.version != self.about.version:
@@ -260,14 +260,14 @@ class ShardFile:
         self.read(0)
 
     def close(self) -> None:
-        """Let go of the store; the next read opens again."""
+        """Close the file; the next read opens it again."""
         if self.file is not None:
             self.file.close()
         self.file = None
 
 
 class Partial(Exception):  # noqa: N818 a signal between read and attempt
-    """A try failed; `data` had arrived."""
+    """An attempt failed, after `data` had arrived."""
 
     def __init__(self, data: bytes, failure: Exception) -> None:
         super().__init__(str(failure))

@@ -33,7 +33,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "gray": ("gray", "grey"),
     "beige": ("beige", "sand-coloured"),
 }
-"""Ways to say it; one that stands twice is said twice as often."""
+"""Word -> ways to say it; one that is listed twice is drawn twice as often."""
 
 PLACES: dict[tuple[int, int], tuple[str, ...]] = {
     (0, 0): ("in the top left corner", "at the upper left", "in the top left"),
@@ -158,18 +158,18 @@ def ground_phrase(rng: np.random.Generator, ground: str) -> str:
 
 
 def one_of(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
-    """One of them."""
+    """One of the choices, each as likely."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def statement(says: dict[str, Any]) -> str:
-    """What a caption says, whatever its words: equal for synonyms and for both orders."""
+    """What a caption says, whatever its words: equal for synonyms, and whichever thing is named first."""
     things = [" ".join(str(value) for value in thing.values()) for thing in says["things"]]
     return f"{says['arrangement']}|{'|'.join(things)}|{says.get('background', '')}"
 
 
 def training_caption(rng: np.random.Generator) -> tuple[Scene, str, dict[str, Any]]:
-    """A scene and a caption that training may show: nothing unseen, nothing held out."""
+    """A scene and a caption that training may show: no unseen pair, no held-out statement."""
     while True:
         scene = draw_scene(rng)
         caption, says = described(rng, scene)

@@ -1,4 +1,4 @@
-"""Pairs of prepared data to measure by: those that were held out, else the last.  Read without Ray."""
+"""Pairs of prepared data to evaluate with: held-out ones, else the last.  Read without Ray."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from workflows.storage import Home
 
 
 class Yardstick(NamedTuple):
-    """What is measured by."""
+    """Pairs to evaluate with."""
 
     pairs: PairBatch
     """On the CPU."""
     captions: list[str]
-    """Of each pair; empty in data without them."""
+    """Of each pair; empty strings if the data has none."""
     held_out: bool
-    """Nothing of this data was trained on them."""
+    """Whether no stage was trained on them with this data."""
 
 
 def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | None = None) -> Yardstick:
@@ -33,7 +33,7 @@ def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | Non
         data: Directory or address of prepared data.
         side: Of the images, in pixels.
         count: How many; fewer if there are no more.
-        label: Where their labels are, if these are wanted.
+        label: Where to find their labels, if labels are wanted.
 
     Raises:
         DataError: The data are missing, unfinished or damaged, have no images of this side, or no usable row.
@@ -61,7 +61,7 @@ def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | Non
 def backwards(files: Iterable[str]) -> Iterator[tuple[str, int, list[str]]]:
     """Every row group of some files, each file's last first: address, number, columns of the file.
 
-    A file is looked into when its turn comes.
+    A file is opened only when its turn comes.
     """
     for url in files:
         groups, names = layout(url)
@@ -80,7 +80,7 @@ def layout(url: str) -> tuple[int, list[str]]:
 
 
 def marked(url: str, group: int, columns: list[str], mark: str) -> pa.Table:
-    """The rows of a row group in whose column `reject` stands this."""
+    """The rows of a row group whose column `reject` holds this mark."""
     table = feed.row_group(url, group, [*columns, "reject"], feed.PREPARE)
     kept = [reject == mark for reject in table["reject"].to_pylist()]
     return table.filter(pa.array(kept, pa.bool_())).drop_columns("reject")

@@ -1,9 +1,9 @@
-"""The journal of a run: everything that is to be seen of it, as lines on disk, and their courier.
+"""The journal of a run: metrics and all else to show of it, as lines on disk; the courier sends them.
 
 Writing a line is all that a training step waits for.  One thread of the driver sends what the
-journals hold and remembers how far it got.  So a server that is away costs nothing and loses
-nothing: the rest is sent when it is back, or by the next start of the same run.  A line may be
-sent twice; the server keeps one of equal points, and one of equal pictures.
+journals hold and notes how far it got.  So while the server is away, nothing waits for it and
+nothing is lost: the rest is sent when it is back, or by the next start of the same run.  A line
+may be sent twice; the server keeps one of equal points, and one of equal pictures.
 """
 
 import json
@@ -41,12 +41,12 @@ Send = Callable[[list[Entry]], None]
 
 
 class Journal:
-    """Append-only, by one process at a time."""
+    """An append-only file, written by one process at a time."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):  # by a kill in mid-line
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a kill cut its last line
             self.append("\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -58,7 +58,7 @@ class Journal:
         self.write([("params", "", dict(flat(fields)), 0)])
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Marks to search for."""
+        """Tags of the run, to search by."""
         self.write([("tags", "", dict(tags), 0)])
 
     def picture(self, name: str, path: Path | str, step: int) -> None:
@@ -78,22 +78,22 @@ class Journal:
         self.write([("model", name, {"source": str(source), "alias": alias, "tags": dict(tags)}, 0)])
 
     def status(self, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]) -> None:
-        """How the run stands."""
+        """The status of the run."""
         self.write([("status", "", status, 0)])
 
     def write(self, entries: list[tuple[Any, ...]]) -> None:
-        """The lines, with the time, handed to the system at once."""
+        """Append entries, with the time, in one write."""
         at_ms = int(time.time() * 1000)
         self.append("".join(json.dumps([*entry, at_ms]) + "\n" for entry in entries))
 
     def append(self, text: str) -> None:
-        """At the end of the file, in one piece."""
+        """Add text at the end of the file, in one piece."""
         with self.path.open("a") as file:
             file.write(text)
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """{"a": {"b": 1}} -> ("a.b", "1"), without passwords of addresses, cut at what the server takes."""
+    """{"a": {"b": 1}} -> ("a.b", "1"), without passwords of addresses, cut to what the server takes."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -103,7 +103,7 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def entries(path: Path, *, start: int = 0, size: int = -1) -> Iterator[Entry]:
-    """The whole lines of a journal from a byte on; what a kill cut short is passed over."""
+    """The complete lines of a journal from a byte on; a line that a kill cut short is skipped."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -126,10 +126,10 @@ def curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 class Courier:
-    """The thread that empties journals.
+    """The thread that sends the lines of journals.
 
     Args:
-        every_s: Pause between rounds: what was written meanwhile goes in one request.
+        every_s: Pause between rounds: the lines written meanwhile are sent together.
         retry_s: Pause after a failure.
     """
 
@@ -144,14 +144,14 @@ class Courier:
         self.thread.start()
 
     def carry(self, journal: Path, send: Send) -> None:
-        """From now on, deliver what stands in this journal; `send` raises to be called again."""
-        with self.joining:  # stages that train side by side
+        """From now on, deliver the lines of this journal; if `send` raises, it is called again later."""
+        with self.joining:  # stages that train side by side may call this at once
             self.routes = self.routes | {journal: send}
 
     def deliver(self) -> None:
         """Send until closed, a bounded piece of a journal at a time."""
         while time.monotonic() < self.stop_at:
-            closing = self.closing.is_set()  # first: what was written before the end is then seen
+            closing = self.closing.is_set()  # read first, so that all written before it was set is seen
             waiting = [(journal, send) for journal, send in self.routes.items() if backlog(journal)]
             waiting.sort(key=lambda route: self.failing.get(route[0], 0.0))
             moved = self.sent_of(waiting)
@@ -163,10 +163,10 @@ class Courier:
             self.closing.wait(0 if behind else self.retry_s if stuck else self.every_s)
 
     def sent_of(self, waiting: list[tuple[Path, Send]]) -> int:
-        """Send a piece of each journal; bytes that have arrived.
+        """Send a piece of each journal; return the bytes that have arrived.
 
-        One that is refused holds up no other.  Those that failed before come last: if none before them has
-        moved either, it is the server that is away, and the others are not tried.
+        A refused piece holds up no other journal.  Journals that failed before come last: if one fails again
+        and none was sent before it, the server is away, and the remaining ones are not tried.
         """
         moved = 0
         for journal, send in waiting:
@@ -182,7 +182,7 @@ class Courier:
         return moved
 
     def complain(self, error: Exception) -> None:
-        """One line for each time the server goes away."""
+        """Log one line each time the server goes away."""
         if not self.failing:
             logger.warning("tracking: %.300s; the run goes on, its metrics wait in the journal", said(error))
 
@@ -200,7 +200,7 @@ def said(error: Exception) -> str:
 
 
 def unreachable(error: BaseException | None) -> str:
-    """What kept a server from being reached, in the system's words, however deep inside; empty: all else."""
+    """Why a server was not reached, by the system's message among the causes; empty for other errors."""
     while error is not None:
         if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
             return error.strerror or str(error)
@@ -209,7 +209,7 @@ def unreachable(error: BaseException | None) -> str:
 
 
 def send_some(journal: Path, send: Send) -> int:
-    """One piece, then the mark: a crash in between repeats it, and loses nothing.  Bytes of whole lines."""
+    """Send one piece, then set the mark: a crash between repeats it and loses nothing.  Returns its bytes."""
     start = sent(journal)
     with journal.open("rb") as file:
         file.seek(start)
@@ -228,9 +228,9 @@ def mark(journal: Path, position: int) -> None:
 
 
 def settle(journal: Path) -> None:
-    """Take a mark that is ahead of its journal back to the journal's end, before anybody writes on.
+    """Set a mark that is ahead of its journal back to the journal's end, before new lines are written.
 
-    A machine that is lost may have sent the mark and not the lines; those that are written in their place
+    A lost machine may have stored the mark but not the lines before it; the new lines that take their place
     have not been delivered.
     """
     size = journal.stat().st_size if journal.exists() else 0

@@ -1,4 +1,4 @@
-"""Which MLflow run each journal of a run is sent to, and in which store that is, as the directory has it."""
+"""Which MLflow run each journal is sent to, and which store holds that run, as noted in the run directory."""
 
 import uuid
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from workflows.own_store import store_of
 from workflows.storage import Home
 
 OWN = "own"
-"""The store in the directory of a run, wherever that is."""
+"""The store inside the run directory, wherever that directory is."""
 RUN = "metrics.run"
 
 
@@ -17,7 +17,7 @@ class KnownRuns:
 
     Args:
         run: Directory of the pipeline.
-        store: Which one new runs are in.
+        store: The one that new runs are made in.
     """
 
     def __init__(self, run: Home, store: str) -> None:
@@ -26,7 +26,7 @@ class KnownRuns:
     def of(self, stage: str) -> tuple[str, str]:
         """The id of the run of a stage and the store that has it; empty if none was begun.
 
-        Starts of before stores were noted: where the directory has one of its own, ids and marks were its.
+        Older versions noted no store: their ids and marks belong to the directory's own store if it has one.
         """
         known = self.run.here / stage / RUN
         try:
@@ -42,7 +42,7 @@ class KnownRuns:
         (self.run.here / stage / RUN).write_text(f"{run_id} {self.store}")
 
     def forget(self, gone: Callable[[str], bool]) -> bool:
-        """Have all journals whose runs are gone sent again from their beginning; whether there were any."""
+        """Have journals whose runs are gone sent again from their beginning; True if there were any."""
         found = False
         for stage in ("", *self.run.names()):
             home = self.run.at(stage)
@@ -54,7 +54,7 @@ class KnownRuns:
         return found
 
     def mark(self, stage: str) -> str:
-        """Different for every run directory ever made, and for a stage's every spec, data and parents."""
+        """A tag unique to a run directory, and in it to a stage with its spec, data and parents."""
         if not (own := self.run.text("mark")):
             self.run.write("mark", own := uuid.uuid4().hex)
         fingerprint = self.run.text(f"{stage}/fingerprint") if stage else ""

@@ -12,13 +12,13 @@ class LabelSpec(Spec):
     """Which value of the json is the label, and the order of the classes."""
 
     path: str = Field(pattern=r"^[^.]+(\.[^.]+)*$")
-    """Names and list positions with dots: `objects.0.shape`."""
+    """Keys and list indices, joined by dots: `objects.0.shape`."""
     classes: tuple[str, ...] = Field(min_length=2)
-    """Values that are no strings as JSON writes them: `3`, `true`, `null`."""
+    """Values other than strings are named as JSON writes them: `3`, `true`, `null`."""
 
 
 def label_of(meta: str | None, spec: LabelSpec) -> int:
-    """The place of a pair's value among the classes, or UNLABELLED."""
+    """The index of a pair's value among the classes, or UNLABELLED."""
     value = json.loads(meta) if meta else None
     for name in spec.path.split("."):
         match value:

@@ -1,8 +1,8 @@
-"""What a training is made of: spec, data, parents, files; whether two are the same, and if not, where.
+"""What a training is made of: spec, data, parents, files; whether two agree in it, and if not, where.
 
 It is written down beside a training (made_of.json), in each of its checkpoints and in its bundle.  What an
-older version of the code wrote is read by the spec of today, which fills in the fields that are new: so a
-field that is new changes nothing, and a default that is another does, since the old value was written down.
+older version of the code wrote is read by today's spec, which fills in new fields: so a new field changes
+nothing, but a changed default does, since the old value was written down.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,14 +36,14 @@ class MadeOf(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """All of it in one word."""
+        """Digest of all of it."""
         return self.spec.fingerprint(self.data, self.parents, self.files)
 
     def facts(self, fingerprint: str = "") -> dict[str, Any]:
-        """To be written down.
+        """What to write down.
 
         Args:
-            fingerprint: Under which it began, if a version wrote it that calculated it otherwise.
+            fingerprint: The one it began with, if an older version calculated that otherwise.
         """
         return {
             "fingerprint": fingerprint or self.fingerprint,
@@ -70,11 +70,11 @@ def named_files(spec: TrainSpec) -> dict[str, str]:
 
 
 def same(was: Mapping[str, Any], now: MadeOf) -> bool:
-    """Whether a training that was written down is this one.
+    """Whether a recorded training is the one that is wanted now.
 
     Args:
         was: Facts of a bundle or a checkpoint, or made_of.json, of this version or an older one, which
-            looked at no files; a fingerprint alone will do if it was calculated as today or just before.
+            ignored files; a fingerprint alone suffices if it was calculated as today or just before.
         now: What is wanted.
     """
     old = () if FILES in was else (now.spec.old_fingerprint(now.data, now.parents),)
@@ -88,17 +88,17 @@ def same(was: Mapping[str, Any], now: MadeOf) -> bool:
 
 
 def read(was: Mapping[str, Any]) -> TrainSpec | None:
-    """The spec that was written down, without what is technical; None if there is none that can be read."""
+    """The recorded spec, without its technical fields; None if there is none that can be read."""
     if not {"spec", "data", "parents"} <= was.keys():
         return None
     try:
         return TrainSpec.model_validate({k: v for k, v in was["spec"].items() if k not in TECHNICAL})
-    except ValidationError:  # a field that is no more, or what would be refused today
+    except ValidationError:  # a field that was removed, or a value refused today
         return None
 
 
 def differences(was: Mapping[str, Any], now: MadeOf) -> list[str]:
-    """Where a training that was written down is another, a line each: fields, parents, data and files."""
+    """Where a recorded training differs from the one wanted, a line each: fields, parents, data and files."""
     if "spec" not in was:
         return [UNKNOWN]
     spec = read(was)
@@ -113,7 +113,7 @@ def differences(was: Mapping[str, Any], now: MadeOf) -> list[str]:
 
 
 def others(was: Mapping[str, Any], now: MadeOf) -> Iterator[str]:
-    """What is not in the spec."""
+    """Differences outside the spec."""
     before = was.get("parents", {})
     for role in before | now.parents:
         if before.get(role) != now.parents.get(role):
@@ -128,7 +128,7 @@ def others(was: Mapping[str, Any], now: MadeOf) -> Iterator[str]:
 
 
 def bare(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The dump of a spec that cannot be read today, without what is technical."""
+    """The dump of a spec that cannot be read today, without its technical fields."""
     shaping = {name: value for name, value in fields.items() if name not in (*TECHNICAL, "parents")}
     budget = shaping.get("budget", {})
     return shaping | {"budget": {k: v for k, v in budget.items() if k not in TECHNICAL_OF_BUDGET}}

@@ -1,7 +1,7 @@
 """Where the first worker of a training leaves what it has read, for the others.
 
-An actor, since references to Ray's objects may travel only in its calls: what is pickled otherwise stays in
-the object store for ever.  Without torch, so that its process starts at once.
+An actor, since references to Ray's objects may travel only in Ray's calls: if one is pickled elsewhere, its
+object stays in the object store for ever.  Without torch, so that its process starts fast.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ class Leg(NamedTuple):
     tables: tuple[Any, ...]
     """References."""
     rows: tuple[int, ...]
-    """Of each."""
+    """Number of rows of each table."""
 
 
 class Mailbox:
-    """Keeps each leg until all have taken it.
+    """Keeps each leg until all other workers have taken it.
 
     Args:
-        others: How many will.
+        others: How many other workers there are.
     """
 
     def __init__(self, others: int) -> None:
@@ -41,7 +41,7 @@ class Mailbox:
             self.news.notify_all()
 
     async def take(self, number: int) -> Leg:
-        """The leg of this number, as soon as it is there; once for each of the others."""
+        """The leg of this number, as soon as it is there; each of the other workers takes it once."""
         async with self.news:
             await self.news.wait_for(lambda: number in self.legs)
             self.taken[number] += 1
