@@ -1,4 +1,4 @@
-"""A server of a few lines at 127.0.0.1, where a test needs one that says something in particular."""
+"""An HTTP server at 127.0.0.1 that answers as a test needs it."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def answering(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Its address, while inside; requests are not logged."""
+    """Serve with this handler during the block; yields the address.  Requests are not logged."""
     quiet = type(answers.__name__, (answers,), {"log_message": lambda *_: None})
     with ThreadingHTTPServer(("127.0.0.1", 0), quiet) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,7 +1,7 @@
 """A cluster on one machine: a head and two nodes with addresses, folders and variables of their own.
 
-Nothing is shared but services: Ray's token, an S3 store, an MLflow server on PostgreSQL with users.
-Where the tests run as root and `ip` is there, each node is in a network namespace of its own.
+They share nothing but Ray's token, an S3 store and an MLflow server with users, on PostgreSQL.
+Where the tests run as root and have `ip`, each worker node is in a network namespace of its own.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ CANARIES = {
     "HF_TOKEN": "canary-of-somebody-else",
 }
 PLACES = "/usr/lib/postgresql/*/bin/pg_ctl"
-"""Of Debian, one for each version, as the Makefile looks for it."""
+"""On Debian, one for each version; the Makefile looks there too."""
 ZONES = ("a", "b")
 """Labels of the two worker nodes."""
 
 
 def postgres_at() -> Path | None:
-    """Where PostgreSQL's programs are; of several versions the newest."""
+    """The directory of PostgreSQL's programs, of several versions the newest; None without PostgreSQL."""
     if found := shutil.which("pg_ctl"):
         return Path(found).resolve().parent
     there = sorted(map(Path, glob.glob(PLACES)), key=lambda path: float(path.parts[-3]))
@@ -46,7 +46,7 @@ def postgres_at() -> Path | None:
 
 
 def demoted() -> dict[str, object]:
-    """PostgreSQL refuses to run as root."""
+    """Another user for a subprocess, if we are root, as whom PostgreSQL refuses to run."""
     if os.getuid():
         return {}
     user = pwd.getpwnam("postgres" if "postgres" in {one.pw_name for one in pwd.getpwall()} else "nobody")
@@ -55,7 +55,7 @@ def demoted() -> dict[str, object]:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """The address of an empty database, on this machine only."""
+    """A PostgreSQL on this machine only, with empty databases `tracking` and `users`; yields its address."""
     programs, user, port = postgres_at(), demoted(), free_port()
     assert programs is not None
     directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
@@ -114,14 +114,14 @@ class Mlflow(NamedTuple):
     log: Path
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Wait until it answers."""
         until(lambda: answers(f"{self.url}/health") or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.log.read_text()[-2000:]
 
 
 @contextlib.contextmanager
 def mlflow_server(database: str, host: str, directory: Path) -> Iterator[Mlflow]:
-    """A server with users and allowed hosts, as the README tells to start it; it makes its tables first."""
+    """A server with users and allowed hosts, started as README says; it creates its tables first."""
     directory.mkdir()
     port = free_port(host)
     users = directory / "users.ini"
@@ -155,11 +155,11 @@ class Node(NamedTuple):
     ip: str
     process: "subprocess.Popen[bytes]"
     home: Path
-    """HOME, TMPDIR and where it stands: nothing of another node's."""
+    """HOME, TMPDIR and working directory, not shared with another node."""
 
 
 class TestCluster(NamedTuple):
-    """All of it, from outside."""
+    """The running cluster, as tests use it."""
 
     __test__ = False
     url: str
@@ -173,7 +173,7 @@ class TestCluster(NamedTuple):
     directory: Path
     head_port: int
     spaces: bool
-    """Whether each node has a network of its own."""
+    """Whether each worker node has a network namespace of its own."""
 
     def add(self, name: str, ip: str, zone: str) -> None:
         """One more worker node."""
@@ -182,7 +182,7 @@ class TestCluster(NamedTuple):
         self.nodes.append(start_node(place, self.environment, words, cpus=1))
 
     def outside(self) -> dict[str, str]:
-        """The environment of a laptop: the address, the token, and where things lie."""
+        """The environment of a laptop: addresses, token and storage."""
         keep = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         return keep | {
             "RAY_ADDRESS": self.url,
@@ -197,13 +197,13 @@ class TestCluster(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a node is to be."""
+    """Where a node will run."""
 
     name: str
     ip: str
     directory: Path
     space: bool
-    """Whether it has a network of its own, of its name."""
+    """Whether it is in a network namespace of its own, called `name`."""
 
 
 def start_node(place: Place, environment: dict[str, str], words: list[str], *, cpus: int) -> Node:
@@ -213,7 +213,7 @@ def start_node(place: Place, environment: dict[str, str], words: list[str], *, c
     home.mkdir()
     own = environment | {"HOME": str(home), "TMPDIR": str(home), "RAY_TMPDIR": str(home)}
     if place.space:
-        own["GLOO_SOCKET_IFNAME"] = "eth0"  # /etc/hosts says that this machine's name is 127.0.0.1
+        own["GLOO_SOCKET_IFNAME"] = "eth0"  # by the host name it would take 127.0.0.1, from /etc/hosts
     inside = ["ip", "netns", "exec", name] if place.space else []
     command = [
         *inside, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
@@ -226,7 +226,7 @@ def start_node(place: Place, environment: dict[str, str], words: list[str], *, c
 
 
 def kill_node(node: Node) -> None:
-    """All of a node at once, as a lost machine."""
+    """Kill all processes of a node at once, as when a machine is lost."""
     os.killpg(node.process.pid, signal.SIGKILL)
     mine = str(node.home).encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -242,9 +242,9 @@ def sh(line: str) -> None:
 
 @contextlib.contextmanager
 def networks(names: list[str]) -> Iterator[list[str] | None]:
-    """An address for the head, a namespace with one for each other node; None without the rights.
+    """Addresses: the head's on a bridge, each other node's in its own namespace; None without the rights.
 
-    Some may make a bridge and no namespace: whatever step is refused, what was made before it is taken away.
+    Some users may make a bridge but no namespace: whichever step is refused, what was made before is removed.
     """
     tag = secrets.token_hex(2)
     bridge, prefix = f"dd{tag}", f"10.{77 + secrets.randbelow(100)}.{secrets.randbelow(250)}"
@@ -274,7 +274,7 @@ def networks(names: list[str]) -> Iterator[list[str] | None]:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[TestCluster]:
-    """Everything, up; afterwards, everything gone."""
+    """Start everything and wait until it is up; afterwards end and remove everything."""
     directory = Path(tempfile.mkdtemp(prefix="ddc-", dir="/tmp"))  # sockets need short paths
     (directory / "laptop").mkdir()
     tag = secrets.token_hex(2)
@@ -301,16 +301,16 @@ def cluster() -> Iterator[TestCluster]:
             "HF_TOKEN": CANARIES["HF_TOKEN"],
             "OMP_NUM_THREADS": "1",
             "RAY_num_workers_soft_limit": "4",  # idle processes are kept for the next task, as on a real node
-            "RAY_prestart_worker_first_driver": "0",  # but none is started that nobody has asked for
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # here nodes go without a word
-            "RAY_enable_metrics_collection": "0",  # figures that nobody looks at
+            "RAY_prestart_worker_first_driver": "0",  # but none is started before it is needed
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # here nodes are lost without warning
+            "RAY_enable_metrics_collection": "0",  # nobody reads the figures
             "REPORTER_UPDATE_INTERVAL_MS": "60000",
             "METRICS_RECORD_INTERVAL_S": "60",
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "500",
-            "RAY_health_check_timeout_ms": "60000",  # a lost node refuses at once, a starved one is slow
+            "RAY_health_check_timeout_ms": "60000",  # a lost node refuses at once; this is for a starved one
             "RAY_health_check_failure_threshold": "2",
-            "RAY_worker_maximum_startup_concurrency": "4",  # not one after the other
+            "RAY_worker_maximum_startup_concurrency": "4",  # in parallel
         }
         port, dashboard, client = free_ports(3, ips[0])
         words = [
@@ -350,7 +350,7 @@ def cluster() -> Iterator[TestCluster]:
 
 
 def alive_nodes(made: TestCluster) -> int:
-    """Nodes that the head counts."""
+    """How many nodes the head reports as alive; 0 if it does not answer."""
     request = urllib.request.Request(
         f"{made.url}/nodes?view=summary", headers={"Authorization": f"Bearer {made.token}"}
     )

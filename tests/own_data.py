@@ -1,4 +1,4 @@
-"""Captioned pictures of somebody's own, prepared in a moment and without Ray."""
+"""A user's own captioned pictures, prepared in a moment and without Ray."""
 
 import io
 from pathlib import Path
@@ -17,17 +17,17 @@ SIZES = (8, 16)
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """Different for each number below 729."""
+    """A colour, different for each number below 729."""
     return tuple(25 + 25 * (number // 9**place % 9) for place in range(3))  # type: ignore[return-value]
 
 
 def caption(number: int) -> str:
-    """Names its colour."""
+    """The caption of a picture: names its colour."""
     return "colour " + " ".join(map(str, colour(number)))
 
 
 def picture(number: int) -> bytes:
-    """Of one colour."""
+    """A PNG of one colour."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((16, 16, 3), colour(number), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -36,7 +36,7 @@ def picture(number: int) -> bytes:
 def own_data(
     directory: Path, *, pairs: int = 80, shards: int = 2, held_out: float = 0.0, twice: int = 0
 ) -> Home:
-    """Prepared pairs; the first `twice` captions stand in every shard, in capitals in the odd ones."""
+    """Prepared pairs; every shard has the first `twice` captions, odd shards have them in capitals."""
     spec = PairsSpec(
         shards=("raw",),
         destination=str(directory),

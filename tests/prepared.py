@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def png(size: int, number: int) -> bytes:
-    """A picture that differs from every other one."""
+    """A PNG, different for each number."""
     rng = np.random.default_rng(number)
     pixels = (rng.integers(0, 256, (1, 1, 3)) * rng.random((size, size, 1))).astype(np.uint8)
     buffer = io.BytesIO()

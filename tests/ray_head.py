@@ -29,16 +29,16 @@ class Head(NamedTuple):
 
     dashboard: str
     token: str
-    """Empty: anybody may use it."""
+    """Empty: the cluster asks for none."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of somebody who may use it."""
+        """Variables of a client that may use it."""
         return {"RAY_ADDRESS": self.dashboard, "RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports below those that Ray and the system give away, each given once: some are listened at late."""
+    """Free ports below those that Ray and the system assign; none is given twice, as some are bound late."""
     found: list[int] = []
     for port in NUMBERS:
         with socket.socket() as probe:
@@ -56,9 +56,10 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 def ray_head(
     *, token: bool = True, cpus: int = 4, variables: Mapping[str, str] | None = None
 ) -> Iterator[Head]:
-    """Start it, wait until its node is alive, stop it with all that it started.
+    """Start a head, wait until its node is alive, and in the end stop it with all that it started.
 
-    On a busy machine Ray's own parts may give up waiting for each other; then it is started again.
+    On a busy machine Ray's own parts may give up waiting for each other; then it is started again, twice at
+    most.
     """
     temporary = Path(tempfile.mkdtemp(prefix="rayhead-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     tried: list[subprocess.Popen[bytes]] = []
@@ -82,7 +83,7 @@ def ray_head(
 def started(
     temporary: Path, *, token: bool, cpus: int, variables: Mapping[str, str]
 ) -> tuple[Head, subprocess.Popen[bytes]]:
-    """The process, which may still fail."""
+    """Start the process, which may still fail."""
     temporary.mkdir()
     gcs, dashboard, client = free_ports(3)
     head = Head(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32) if token else "")
@@ -124,13 +125,13 @@ def started(
 
 
 def agent_ports(host: str = "127.0.0.1") -> dict[str, int]:
-    """Options of `ray start`: a raylet waits 15 s, and no longer, for agents that choose ports themselves."""
+    """Options that fix the agents' ports: a raylet waits only 15 s for agents that choose their own."""
     names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
     return {f"--{name}-port": port for name, port in zip(names, free_ports(len(names), host), strict=True)}
 
 
 def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
-    """Whether its node comes alive; False if it ends before, or takes too long."""
+    """Wait until its node is alive; False if the process ends before, or after 400 s."""
     headers = {"Authorization": f"Bearer {head.token}"} if head.token else {}
     end = time.monotonic() + 400
     while time.monotonic() < end and process.poll() is None:
@@ -143,9 +144,9 @@ def is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """The head, then whatever of its session is left: workers have sessions, but die with their raylet.
+    """End the head, then what is left of its session; workers have other sessions, but die with their raylet.
 
-    Ray's own end after a SIGTERM takes more than half a minute, in which nothing is asked of it any more.
+    It gets 2 s after a SIGTERM: Ray's own shutdown takes more than half a minute, and nothing needs it.
     """
     if process.poll() is not None:
         return

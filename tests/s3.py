@@ -22,12 +22,12 @@ KEYS = {
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Of this machine, that nobody listens on now."""
+    """A port of this machine that nobody listens on now."""
     return free_ports(1, host)[0]
 
 
 def answers(url: str) -> bool:
-    """Whether a server says anything at all there."""
+    """Whether a server answers there, be it with an error."""
     try:
         urllib.request.urlopen(url, timeout=2).close()
     except urllib.error.HTTPError:
@@ -38,7 +38,7 @@ def answers(url: str) -> bool:
 
 
 def until(truth: object, seconds: float = 300.0) -> None:
-    """Wait until a function says yes."""
+    """Wait until a function returns something true."""
     end = time.monotonic() + seconds
     while not truth():  # type: ignore[operator]
         assert time.monotonic() < end, f"{truth} not true after {seconds} s"
@@ -47,7 +47,7 @@ def until(truth: object, seconds: float = 300.0) -> None:
 
 @contextlib.contextmanager
 def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """A process while inside; afterwards it is gone."""
+    """End a process after the block, by SIGTERM and, 20 s later, SIGKILL."""
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 @contextlib.contextmanager
 def forgotten_clients() -> Iterator[None]:
-    """fsspec keeps clients by their arguments, and an address of the environment is none of them."""
+    """Empty fsspec's cache of clients before and after: its key lacks an address from the environment."""
     S3FileSystem.clear_instance_cache()
     try:
         yield
@@ -71,7 +71,7 @@ def forgotten_clients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def s3_server(host: str = "127.0.0.1", keys: Mapping[str, str] = KEYS) -> Iterator[dict[str, str]]:
-    """The environment that leads to a fresh, empty store with one bucket, `bucket`."""
+    """A fresh store with one empty bucket, `bucket`; yields the environment variables that lead to it."""
     port = free_port(host)
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],

@@ -1,4 +1,4 @@
-"""Something that happens to a test from outside, in its midst."""
+"""An event that hits a test from outside while it runs."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def when(truth: Callable[[], bool], act: Callable[[], object]) -> Iterator[None]:
-    """While inside: do something, once, as soon as something is so; nothing is left behind."""
+    """During the block, call `act` once, as soon as `truth` holds; the thread that watches ends with it."""
     over = threading.Event()
 
     def wait() -> None:

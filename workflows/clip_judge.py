@@ -19,7 +19,16 @@ from dd_core.devices import nearest
 from dd_core.layouts.clip import net_of
 from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of, published
-from workflows.evaluation import answered, computed_in, keep_pictures, missing, pixels, wilson, write_down
+from workflows.evaluation import (
+    NO_PICTURE,
+    answered,
+    computed_in,
+    keep_pictures,
+    missing,
+    pixels,
+    wilson,
+    write_down,
+)
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.parts import data_digest
 from workflows.storage import Home
@@ -170,7 +179,7 @@ def readable(png: bytes) -> Float[Tensor, " 1 3 h w"] | None:
     """A picture in [-1, 1]; None if it cannot be read."""
     try:
         return unit(png)
-    except (OSError, SyntaxError):
+    except NO_PICTURE:
         return None
 
 

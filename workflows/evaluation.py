@@ -34,6 +34,8 @@ ROUNDS, PAUSE_S = 3, 5.0
 """Rounds of requests, each for the pictures still missing, and the pause before each round but the first."""
 NOT_THERE = f"HTTP {httpx.codes.NOT_FOUND}"
 ADDRESS = "give the address that `ddiff serve` or `ddiff deploy` has said"
+NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""Errors of Pillow by which bytes are no picture, or none that can be read."""
 LOST_S = 60.0
 """How long one picture, of hundreds, waits for a server that cannot be reached."""
 
@@ -95,7 +97,7 @@ def computed_in(answers: Iterable[Answer]) -> str:
     told: set[str] = set()
     for answer in answers:
         with (
-            contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+            contextlib.suppress(*NO_PICTURE),
             Image.open(io.BytesIO(answer.png), formats=("PNG",)) as picture,
         ):
             told |= set(str(picture.info.get("precision", "")).split("+"))
@@ -184,6 +186,7 @@ def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec)
     while True:
         try:
             reply = client.post("/v1/images/generations", json=body)
+            lost = math.inf
             if reply.status_code == httpx.codes.OK:
                 return Answer(base64.b64decode(reply.json()["data"][0]["b64_json"]))
             failure, again = f"HTTP {reply.status_code}: {reply.text:.200}", reply.status_code in BUSY
@@ -212,7 +215,7 @@ def verdict(case: Case, answer: Answer) -> Verdict:
     """The oracle's verdict on an answer; without a readable picture, all that the caption says is wrong."""
     try:
         truth, failure = judged(pixels(answer.png), case.says), answer.failure
-    except (OSError, SyntaxError) as error:  # no picture, or none that can be read
+    except NO_PICTURE as error:  # no picture, or none that can be read
         nothing = judged(np.zeros((256, 256, 3), np.uint8), case.says)
         truth, failure = dict.fromkeys(nothing, False), answer.failure or f"unreadable picture: {error}"
     return Verdict(case.group, case.caption, truth, failure)

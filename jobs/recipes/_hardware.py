@@ -1,7 +1,7 @@
-"""What the published sizes are trained on; each worker has a GPU of 80 GB, whatever its paper had.
+"""Hardware of the recipes of published size: every worker has a GPU of 80 GB, whatever the paper used.
 
---set stages.base.resources.labels={}       on other GPUs
---set stages.base.resources.gpu_memory_gib=141 --set stages.base.micro_batch_size=256
+--set stages.base.resources.labels={}       for GPUs of other types
+--set stages.base.resources.gpu_memory_gib=141 --set stages.base.micro_batch_size=256    for 141 GB
 """
 
 from workflows.train_spec import ResourcesSpec

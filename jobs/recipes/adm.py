@@ -33,10 +33,10 @@ def run() -> RunSpec:
     classifier: 439 GFLOP x 256 x 500,000 = 0.2 days
     Published: 916 V100-days for the base and 46 for the classifier (table 10).
 
-    Departures: bf16 for fp16; images are not mirrored, there half of them; the classifier sees the middle of
-    each image, there random crops of 80 to 100 %, its rate falls as half a cosine, there linearly, and its
-    weights are averaged, over 10,000 images, there not; gradients are clipped at norm 1; the average of the
-    base's weights spans a tenth of the run so far until it spans 10,000 steps, there these from the first.
+    Departures: bf16 for fp16; no mirroring (published: half of the images); the classifier sees centre crops
+    (published: random crops of 80 to 100 %), its learning rate follows half a cosine (published: linear) and
+    its weights are averaged over 10,000 images (published: not); gradients are clipped at norm 1; the EMA of
+    the base spans a tenth of the run so far until it spans 10,000 steps (published: these from the first).
     """
     how = SamplingSpec(
         sampler="ddpm",
@@ -64,7 +64,7 @@ def base() -> TrainSpec:
 
 
 def classifier() -> TrainSpec:
-    """Depth 2, width 128, at all timesteps alike; batch 256, 3e-4, weight decay .05, 500,000 steps."""
+    """Depth 2, width 128, timesteps drawn uniformly; batch 256, 3e-4, weight decay .05, 500,000 steps."""
     stage = stage_of(published()["adm-classifier256"])
     assert isinstance(stage, ClassifierSpec)
     return TrainSpec(

@@ -1,6 +1,6 @@
 """The demo with the autoregressive prior of unCLIP in the place of the diffusion prior.
 
-As recipe consistency, it works in the run directory of the demo and adds a stage to it.
+Like recipe `consistency`, it works in the run directory of the demo and adds a stage to it.
 """
 
 from dd_core.cascade import CascadeSpec, HopSpec
@@ -22,8 +22,8 @@ def run() -> RunSpec:
 def prior() -> TrainSpec:
     """Caption -> image embedding in 96 codes.
 
-    Of pairs that the demo's draft paints from true embeddings 90 % are right; 83 % if they are written in 96
-    codes of 32 buckets and read back, 46 % in 48 of any.
+    Painted by the demo's draft from the true embeddings, 90 % of pairs are right; from embeddings quantised
+    to 96 codes of 32 buckets 83 %, to 48 codes of any number of buckets 46 %.
     """
     net = CodePriorSpec(
         width=192,
@@ -47,7 +47,7 @@ def prior() -> TrainSpec:
 
 
 def cascade() -> CascadeSpec:
-    """The demo's, its prior replaced."""
+    """The demo's cascade with its prior replaced."""
     before = demo.cascade()
     writing = HopSpec(
         stage="autoregressive_prior",

@@ -1,10 +1,10 @@
-"""The demo with a base of few steps: distilled from the demo's own base, and put in its place.
+"""The demo with a few-step base, distilled from the demo's own base and used in its place.
 
 It works in the run directory of the demo and adds a stage to it; what the demo has trained is not trained
-again.  `ddiff run --recipe consistency` then makes and judges a cascade of few steps where that of the demo
-was (`ddiff run --recipe demo` brings that back): keep its summary.json to compare.  `classes` and `edm`
-distil models of classes, `alone` learns without a teacher; `paper` and `paper_alone` are the published
-trainings.
+again.  `ddiff run --recipe consistency` then builds and evaluates a few-step cascade in place of the demo's
+(`ddiff run --recipe demo` restores that one): to compare, save the demo's summary.json first.  `classes` and
+`edm` distil class-conditional models, `alone` trains without a teacher; `paper` and `paper_alone` are the
+published trainings.
 """
 
 from dd_core.cascade import CascadeSpec, HopSpec
@@ -37,7 +37,7 @@ def run() -> RunSpec:
 def classes() -> RunSpec:
     """The base of `improved_ddpm`, and a student of it that paints classes in a few jumps.
 
-    Two CPUs, no GPU, up to 8 GB.  What came of it is in README.
+    Two CPUs, no GPU, up to 8 GB.  Results are in README.
     """
     before = improved_ddpm.run()
     hop = HopSpec(stage="consistency", how=JUMPS, follows_request=True)
@@ -48,7 +48,7 @@ def classes() -> RunSpec:
 
 
 def student_of_classes(teacher: TrainSpec) -> TrainSpec:
-    """Learns in four jumps what the teacher, guided, paints in sixteen steps: eight answers for an image."""
+    """Distils sixteen guided teacher steps into four jumps: eight teacher evaluations for an image."""
     assert isinstance(teacher.stage, ChainSpec)
     stage = ConsistencySpec(
         base=teacher.stage,
@@ -70,7 +70,7 @@ def student_of_classes(teacher: TrainSpec) -> TrainSpec:
 
 
 def edm() -> RunSpec:
-    """`classes` with a teacher after EDM: all noise levels, its own scaling and weights, Heun's steps.
+    """`classes` with a teacher after EDM: continuous noise levels, its scaling and loss weights, Heun steps.
 
     Two CPUs, no GPU, up to 8 GB.  Source of the teacher: Karras et al. 2022 (arXiv:2206.00364), table 1;
     sizes are ours.
@@ -85,7 +85,7 @@ def edm() -> RunSpec:
 
 
 def edm_teacher() -> TrainSpec:
-    """The base of `improved_ddpm`, its variance not learned, at EDM's levels; one class in ten kept back."""
+    """The base of `improved_ddpm`, at EDM's levels, without learned variance; a tenth of labels dropped."""
     before = improved_ddpm.base()
     assert isinstance(before.stage, ChainSpec)
     assert isinstance(before.stage.net, PlainSpec)
@@ -99,9 +99,10 @@ def edm_teacher() -> TrainSpec:
 def alone() -> RunSpec:
     """Consistency training without a teacher, at the size of the demo: paints classes in two jumps.
 
-    Levels grow from 2 to 51 while it trains, and the target follows the more slowly; every class is told, for
-    nothing guides it.  Two CPUs, no GPU, up to 8 GB.  Source: Song et al. 2023 (arXiv:2303.01469), algorithm
-    3 and appendix C; sizes, steps and the distance, pseudo-Huber, are ours.
+    During training the number of levels grows from 2 to 51 and the target follows ever more slowly; no label
+    is dropped, since nothing guides it.  Two CPUs, no GPU, up to 8 GB.
+    Source: Song et al. 2023 (arXiv:2303.01469), algorithm 3 and appendix C; sizes, steps and the distance,
+    pseudo-Huber, are ours.
     """
     before, teacher = classes(), edm_teacher()
     assert isinstance(teacher.stage, ChainSpec)
@@ -141,11 +142,11 @@ def paper() -> RunSpec:
     .002 to 80; two jumps, at the levels 0 and 22 of 40.
 
     Departures: CLIP's features in place of LPIPS (`--set stages.consistency.stage.distance=lpips` and
-    `...lpips_weights=FILE` bring it back); paths end at 0, where EDM's scaling is the one published for
-    students; the teacher takes as many steps as the student (its own are not in the paper); bf16 for fp16;
-    gradients are clipped at norm 1; the average spans a tenth of the run so far until it spans .9999432's
-    17,600 steps, there these from the first step; images are not mirrored, there half of them.  Set
-    pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
+    `...lpips_weights=FILE` bring it back); paths end at 0 (published: .002), where EDM's scaling is the one
+    published for students; the teacher is trained for as many steps as the student (the paper does not give
+    its number); bf16 for fp16; gradients are clipped at norm 1; the EMA spans a tenth of the run so far until
+    it spans .9999432's 17,600 steps (published: these from the first step); no mirroring (published: half of
+    the images).  Set pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
     Source: Song et al. 2023 (arXiv:2303.01469), section 6 and appendix C, and the published code.
     """
     return paper_run("consistency_paper", paper_student(paper_teacher()), (0, 22, 39), paper_teacher())
@@ -154,8 +155,8 @@ def paper() -> RunSpec:
 def paper_alone() -> RunSpec:
     """Consistency training without a teacher, as published for the same images; one network of 296 M.
 
-    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as of `paper`, whose departures are here
-    too:
+    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as for `paper`, whose departures apply
+    here too:
     consistency: 1,124 GFLOP x 2048 x 800,000 = 6.7 days
     Published: 64 A100; no time.
 
@@ -176,7 +177,7 @@ def paper_alone() -> RunSpec:
 
 
 def paper_run(name: str, student: TrainSpec, taus: tuple[int, ...], *before: TrainSpec) -> RunSpec:
-    """A run of ImageNet that ends in a consistency model and its jumps."""
+    """A run on ImageNet whose cascade is a consistency model that jumps between the levels `taus`."""
     jumps = JUMPS.but(num_steps=len(taus) - 1, taus=taus)
     return RunSpec(
         name=name,
@@ -194,7 +195,7 @@ def paper_run(name: str, student: TrainSpec, taus: tuple[int, ...], *before: Tra
 
 
 def paper_teacher() -> TrainSpec:
-    """EDM, which is followed."""
+    """EDM, the teacher of the distillation."""
     net = published()["edm-imagenet64"].net
     assert isinstance(net, PlainSpec)
     stage = ChainSpec(net=net, schedule=LogNormalSpec(), predicts="edm", told_dropout=0.0)
@@ -220,7 +221,7 @@ def paper_teacher() -> TrainSpec:
 
 
 def paper_student(teacher: TrainSpec) -> TrainSpec:
-    """The published optimizer and levels."""
+    """The distilled student, with the published optimizer and levels."""
     assert isinstance(teacher.stage, ChainSpec)
     stage = ConsistencySpec(
         base=teacher.stage.but(net=published()["consistency-imagenet64"].net),
@@ -238,9 +239,10 @@ def paper_student(teacher: TrainSpec) -> TrainSpec:
 
 
 def consistency() -> TrainSpec:
-    """The base in four jumps; one is as good here, for the draft has done most before.
+    """The base in four jumps; a single one is as good here, since the draft has done most of the work.
 
-    Each image costs four answers of the teacher and one of the target beside the student's own.
+    Beside the student's own, an image costs two evaluations of the teacher (an unguided Heun step) and one of
+    the target.
     """
     teacher = demo.base()
     assert isinstance(teacher.stage, BaseSpec)
@@ -263,7 +265,7 @@ def consistency() -> TrainSpec:
 
 
 def cascade() -> CascadeSpec:
-    """The demo's, its base replaced."""
+    """The demo's cascade with its base replaced."""
     before = demo.cascade()
     jumping = HopSpec(stage="consistency", how=JUMPS, follows_request=True)
     return before.but(hops=tuple(jumping if hop.stage == "base" else hop for hop in before.hops))

@@ -1,9 +1,10 @@
-"""DDPM on the embedded world: linear schedule, ancestral sampling, told nothing.
+"""DDPM on the embedded world: linear schedule, ancestral sampling, unconditional.
 
 It predicts the image, which DDPM tried first (section 3.2); with `--set stages.base.stage.predicts=eps` it
 predicts the noise, as published.
 
-What it paints are shapes of its own choosing, so the oracle can tell a scene but no caption: judged by eye.
+It paints shapes of its own choosing: the oracle can recognise a scene but has no caption to check, so judge
+by eye.
 Source: Ho et al. 2020 (arXiv:2006.11239); sizes are ours.
 """
 
@@ -22,12 +23,12 @@ from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
 
 OPTIMIZER = OptimizerSpec(algorithm="muon_unet", learning_rate=3e-3, ema_images=3_000)
 BUDGET = Budget(steps=1_000, checkpoint_every=500, report_every=25, sample_every=500)
 BATCH = 16
-"""Small: of few images many steps learn more (4,800 images: error .24 in batches of 16, .37 of 32)."""
+"""Small: on few images, more steps learn more (4,800 images: error .24 in batches of 16, .37 in 32)."""
 UNET = UNetSpec(
     width=64,
     channel_mult=(1, 2),
@@ -38,14 +39,15 @@ UNET = UNetSpec(
     stem_factor=4,
     level_scale=1.0,
 )
-"""Told timesteps; 16 x 16 places of 64 px folded by 4."""
+"""Told timesteps; the stem folds 64 px by 4 to 16 x 16 positions."""
 PREDICTS: Literal["x0"] = "x0"
-"""The image, of all systems at this size: asked for the noise, as published, the network has to hand every
-pixel's noise on to the last bit before a picture shows, which no 20,000 images teach it (README's log)."""
+"""All systems at this size predict the image: to predict the noise, as published, a network has to pass on
+every pixel's noise to the last bit before a picture shows, which 20,000 images do not teach it (README's
+log)."""
 ANCESTRAL = SamplingSpec(
     sampler="ddpm", variance="fixed_small", num_steps=100, spacing="linspace", guidance_scale=1.0
 )
-"""With the small fixed variance, of networks too that have learned theirs: in so few images they learn how
+"""With the small fixed variance, even for networks that learn theirs: from so few images they learn how
 wrong their estimate still is, and pictures drown in noise of that size."""
 
 
@@ -88,9 +90,9 @@ def base() -> TrainSpec:
 
 
 def filling(before: TrainSpec, name: str = "filling") -> TrainSpec:
-    """One that fills holes, made of one that does not: told also what is known of the picture, and where.
+    """A chain finetuned from `before` to fill holes: also told the known part of the picture, and its mask.
 
-    One that enlarges is still shown the whole small picture.
+    A chain that enlarges is still shown the whole small picture.
     Source: Nichol et al. 2022 (arXiv:2112.10741, GLIDE), sections 2.3 and 4.2.
     """
     assert isinstance(before.stage, ChainSpec)

@@ -23,7 +23,7 @@ from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 CONTEXT = 32
-WORKER = ResourcesSpec(memory_gib=2)  # on any node, with a GPU if there is one for each
+WORKER = ResourcesSpec(memory_gib=2)  # on any node, with a GPU if there is one for each worker
 TOWERS = ClipNetSpec(
     embedding_width=128,
     image_size=64,
@@ -110,7 +110,7 @@ def noised_clip() -> TrainSpec:
 
 
 def draft() -> TrainSpec:
-    """Image embedding -> 64 px in one call: most of what a picture of this world is."""
+    """Image embedding -> 64 px in one call, which settles most of a picture of this world."""
     return TrainSpec(
         name="draft",
         stage=DraftSpec(embedding_width=TOWERS.embedding_width, embedding_noise=0.1),
@@ -206,7 +206,7 @@ def prior() -> TrainSpec:
 
 
 def cascade() -> CascadeSpec:
-    """Prior, whose draws the draft shows, base, upsampler."""
+    """Prior, whose draws are ranked by what the draft paints of them; base; upsampler."""
     return CascadeSpec(
         name="demo",
         hops=(

@@ -1,4 +1,4 @@
-"""GLIDE: captions read by a transformer of the model's own, classifier-free guidance, an upsampler.
+"""GLIDE: a text transformer trained with the model, classifier-free guidance, an upsampler.
 
 `run` is the system at the size of the demo, `paper` the published one; `inpainting` and `paper_inpainting`
 finetune both their models to fill holes, with four more input channels that begin at zero.
@@ -19,7 +19,7 @@ from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
 SMALL = ANCESTRAL.but(variance=ddpm.ANCESTRAL.variance)
@@ -51,7 +51,7 @@ def cascade(context_length: int, how: SamplingSpec) -> CascadeSpec:
 
 
 def base() -> TrainSpec:
-    """64 px, cosine schedule, hybrid loss, captions never kept back."""
+    """64 px, cosine schedule, hybrid loss, captions never dropped."""
     net = CaptionedSpec(
         unet=ddpm.UNET.but(text_width=128),
         text=TextSpec(width=128, layers=4, heads=4, context_length=demo.CONTEXT, vocab_size=49_408),
@@ -69,7 +69,7 @@ def base() -> TrainSpec:
 
 
 def guided() -> TrainSpec:
-    """The base finetuned with a fifth of the captions kept back, so that it can guide itself."""
+    """The base finetuned with a fifth of the captions dropped, for classifier-free guidance."""
     before = base()
     return before.but(
         name="guided",
@@ -82,7 +82,7 @@ def guided() -> TrainSpec:
 
 
 def inpainting() -> RunSpec:
-    """`run`, and of both its models others that fill holes as told.  Two CPUs, no GPU, up to 8 GB."""
+    """`run`, and both its models finetuned to fill holes by caption.  Two CPUs, no GPU, up to 8 GB."""
     whole, painter = run(), ddpm.filling(guided())
     enlarger = ddpm.filling(upsampler(), "filling_upsampler")
     tuned = enlarger.but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
@@ -139,12 +139,12 @@ def paper() -> RunSpec:
     base: 715 GFLOP x 2048 x 2,500,000 = 13.4 days
     guided: 715 GFLOP x 2048 x 250,000 = 1.3 days
     upsampler: 3,842 GFLOP x 512 x 1,600,000 = 11.5 days
-    Published: neither; the compute of the paper's 3.5 B and 1.5 B weights is about that of DALL-E.
+    Published: neither hardware nor time; the paper's 3.5 B and 1.5 B weights took about DALL-E's compute.
 
     Departures: iterations and batches are those of the paper's larger models; CLIP's tokens in place of
     GLIDE's own, bf16 in place of fp16; the learning rate is ADM's 1e-4 and the finetuning's length ours, as
-    the paper names neither; gradients are clipped at norm 1; the average of the weights spans a tenth of the
-    run so far until it spans 10,000 steps, ADM's from the first.
+    the paper names neither; gradients are clipped at norm 1; the EMA of the weights spans a tenth of the run
+    so far until it spans 10,000 steps (ADM: these from the first).
     Source: section 4 and the model card of the published code.
     """
     known = published()
@@ -159,7 +159,7 @@ def paper() -> RunSpec:
             net=net, image_size=size, factor=size // 64, schedule=schedule, loss="hybrid", told_dropout=0.0
         )
         found.append(paper_stage(name, stage, steps, batch))
-    found[1] = found[1].but(micro_batch_size=16)  # of 32 a GPU would keep 83 GiB
+    found[1] = found[1].but(micro_batch_size=16)  # 32 would take 83 GiB of a GPU
     start = found[0]
     assert isinstance(start.stage, ChainSpec)
     tuned = paper_stage("guided", start.stage.but(told_dropout=0.2), 250_000, 2048, {"start": "base"})
@@ -172,14 +172,14 @@ def paper() -> RunSpec:
 
 
 def paper_inpainting() -> RunSpec:
-    """`paper`, and of both its models those that fill holes, in the sizes of the published ones.
+    """`paper`, and both its models finetuned to fill holes, in the published sizes.
 
-    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as of `paper`, whose departures are here
-    too:
+    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as for `paper`, whose departures apply
+    here too:
     filling: 715 GFLOP x 2048 x 250,000 = 1.3 days
     filling_upsampler: 3,844 GFLOP x 512 x 160,000 = 1.2 days
-    Published: neither, nor for how long and at which rate it was finetuned; both are ours.  Sampled as in the
-    published notebook: guidance 5, both hops ancestral.
+    Published: neither hardware nor time, nor length and learning rate of the finetuning; the latter two are
+    ours.  Sampled as in the published notebook: guidance 5, both hops ancestral.
     Source: section 4.2 and the published code (arXiv:2112.10741).
     """
     whole = paper()

@@ -1,7 +1,7 @@
-"""Guidance by gradient on the embedded world: a base that is told nothing, led by a noised CLIP.
+"""Guidance by gradient on the embedded world: an unconditional base, guided by a noised CLIP.
 
-`classes` leads the same base by a noised classifier.  Neither base has heard a caption or a class: what of
-it comes out right is the guide's work.
+`classes` guides the same base by a noised classifier.  The base is never told a caption or a class: whatever
+comes out right is the guide's work.
 Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233), Nichol et al. 2022 (arXiv:2112.10741), Liu et al. 2021
 (arXiv:2112.05744); sizes are ours.
 """
@@ -22,8 +22,8 @@ from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
 COSINE = ScheduleSpec(betas="cosine", num_timesteps=1000)
-"""Of the base, and so the levels at which its guides learn: a step in 25 lies above sigma 16."""
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+"""Of the base, and so the levels at which its guides train: one timestep in 25 lies above sigma 16."""
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
 
 
 def run() -> RunSpec:
@@ -39,7 +39,7 @@ def run() -> RunSpec:
 
 
 def classes() -> RunSpec:
-    """The same base led to classes: `ddiff sample x --label 4` asks for something purple.
+    """The same base guided to classes: `ddiff sample x --label 4` asks for something purple.
 
     Two CPUs, no GPU, up to 8 GB.
     """
@@ -55,7 +55,7 @@ def classes() -> RunSpec:
 
 
 def base() -> TrainSpec:
-    """64 px, cosine schedule, learned variance, told nothing."""
+    """64 px, cosine schedule, learned variance, unconditional."""
     stage = ChainSpec(
         net=PlainSpec(unet=ddpm.UNET, out_channels=6),
         schedule=COSINE,
@@ -76,7 +76,7 @@ def base() -> TrainSpec:
 
 
 def noised_clip() -> TrainSpec:
-    """The demo's, at the noise levels of the base."""
+    """The demo's noised CLIP, trained at the noise levels of the base."""
     before = demo.noised_clip()
     return before.but(stage=before.stage.but(schedule=COSINE))
 

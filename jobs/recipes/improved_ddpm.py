@@ -1,8 +1,8 @@
-"""Improved DDPM on the embedded world: cosine schedule of 4000 timesteps, learned variance, told a class.
+"""Improved DDPM on the embedded world: cosine schedule of 4000 timesteps, learned variance, classes.
 
-`bound` trains the same network by the variational bound, its timesteps drawn by their losses; `inpainting`
-finetunes it to fill holes.  The class is the colour of the first thing in a scene: `ddiff sample x --label 4`
-paints something purple.
+`bound` trains the same network on the variational bound, timesteps importance-sampled by their losses;
+`inpainting` finetunes it to fill holes.  The class is the colour of the first thing in a scene:
+`ddiff sample x --label 4` paints something purple.
 Source: Nichol & Dhariwal 2021 (arXiv:2102.09672); sizes are ours.
 """
 
@@ -17,7 +17,7 @@ from workflows.run_spec import RunSpec
 from workflows.shapes import COLOURS
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
 
 LABEL = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
 SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=3.0)
@@ -40,7 +40,7 @@ def run() -> RunSpec:
 
 
 def base() -> TrainSpec:
-    """64 px, the hybrid loss; one class in ten kept back, so that it can guide itself."""
+    """64 px, the hybrid loss; a tenth of the labels dropped, for classifier-free guidance."""
     unet = ddpm.UNET.but(labels=len(LABEL.classes) + 1)
     stage = ChainSpec(
         net=PlainSpec(unet=unet, out_channels=6),
@@ -64,7 +64,7 @@ def base() -> TrainSpec:
 
 
 def bound() -> RunSpec:
-    """The same network by L_vlb, for likelihoods.  Two CPUs, no GPU, up to 8 GB."""
+    """The same network trained on L_vlb, for likelihoods.  Two CPUs, no GPU, up to 8 GB."""
     whole, trained = run(), base()
     assert isinstance(trained.stage, ChainSpec)
     by_bound = trained.but(stage=trained.stage.but(loss="vlb"))
@@ -73,7 +73,7 @@ def bound() -> RunSpec:
 
 
 def inpainting() -> RunSpec:
-    """`run` and, of its base, a model that fills holes with what has the colour asked for.
+    """`run`, and its base finetuned to fill holes with a thing of the colour asked for.
 
     Two CPUs, no GPU, up to 8 GB.
     """

@@ -1,7 +1,7 @@
 """Latent diffusion: the base paints latents of the autoencoder, told the states of the frozen CLIP.
 
 `run` is the system at the size of the demo, 256 px in one hop; `joint` has a text transformer of its own, as
-the paper's text-to-image model; `paper` is Stable Diffusion's first training.
+in the paper's text-to-image model; `paper` is Stable Diffusion's first training.
 Source: Rombach et al. 2022 (arXiv:2112.10752), the model card of Stable Diffusion 1.
 """
 
@@ -23,7 +23,7 @@ from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each
+WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
 
 SCALED = ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first")
 DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one", guidance_scale=3.0)
@@ -46,7 +46,7 @@ def cascade(how: SamplingSpec, context_length: int) -> CascadeSpec:
 
 
 def vq() -> RunSpec:
-    """The same on a codebook of 1,024 vectors, which the decoder keeps: the base paints what goes into it.
+    """`run` with a codebook of 1,024 vectors, part of the decoder: the base paints unquantised latents.
 
     Two CPUs, no GPU, up to 8 GB.
     """
@@ -58,7 +58,7 @@ def vq() -> RunSpec:
 
 
 def base() -> TrainSpec:
-    """32 x 32 x 4 latents of 256 px; transformers look at the caption's states."""
+    """32 x 32 x 4 latents of 256 px; cross-attention to the caption's states."""
     unet = ddpm.UNET.but(
         channel_mult=(1, 2),
         stem_factor=2,
@@ -90,11 +90,11 @@ def base() -> TrainSpec:
 
 
 def joint() -> RunSpec:
-    """`run` without CLIP's states: captions are read by a transformer that is trained as one with the base.
+    """`run` without CLIP's states: captions are read by a transformer that is trained jointly with the base.
 
-    As in the paper (section 4.3.1) every token looks at every other and padding is heard too; the published
-    one has 32 layers of 1280 and the tokens of BERT, this one 4 of 128 and CLIP's.  Two CPUs, no GPU, up to
-    8 GB.
+    As in the paper (section 4.3.1) every token attends to every other, padding included; the published one
+    has 32 layers of width 1280 and BERT's tokens, this one 4 layers of width 128 and CLIP's tokens.  Two
+    CPUs, no GPU, up to 8 GB.
     """
     before, whole = base(), run()
     assert isinstance(before.stage, ChainSpec)
@@ -111,7 +111,7 @@ def joint() -> RunSpec:
 
 
 def inpainting() -> RunSpec:
-    """`run` and, of its base, a model that fills holes as told.  Two CPUs, no GPU, up to 8 GB."""
+    """`run`, and its base finetuned to fill holes by caption.  Two CPUs, no GPU, up to 8 GB."""
     whole = run()
     budget = ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150)
     filling = ddpm.filling(base()).but(budget=budget)
@@ -129,16 +129,16 @@ def paper() -> RunSpec:
     Set pairs.shards and pairs.destination; `clip` is downloaded by open_clip.
 
     Hardware: 8 GPUs of 80 GB (`_hardware.py`), for the autoencoder one of them.  Time, an estimate and not
-    measured: an H100 each, 40 % of its 989 TFLOP/s, operations of a sample, latents and captions read anew, x
-    batch x steps (tests/benchmarks/recipe_flops.py):
+    measured: an H100 each, 40 % of its 989 TFLOP/s, operations of a sample, its latent and caption encoded
+    anew, x batch x steps (tests/benchmarks/recipe_flops.py):
     autoencoder: 3,877 GFLOP x 24 x 246,803 = 0.7 days
     base: 823 GFLOP x 2048 x 237,000 = 1.5 days
     Published: 32 x 8 A100, batch 2048, 237,000 steps at 256 px, AdamW at 1e-4 after 10,000 steps of warm-up;
     about 150,000 A100-hours for all trainings of Stable Diffusion 1, most of them at 512 px (model card).
 
-    Departures: a tenth of the captions is kept back from the beginning (there from the third training on);
-    gradients are clipped at norm 1; the autoencoder is trained on the same tars (there on OpenImages), with
-    CLIP's features in place of LPIPS, losses that are means where its own are sums, and averaged weights.
+    Departures: a tenth of the captions is dropped from the beginning (published: from the third training on);
+    gradients are clipped at norm 1; the autoencoder is trained on the same tars (published: OpenImages), with
+    CLIP's features in place of LPIPS, losses that are means (published: sums), and averaged weights.
     """
     net = published()["sd1"].net
     assert isinstance(net, PlainSpec)
@@ -152,7 +152,7 @@ def paper() -> RunSpec:
 
 
 def paper_clip() -> TrainSpec:
-    """OpenAI's ViT-L/14, not trained here; captions are padded by their END, as Stable Diffusion's are."""
+    """OpenAI's ViT-L/14, not trained here; captions are padded with END, as in Stable Diffusion."""
     net = ClipNetSpec(
         embedding_width=768,
         patch_size=14,
@@ -175,10 +175,10 @@ def paper_clip() -> TrainSpec:
 
 
 def paper_autoencoder() -> TrainSpec:
-    """The published f8 with four channels: two batches of 12 a step, at 4.5e-6 for each of their images.
+    """The published f8 with four channels: two micro-batches of 12 a step, at 4.5e-6 for each image.
 
-    246,803 steps, as the published code says of its weights; a discriminator after 50,001 of them, which are
-    100,002 forwards.
+    246,803 steps, as the published code says of its weights; the discriminator starts after 50,001 of them,
+    which are 100,002 forwards.
     """
     return TrainSpec(
         name="autoencoder",

@@ -1,7 +1,7 @@
-"""The demo, and beside its stages those of every other system, in the demo's run directory.
+"""The demo's stages and those of every other system, in the demo's run directory.
 
 What the demo has trained is not trained again.  `python -m tests.benchmarks.systems runs/demo` then paints
-with each of them and prints README's table.  On its own each system is a recipe of its name.
+with each of them and prints README's table.  Each system is also a recipe of its own name.
 """
 
 from jobs.recipes import autoregressive, consistency, ddpm, demo, glide, guided, improved_ddpm, latent, unclip
@@ -9,7 +9,7 @@ from workflows.run_spec import RunSpec
 from workflows.train_spec import TrainSpec
 
 GUIDING = "guiding_clip"
-"""The noised CLIP that leads `untold`, at whose noise levels it has learned; the demo's knows others."""
+"""The noised CLIP that guides `untold`, trained at that chain's noise levels; the demo's knows others."""
 
 
 def run() -> RunSpec:

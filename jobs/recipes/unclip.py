@@ -1,8 +1,8 @@
 """unCLIP: caption -> image embedding -> 64 px -> 256 px.
 
-`run` has the sizes of Karlo, its only published weights: prior, decoder of 893 M, upsampler of 692 M; in
-`published_prior` and `autoregressive` the priors are those of the paper.  `small` is the published decoder
-between the prior and the upsampler of the demo, `small_causal` all three as published, at that size.
+`run` has the sizes of Karlo, the only published weights of unCLIP: prior, decoder of 893 M, upsampler of
+692 M; in `published_prior` and `autoregressive` the priors are those of the paper.  At the demo's size,
+`small` has the published decoder between the demo's prior and upsampler, `small_causal` the published three.
 Sources: Ramesh et al. 2022 (arXiv:2204.06125), table 3 (iterations, batches, rates); the model card and the
 code of Karlo (sizes, frozen CLIP states in place of a text transformer).
 """
@@ -38,24 +38,24 @@ ANALYTIC = SamplingSpec(
 )
 DDIM7 = SamplingSpec(sampler="ddim", num_steps=7, spacing="trailing", guidance_scale=1.0)
 EMBEDDED_AT = 224
-"""What ViT-L/14 looks at: prior and decoder hear the embeddings of these pictures."""
+"""Side of ViT-L/14's input: prior and decoder are told embeddings of pictures of this size."""
 
 
 def run() -> RunSpec:
-    """For your own tars: set pairs.shards and pairs.destination.
+    """Karlo's sizes, for your own tars: set pairs.shards and pairs.destination.
 
     Hardware: 8 GPUs of 80 GB (`_hardware.py`).  Time, an estimate and not measured: an H100 each, 40 % of its
     989 TFLOP/s, operations of a sample x batch x steps (tests/benchmarks/recipe_flops.py); embeddings of
-    images, which are made once, are not in it:
+    images, which are computed once, are not counted:
     prior: 513 GFLOP x 4096 x 600,000 = 4.6 days
     decoder: 1,839 GFLOP x 2048 x 800,000 = 11.0 days
     upsampler: 1,593 GFLOP x 1024 x 1,000,000 = 6.0 days
-    Published: neither, in both sources.
+    Published: neither hardware nor time, in either source.
 
     Departures: the prior is our transformer in Karlo's width and depth, trained at continuous noise levels;
-    the upsampler's last step is no network of its own, and it is sampled by DDIM; Adam's epsilon is 1e-8 for
-    the priors too (table 3: 1e-6, autoregressive 1e-10); gradients are clipped at norm 1; averages of weights
-    span a tenth of the run so far until they span 10,000 steps, by table 3 these from the first; bf16.
+    the upsampler's last step has no network of its own, and it is sampled by DDIM; Adam's epsilon is 1e-8 for
+    the priors too (table 3: 1e-6, autoregressive 1e-10); gradients are clipped at norm 1; EMAs of weights
+    span a tenth of the run so far until they span 10,000 steps (table 3: these from the first); bf16.
     """
     prior = SamplingSpec(num_steps=25, guidance_scale=4.0, draws=2)
     decoder = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=8.0)
@@ -93,7 +93,7 @@ def small() -> RunSpec:
 def small_causal() -> RunSpec:
     """The demo's pairs; the published prior, decoder and blurred upsampler; 320 captions judged.
 
-    The demo's CLIP anew, its embeddings as wide as its states, which is what that prior is told.
+    The demo's CLIP is trained anew with embeddings as wide as its states, since that prior takes one width.
 
     Two CPUs, no GPU, up to 8 GB.
     """
@@ -136,7 +136,7 @@ def small_causal() -> RunSpec:
 
 
 def small_decoder(towers: ClipNetSpec) -> TrainSpec:
-    """64 px, told caption and embedding by such a CLIP; dropouts as published."""
+    """64 px, told captions and embeddings by a CLIP with these towers; dropouts as published."""
     unet = ddpm.UNET.but(
         text_width=128, text_at_level=False, level_told=True, embedding_width=towers.embedding_width
     )
@@ -160,9 +160,9 @@ def large() -> RunSpec:
     """`run`, enlarged once more: 256 -> 1024 px by a network of 282 M (published: 300 M) in 15 steps.
 
     For tars with pictures of 1024 px and more.  Hardware: 8 GPUs of 80 GB.  Time, an estimate and not
-    measured, as of `run`, whose departures are here too:
+    measured, as for `run`, whose departures apply here too:
     large_upsampler: 3,718 GFLOP x 512 x 1,000,000 = 7.0 days
-    Published: neither.
+    Published: neither hardware nor time.
     """
     before = run()
     hops = (*before.cascade.hops, HopSpec(stage="large_upsampler", how=DDIM7.but(num_steps=15)))
@@ -192,7 +192,7 @@ def prior_stage() -> TrainSpec:
         ),
         budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
         batch_size=4096,
-        micro_batch_size=256,  # of 512 a GPU would keep 74 GiB
+        micro_batch_size=256,  # 512 would take 74 GiB of a GPU
         num_workers=PAPER_WORKERS,
         use_gpu=True,
         resources=PAPER_WORKER,
@@ -202,11 +202,11 @@ def prior_stage() -> TrainSpec:
 def published_prior() -> RunSpec:
     """`run` with the causal prior of the paper in Karlo's size, 1,022 M, in 64 steps of analytic variance.
 
-    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as of `run`:
+    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as for `run`:
     causal_prior: 506 GFLOP x 4096 x 600,000 = 4.5 days
-    Published: neither.
+    Published: neither hardware nor time.
 
-    Departures: those of `run` but for the prior; as in Karlo a fifth of the captions is kept back (paper: a
+    Departures: those of `run` but for the prior; as in Karlo a fifth of the captions is dropped (paper: a
     tenth) and guidance is 4.
     """
     trained = prior_stage()
@@ -224,15 +224,15 @@ def published_prior() -> RunSpec:
 def autoregressive() -> RunSpec:
     """`run` with the paper's autoregressive prior: width 1664, 24 layers, 26 heads; 319 axes, 1024 buckets.
 
-    Batch 4096, 1.6e-4, weight decay .04, a million steps, averaged by .999 (section 2.2 and table 3).
+    Batch 4096, 1.6e-4, weight decay .04, a million steps, EMA .999 (section 2.2 and table 3).
 
-    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as of `run`:
+    Hardware: 8 GPUs of 80 GB.  Time, an estimate and not measured, as for `run`:
     autoregressive_prior: 2,007 GFLOP x 4096 x 1,000,000 = 30.1 days
-    Published: neither.
+    Published: neither hardware nor time.
 
-    Departures: those of `run` but for the prior; captions are told as the states of ViT-L/14, there as tokens
-    that the prior reads itself; the axes are 319 of 768, there of the 1024 of ViT-H/16; guidance is 4, as of
-    `run`.
+    Departures: those of `run` but for the prior; captions are told as the states of ViT-L/14 (paper: tokens
+    that the prior reads itself); the axes are 319 of 768 (paper: of the 1024 of ViT-H/16); guidance is 4, as
+    in `run`.
     """
     net = CodePriorSpec(
         width=1664,
@@ -268,7 +268,7 @@ def begun(name: str, prior: TrainSpec, how: SamplingSpec) -> RunSpec:
 
 
 def decoder_stage() -> TrainSpec:
-    """64 px; half the captions, a tenth of the embeddings kept back; batch 2048, 1.2e-4, 800,000 steps."""
+    """64 px; half the captions, a tenth of the embeddings dropped; batch 2048, 1.2e-4, 800,000 steps."""
     net = published()["karlo-decoder"].net
     assert isinstance(net, UnclipSpec)
     stage = ChainSpec(
@@ -281,11 +281,11 @@ def decoder_stage() -> TrainSpec:
     )
     trained = paper_stage("decoder", stage, 800_000, 2048, {"clip": "clip"})
     optimizer = trained.optimizer.but(learning_rate=1.2e-4)
-    return trained.but(optimizer=optimizer, micro_batch_size=64)  # of 128 a GPU would keep 73 GiB
+    return trained.but(optimizer=optimizer, micro_batch_size=64)  # 128 would take 73 GiB of a GPU
 
 
 def upsampler() -> TrainSpec:
-    """64 -> 256 px, told no caption, no attention; dropout .1; blurred quarters; 1024, 1.2e-4, a million."""
+    """64 -> 256 px, blurred 64 px crops, no caption, no attention, dropout .1; 1024, 1.2e-4, 1 M steps."""
     net = published()["karlo-sr"].net
     assert isinstance(net, PlainSpec)
     stage = ChainSpec(
@@ -302,7 +302,7 @@ def upsampler() -> TrainSpec:
 
 
 def large_upsampler() -> TrainSpec:
-    """256 -> 1024 px, on quarters degraded by BSR, linear schedule; batch 512, 1e-4, a million steps."""
+    """256 -> 1024 px, on 256 px crops degraded by BSR, linear schedule; batch 512, 1e-4, a million steps."""
     unet = UNetSpec(
         width=192,
         channel_mult=(1, 1, 2, 2, 4, 4),
@@ -316,4 +316,4 @@ def large_upsampler() -> TrainSpec:
         net=PlainSpec(unet=unet), image_size=1024, factor=4, told_dropout=0.0, degrades="bsr", crop=256
     )
     trained = paper_stage("large_upsampler", stage, 1_000_000, 512)
-    return trained.but(micro_batch_size=16)  # of 32 a GPU would keep 73 GiB
+    return trained.but(micro_batch_size=16)  # 32 would take 73 GiB of a GPU

@@ -3,12 +3,12 @@
     python -m tests.benchmarks.data [--pairs 9000] [--rounds 5] [--json FILE]
 
 Photo-like JPEGs (long side 512, quality 90, 4:2:0) with captions in tars; every method delivers
-batches of 64 with an image of 256, one of 64 and 77 tokens.  Each measurement is a process of its
-own on the same two cores; the methods alternate, and medians of their rounds are compared.  A rate
-is that of the last three quarters of the images, when every process has started; the time to the
-first batch is its own column.  CPU time is that of all processes and, other than the rates, hardly
-depends on what else runs on the box.  Peak memory is the sum over all processes of their own and
-shared-once pages.
+batches of 64 pairs: an image of 256 px, one of 64 px and 77 tokens.  Each measurement is a process
+of its own on the same two cores; the methods alternate, and medians of their rounds are compared.
+Rates are over the last three quarters of the images, when every process has started; the time to
+the first batch has its own column.  CPU time is that of all processes and, unlike the rates, hardly
+depends on what else runs on the box.  Peak memory is the sum over all processes of their own pages
+and their share of common ones (PSS).
 """
 
 import argparse
@@ -229,12 +229,12 @@ def measure(directory: Path, method: str) -> dict[str, float]:
 
 
 class PeakMemory:
-    """The most memory that a process and its descendants held together, sampled every so many seconds.
+    """The most memory that a process and its descendants held together, sampled in a thread.
 
     Args:
-        pid: Of the first of them; None: this one.
-        every_s: Between two samples at least: each reads every page table, and takes a hundredth of a core's
-            time at most.
+        pid: The process; None: this one.
+        every_s: Shortest pause between two samples; longer where sampling, which reads every page table,
+            would take more than a hundredth of a core's time.
     """
 
     def __init__(self, pid: int | None = None, *, every_s: float = 2.0) -> None:
@@ -279,7 +279,7 @@ def family(pid: int) -> list[int]:
 
 
 def held_mb(pid: int) -> float:
-    """Anonymous memory of a process plus its proportional share of shared pages."""
+    """The PSS of a process: its own pages and its proportional share of shared ones."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,16 +1,18 @@
-"""What each guidance does for its own score: one base that is told nothing, led by one guide after another.
+"""What each guidance does for its own score: one base, steered by one guidance after another.
 
     ddiff run --recipe systems
     python -m tests.benchmarks.guidances runs/demo [--pictures 96] [--only classes,style] [--json FILE]
 
-Pictures of one guidance at all its weights begin with the same noise, so that what it changes is a mean of
-paired differences, told with its 95 % interval.  Its own score, the higher the better:
+The base is told a class only by classifier-free guidance (`free`).  All weights of a guidance start from the
+same noise, so its effect is a mean of paired differences, given with its 95 % interval.  Its own score, the
+higher the better:
 
-    free, classes   1 if the oracle sees a thing of the colour asked for (class i of eight in picture i)
+    free, classes   1 if the oracle sees a thing of the colour asked for (class i modulo eight in picture i)
     caption, image  cosine with the caption, or with the reference picture, by the run's CLIP, whose image
                     tower has no part in the guidance
-    style           minus the distance to the reference of Gram matrices, by the noised CLIP at its lowest
-    structure       level, and of feature maps, each over what it is without guidance
+    style           minus the distance of Gram matrices to those of the reference
+    structure       minus the distance of feature maps to those of the reference
+                    (both by the noised CLIP at its lowest noise level, over the value without guidance)
 
 `ground` is 1 if the oracle finds the reference's background.  References are scenes of a seed of their own.
 """
@@ -57,11 +59,11 @@ WEIGHTS: Mapping[str, tuple[float, ...]] = {
     "style": (0, 1e5, 1e6, 1e7),
     "structure": (0, 1e2, 1e3, 1e4),
 }
-"""Of each guidance; `free` is classifier-free, its scale: 0 hears nothing, 1 is the base told the class."""
+"""Of each guidance; of `free` the classifier-free scale: 0 ignores the class, 1 is the conditional base."""
 
 
 class Asked(NamedTuple):
-    """What all pictures of this benchmark are led to, each row to its own."""
+    """What the pictures are steered to, one row for each."""
 
     label: Tensor
     caption: Tensor
@@ -71,7 +73,7 @@ class Asked(NamedTuple):
 
 
 class Judges(NamedTuple):
-    """Who says how near a picture has come."""
+    """The networks that score pictures."""
 
     clip: Clip
     noised: NoisedClip
@@ -90,7 +92,7 @@ def asked(count: int) -> Asked:
 
 
 def way(guidance: str, weight: float, steps: int) -> SamplingSpec:
-    """How the base is led; never told a class unless by classifier-free guidance."""
+    """How the base is sampled; it is told a class only by classifier-free guidance."""
     plain = SamplingSpec(sampler="ddpm", variance="fixed_small", num_steps=steps, spacing="trailing")
     if guidance == "free":
         return plain.but(guidance_scale=weight)
@@ -99,7 +101,7 @@ def way(guidance: str, weight: float, steps: int) -> SamplingSpec:
 
 
 def loaded(directory: Path, name: str) -> Trained:
-    """What a run has trained; as noised CLIP the one that knows the noise levels of a chain."""
+    """A trained stage of the run; for noised_clip the one that knows the noise levels of a chain."""
     stage = GUIDING if name == "noised_clip" else name
     return bundle.load(directory / stage / "bundle").trained
 
@@ -125,7 +127,7 @@ def painted(directory: Path, wanted: Asked, guidance: str, how: SamplingSpec) ->
 
 @torch.no_grad()
 def score(guidance: str, pictures: Tensor, wanted: Asked, judges: Judges) -> Tensor:
-    """What the guidance climbs, of each finished picture; see above."""
+    """The guidance's own score of each finished picture; see above."""
 
     def apart(seen: Callable[[Tensor], list[Tensor]]) -> Tensor:
         return -scores.distance(seen(pictures), seen(wanted.reference))
@@ -153,13 +155,13 @@ def score(guidance: str, pictures: Tensor, wanted: Asked, judges: Judges) -> Ten
 
 
 def same_ground(pictures: Tensor, wanted: Asked) -> float:
-    """Share of pictures on the reference's background."""
+    """Share of pictures that have the reference's background."""
     pairs = zip(rgb(pictures), rgb(wanted.reference), strict=True)
     return float(np.mean([read(one).background == read(other).background for one, other in pairs]))
 
 
 def rgb(pictures: Tensor) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
-    """As the oracle reads them."""
+    """Pictures as the oracle reads them."""
     return [picture.permute(1, 2, 0).numpy() for picture in to_bytes(pictures)]
 
 
@@ -170,7 +172,7 @@ def raised(now: Tensor, before: Tensor) -> tuple[float, float]:
 
 
 def measured(guidance: str, options: argparse.Namespace, judges: Judges) -> list[dict[str, float]]:
-    """One guidance at all its weights, told as it goes."""
+    """One guidance at all its weights, printed as it goes."""
     wanted, rows, before = asked(options.pictures), [], torch.zeros(0)
     for weight in WEIGHTS[guidance]:
         pictures = painted(options.run, wanted, guidance, way(guidance, weight, options.steps))

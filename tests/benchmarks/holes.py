@@ -1,4 +1,4 @@
-"""What fills a hole: scenes of two things, one of them hidden, painted back from the caption of both.
+"""Inpainting: scenes of two things, one of them hidden, which is painted back from the caption of both.
 
     ddiff run --recipe demo
     python -m tests.benchmarks.holes runs/demo/cascade [--pictures 48] [--steps N] [--by-colour] [--json FILE]
@@ -6,10 +6,11 @@
 The hole is a square around one thing, its edges a tenth of the picture's side beyond those of the thing.  The
 cascade is told the picture outside, the hole, and a caption that names both things; networks without mask
 channels fill it without training (`inpainting: projection`).  `all` and the attributes are the oracle's, as
-in an evaluation; `filled` is a thing in the hole of the hidden one's shape and colour; `another` the same for
-the thing of the scene before, of which nothing was said: chance.  `outside` is the largest difference from
-the picture outside the hole, of 255.  With --by-colour a cascade that is told classes, such as that of
-improved_ddpm, is asked for the hidden thing's colour, and that alone is looked for.
+in an evaluation; `filled` is the share of pictures with a thing of the hidden one's shape and colour in the
+hole; `another` the same for the hidden thing of the scene before, which the caption does not name: chance.
+`outside` is the largest difference from the picture outside the hole, of 255.  With --by-colour a cascade
+that is told classes, such as that of improved_ddpm, is asked for the hidden thing's colour, and only the
+colour is compared.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def riddles(count: int, side: int, seed: int = 777) -> list[Riddle]:
 
 
 def around(thing: Thing, side: int) -> NDArray[np.bool_]:
-    """A square that hides a thing."""
+    """Mask [h w] of the square that hides a thing."""
     reach = thing.radius + MARGIN
     at = (np.arange(side) + 0.5) / side
     inside_x, inside_y = np.abs(at - thing.x) < reach, np.abs(at - thing.y) < reach
@@ -68,7 +69,7 @@ def around(thing: Thing, side: int) -> NDArray[np.bool_]:
 
 
 def filled(cascade: Cascade, riddle: Riddle, seed: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The picture [3 h w] in [-1, 1] as it was filled, and as it was."""
+    """The filled picture and the original, [3 h w] in [-1, 1]."""
     spec = cascade.spec
     before = torch.from_numpy(drawn(riddle.scene, spec.image_size)).permute(2, 0, 1)[None]
     hole = torch.from_numpy(riddle.hole)[None, None]
@@ -86,7 +87,7 @@ def filled(cascade: Cascade, riddle: Riddle, seed: int, options: argparse.Namesp
 
 
 def there(things: tuple[Seen, ...], wanted: Thing, riddle: Riddle, *, by_colour: bool) -> bool:
-    """Whether a thing like that one stands in the hole."""
+    """Whether a thing like `wanted` has its middle in the hole."""
     side = len(riddle.hole)
     return any(
         thing.colour == wanted.colour

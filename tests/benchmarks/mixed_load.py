@@ -1,12 +1,12 @@
-"""Seconds that requests take under mixed load: batched at every denoising step, and as Ray Serve batches.
+"""Latency of requests under mixed load: batched at every denoising step, or by Ray Serve's own batching.
 
     python -m tests.benchmarks.mixed_load CASCADE [--load .7] [--seconds 120] [--json FILE]
 
 One replica of the cascade's base has one thread.  Requests of 4 to 50 steps arrive at random (Poisson), at
-`load` of what Ray Serve's own batching finishes when it is never idle, and at the same moments to each of:
+`load` times the rate that Ray Serve's own batching reaches when saturated, and at the same moments for each:
 
-    requests    `@ray.serve.batch`: up to eight at a time, each number of steps in a sampling of its own
-    steps       the engine: whoever waits joins at the next step, one call of the network for all
+    requests    `@ray.serve.batch`: up to eight at a time, one sampling for each number of steps among them
+    steps       the engine: waiting requests join at the next step, one call of the network for all
     own calls   the engine as it works on a CPU by default: a call for each request
 """
 
@@ -29,7 +29,7 @@ from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
 
 PRECISION: Precision = "fp32"
-"""Of both; what README says was measured in it."""
+"""Of all of them; README's figures were measured in it."""
 STAGE = "base"
 STEPS = (4, 8, 15, 25, 50)
 AT_ONCE = 8
@@ -39,7 +39,7 @@ Ask = Callable[[CascadeState, SamplingSpec], Awaitable[Any]]
 
 
 def states_of(cascade: Path) -> list[CascadeState]:
-    """What the base is handed: captions, and embeddings that the prior has drawn for them."""
+    """Inputs of the base: captions, and embeddings that the prior has drawn for them."""
     spec = bundle.load_cascade(cascade).spec
     link = next(link for link in spec.hops if link.stage == "prior")
     prior = bundle.open_hop(cascade, "prior", "cpu")
@@ -48,7 +48,7 @@ def states_of(cascade: Path) -> list[CascadeState]:
 
 
 def together(states: Sequence[CascadeState]) -> CascadeState:
-    """One state of several."""
+    """One state for several requests."""
     embeddings = [state.image_embedding for state in states if state.image_embedding is not None]
     return CascadeState(
         [seed for state in states for seed in state.seeds],
@@ -98,7 +98,7 @@ def by_steps(cascade: Path, name: str, *, shared: bool) -> Ask:
 
 
 async def saturated(ask: Ask, states: Sequence[CascadeState], how: SamplingSpec, seconds: float) -> float:
-    """Requests a second, when two batches of clients ask again as soon as they are answered."""
+    """Requests finished per second, by two batches of clients that ask again as soon as they are answered."""
     rng, finished = np.random.default_rng(0), 0
     end = time.perf_counter() + seconds
 
@@ -128,7 +128,7 @@ async def waits(
 
 
 def summary(took: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """Median and 99th percentile of all, medians by steps."""
+    """Median, 90th and 99th percentile of all, and medians by number of steps."""
     seconds = [one for _, one in took]
     found = {f"p{share}": float(np.percentile(seconds, share)) for share in (50, 90, 99)}
     by = {steps: [one for number, one in took if number == steps] for steps in STEPS}

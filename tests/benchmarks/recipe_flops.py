@@ -3,11 +3,11 @@
     python -m tests.benchmarks.recipe_flops [adm.run glide.paper ...]
 
 The real stages are built and run forwards and backwards on tensors without content (FakeTensorMode), and
-PyTorch counts the operations of their products: two for a multiplication with its sum.  Frozen parents are
-counted where they are asked (CLIP's states, latents), embeddings of images are not: these are made once, with
-the data.  The days are an estimate and no measurement: all GPUs of the recipe, each an H100 at its dense
-bfloat16 rate of 989 TFLOP/s, of which a share of 40 % is assumed to be kept.  A stage with fewer workers has
-its own number.  Loading, checkpoints and samples are not in it.
+PyTorch counts the operations of their matrix products and convolutions: two for a multiply-add.  Frozen
+parents are counted where a step calls them (CLIP's states, latents); embeddings of images are not, as they
+are computed once, with the data.  The days are an estimate, not a measurement: all GPUs of the recipe, or
+the workers of a stage that has fewer, each an H100 at its dense bfloat16 rate of 989 TFLOP/s, of which 40 %
+is assumed to be achieved.  Loading, checkpoints and samples are not counted.
 """
 
 import argparse
@@ -45,7 +45,7 @@ RECIPES = (
     "consistency.paper_alone",
 )
 PEAK, SHARE = 989e12, 0.4
-"""Of an H100 SXM, dense bfloat16, as its maker says; and what of it is assumed to be kept."""
+"""Dense bfloat16 FLOP/s of an H100 SXM, as its maker says, and the share assumed to be achieved."""
 ROWS = 2
 
 
@@ -66,14 +66,14 @@ class Cost(NamedTuple):
 class Counting(Content):
     """Tensors without content, and the operations of their products.
 
-    No row of a teacher is guided, and so asked twice: its scale is 1 in these recipes.
+    No row of a teacher is asked twice: the guidance scale of teachers is 1 in these recipes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flop = 0
         self.other = list[Tensor]()
-        """Which rows have another scale than 1."""
+        """Masks of the rows whose scale is not 1."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -89,7 +89,7 @@ class Counting(Content):
 
 
 def costs(run: RunSpec, known: dict[str, float]) -> dict[str, Cost]:
-    """Of every stage that is trained, in the order of training.
+    """Costs of every stage that is trained, in the order of training.
 
     Args:
         run: A run of published size, whose parents are all its own.
@@ -114,7 +114,7 @@ def costs(run: RunSpec, known: dict[str, float]) -> dict[str, Cost]:
 
 
 def at_last(spec: StageSpec) -> StageSpec:
-    """A consistency model whose levels grow, with as many as most of its training has: more than two."""
+    """The spec; for growing levels with their final number, since most of the training has more than two."""
     if isinstance(spec, ConsistencySpec) and isinstance(spec.levels, GrowingLevels):
         assert spec.teacher is None or spec.teacher.guidance_scale == 1
         return spec.but(levels=FixedLevels(num_levels=spec.levels.s1 + 1))
@@ -124,7 +124,7 @@ def at_last(spec: StageSpec) -> StageSpec:
 def walk(spec: TrainSpec, stage: Stage, context_length: int) -> None:
     """Every player's forward and backward.
 
-    Attention is made of plain products here, which are the ones that can be counted everywhere.
+    Attention is computed by plain matrix products here, which PyTorch can count on every device.
     """
     batch = nothing(spec, ROWS, context_length)
     with sdpa_kernel(SDPBackend.MATH), imagined("cuda"):

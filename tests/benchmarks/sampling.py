@@ -4,8 +4,9 @@
 
 Both sides have the same network with the same weights (tests/benchmarks/train_step.py), start from
 the same noise and take the same steps with the same guidance; in float32 they paint the same image, to
-1e-5 of its deviation, which is checked before anything is timed.  Ours is dd_core.samplers.ddim driven
-by `sample` through classifier_free; theirs is the loop of the diffusers manuals over DDIMScheduler.
+1e-5 of its standard deviation, which is checked before anything is timed.  Ours is
+dd_core.samplers.ddim driven by `sample` through classifier_free; theirs is the loop of the diffusers
+manuals over DDIMScheduler.
 All contestants alternate in one process; medians of their rounds are compared, each with its best mode.
 """
 
@@ -40,7 +41,7 @@ def scheduler() -> DDIMScheduler:
 
 
 class ToldTimesteps(nn.Module):
-    """The network of `network_of`, which was built to hear timesteps, told log sigma."""
+    """A network of `network_of`, which takes timesteps, called with log sigma."""
 
     def __init__(self, network: nn.Module, sigmas: Tensor) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ def all_sigmas() -> Tensor:
 
 
 def in_mode(network: nn.Module, mode: str, device: str) -> nn.Module:
-    """The network's weights as the mode says."""
+    """The network on the device, in the mode's precision and memory layout."""
     network = network.to(device).eval().requires_grad_(False)
     if "bf16" in mode:
         network = network.bfloat16()

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.serving [--requests 8] [--steps 200] [--images 40] [--json FILE]
 
 The engine is driven with a hop whose model costs next to nothing, against the same samplings driven
-one after the other; Serve with a cascade in miniature, one step each hop, against the same hops called
-in this process.  Medians, of rounds that alternate.
+one after the other; Serve with a cascade in miniature, one step of its base, against the same hops
+called in this process.  Medians of five rounds, after one that is not counted.
 """
 
 import argparse
@@ -35,13 +35,13 @@ ROUNDS = 5
 
 
 def median(measure: Callable[[], float]) -> float:
-    """Of a few rounds, after one that is not counted."""
+    """Median of ROUNDS measurements, after one that is not counted."""
     measure()
     return statistics.median(measure() for _ in range(ROUNDS))
 
 
 def engine_overhead(requests: int, steps: int) -> dict[str, float]:
-    """Milliseconds per request and tick: samplings alone, in the engine sharing calls, and each its own."""
+    """Milliseconds per request and tick: samplings alone, in the engine with shared calls, with own calls."""
     how = SamplingSpec(sampler="ddim", num_steps=steps, guidance_scale=1.0)
     states = [CascadeState([seed], torch.full((1, 12), 5)) for seed in range(requests)]
 

@@ -4,13 +4,13 @@
     python -m tests.benchmarks.solvers runs/improved_ddpm [--pictures 32] [--plot FILE] [--json FILE]
         [--only DDPM,Heun] [--add FILE ...]
 
-Picture i is asked for in class i of eight, a colour, with seed i, whoever paints it.  It is right if the
-oracle reads a scene in it, one to three things, all of a shape and a colour that have a name, and one of them
-has the colour asked for; `colour` counts the last alone.  DDPM and DDIM visit trailing timesteps,
-DPM-Solver++ and Heun the levels of Karras et al.: from the chain's own highest level to the next, hundreds of
-times lower, a Heun step is all error.  Heun asks twice a step but for the last.  A call is one answer of the
-network for one picture; guidance, where there is any, asks twice within it.  With --only and --add curves are
-measured in parts.
+For every solver picture i has seed i and class i modulo eight, a colour.  It is right if the oracle reads a
+scene in it, one to three things, all of a shape and a colour that have a name, and one of them has the colour
+asked for; `colour` counts the last condition alone.  DDPM and DDIM visit trailing timesteps, DPM-Solver++ and
+Heun the levels of Karras et al., since a Heun step from the chain's own highest level to the next, hundreds
+of times lower, is all error.  Heun makes two calls a step, one in the last.  A call is one answer of the
+network for one picture; guidance, where there is any, evaluates it twice in a call.  With --only and --add
+curves are measured in parts.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BATCH = 16
 
 
 class Score(NamedTuple):
-    """Of the pictures of one solver in so many calls."""
+    """Shares of the pictures of one solver with this number of calls."""
 
     calls: int
     right: float
@@ -49,7 +49,7 @@ class Score(NamedTuple):
 
 
 def solvers(scale: float) -> dict[str, Callable[[int], SamplingSpec]]:
-    """How a number of calls is spent."""
+    """For each solver, how it spends a number of calls."""
     common = SamplingSpec(spacing="trailing", guidance_scale=scale)
     karras = common.but(spacing="karras")
     return {
@@ -61,7 +61,7 @@ def solvers(scale: float) -> dict[str, Callable[[int], SamplingSpec]]:
 
 
 def painted(hop: Hop, how: SamplingSpec, count: int) -> Tensor:
-    """Pictures [count 3 h w] in [-1, 1]; seed and class are the picture's number."""
+    """Pictures [count 3 h w] in [-1, 1]; seed and class follow from the picture's number."""
     found = []
     for first in range(0, count, BATCH):
         numbers = torch.arange(first, min(first + BATCH, count))
@@ -107,7 +107,7 @@ def chart(curves: dict[str, list[Score]], count: int) -> Figure:
 def measured(
     name: str, hop: Hop, ways: Sequence[tuple[int, SamplingSpec]], options: argparse.Namespace
 ) -> list[Score]:
-    """The curve of one solver, told as it grows."""
+    """The curve of one solver, printed as it grows."""
     found = []
     for calls, how in ways:
         found.append(score(painted(hop, how, options.pictures), calls))

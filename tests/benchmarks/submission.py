@@ -3,7 +3,7 @@
     python -m tests.benchmarks.submission [ROUNDS]
 
 Each round is a process of its own in an empty folder; the job is stopped and deleted before the next.
-Prints seconds of each round, of the command's own processor time, and the medians.
+Prints seconds and the command's own CPU-seconds of each round, and the medians.
 """
 
 import os
@@ -19,7 +19,7 @@ from tests.ray_head import ROOT, Head, ray_head
 
 
 def ddiff(head: Head, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command, as somebody gives it on a laptop."""
+    """The command, as a user gives it on a laptop."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= head.environment | {"PYTHONPATH": str(ROOT), "DDIFF_STORAGE": str(folder / "runs")}
     return subprocess.run(
@@ -29,7 +29,7 @@ def ddiff(head: Head, folder: Path, *words: str) -> subprocess.CompletedProcess[
 
 
 def processor_s() -> float:
-    """Of all children that have ended."""
+    """CPU-seconds of all child processes that have ended."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 

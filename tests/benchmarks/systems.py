@@ -4,10 +4,10 @@
     python -m tests.benchmarks.systems runs/demo [--only glide,latent] [--captions 96] [--json FILE]
 
 Each system paints captions that training never saw, with the same seeds, in this process.  `all`, `one`,
-`two`, `unseen` and the attributes are as in an evaluation.  For networks that hear no caption there are
-`things` (pictures of one to three things, each of a shape and a colour that have a name) and, where classes
-are asked for (class i of eight in picture i), `class`: a thing of that colour is there.  `clip` is the cosine
-of picture and caption by the run's own CLIP, if it has one.
+`two`, `unseen` and the attributes are as in an evaluation.  For networks that are told no caption there
+are `things` (share of pictures of one to three things, each of a shape and a colour that have a name) and,
+where classes are asked for (class i modulo eight in picture i), `class` (share with a thing of that colour).
+`clip` is the cosine of picture and caption by the run's own CLIP, if it has one.
 """
 
 import argparse
@@ -59,7 +59,7 @@ Ways = Mapping[str, Mapping[str, Any]]
 
 
 class System(NamedTuple):
-    """One row of the table: its hops, and how the sampling of one of them is changed."""
+    """A system of the table: its hops, and the ways to sample one of them, a row each."""
 
     hops: tuple[HopSpec, ...]
     changes: str
@@ -74,18 +74,18 @@ def renamed(hops: Sequence[HopSpec], **names: str) -> tuple[HopSpec, ...]:
 
 
 def scaled(*scales: float) -> Ways:
-    """Classifier-free guidance."""
+    """Classifier-free guidance at these scales."""
     return {f"guidance {scale:g}": {"guidance_scale": scale} for scale in scales}
 
 
 def led(score: str, *weights: float) -> Ways:
-    """Guidance by gradient, and none."""
+    """No guidance, and guidance by gradient of a score at these weights."""
     some = {f"{score} {weight:g}": {"gradient": GradientSpec(**{score: weight})} for weight in weights}
     return {"no guidance": {"gradient": None}} | some
 
 
 def all_systems() -> dict[str, System]:
-    """Every row."""
+    """Every system of the table."""
     classes = guided.classes().cascade.hops
     (led_hop,) = renamed(guided.run().cascade.hops, base="untold")
     led_hop = led_hop.but(guides=led_hop.guides | {"noised_clip": systems.GUIDING})

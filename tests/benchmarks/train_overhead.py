@@ -3,9 +3,9 @@
     python -m tests.benchmarks.train_overhead --steps 300 --rounds 3 --out overhead.json
 
 The bare loop reads the same batches from memory and keeps no checkpoint and no journal; the wrapped one is
-train_stage as it is used, timed by its own journal between the first report and the last, so start-up is
-apart.  Prints milliseconds a step (median of the rounds, alternating), their ratio, and the seconds from the
-call of train_stage to the first step.
+train_stage as it is used, timed by its own journal between the first report and the last, so without
+start-up.  Prints milliseconds a step (median of the rounds, alternating), their ratio, and the seconds from
+the call of train_stage to the first step.
 """
 
 import argparse

@@ -8,8 +8,8 @@ ours to 1e-5 (checked before anything is timed), and `default`, the same class w
 has unless told otherwise (a transformer block of self-attention, attention to the caption and a
 gated layer, plain convolutions to halve and double), of equal width and number.  All contestants
 alternate in one process; medians of their rounds are compared, each with its best mode.  Needs
-neither Ray nor pytest; on a GPU when there is one.  With --one-thread what counts is the CPU time of
-a single thread instead of the clock on the wall, which others on a busy box disturb less.
+neither Ray nor pytest; on a GPU when there is one.  With --one-thread the CPU time of a single
+thread counts, which other processes on a busy box disturb less than the wall clock.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Contestant(NamedTuple):
 
 
 def now() -> float:
-    """Seconds of the clock that counts."""
+    """CPU seconds of this thread if torch has only one, else seconds of the wall clock."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -111,7 +111,7 @@ def network_of(who: str) -> nn.Module:
 
 
 def call_of(network: nn.Module) -> Call:
-    """One way of calling for all."""
+    """The same call for every network: (x, level, text) -> output."""
     if isinstance(network, UNet2DConditionModel):
         return lambda x, level, text: network(x, level, encoder_hidden_states=text).sample
     return lambda x, level, text: network(x, level, Conditioning(text=text))
@@ -164,7 +164,7 @@ def contestant(who: str, mode: str, network: nn.Module, batch: Batch, gflop: flo
 
 
 def ceiling(device: str) -> float:
-    """GFLOP/s of a 3x3 convolution, 128 channels at 32 px, with its backward, in the faster numbers."""
+    """GFLOP/s of a 3x3 convolution, 128 channels at 32 px, with its backward, in the faster precision."""
     half = has_bf16(torch.device(device))
     like = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
     x = torch.randn(16, 128, 32, 32, **like).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -193,20 +193,20 @@ def race(contestants: Sequence[Contestant], rounds: int) -> list[list[float]]:
 
 
 def modes_on(device: str) -> tuple[str, ...]:
-    """Numbers and layouts; bfloat16 where the device multiplies it, elsewhere it would run for hours."""
+    """Precisions and memory layouts; bfloat16 where the device multiplies it, else it would run for hours."""
     numbers = ("fp32", "bf16") if has_bf16(torch.device(device)) else ("fp32",)
     return tuple(f"{number}{layout}" for number in numbers for layout in ("", " channels_last"))
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """The whole comparison, as what is written to the file."""
+    """The whole comparison, as it is written to the file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = batch_of(options.batch, device)
     difference = same_loss(batch)
     whom = options.who.split(",")
     gflop = {who: gflop_of(network_of(who)) for who in whom}
     modes = modes_on(device)
-    if options.compile:  # the faster numbers, in both layouts
+    if options.compile:  # the faster precision, in both layouts
         modes = tuple(f"{mode} compiled" for mode in modes[-2:])
     if options.modes:
         modes = tuple(options.modes.split(","))

@@ -1,9 +1,9 @@
-"""Seconds of a training step while others want the cores: OpenMP's threads spin, or soon sleep, at barriers.
+"""Seconds of a training step while other processes want the cores, by how long OpenMP spins at barriers.
 
     python -m tests.benchmarks.waiting [--steps 6] [--beside 2] [--json FILE]
 
-A small UNet steps in a process of its own, once for each policy, by itself and beside processes that compute
-without end; as many threads as the machine has cores.  What `ddiff` sets is GOMP_SPINCOUNT=1000.
+A small UNet is trained in a process of its own, once for each policy, alone and beside processes that compute
+without end, with as many threads as the machine has cores.  What `ddiff` sets is GOMP_SPINCOUNT=1000.
 """
 
 import argparse
@@ -47,13 +47,13 @@ def stepped(steps: int) -> float:
 
 
 def spin() -> None:
-    """Somebody else on this machine."""
+    """Another process that keeps a core busy."""
     while True:
         pass
 
 
 def measured(policy: str, beside: int, steps: int) -> float:
-    """Seconds of a step under a policy beside so many others."""
+    """Seconds of a step under a policy beside this many busy processes."""
     others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(beside)]
     for other in others:
         other.start()

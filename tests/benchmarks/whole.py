@@ -1,10 +1,10 @@
-"""The whole run as a user gives it: seconds of every stage, peak memory, scores; and those of `ddiff --help`.
+"""A whole run as a user starts it: seconds of every stage, peak memory, scores; seconds of `ddiff --help`.
 
     python -m tests.benchmarks.whole [--recipe demo] [--set A.B=C] [--here DIRECTORY] [--json FILE]
 
-`ddiff run` in a fresh directory (or in one that is given, where it goes on), from nothing to its report.
+`ddiff run` in a fresh directory (or in the given one, where it continues), from nothing to its report.
 Memory is that of all its processes, Ray's and the endpoint's among them: each counts its own pages and its
-share of those that it shares, so nothing is counted twice.  The installation is not in it.
+share of common ones, so nothing is counted twice.  Installing is not measured.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from tests.benchmarks.data import PeakMemory
 ROOT = Path(__file__).parents[2]
 DDIFF = (sys.executable, "-m", "jobs.cli")
 ELSEWHERE = ("DDIFF_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-"""Variables by which a run would not be that of one machine."""
+"""Variables by which a run would use other machines."""
 GOALS = {"wall": 2400.0, "peak_mb": 8000.0, "help": 0.5}
 """Of the demo, on two cores: seconds, MB, seconds."""
 SMOKE_S = 240.0
 
 
 def environment() -> dict[str, str]:
-    """Of somebody who has set nothing, and whose `ddiff` is the code beside this file."""
+    """The environment of a user who has set nothing, and whose `ddiff` is the code of this repository."""
     kept = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     return kept | {"PYTHONPATH": str(ROOT)}
 
@@ -80,7 +80,7 @@ def measured(recipe: str, changes: Sequence[str], here: Path) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """All of it, for people."""
+    """All of it as text."""
     goals = GOALS | ({"wall": SMOKE_S} if found["recipe"] == "smoke" else {})
     seconds = dict(found["seconds"])
     lines = [f"{'ddiff --help':24} {found['help']:9.2f} s   (goal {goals['help']:g})"]

@@ -5,12 +5,16 @@ import io
 import json
 import re
 import socket
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
+import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -19,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from serve import app
 from tests.answering import answering
+from workflows import evaluation
 from workflows.evaluation import (
     Answer,
     EndpointError,
@@ -33,6 +38,11 @@ from workflows.evaluation import (
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case, training_caption
 from workflows.shapes import drawn
+
+HEADER = struct.pack(">II5B", 30_000, 30_000, 8, 2, 0, 0, 0)
+CHECK = struct.pack(">I", zlib.crc32(b"IHDR" + HEADER))
+BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 13, b"IHDR") + HEADER + CHECK
+"""A picture of 30,000 x 30,000 pixels, by its own account."""
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -55,7 +65,7 @@ def test_no_picture_and_a_torn_picture_are_wrong_in_everything_that_was_said() -
     scene, caption, says = training_caption(np.random.default_rng(5))
     case, whole = Case("one_object", caption, says), png(drawn(scene))
     good = verdict(case, Answer(whole))
-    for answer in (Answer(b"", "HTTP 500"), Answer(whole[:100]), Answer(b"<html>")):
+    for answer in (Answer(b"", "HTTP 500"), Answer(whole[:100]), Answer(b"<html>"), Answer(BOMB)):
         bad = verdict(case, answer)
         assert bad.truth.keys() == good.truth.keys()
         assert not any(bad.truth.values())
@@ -94,6 +104,24 @@ class Nowhere(BaseHTTPRequestHandler):
 def test_a_server_that_paints_no_pictures_is_named_and_not_judged() -> None:
     with answering(Nowhere) as url, pytest.raises(EndpointError, match=f"{url} paints no pictures .HTTP 404"):
         evaluate_endpoint(url, EvaluationSpec(captions=4))
+
+
+def test_a_server_that_is_back_but_busy_is_no_longer_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def busy(request: httpx.Request) -> httpx.Response:
+        if now[0] == 0:
+            raise httpx.ConnectError("away", request=request)
+        if now[0] < evaluation.LOST_S + 30:
+            return httpx.Response(503, headers={"retry-after": "30"})
+        return httpx.Response(200, json={"data": [{"b64_json": base64.b64encode(b"a picture").decode()}]})
+
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    client = httpx.Client(transport=httpx.MockTransport(busy), base_url="http://here")
+    assert evaluation.painted(client, "a", 0, EvaluationSpec(timeout_s=600)) == Answer(b"a picture")
 
 
 def test_wilson_interval_has_its_known_values() -> None:
