@@ -13,6 +13,8 @@ import httpx
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from tests.s3 import stopped
+
 
 class Tab:
     """One page of the browser."""
@@ -72,12 +74,8 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        with connect(page_of(home), max_size=None, open_timeout=120) as socket:
-            yield Tab(socket)
-    finally:
-        process.kill()
-        process.wait()
+    with stopped(process), connect(page_of(home), max_size=None, open_timeout=120) as socket:
+        yield Tab(socket)
 
 
 def page_of(home: Path) -> str:
