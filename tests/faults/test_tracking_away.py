@@ -41,7 +41,9 @@ def test_a_run_without_its_server_goes_on_says_so_once_and_the_next_start_delive
         journal = away.stage("base")
         for step in range(200):
             journal.log({"train/loss": 1 / (step + 1)}, step)
+        end = time.monotonic() + 300
         while not said(caplog, server):  # it has been tried
+            assert time.monotonic() < end
             time.sleep(0.05)
     lines = said(caplog, server, str(tmp_path))
     assert lines[0] == (
