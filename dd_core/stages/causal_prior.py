@@ -212,6 +212,7 @@ class CausalPriorHop:
         self.spec, self.device = trained.spec, torch.device(device)
         self.model = denoiser_of(trained.spec, clip)
         self.model.load_state_dict(trained.weights)
+        self.measured = self.model.measured  # asked here: later a GPU would have to be waited for
         self.model.eval().requires_grad_(False).to(self.device)
         self.clip = clip_of(clip).to(self.device)
         self.chooser = Chooser(self.clip, draft and draft_of(draft).to(self.device))
@@ -220,7 +221,7 @@ class CausalPriorHop:
         self.levels(how)
         refuse_unheard(how, "causal_prior")
         refuse_unlearned(how.guidance_scale, self.spec.guides_itself, "caption_dropout")
-        if how.variance == "analytic" and not self.model.measured:
+        if how.variance == "analytic" and not self.measured:
             raise ValueError(
                 "the errors of this prior have not been measured at all noise levels, so the best variance "
                 "is not known; train it for longer, or set variance: fixed_small"
