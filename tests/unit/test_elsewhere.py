@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,13 +16,20 @@ from dd_core.cascade import run as paint
 from dd_core.devices import imagined
 from dd_core.nets.code_prior import CodePrior
 from dd_core.nets.whitening import Whitening
+from dd_core.samplers import SamplingSpec
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.causal_prior import PriorDenoiser
-from dd_core.stages.clip import ClipSpec
+from dd_core.stages.chain_bits import bits_of, table_of
+from dd_core.stages.chain_hop import ChainHop
+from dd_core.stages.clip import ClipSpec, clip_of
 from dd_core.training import TrainState, train
+from dd_core.variations import Encoder, encode
 from jobs.config import run_spec
+from jobs.recipes import demo
 from tests.elsewhere import elsewhere
+from workflows import samples
+from workflows.clip_judge import reading
 from workflows.estimate import nothing
 from workflows.run_spec import RunSpec
 
@@ -116,6 +124,17 @@ def test_a_hop_paints_there_and_hands_on_what_it_painted_on_the_cpu(
     assert child.submit(painted_there, *HOPS[name]).result() == {"cpu"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autoencoder", "draft", "prior"])
+def test_a_training_draws_its_grid_there(child: ProcessPoolExecutor, name: str) -> None:
+    assert child.submit(drawn_there, name).result() == "cpu"
+
+
+@pytest.mark.slow
+def test_pictures_are_encoded_there(child: ProcessPoolExecutor) -> None:
+    assert child.submit(encoded_there).result() == {"cpu"}
+
+
 def test_what_was_left_behind_is_found(child: ProcessPoolExecutor) -> None:
     assert "device" in child.submit(mixed).result()
 
@@ -190,6 +209,37 @@ def painted_there(recipe: str, name: str, changes: Changes, given: tuple[str, ..
     state = told(run, stage, given)
     with elsewhere() as there:
         found = paint(load_hop(known(recipe, name), beside, device=there, precision="bf16"), state, how)
+        return {part.device.type for part in found if isinstance(part, Tensor)}
+
+
+def drawn_there(name: str) -> str:
+    """The kind of device of a grid of pictures."""
+    spec = run_of("smoke").stage(name)
+    batch = nothing(spec, 2, run_of("smoke").pairs.context_length)
+    batch = batch._replace(
+        image=torch.zeros(2, 3, spec.stage.image_size, spec.stage.image_size, dtype=torch.uint8)
+    )
+    with elsewhere() as there, mock.patch.object(samples, "nearest", return_value=there):
+        made = samples.drawn(known("smoke", name), parents("smoke", name), spec.samples, batch)
+    assert made is not None
+    return made.device.type
+
+
+def encoded_there() -> set[str]:
+    """The kinds of devices of the code of a picture, of its bits per dim, and of what a CLIP says of it."""
+    picture, how = torch.zeros(2, 3, 64, 64), SamplingSpec(sampler="ddim", num_steps=2, guidance_scale=1.0)
+    state = CascadeState([1, 2], torch.zeros(2, demo.CONTEXT, dtype=torch.long), label=torch.tensor([1, 2]))
+    with elsewhere() as there:
+        decoder = load_hop(known("unclip.small", "decoder"), parents("unclip.small", "decoder"), device=there)
+        assert isinstance(decoder, Encoder)
+        code = encode(decoder, state._replace(known=picture), how)
+        chain = load_hop(known("improved_ddpm", "base"), {}, device=there)
+        assert isinstance(chain, ChainHop)
+        bits = bits_of(chain, picture, state, table_of(chain.spec, 4), variance="learned")
+        clip = clip_of(known("smoke", "clip")).to(there)
+        with mock.patch.object(torch, "inference_mode", torch.no_grad):  # in it the modes are passed by
+            judge = reading(clip)
+        found = (*code, *bits, judge.captions(["a star"]), judge.pictures(picture))
         return {part.device.type for part in found if isinstance(part, Tensor)}
 
 
