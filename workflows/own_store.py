@@ -1,6 +1,6 @@
 """The store of a run that names no server: <run>/mlflow.db, an SQLite file that is there whole or not at all.
 
-MLflow creates one by about a thousand statements, not in one transaction: a store that a kill left half made
+MLflow creates one by some 1,700 statements, not in one transaction: a store that a kill left half made
 is of no use to it, and it cannot repair one.
 """
 
