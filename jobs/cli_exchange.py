@@ -64,8 +64,8 @@ def bring_in(
 
     What paints from noise, told no more than a class (ADM, Improved DDPM, EDM, consistency models, latent
     diffusion of faces, bedrooms and churches), becomes a cascade; so does Stable Diffusion (sd1, sd2-base,
-    sd2: the one file of UNet, autoencoder and text tower); sources glide and glide-inpaint, base and
-    upsampler, too, with their --tokenizer.
+    sd2, and to fill holes sd1-inpaint, sd2-inpaint: the one file of UNet, autoencoder and text tower);
+    sources glide and glide-inpaint, base and upsampler, too, with their --tokenizer.
     """
     from jobs.exchange import More, import_weights
 

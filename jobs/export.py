@@ -67,10 +67,10 @@ def export_chain(spec: ChainSpec | ConsistencySpec, found: Bundle, directory: Pa
     chain = spec.base if isinstance(spec, ConsistencySpec) else spec
     assert isinstance(chain, ChainSpec)
     assert isinstance(chain.net, PlainSpec)
-    if chain.inpaints:
+    if chain.inpaints and chain.mask_of == "known":
         raise ValueError(
             f"{directory}: it is told the picture before the mask, 1 where it is known, and diffusers has "
-            "both the other way round; export the chain that it started from"
+            "both the other way round; train with mask_of: hole, or export the chain that it started from"
         )
     weights = {name.removeprefix(published.PREFIX): t for name, t in found.trained.weights.items()}
     side = chain.image_size // factor_of(chain, found, directory)

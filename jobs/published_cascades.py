@@ -18,7 +18,7 @@ EULER_HEUN = SamplingSpec(sampler="heun", num_steps=40, guidance_scale=1.0)
 JUMP = SamplingSpec(sampler="consistency", num_steps=1, guidance_scale=1.0)
 LATENT = SamplingSpec(sampler="ddim", num_steps=200, eta=1.0, spacing="ldm_plus_one", guidance_scale=1.0)
 
-STABLE = {"sd1": 7.5, "sd2-base": 9.0, "sd2": 9.0}
+STABLE = {"sd1": 7.5, "sd1-inpaint": 7.5, "sd2-base": 9.0, "sd2": 9.0, "sd2-inpaint": 10.0}
 """Guidance scale of Stable Diffusion, in 50 steps of DDIM: as in the scripts beside the published code."""
 CLASSIFIERS = {
     "adm-imagenet64": ("adm-classifier64", 1.0),
@@ -72,7 +72,8 @@ def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec
     if isinstance(stage, ConsistencySpec):
         return JUMP
     if source in STABLE:
-        return LATENT.but(num_steps=50, eta=0.0, guidance_scale=STABLE[source])
+        eta = 1.0 if isinstance(stage, ChainSpec) and stage.inpaints else 0.0
+        return LATENT.but(num_steps=50, eta=eta, guidance_scale=STABLE[source])
     if stage.latent_channels:
         return LATENT
     if stage.predicts == "edm":
@@ -105,9 +106,10 @@ def led_by_clip(cascade: CascadeSpec) -> CascadeSpec:
 def card_of(source: str, stage: ChainSpec | ConsistencySpec, *, led: bool) -> str:
     """The README of such a cascade."""
     if source in STABLE:
+        shown = "--image A.png --mask HOLE.png " if isinstance(stage, ChainSpec) and stage.inpaints else ""
         return (
             f"# {source}\n\nPublished weights: imported, not trained here.  Captions are read by the CLIP of "
-            'the same file:\n\n    ddiff sample "an astronaut riding a horse" --cascade DIR\n\n'
+            f'the same file:\n\n    ddiff sample "an astronaut riding a horse" {shown}--cascade DIR\n\n'
             "Sampled as published: see cascade.json.\n"
         )
     told = "is told a class" if stage.classes else "is told nothing"

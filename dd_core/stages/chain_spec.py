@@ -56,7 +56,10 @@ class ChainSpec(LearnedSpec):
     """Side of the random crops of the pictures that it trains on, in pixels; 0: whole pictures.  It paints
     whole pictures either way, so its network must have no position embeddings."""
     inpaints: bool = False
-    """Whether it is told a picture with a hole, and a mask of what is known: x's channels and one more."""
+    """Whether it is told a picture with a hole, and a mask: x's channels and one more."""
+    mask_of: Literal["known", "hole"] = "known"
+    """Where the mask is 1, and where it stands: of what is known, after the picture (GLIDE), or of the hole,
+    before it (Stable Diffusion)."""
     schedule: Levels = ScheduleSpec()
     rescaled_time: bool = False
     """Told t * 1000 / T instead of t (Improved DDPM)."""
@@ -174,6 +177,10 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (
             bool(spec.embedded_at and not spec.embedding_width),
             "embedded_at is of image embeddings, and its network is told none; leave it out",
+        ),
+        (
+            spec.mask_of != "known" and not spec.inpaints,
+            f"mask_of {spec.mask_of} is for a model that is told holes; set inpaints, or leave it out",
         ),
         *cropping(spec),
     ]

@@ -165,14 +165,16 @@ def seen(
 ) -> Float[Tensor, " b n y x"] | None:
     """The image inputs of the network: what is known around a hole, and the smaller picture enlarged.
 
-    Channels are in the order of GLIDE's weights: known values, a mask (1 where they are known), the enlarged
-    picture.  Known latents are those of the picture with the hole painted grey.
+    Channels are in the order of published weights: known values, a mask (1 where they are known), the
+    enlarged picture (GLIDE); or a mask (1 in the hole), known values (Stable Diffusion).  Known latents are
+    those of the picture with the hole painted grey.
     """
     parts: list[Tensor] = []
     if spec.inpaints:
         assert hole is not None
         values = encoded(torch.where(hole, 0.0, known), autoencoder)
-        parts += [values, 1 - covering(hole, values).to(values)]
+        hidden = covering(hole, values).to(values)
+        parts += [values, 1 - hidden] if spec.mask_of == "known" else [hidden, values]
     if small is not None:
         as_antialiased = spec.enlarged_by == "bicubic"  # changes the bicubic kernel too, to Karlo's
         parts.append(

@@ -36,15 +36,13 @@ def stage_of(source: Published) -> ChainSpec | ConsistencySpec | ClassifierSpec 
 
 
 def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec | None:
-    """`stage_of` for a UNet: of ADM's family, told at most class and smaller picture; of latents, captions.
-
-    Stable Diffusion's inpainting UNet gives None: it takes the mask in another form than ours.
-    """
+    """`stage_of` for a UNet of ADM's family, told at most class and smaller picture, or of latents."""
     process, autoencoder, unet = source.process, source.autoencoder, net.unet
     latent = 0 if autoencoder is None else autoencoder.latent_channels
-    enlarges = unet.image_channels == net.in_channels
+    enlarges, fills = (unet.image_channels == net.in_channels + more for more in (0, 1))
     unread = unet.text_width and source.reader is None
-    if unread or unet.embedding_width or (unet.image_channels and (latent or not enlarges)):
+    shown = unet.image_channels and not (fills if latent else enlarges)  # something else
+    if unread or unet.embedding_width or shown:
         return None
     chain = ChainSpec(
         net=net,
@@ -52,6 +50,8 @@ def chain_of(source: Published, net: PlainSpec) -> ChainSpec | ConsistencySpec |
         latent_channels=latent,
         factor=ENLARGED if enlarges else 1,
         enlarged_by="bicubic" if source.layout in BICUBIC else "bilinear",
+        inpaints=bool(latent and fills),
+        mask_of="hole" if latent and fills else "known",
         schedule=levels_of(process),
         rescaled_time=process.rescaled_time,
         predicts=process.predicts,

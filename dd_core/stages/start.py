@@ -106,11 +106,16 @@ def refuse_holes(spec: ChainSpec, start: Trained) -> None:
     match start.spec:
         case ChainSpec() as other if spec.inpaints and other.inpaints and other.factor < spec.factor:
             raise ValueError("chain: the parent 'start' fills holes and enlarges nothing; take one that does")
+        case ChainSpec() as other if spec.inpaints and other.inpaints and other.mask_of != spec.mask_of:
+            raise ValueError(
+                f"chain: mask_of is {other.mask_of} in the parent 'start' and {spec.mask_of} here; make them "
+                "equal, or start from the same model without holes"
+            )
         case NetworkSpec(net=PlainSpec() as net) if spec.inpaints and spec.latent_channels:
-            if net.unet.image_channels:
+            if net.unet.image_channels and spec.mask_of != "hole":
                 raise ValueError(
-                    f"chain: {start.spec.source} hears the mask before the picture, 1 in the hole, and this "
-                    "network the other way round; start from the same model without holes"
+                    f"chain: {start.spec.source} hears the mask before the picture, 1 in the hole; set "
+                    "mask_of: hole, or start from the same model without holes"
                 )
         case _:
             pass

@@ -59,6 +59,11 @@ LATENTS = ChainSpec(
     schedule=ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first"),
     predicts="v",
 )
+FILLING = LATENTS.but(
+    inpaints=True,
+    mask_of="hole",
+    net=LATENTS.net.but(unet=LATENTS.net.unet.but(image_channels=5)),  # type: ignore[union-attr]
+)
 X = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -77,19 +82,24 @@ def opened(written: Path, kind: str, scheduler: str) -> tuple[Any, Any]:
     return unet, getattr(diffusers, scheduler).from_pretrained(written / "scheduler")
 
 
-def test_a_chain_of_latents_is_the_unet_that_diffusers_samples_by_its_betas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [LATENTS, FILLING], ids=["paints", "fills"])
+def test_a_chain_of_latents_is_the_unet_that_diffusers_samples_by_its_betas(
+    spec: ChainSpec, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     first = build_stage(AutoencoderSpec(net=FIRST, image_size=32, crop=32, perceptual="none"), {})
     digest = bundle.save(
         run / "autoencoder" / "bundle", first.spec, first.model.state_dict(), parents={}, facts={}
     )
-    net = saved(LATENTS, LATENTS, run / "base" / "bundle", {"autoencoder": digest})
+    net = saved(spec, spec, run / "base" / "bundle", {"autoencoder": digest})
     export.export_diffusers(run / "base" / "bundle", tmp_path / "out")
     theirs, scheduler = opened(tmp_path / "out", "UNet2DConditionModel", "DDIMScheduler")
     text, t = torch.randn(2, 5, 24), torch.tensor([3, 871])
+    shown = torch.randn(2, spec.told_channels, 16, 16) if spec.inpaints else None
+    heard = X if shown is None else torch.cat([X, shown], dim=1)
     with torch.no_grad():
-        wanted = net(X, t.float(), Conditioning(text=text))
-        torch.testing.assert_close(theirs(X, t, text).sample, wanted, rtol=1e-4, atol=1e-4)
+        wanted = net(X, t.float(), Conditioning(text=text, image=shown))
+        torch.testing.assert_close(theirs(heard, t, text).sample, wanted, rtol=1e-4, atol=1e-4)
     bars = schedules.alpha_bars(LATENTS.schedule).float()  # type: ignore[arg-type]
     torch.testing.assert_close(scheduler.alphas_cumprod, bars, rtol=1e-4, atol=1e-6)
     assert scheduler.config.prediction_type == "v_prediction"

@@ -29,7 +29,9 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 CAPTIONS, SEEDS, SCALE, STEPS = ("a red circle above a star", ""), [3, 4], 5.0, 4
 FORMS = {
     "sd1": {"attention_head_dim": 2, "use_linear_projection": False},
+    "sd1-inpaint": {"attention_head_dim": 2, "use_linear_projection": False},
     "sd2-base": {"attention_head_dim": [2, 4], "use_linear_projection": True},
+    "sd2-inpaint": {"attention_head_dim": [2, 4], "use_linear_projection": True},
     "sd2": {"attention_head_dim": [2, 4], "use_linear_projection": True},
 }
 
@@ -50,7 +52,7 @@ def opened(source: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
     cascade = bundle.load_cascade(place / "cascade")
     (hop,), (about,) = cascade.hops, cascade.spec.hops
     assert isinstance(hop, ChainHop)
-    return Opened(state, hop, about.how.but(num_steps=STEPS, guidance_scale=SCALE))
+    return Opened(state, hop, about.how.but(num_steps=STEPS, guidance_scale=SCALE, eta=0.0))
 
 
 def padded(captions: tuple[str, ...], *, with_end: bool) -> Tensor:
@@ -97,7 +99,7 @@ def open_clip_states(state: dict[str, Tensor], rows: Tensor) -> Tensor:
 
 def states_of(source: str, state: dict[str, Tensor], captions: tuple[str, ...]) -> Tensor:
     """What the UNet is told of captions."""
-    first = source == "sd1"
+    first = source.startswith("sd1")
     read = transformers_states if first else open_clip_states
     return read(state, padded(captions, with_end=first))
 
@@ -108,6 +110,7 @@ def theirs(source: str, state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module,
 
     unet = diffusers.UNet2DConditionModel(
         sample_size=SIDE,
+        in_channels=9 if source.endswith("inpaint") else 4,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -147,17 +150,40 @@ def test_a_picture_is_that_of_the_pipeline_of_diffusers(
     found = sample(draw.sampling, hop.denoiser(draw.rows))
 
     unet, first, scheduler = theirs(source, state)
+    shown = []
+    if source.endswith("inpaint"):  # no picture was given: all of it is hole
+        gray = first.encode(torch.zeros(2, 3, 2 * SIDE, 2 * SIDE)).latent_dist.mode() * 0.18215
+        shown = [torch.ones(2, 1, SIDE, SIDE), gray]
     told, not_told = (states_of(source, state, c) for c in (CAPTIONS, ("a square", "")))
     torch.testing.assert_close(draw.rows.cond.text, told, rtol=1e-4, atol=1e-4)
     x = SeededNoise(SEEDS)(torch.empty(2, 4, SIDE, SIDE)) * scheduler.init_noise_sigma
     scheduler.set_timesteps(STEPS)
     for t in scheduler.timesteps:
-        with_it, without = (unet(x, t, encoder_hidden_states=states).sample for states in (told, not_told))
+        heard = torch.cat([x, *shown], dim=1)
+        with_it, without = (unet(heard, t, encoder_hidden_states=one).sample for one in (told, not_told))
         x = scheduler.step(without + SCALE * (with_it - without), t, x).prev_sample
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
     image = hop.finish(asked, found).image
     assert image is not None
     torch.testing.assert_close(image, first.decode(x / 0.18215).sample.clamp(-1, 1), rtol=0, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("source", ["sd1-inpaint", "sd2-inpaint"])
+@torch.no_grad()
+def test_a_hole_is_told_as_the_pipeline_of_diffusers_tells_it(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 in the hole, then the latent of the picture whose hole is grey; the mask is nearest at its size."""
+    state, hop, how = opened(source, tmp_path, monkeypatch)
+    picture = torch.rand(2, 3, 2 * SIDE, 2 * SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    hole = torch.zeros(2, 1, 2 * SIDE, 2 * SIDE, dtype=torch.bool)
+    hole[0, :, 4:12, 6:10], hole[1, :, :, 8:] = True, True
+    asked = requested(CAPTIONS, SEEDS, LENGTH)._replace(known=picture, hole=hole)
+    told = hop.start(asked, how).rows.cond.image
+    _, first, _ = theirs(source, state)
+    values = first.encode(picture * ~hole).latent_dist.mode() * 0.18215
+    mask = F.interpolate(hole.float(), (SIDE, SIDE))
+    torch.testing.assert_close(told, torch.cat([mask, values], dim=1), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

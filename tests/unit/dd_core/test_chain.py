@@ -144,6 +144,7 @@ SPECS = {
     "degraded": DEGRADED,
     "inpainting": INPAINTING,
     "latent_inpainting": LATENT_INPAINTING,
+    "latent_inpainting_mask_first": LATENT_INPAINTING.but(mask_of="hole"),
 }
 
 

@@ -74,6 +74,9 @@ def test_weights_that_hear_of_holes_otherwise_are_no_start() -> None:
     network = NetworkSpec(source="sd1-inpaint", net=LATENT_INPAINTING.net)
     with pytest.raises(ValueError, match="sd1-inpaint hears the mask before the picture"):
         build_stage(LATENT_INPAINTING, PARENTS | {"start": Trained(network, {})})
+    other = trained(LATENT_INPAINTING.but(mask_of="hole"))
+    with pytest.raises(ValueError, match="mask_of is hole in the parent 'start' and known here"):
+        build_stage(LATENT_INPAINTING, PARENTS | {"start": other})
 
 
 def test_weights_with_a_vocabulary_of_their_own_are_not_trained_on() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,8 +24,6 @@ from tests.unit.jobs import tiny_stable
 from workflows.parents import outline
 from workflows.storage import Home
 
-SOURCES = ("sd1", "sd2-base", "sd2")
-
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,26 +40,28 @@ def imported(source: str, place: Path) -> Path:
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     assert said["stages"] == ["autoencoder", "clip", "unet"]
-    beside = {"sd1": 1}.get(source, 2)  # positions; the projection and the scale of an embedding
+    beside = 1 if source.startswith("sd1") else 2  # positions; the projection and the scale of an embedding
     assert said["not taken"] == {"readers": beside, "averaged": 1, "schedule": 1}
     return place / "cascade"
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", tiny_stable.SOURCES)
 def test_it_is_asked_and_read_for_as_published(source: str, tmp_path: Path) -> None:
     opened = bundle.load_cascade(imported(source, tmp_path))
     (hop,), (about,) = opened.hops, opened.spec.hops
     assert isinstance(hop, ChainHop)
     assert hop.clip is not None
     reads = hop.clip.spec
-    assert (reads.states, reads.pads_with, reads.quick_gelu) == {
-        "sd1": ("last", "end", True),
-    }.get(source, ("penultimate", "zero", False))
+    first = source.startswith("sd1")
+    wanted = ("last", "end", True) if first else ("penultimate", "zero", False)
+    assert (reads.states, reads.pads_with, reads.quick_gelu) == wanted
     assert hop.spec.predicts == {"sd2": "v"}.get(source, "eps")
     assert hop.spec.guides_itself
     how = about.how
-    assert (how.sampler, how.num_steps, how.eta, how.spacing) == ("ddim", 50, 0.0, "ldm_plus_one")
-    assert how.guidance_scale == {"sd1": 7.5}.get(source, 9.0)
+    fills = source.endswith("inpaint")
+    assert (hop.spec.inpaints, hop.spec.mask_of) == (fills, "hole" if fills else "known")
+    assert (how.sampler, how.num_steps, how.eta, how.spacing) == ("ddim", 50, float(fills), "ldm_plus_one")
+    assert how.guidance_scale == (7.5 if first else 10.0 if fills else 9.0)
     assert about.follows_request
     assert opened.spec.image_size == 16
 
@@ -98,13 +99,28 @@ def test_a_training_starts_from_it_where_captions_are_read_alike(tmp_path: Path)
     assert fresh.model.state_dict().keys() == start.weights.keys()
 
 
-def test_what_fills_holes_stays_a_network_beside_its_autoencoder_and_its_reader(tmp_path: Path) -> None:
-    tiny_stable.file_of("sd2-inpaint", tmp_path / "model.safetensors")
-    made = exchange.import_weights(
-        "sd2-inpaint", [tmp_path / "model.safetensors"], tmp_path / "parts", averaged=False
-    )
-    assert [one["kind"] for one in made["bundles"]] == ["network", "autoencoder", "clip"]
-    trained = bundle.load(tmp_path / "parts" / "clip").trained
+def test_what_fills_holes_fills_them_and_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
+    cascade, side = str(imported("sd2-inpaint", tmp_path)), 16
+    rng = np.random.default_rng(0)
+    given = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    hole = np.zeros((side, side), np.uint8)
+    hole[4:12, 6:10] = 255
+    Image.fromarray(given).save(tmp_path / "given.png")
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    shown = ["--image", str(tmp_path / "given.png"), "--mask", str(tmp_path / "hole.png")]
+    pictures = []
+    for words in ("a star", "a red circle"):
+        out = tmp_path / words
+        order = ["sample", words, "--cascade", cascade, "--steps", "4", *shown, "--out", str(out)]
+        done = CliRunner().invoke(main, order)
+        assert done.exit_code == 0, done.output
+        pictures.append(np.asarray(Image.open(out / "00000000.png")))
+        assert (pictures[-1][hole == 0] == given[hole == 0]).all()
+    assert (pictures[0][hole > 0] != pictures[1][hole > 0]).any()
+
+
+def test_a_reader_of_captions_is_no_clip_that_sees(tmp_path: Path) -> None:
+    trained = bundle.load(imported("sd2-inpaint", tmp_path) / "clip").trained
     assert clip_of(trained, states_alone=True).spec.towers == "text"
     with pytest.raises(ValueError, match="this CLIP is a text tower alone"):
         clip_of(trained)

@@ -19,6 +19,7 @@ FIRST = AutoencoderNetSpec(width=32, channel_mult=(1, 2), blocks=1)
 WIDTH, LAYERS, HEAD, LENGTH, VOCABULARY = 24, 2, 8, 77, 49408
 SIDE = 8
 """Of latents."""
+SOURCES = ("sd1", "sd1-inpaint", "sd2-base", "sd2", "sd2-inpaint")
 
 
 def small(source: Published) -> Published:
@@ -42,7 +43,7 @@ def small(source: Published) -> Published:
 def known() -> dict[str, Published]:
     """All sources, those of Stable Diffusion very small."""
     found = published()
-    return found | {name: small(found[name]) for name in ("sd1", "sd2-base", "sd2", "sd2-inpaint")}
+    return found | {name: small(found[name]) for name in SOURCES}
 
 
 def awake(net: nn.Module) -> nn.Module:
