@@ -16,8 +16,9 @@ from torch import Tensor
 BLUR_SHARE, BLUR_STD = 0.5, (0.4, 0.6)
 KERNEL = 21
 """Side of the blur kernels of `bsr`, in pixels."""
-ROUND_STD, LONG_STD = (0.1, 2.8), (0.5, 8.0)
-"""Deviations of its blurs: of the round ones, and along the longer axis of the others; for a factor of 4."""
+ROUND_STD, LONG_VARIANCE = (0.1, 2.8), (0.5, 8.0)
+"""Of its blurs, for a factor of 4: deviation of the round ones, variance along each axis of the others (the
+"length of an axis" of the paper is an eigenvalue of the covariance in its code)."""
 NOISE = (1 / 255, 25 / 255)
 """Deviation of its Gaussian noise, for pixels in [0, 1]."""
 QUALITY = (30.0, 95.0)
@@ -84,9 +85,8 @@ def bsr(picture: Float[Tensor, " b 3 h w"], factor: int) -> Float[Tensor, " b 3 
                     std = uniform(*ROUND_STD, found)
                     found = filtered(found, gaussians(std, std, torch.zeros_like(std)))
                 case "long":
-                    long = uniform(*LONG_STD, found)
-                    angle, thin = uniform(0.0, math.pi, found), long * uniform(0.1, 1.0, found)
-                    found = filtered(found, gaussians(long, thin, angle))
+                    one, other = (uniform(*LONG_VARIANCE, found).sqrt() for _ in range(2))
+                    found = filtered(found, gaussians(one, other, uniform(0.0, math.pi, found)))
                 case "shrink":
                     found = shrunk(found, factor)
                 case "noise":

@@ -1,41 +1,24 @@
 """`ddiff import`: published weights become bundles, or a cascade where they can paint by themselves."""
 
 import difflib
-import json
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from dd_core import bundle
-from dd_core.cascade import CascadeSpec
-from dd_core.layouts import (
-    clip,
-    diffusers_autoencoder,
-    diffusers_config,
-    diffusers_scheduler,
-    diffusers_unet,
-    importing,
-)
-from dd_core.layouts.files import SCHEDULER, WEIGHTS, weights_in, weights_in_folder
-from dd_core.layouts.moves import LayoutError, fitted, inward
+from dd_core.layouts import clip, importing
+from dd_core.layouts.files import weights_in
 from dd_core.layouts.published import AUTOENCODERS, Published, published
-from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.text import CaptionedSpec
-from dd_core.nets.unet import UNet
-from dd_core.spec import Spec
 from dd_core.stages import published as published_stages
-from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
-from dd_core.vocabulary import ByteVocabulary, read_vocabulary
+from dd_core.vocabulary import read_vocabulary
+from jobs.diffusers_folders import import_folder
+from jobs.imported import Facts, Part, assembled, inner, stage_of, written
 from jobs.published_cascades import CLASSIFIERS, UPSAMPLERS, card_of, cascade_of, filling, led_by_clip
 from jobs.recipes import glide
 
@@ -44,8 +27,6 @@ GLIDE = ("glide-base", "glide-upsample")
 """The networks of source glide, in order."""
 CASCADES = ("glide", "glide-inpaint")
 """Sources of several files that become a cascade, with a tokenizer of their own."""
-IMAGE_SIDE = 256
-"""What published autoencoders were trained at, in pixels."""
 GLIDE_CARD = """# GLIDE
 
 Published weights of Nichol et al. 2022 (arXiv:2112.10741), filtered: imported, not trained here.  Captions
@@ -55,7 +36,6 @@ LED_CARD = """
 The base is led to the caption by the gradient of the noised CLIP, weight 3, with no classifier-free guidance;
 `--guidance` of `ddiff sample` is that weight.
 """
-Facts = dict[str, Any]
 
 
 class More(NamedTuple):
@@ -91,7 +71,7 @@ def import_weights(
 
     Args:
         source: What the files are: a name of `sources()`; they do not say so themselves.
-        paths: Its files; for diffusers the folder of one component.
+        paths: Its files; for diffusers the folder of a pipeline or of one component.
         out: Where the bundle goes; UNet and autoencoder of one file go to `unet` and `autoencoder` in it.
         averaged: Take averaged weights where a file holds both.
         more: What some sources need or take besides.
@@ -105,7 +85,7 @@ def import_weights(
         return import_glide(paths, out, more, inpaints=source == "glide-inpaint")
     name, _, model = source.partition(":")
     if source == "diffusers":
-        return {"bundles": import_folder(the_only(paths, source), out)}
+        return import_folder(the_only(paths, source), out)
     if name in CLIPS and model:
         net = clip.net_of(model)
         net = net.but(quick_gelu=True) if name == "openai-clip" else net
@@ -164,18 +144,6 @@ def beside_of(source: str, more: More) -> dict[str, tuple[str, Path]]:
     if more.upsampler is not None:
         found["upsampler"] = UPSAMPLERS[source], more.upsampler
     return found
-
-
-class Part(NamedTuple):
-    """A stage of a cascade that is imported."""
-
-    source: str
-    spec: Spec
-    weights: Mapping[str, Tensor]
-    parents: Mapping[str, str]
-    """Role -> a stage before it."""
-    vocabulary: ByteVocabulary | None = None
-    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 def import_network(
@@ -249,32 +217,6 @@ def known_parents(source: str, found: importing.Imported) -> dict[str, Part]:
     return parts
 
 
-def inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a network by their names in the model of a stage, which holds the network."""
-    return {f"{published_stages.PREFIX}{name}": weight for name, weight in weights.items()}
-
-
-def assembled(out: Path, cascade: CascadeSpec, parts: Iterable[tuple[str, Part]], *, card: str) -> Facts:
-    """Write a cascade of imported stages; parents come first among the parts."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        stages: dict[str, Path] = {}
-        digests: dict[str, str] = {}
-        for name, part in parts:
-            stages[name] = Path(beside) / name
-            digests[name] = bundle.save(
-                stages[name],
-                part.spec,
-                part.weights,
-                parents={role: digests[parent] for role, parent in part.parents.items()},
-                facts={"imported": part.source, **part.facts},
-                vocabulary=part.vocabulary,
-            )
-        digest = bundle.save_cascade(out, cascade, stages, card=card)
-    hops = [hop.stage for hop in cascade.hops]
-    return {"cascade": str(out), "hops": hops, "stages": list(stages), "digest": digest}
-
-
 def sources() -> list[str]:
     """Every SOURCE of `ddiff import`."""
     return [
@@ -344,54 +286,3 @@ def the_only(paths: Sequence[Path], source: str) -> Path:
     if len(paths) != 1:
         raise ValueError(f"{source} is one path, not {len(paths)}")
     return paths[0]
-
-
-def stage_of(net: AutoencoderNetSpec | None) -> AutoencoderSpec:
-    """An autoencoder as a stage of ours."""
-    assert net is not None
-    return AutoencoderSpec(net=net, image_size=IMAGE_SIDE, crop=IMAGE_SIDE, perceptual="none")
-
-
-def written(directory: Path, spec: Spec, weights: Mapping[str, Tensor], source: str, **facts: Any) -> Facts:
-    """Save a bundle and say what was saved."""
-    if directory.exists():
-        raise ValueError(f"{directory} exists; name another --out")
-    count = sum(weight.numel() for weight in weights.values())
-    digest = bundle.save(directory, spec, weights, parents={}, facts={"imported": source, **facts})
-    return {"path": str(directory), "kind": spec.model_dump()["kind"], "weights": count, "digest": digest}
-
-
-def import_folder(folder: Path, out: Path) -> list[Facts]:
-    """The bundle of one component of a pipeline of diffusers."""
-    config = json_in(folder / "config.json")
-    state = diffusers_unet.modern(weights_in_folder(folder, WEIGHTS))
-    if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
-        net = diffusers_autoencoder.spec_of(config)
-        with torch.device("meta"):
-            first = Autoencoder(net)
-        weights = fitted(first, inward(state, diffusers_autoencoder.autoencoder_moves(first)))
-        weights |= importing.scaled(config.get("scaling_factor", 0.18215))
-        return [written(out, stage_of(net), weights, "diffusers")]
-    spec = diffusers_config.spec_of(config)
-    with torch.device("meta"):
-        unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
-    linear = bool(config.get("use_linear_projection", False))
-    weights = fitted(unet, inward(state, diffusers_unet.unet_moves(unet, linear=linear)))
-    beside, process = folder / SCHEDULER, None  # in the same folder where the UNet is the whole pipeline
-    if not beside.is_file():
-        beside = folder.parent / "scheduler" / SCHEDULER
-    if beside.is_file():
-        process = diffusers_scheduler.process_of(json_in(beside), image_size=config.get("sample_size") or 64)
-        spec = diffusers_config.told_apart(spec, learned_variance=process.learned_variance)
-    return [written(out, NetworkSpec(source="diffusers", net=spec, process=process), weights, "diffusers")]
-
-
-def json_in(path: Path) -> Facts:
-    """A file of JSON."""
-    if not path.is_file():
-        raise FileNotFoundError(2, "it is no folder of diffusers", str(path))
-    try:
-        content: Facts = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise LayoutError(f"{path} is damaged: {error}") from None
-    return content

@@ -17,9 +17,15 @@ ROOMS = ANCESTRAL.but(spacing="sections", sections=(90, 60, 60, 20, 20))
 EULER_HEUN = SamplingSpec(sampler="heun", num_steps=40, guidance_scale=1.0)
 JUMP = SamplingSpec(sampler="consistency", num_steps=1, guidance_scale=1.0)
 LATENT = SamplingSpec(sampler="ddim", num_steps=200, eta=1.0, spacing="ldm_plus_one", guidance_scale=1.0)
+"""For bedrooms and the faces of FFHQ; the model of CelebA-HQ was sampled with eta 0."""
+CHURCHES = LATENT.but(num_steps=500, eta=0.0)
+"""Published as 400 steps, for which its code takes every second of the 1000 timesteps."""
+DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ddim_leading", guidance_scale=1.0)
+"""As the pipelines of diffusers for DDPM and DDIM."""
 
 STABLE = {"sd1": 7.5, "sd1-inpaint": 7.5, "sd2-base": 9.0, "sd2": 9.0, "sd2-inpaint": 10.0}
-"""Guidance scale of Stable Diffusion, in 50 steps of DDIM: as in the scripts beside the published code."""
+"""Guidance scale of Stable Diffusion, in 50 steps of DDIM: as in the scripts beside the published code; of
+others 7.5, as in the pipelines of diffusers."""
 CLASSIFIERS = {
     "adm-imagenet64": ("adm-classifier64", 1.0),
     "adm-imagenet128": ("adm-classifier128", 0.5),
@@ -59,7 +65,8 @@ def cascade_of(
     if led:
         how = how.but(gradient=GradientSpec(classes=CLASSIFIERS[source][1]))
         guides["classifier"] = "classifier"
-    follows = how.takes_any_steps() or source in STABLE  # the latter refuse steps that do not divide 1000
+    # the latter two refuse steps that do not divide 1000
+    follows = how.takes_any_steps() or hears(stage) or how == DDIM50
     hops = [HopSpec(stage=name, how=how, guides=guides, follows_request=follows)]
     if enlarged is not None:
         hops.append(HopSpec(stage="upsampler", how=ANCESTRAL))
@@ -71,14 +78,21 @@ def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec
     """How the authors of a source sampled it."""
     if isinstance(stage, ConsistencySpec):
         return JUMP
-    if source in STABLE:
+    if hears(stage):
         eta = 1.0 if isinstance(stage, ChainSpec) and stage.inpaints else 0.0
-        return LATENT.but(num_steps=50, eta=eta, guidance_scale=STABLE[source])
+        return LATENT.but(num_steps=50, eta=eta, guidance_scale=STABLE.get(source, 7.5))
     if stage.latent_channels:
-        return LATENT
+        return CHURCHES if source == "ldm-churches256" else LATENT
     if stage.predicts == "edm":
         return EULER_HEUN
+    if not stage.learns_variance:
+        return DDIM50
     return ROOMS if source == "adm-lsun256" else ANCESTRAL
+
+
+def hears(stage: ChainSpec | ConsistencySpec) -> bool:
+    """Whether it paints latents as captions say, as Stable Diffusion does."""
+    return isinstance(stage, ChainSpec) and bool(stage.latent_channels and stage.text_width)
 
 
 def filling(cascade: CascadeSpec) -> CascadeSpec:
@@ -105,7 +119,7 @@ def led_by_clip(cascade: CascadeSpec) -> CascadeSpec:
 
 def card_of(source: str, stage: ChainSpec | ConsistencySpec, *, led: bool) -> str:
     """The README of such a cascade."""
-    if source in STABLE:
+    if hears(stage):
         shown = "--image A.png --mask HOLE.png " if isinstance(stage, ChainSpec) and stage.inpaints else ""
         return (
             f"# {source}\n\nPublished weights: imported, not trained here.  Captions are read by the CLIP of "

@@ -5,6 +5,7 @@ quick GELU whatever open_clip's model of that size uses.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ TRANSFORMERS, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stag
 """Where the text tower lies in the files of Stable Diffusion 1 and 2."""
 UNHEARD = ("embeddings.position_ids", "text_projection", "logit_scale", MASK)
 """Beside the text tower, not loaded: tables, and what is for embeddings rather than states."""
+READER_WEIGHTS = "model.safetensors"
+"""Name of the weights in the folder of a text tower of transformers."""
+LENGTH = 77
+"""Tokens of a caption, of every published CLIP."""
+END_TOKEN = "<|endoftext|>"  # noqa: S105
+PADS = {END_TOKEN: "end", "!": "zero"}
+"""Token that pads a caption -> `ClipNetSpec.pads_with`."""
 UNLIKE = ("timm_model_name", "hf_model_name", "mlp_ratio", "ls_init_value", "pool_type", "no_ln_pre")
 """Fields of open_clip's configs by which a model is no plain CLIP."""
 
@@ -102,6 +110,51 @@ def reader_weights(spec: ClipNetSpec, part: Mapping[str, Tensor], *, first: bool
     else:
         moves = within(clip_moves(net), theirs=OPEN_CLIP)
     return fitted(net, inward(part, moves))
+
+
+def reader_of(config: Mapping[str, Any], *, pad: str) -> ClipNetSpec:
+    """The text tower that a config.json of transformers' CLIPTextModel describes.
+
+    Args:
+        config: As it was read.
+        pad: The token that its tokenizer fills up captions with.
+
+    Raises:
+        LayoutError: Ours has no such tower; the field is named.
+    """
+    width, heads = config.get("hidden_size", 512), config.get("num_attention_heads", 8)
+    fixed = {
+        "hidden_act": (config.get("hidden_act", "quick_gelu"), ("quick_gelu", "gelu")),
+        "intermediate_size": (config.get("intermediate_size", 2048), (4 * width,)),
+        "num_attention_heads": (heads, [n for n in range(1, width + 1) if width % n == 0]),
+        "max_position_embeddings": (config.get("max_position_embeddings", LENGTH), (LENGTH,)),
+        "layer_norm_eps": (config.get("layer_norm_eps", 1e-5), (1e-5,)),
+        "pad_token": (pad, tuple(PADS)),
+    }
+    for name, (value, known) in fixed.items():
+        if value not in known:
+            raise LayoutError(f"text_encoder: {name} is {value!r}, ours knows {', '.join(map(str, known))}")
+    return ClipNetSpec(
+        towers="text",
+        embedding_width=width,
+        context_length=LENGTH,
+        text_width=width,
+        text_layers=config.get("num_hidden_layers", 12),
+        text_heads=heads,
+        vocab_size=config.get("vocab_size", 49408),
+        quick_gelu=config.get("hidden_act", "quick_gelu") == "quick_gelu",
+        pads_with=PADS[pad],
+    )
+
+
+def transformers_weights(spec: ClipNetSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a text tower of transformers by itself, float32.
+
+    Raises:
+        LayoutError: It is laid out otherwise; the key is named.
+    """
+    part = {TRANSFORMERS + name.removeprefix("text_model."): weight for name, weight in state.items()}
+    return reader_weights(spec, reader_part(part, first=True), first=True)
 
 
 def clip_weights(spec: ClipNetSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ class ChainHop:
             known = encoded(edit.known, self.autoencoder)
             if edit.hole is None or how.strength < 1:
                 x = known + first * eps
-            if edit.hole is not None:
+            if edit.hole is not None and spec.mask_of == "known":  # Stable Diffusion is told, not corrected
                 fill = edits.inpaint(known, covering(edit.hole, known))
         elif (kept := known_of(state, spec.image_size, self.device)) is not None:
             fill = kept.edit

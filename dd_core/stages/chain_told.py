@@ -173,8 +173,10 @@ def seen(
     if spec.inpaints:
         assert hole is not None
         values = encoded(torch.where(hole, 0.0, known), autoencoder)
-        hidden = covering(hole, values).to(values)
-        parts += [values, 1 - hidden] if spec.mask_of == "known" else [hidden, values]
+        if spec.mask_of == "known":
+            parts += [values, 1 - covering(hole, values).to(values)]
+        else:  # the mask of the nearest pixel, as published
+            parts += [F.interpolate(hole.to(values), values.shape[2:]), values]
     if small is not None:
         as_antialiased = spec.enlarged_by == "bicubic"  # changes the bicubic kernel too, to Karlo's
         parts.append(

@@ -17,7 +17,7 @@ from dd_core import bundle, sealed
 from dd_core.cascade import CascadeSpec, HopSpec, requested, run
 from dd_core.layouts import diffusers_scheduler, importing, ldm, published
 from dd_core.layouts.adm import AdmLayout
-from dd_core.layouts.files import WEIGHTS
+from dd_core.layouts.files import WEIGHTS, weights_in_folder
 from dd_core.layouts.moves import LayoutError, outward
 from dd_core.layouts.published import Process, Published
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
@@ -425,7 +425,7 @@ def test_a_variance_that_the_channels_contradict_is_refused(
     path, config = folder.parent / "scheduler" / "scheduler_config.json", folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"variance_type": kind}))
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 1}))
-    weights = exchange.weights_in_folder(folder, WEIGHTS)
+    weights = weights_in_folder(folder, WEIGHTS)
     weights["conv_in.weight"] = weights["conv_in.weight"][:, :1].contiguous()
     for part in folder.glob("*.safetensors*"):
         part.unlink()
