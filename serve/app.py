@@ -157,13 +157,15 @@ def deployment(
 ) -> ray.serve.Application:
     """A hop with its own replicas.
 
-    It takes whatever the ingress has let in (`ServeSpec.room`).  A replica is handed as many images as it has
-    room for, and a few requests that ask after its health; the others wait in Serve until one has.
+    It takes whatever the ingress has let in (`ServeSpec.room`).  The only replica is handed as many images as
+    it has room for; where there may be several, each is handed few more than it works on, so that those which
+    are started later find work; and a few requests that ask after its health.  The others wait in Serve.
     """
+    waiting = spec.max_waiting if spec.most_replicas == 1 else min(spec.max_waiting, spec.max_rows)
     options = {
         "name": stage,
         "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus or 0},
-        "max_ongoing_requests": spec.max_rows + spec.max_waiting + 16,
+        "max_ongoing_requests": spec.max_rows + waiting + 16,
         "max_queued_requests": -1,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=spec.min_replicas,
@@ -235,8 +237,10 @@ def owner() -> tuple[bytes | None, float]:
 
 
 def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
-    """The spec with a share of a GPU for each replica that does not say what it wants; all fit one GPU."""
-    share = gpu_share(gpus, len({hop.stage for hop in cascade.hops}))
+    """The spec with a share of a GPU for each replica that does not say what it wants; all of them fit."""
+    stages = {hop.stage for hop in cascade.hops}
+    most = sum(spec.hops.get(stage, spec.hop).most_replicas for stage in stages)
+    share = gpu_share(gpus, most + len(stages))
 
     def placed(hop: ReplicaSpec) -> ReplicaSpec:
         return hop.but(num_gpus=share) if hop.num_gpus is None else hop
@@ -244,17 +248,18 @@ def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
     return spec.but(hop=placed(spec.hop), hops={name: placed(hop) for name, hop in spec.hops.items()})
 
 
-def gpu_share(gpus: float, hops: int) -> float:
-    """A replica's share of one GPU, for one of each hop and for those that replace them while they answer.
+def gpu_share(gpus: float, replicas: int) -> float:
+    """A replica's share of one GPU.
 
     Args:
         gpus: Of the cluster; with less than a whole one there is no share.
-        hops: Of the cascade.
+        replicas: That must fit: as many as autoscaling may start, and one of each hop that replaces another
+            while that answers.
 
     Returns:
-        At most what lets 2 * hops replicas fit, in Ray's unit of 1 / 10,000.
+        The largest that lets so many fit, none on two GPUs, in Ray's unit of 1 / 10,000.
     """
-    return 0.0 if gpus < 1 else math.floor(10_000 / (2 * hops)) / 10_000
+    return 0.0 if gpus < 1 else math.floor(10_000 / math.ceil(replicas / math.floor(gpus))) / 10_000
 
 
 def wait(limit_s: float, mine: tuple[bytes | None, float]) -> None:

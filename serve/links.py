@@ -1,6 +1,7 @@
 """Links: the hops as the ingress reaches them, through the handles of Ray Serve."""
 
 import asyncio
+import math
 
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -14,8 +15,11 @@ from serve.painter import HopLostError, Served
 
 PAUSE_S = 1.0
 """Pause before a hop is asked again whose replica cannot serve: Serve has to replace that first."""
-STRANGERS = 5
-"""Answers by replicas of another cascade after which a request gives up: its own is not coming, but gone."""
+STRANGE_S, STRANGE_PAUSE_S = 5.0, 0.1
+"""Time after which a request that has met only replicas of another cascade gives up (its own is not coming,
+but gone), and the pause between two of them: those refuse at once, so Serve prefers them to busy ones."""
+READY_TRIES, READY_PAUSE_S = 5, 0.2
+"""How often a hop is asked whether it is ready while failed replicas answer, and the pause in between."""
 
 
 class ReplicaLink:
@@ -35,22 +39,24 @@ class ReplicaLink:
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         clock = asyncio.get_running_loop().time
-        until, deaths, strangers = clock() + timeout_s, 0, 0
+        until, deaths, met = clock() + timeout_s, 0, math.inf
         while True:
             try:
                 return await self.asked(state, how, until - clock())
             except (RayActorError, ObjectLostError, EngineDownError, OtherCascadeError) as error:
                 lost: Exception = error
             deaths += isinstance(lost, RayActorError | DeviceLostError)
-            strangers += isinstance(lost, OtherCascadeError)
+            strange = isinstance(lost, OtherCascadeError)
+            met = min(met, clock()) if strange else math.inf
             if deaths == 2:
                 told = f"two replicas of {self.stage} died under this request"
                 raise HopLostError(told, again=False) from lost
             if isinstance(lost, RayActorError):
                 continue
-            if strangers == STRANGERS or clock() + PAUSE_S > until:
+            pause = STRANGE_PAUSE_S if strange else PAUSE_S
+            if clock() - met >= STRANGE_S or clock() + pause > until:
                 raise HopLostError(f"a replica of {self.stage} is being replaced", again=True) from lost
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(pause)
 
     async def asked(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         """The answer of one replica."""
@@ -66,9 +72,22 @@ class ReplicaLink:
             raise HopLostError(f"no replica of {self.stage} can be started", again=True) from error
 
     async def ready(self) -> Served:
+        for _ in range(READY_TRIES - 1):
+            try:
+                return await self.told()
+            except (RayActorError, EngineDownError):  # Serve has not removed it yet; another may serve
+                await asyncio.sleep(READY_PAUSE_S)
+        return await self.told()
+
+    async def told(self) -> Served:
+        """What one replica serves."""
         response = self.handle.ready.remote()
         try:
             return await response
         except asyncio.CancelledError:
             response.cancel()
             raise
+
+    async def all_ready(self, timeout_s: float) -> list[object]:
+        asked = self.handle.broadcast("ready")
+        return list(await asked.results_async(timeout_s=timeout_s, return_exceptions=True))

@@ -71,6 +71,10 @@ class Link(Protocol):
         """What it serves; an error or no answer if it cannot."""
         ...
 
+    async def all_ready(self, timeout_s: float) -> list[object]:
+        """What each of its running replicas serves, or its error."""
+        ...
+
 
 class Order(NamedTuple):
     """What is to be painted: one image per seed."""
@@ -205,9 +209,12 @@ class Painter:
         return [name for name, text in texts.items() if too_long(text, self.cascade.context_length)]
 
     async def replacing(self, timeout_s: float) -> bool:
-        """Whether a hop that answers still serves something else: until none does, that is not replaced."""
-        found = (await self.served(timeout_s)).values()
-        return any(self.lacks(one) for one in found if not isinstance(one, Exception))
+        """Whether a replica that answers serves something else: until none does, that is not replaced."""
+        found = list((await self.served(timeout_s)).values())  # after that the replicas are known
+        every = (link.all_ready(timeout_s) for link in self.links.values())
+        for told in await asyncio.gather(*every, return_exceptions=True):
+            found += told if isinstance(told, list) else []
+        return any(self.lacks(one) for one in found if not isinstance(one, BaseException))
 
     def unready(self, found: Mapping[str, object]) -> dict[str, str]:
         """Stage -> why it cannot serve now; empty when all can.  `found` comes from `served`."""

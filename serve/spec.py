@@ -24,7 +24,8 @@ class ReplicaSpec(Spec):
     busy_requests: float = Field(8, gt=0)
     """Requests in progress per replica above which another replica is started."""
     max_rows: int = Field(8, ge=1)
-    """Samples in progress at once; what fits the memory of the device."""
+    """Images in progress at once, what fits the memory of the device; where requests do not share calls,
+    samples (a prior may draw several for an image)."""
     max_waiting: int = Field(64, ge=0)
     """Images that may wait for room among these."""
     shared: bool | None = None

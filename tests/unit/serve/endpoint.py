@@ -45,6 +45,8 @@ class EngineLink:
         self.digest = DIGEST
         self.precision: Precision = "auto"
         self.computes = "bf16"
+        self.others: list[object] = []
+        """What further replicas serve."""
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         self.running = self.running or asyncio.create_task(self.engine.run())
@@ -58,6 +60,9 @@ class EngineLink:
         if self.failing:
             raise self.failing
         return painting.Served(self.digest, self.precision, self.computes)
+
+    async def all_ready(self, timeout_s: float) -> list[object]:
+        return [await asyncio.wait_for(self.ready(), timeout_s), *self.others]
 
 
 class Served:

@@ -1,5 +1,6 @@
 """The application as it is handed to Ray Serve."""
 
+import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,12 +58,16 @@ def test_the_door_lets_in_what_the_hop_with_the_least_room_takes_in_all_its_repl
     assert (spec.replicas(["base"]), spec.replicas(["base", "upsampler"])) == (3, 1)
 
 
-@pytest.mark.parametrize("hops", [1, 2, 3, 7])
-def test_all_hops_fit_one_gpu_beside_those_that_replace_them(hops: int) -> None:
-    share = app.gpu_share(4, hops)
-    assert 0.99 < 2 * hops * share <= 1
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7, 30])
+def test_as_many_replicas_fit_the_gpus_as_there_may_be(replicas: int, gpus: int) -> None:
+    share = app.gpu_share(gpus, replicas)
+    assert 0 < share <= 1
     assert share == round(share, 4)  # Ray counts no finer
-    assert app.gpu_share(0, hops) == app.gpu_share(0.5, hops) == 0
+    assert gpus * math.floor(1 / share) >= replicas  # no replica on two GPUs
+    larger = math.floor(1 / share) - 1  # on each
+    assert gpus * larger < replicas
+    assert app.gpu_share(0, replicas) == app.gpu_share(0.5, replicas) == 0
 
 
 def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
@@ -72,7 +77,7 @@ def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
     asked = ServeSpec.model_validate(
         {"cascade": "c", "hops": {"base": {"num_gpus": 1}, "upsampler": {"max_rows": 2}}}
     )
-    for gpus, share in ((2, 0.25), (0, 0)):
+    for gpus, share in ((2, 0.5), (1, 0.25), (0, 0)):
         placed = app.on_gpus(asked, cascade, gpus)
         assert placed.hops["base"] == asked.hops["base"]
         assert placed.hops["upsampler"] == asked.hops["upsampler"].but(num_gpus=share)

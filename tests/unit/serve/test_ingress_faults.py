@@ -60,7 +60,7 @@ def test_the_deadline_is_the_shorter_of_the_server_s_and_the_client_s(patience: 
         one.links["base"].hop.gate.clear()
         answer = one.client.post(URL, json={"prompt": "a"}, headers={"x-stainless-read-timeout": patience})
         one.links["base"].hop.gate.set()
-        assert refused(answer, 504) == f"not finished in {'0.2' if patience == '0.2' else '0.4'} s"
+        assert refused(answer, 504) == f"not finished in {'0.1' if patience == '0.2' else '0.4'} s"
 
 
 def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop() -> None:

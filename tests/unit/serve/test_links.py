@@ -13,7 +13,7 @@ from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
 from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError
 from serve.links import ReplicaLink
-from serve.painter import HopLostError, Order, Painter
+from serve.painter import HopLostError, Order, Painter, Served
 from serve.replicas import HopReplica
 from tests.unit.serve.tiny import tiny_cascade
 
@@ -45,7 +45,8 @@ def asked(handle: Any, *, timeout_s: float = 60) -> CascadeState:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.links.PAUSE_S", 0.01)
+    for name in ("PAUSE_S", "STRANGE_PAUSE_S", "READY_PAUSE_S"):
+        monkeypatch.setattr(f"serve.links.{name}", 0.01)
 
 
 @pytest.mark.parametrize("answers", [[DEAD], [STRUCK], [DOWN] * 9, [DOWN, DEAD, OTHER], LOST * 3], ids=str)
@@ -71,10 +72,41 @@ def test_a_hop_that_stays_down_is_given_up_at_the_deadline_for_the_client_to_ask
     assert lost.value.again
 
 
-def test_a_request_whose_cascade_has_been_replaced_is_given_back_to_the_client() -> None:
+def test_a_request_whose_cascade_has_been_replaced_is_given_back_to_the_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve.links.STRANGE_S", 0.05)
     with pytest.raises(HopLostError, match="a replica of base is being replaced") as lost:
-        asked(Handle(*[OTHER] * 5))
+        asked(Handle(*[OTHER] * 1000))
     assert lost.value.again
+
+
+def test_while_some_replicas_serve_its_cascade_a_request_asks_until_it_meets_one() -> None:
+    assert asked(Handle(*[OTHER] * 20)) is STATE
+
+
+class Telling:
+    """A deployment whose replicas say these things of what they serve."""
+
+    def __init__(self, *answers: Exception | Served) -> None:
+        self.answers, self.ready = list(answers), self
+
+    def remote(self) -> "asyncio.Future[Served]":
+        found, answer = asyncio.get_running_loop().create_future(), self.answers.pop(0)
+        if isinstance(answer, Served):
+            found.set_result(answer)
+        else:
+            found.set_exception(answer)
+        return found
+
+
+def test_a_failed_replica_does_not_speak_for_the_others() -> None:
+    whole = Served(OLD, "auto", "bf16")
+    handle: Any = Telling(DOWN, DEAD, whole)
+    assert asyncio.run(ReplicaLink("base", handle, OLD, "auto").ready()) is whole
+    alone: Any = Telling(*[DOWN] * 99)
+    with pytest.raises(EngineDownError):
+        asyncio.run(ReplicaLink("base", alone, OLD, "auto").ready())
 
 
 class Replica(Handle):
