@@ -53,7 +53,7 @@ def this_machine() -> list[Node]:
     """
     import torch  # noqa: PLC0415 a cluster is asked for its GPUs, this machine by torch
 
-    memory = max(0, available_memory() - environment.OBJECT_STORE_BYTES)
+    memory = max(0, available_memory() - environment.object_store_bytes())
     return [Node("this machine", environment.own_cpus(), torch.cuda.device_count(), memory)]
 
 

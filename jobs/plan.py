@@ -19,6 +19,9 @@ PROCESS_BYTES = 1_220_000_000
 demo recipe: 1.10e9 to 1.22e9 bytes resident beside what workflows.estimate adds up (torch 2.15, CPU)."""
 READER_CPUS = 0.25
 """CPUs of a task that reads data; stages that hold all CPUs would wait for it for ever."""
+SENT_COPIES = 3
+"""Of its share of a checkpoint, in the machine's memory while a worker on a GPU writes it: the tensors, and
+twice the file that safetensors makes of them."""
 PREPARED_SHARE = 0.8
 """Prepared bytes per byte of the embedded world's tars; measured: 0.80 for 240 and for 400 pairs."""
 
@@ -39,7 +42,9 @@ class StagePlan(NamedTuple):
     @property
     def memory_bytes(self) -> int:
         """Memory of the machine that one worker needs."""
-        inside = self.need.bundle + self.need.frozen if self.gpu else self.need.total
+        trains = self.need.gradients > 0
+        sent = SENT_COPIES * self.need.state // self.spec.num_workers if trains else 0
+        inside = self.need.bundle + self.need.frozen + sent if self.gpu else self.need.total
         return PROCESS_BYTES + inside
 
     @property

@@ -46,7 +46,6 @@ class Need(NamedTuple):
     state: int
     """Weights, optimizers and averages: what a checkpoint holds."""
     gradients: int
-    """With several workers twice, since DDP sums them in buckets of its own."""
     frozen: int
     """Parents inside the stage, and their bundles beside it."""
     activations: int
@@ -201,7 +200,7 @@ def need(
         parameters=count,
         bundle=weights,
         state=sum(size(tensor) for tensor in state.tensors().values()),
-        gradients=gradients * (1 if spec.num_workers == 1 else 2),
+        gradients=gradients,
         frozen=sum(map(size, frozen)) + beside,
         activations=activations[min(on)],
         activations_on_gpu=activations[max(on)],

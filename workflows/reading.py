@@ -19,7 +19,7 @@ from workflows import feed
 from workflows.mailbox import Leg
 from workflows.train_spec import TrainSpec
 
-LEG_BYTES = 2 * 2**30
+LEG_BYTES = 16 * 2**30
 """Most bytes of images and embeddings in one leg, over all ranks; two legs are in memory at a time."""
 
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dd_core import bundle, checkpoint, sealed
 from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
-from dd_core.training import StepReport, TrainState, train
+from dd_core.training import StepReport, TrainState, train, wrapping
 from workflows import cpus, feed, mailbox, samples
 from workflows.again import Again, Sending
 from workflows.checkpoints import newest, prune
@@ -171,8 +171,7 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     spec = job.spec
     torch.manual_seed(spec.seed)
     stage = build_stage(spec.stage, parents)
-    unused = {"find_unused_parameters": True} if len(stage.phases) > 1 else {}
-    wrapped = ray.train.torch.prepare_model(stage, parallel_strategy_kwargs=unused)
+    wrapped = ray.train.torch.prepare_model(stage, parallel_strategy_kwargs=dict(wrapping(stage)))
     state = TrainState(wrapped, spec.optimizer, seed=spec.seed, rank=who.rank, ranks=who.ranks)
     name = newest(job.home) if who.rank == 0 else ""
     if who.ranks > 1:

@@ -72,7 +72,7 @@ def classifier() -> TrainSpec:
         stage=stage,
         label=CLASSES,
         optimizer=OptimizerSpec(learning_rate=3e-4, weight_decay=0.05, warmup_steps=0, betas=(0.9, 0.999)),
-        budget=Budget(steps=500_000, checkpoint_every=5_000, report_every=100),
+        budget=Budget(steps=500_000, checkpoint_every=1_000, report_every=100),
         batch_size=256,
         num_workers=PAPER_WORKERS,
         use_gpu=True,

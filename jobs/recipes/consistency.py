@@ -211,7 +211,7 @@ def paper_teacher() -> TrainSpec:
             betas=(0.9, 0.999),
             ema_images=round(4096 / (1 - 0.9999432)),
         ),
-        budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
+        budget=Budget(steps=600_000, checkpoint_every=1_000, report_every=100),
         batch_size=4096,
         micro_batch_size=32,
         num_workers=PAPER_WORKERS,

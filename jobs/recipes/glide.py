@@ -218,7 +218,7 @@ def paper_stage(
             betas=(0.9, 0.999),
             ema_images=10_000 * batch,
         ),
-        budget=Budget(steps=steps, checkpoint_every=5_000, report_every=100),
+        budget=Budget(steps=steps, checkpoint_every=1_000, report_every=100),
         batch_size=batch,
         micro_batch_size=min(128, batch // PAPER_WORKERS // 2),
         num_workers=PAPER_WORKERS,

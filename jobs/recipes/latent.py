@@ -187,7 +187,7 @@ def paper_autoencoder() -> TrainSpec:
         optimizer=OptimizerSpec(
             learning_rate=4.5e-6 * 24, schedule="constant", warmup_steps=0, betas=(0.5, 0.9)
         ),
-        budget=Budget(steps=246_803, checkpoint_every=5_000, report_every=100),
+        budget=Budget(steps=246_803, checkpoint_every=1_000, report_every=100),
         batch_size=24,
         micro_batch_size=12,
         num_workers=1,
@@ -210,7 +210,7 @@ def paper_base(stage: ChainSpec) -> TrainSpec:
             betas=(0.9, 0.999),
             ema_images=10_000 * 2048,
         ),
-        budget=Budget(steps=237_000, checkpoint_every=5_000, report_every=100),
+        budget=Budget(steps=237_000, checkpoint_every=1_000, report_every=100),
         batch_size=2048,
         micro_batch_size=128,
         num_workers=PAPER_WORKERS,

@@ -190,7 +190,7 @@ def prior_stage() -> TrainSpec:
             betas=(0.9, 0.96),
             ema_images=10_000 * 4096,
         ),
-        budget=Budget(steps=600_000, checkpoint_every=5_000, report_every=100),
+        budget=Budget(steps=600_000, checkpoint_every=1_000, report_every=100),
         batch_size=4096,
         micro_batch_size=256,  # 512 would take 74 GiB of a GPU
         num_workers=PAPER_WORKERS,

@@ -16,7 +16,7 @@ from dd_core.nets.quantiser import Quantiser
 from dd_core.stage import Budget, OptimizerSpec, PairBatch
 from dd_core.stages import build_stage
 from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage, autoencoder_of
-from dd_core.training import TrainState, train
+from dd_core.training import TrainState, train, wrapping
 
 NET = AutoencoderNetSpec(width=16, channel_mult=(1, 2), blocks=1, groups=8, stem=2, latent_channels=4)
 SPEC = AutoencoderSpec(
@@ -271,7 +271,7 @@ def test_under_ddp_the_gradients_are_the_same(tmp_path: Path) -> None:
     stage, batch = AutoencoderStage(SPEC), next(batches())
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        wrapped = DistributedDataParallel(stage, find_unused_parameters=True)
+        wrapped = DistributedDataParallel(stage, **wrapping(stage))
         for phase in stage.phases:
             found = []
             for module in (stage, wrapped):

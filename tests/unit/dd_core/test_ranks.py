@@ -18,7 +18,7 @@ from dd_core.stage import Budget, OptimizerSpec, PairBatch, Stage, Trained
 from dd_core.stages.clip import ClipStage
 from dd_core.stages.noised_clip import NoisedClipSpec, NoisedClipStage
 from dd_core.text import tokens
-from dd_core.training import TrainState, train
+from dd_core.training import TrainState, train, wrapping
 from tests.ranks import run_ranks
 from tests.unit.dd_core.test_stages import CLIP
 
@@ -62,7 +62,7 @@ def norm_of_accumulated(net: torch.nn.Module, parts: list[list[int]], *, ranks: 
 def accumulated_by(rank: int) -> dict[str, Any]:
     """What this rank learns from two batches in one step, and how often the ranks add up for it."""
     stage, sums = stage_of("noised_clip"), []
-    net = DistributedDataParallel(stage)
+    net = DistributedDataParallel(stage, **wrapping(stage))
 
     def added_up(asked: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         sums.append(bucket.index())
@@ -94,7 +94,7 @@ def rank_main(rank: int, root: Path) -> None:
     mine = slice(2 * rank, 2 * rank + 2)
     for kind in ("clip", "noised_clip"):
         stage = stage_of(kind)
-        net = DistributedDataParallel(stage, find_unused_parameters=True)
+        net = DistributedDataParallel(stage, **wrapping(stage))
         half = PairBatch(batch().image[mine], batch().tokens[mine])
         torch.save(learned(stage, net, half), root / f"{kind}.{rank}.pt")
     torch.save(accumulated_by(rank), root / f"accumulated.{rank}.pt")

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,14 @@ ROOT = Path(environment.__file__).parents[1]
 
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
+
+
+def test_the_object_store_is_larger_where_gpus_take_the_data(tmp_path: Path) -> None:
+    assert environment.object_store_bytes(tmp_path) == environment.OBJECT_STORE_BYTES
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "shm").mkdir()
+    free = shutil.disk_usage(tmp_path).free
+    assert environment.object_store_bytes(tmp_path) == pytest.approx(max(2**30, free / 4), rel=0.05)
 
 
 def test_a_new_token_can_be_read_by_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

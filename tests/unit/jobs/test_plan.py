@@ -161,6 +161,8 @@ def test_memory_of_a_gpu_is_planned_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
     assert moved.gpu_bytes == plan_of(with_base(), [GPU], run="runs/x").stages[1].gpu_bytes
     assert moved.gpu_bytes < base.memory_bytes - PROCESS_BYTES
     assert amount(moved.need.activations_on_gpu) in moved.arithmetic()
+    two = moved._replace(spec=moved.spec.but(num_workers=2))
+    assert moved.memory_bytes - two.memory_bytes == 3 * moved.need.state // 2  # what each has of a checkpoint
 
 
 def test_one_stage_of_a_run_in_a_store_is_planned_on_the_parents_that_are_there(
