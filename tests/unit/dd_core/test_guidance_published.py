@@ -165,13 +165,15 @@ def test_each_row_is_kept_within_its_own_limits() -> None:
         SamplingSpec(dynamic_threshold=0.9),
         SamplingSpec(sampler="ddim", clip="none"),
         SamplingSpec(dynamic_threshold=0.5),
+        SamplingSpec(dynamic_threshold=0.9, threshold_ceiling=1.5),
     ]
     parts = [rows_of(how, cond, cond, 1) for how in asked]
     assert parts[0].limits is None
-    x, sigma = 3 * torch.randn(4, 3, 8, 8), torch.ones(4)
+    x, sigma = 3 * torch.randn(5, 3, 8, 8), torch.ones(5)
     found = bounded(lambda x, sigma: Denoised(x), stack(parts))(x, sigma).x0
     assert torch.equal(found[0], x[0].clamp(-1, 1))
     assert torch.equal(found[2], x[2])
+    torch.testing.assert_close(found[4], x[4].clamp(-1.5, 1.5) / 1.5)  # nine tenths are within about 5
     for place, share in ((1, 0.9), (3, 0.5)):
         alone = dynamic_threshold(lambda x, sigma: Denoised(x), share=share)(
             x[place : place + 1], sigma[:1]
