@@ -26,6 +26,16 @@ def dtype_of(device: torch.device, precision: Precision) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def round_products(device: torch.device, precision: Precision = "auto") -> None:
+    """From now on GPUs round the factors of float32 products to 11 bits (TF32), unless float32 is asked for.
+
+    As PyTorch lets their convolutions; without it what stays float32 beside bfloat16, such as the features of
+    a perceptual distance, would not use the tensor cores, which are some seven times as fast.
+    """
+    if device.type == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Inside, matrix products and convolutions compute in `dtype_of`."""
     half = dtype_of(device, precision) == torch.bfloat16

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from dd_core import bundle, images, sealed
 from dd_core.nets.clip import Clip
+from dd_core.precision import round_products
 from dd_core.stages.clip import ClipSpec, clip_of
 from workflows import feed
 from workflows.feed import EMBEDDING, DataError
@@ -252,6 +253,7 @@ def reported(
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """A report for each of these files."""
     torch.set_num_threads(1)
+    round_products(torch.device(device))
     clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
     for number in batch["file"].tolist():
         part, damage, error, number_of, away = "", "", "", 0, ""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core import bundle, checkpoint, sealed
+from dd_core.precision import round_products
 from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train, wrapping
@@ -112,6 +113,7 @@ def trained_to_the_end(job: Job) -> Outcome:
     if who.ranks == 1 and dist.is_initialized():
         dist.destroy_process_group()  # gloo's threads have OpenMP pools of their own, and with more threads
         # than CPUs libgomp sleeps where it would spin: steps took half as long again (torch 2.15)
+    round_products(device, spec.optimizer.precision)
     if device.type == "cpu":
         torch.set_num_threads(threads(context.get_local_world_size(), job.at_once))
     parents = {role: bundle.load(home.fetched()).trained for role, home in job.parents.items()}

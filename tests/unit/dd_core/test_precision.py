@@ -11,7 +11,7 @@ from dd_core.denoiser import Conditioning
 from dd_core.nets.dit import DiT, DiTSpec
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec, PriorNet, PriorNetSpec
 from dd_core.nets.unet import UNet, UNetSpec
-from dd_core.precision import Precision, autocast, has_bf16
+from dd_core.precision import Precision, autocast, has_bf16, round_products
 from tests.parity.reference import randomised
 
 CPU = torch.device("cpu")
@@ -20,6 +20,25 @@ CPU = torch.device("cpu")
 def product(precision: Precision) -> torch.dtype:
     with autocast(CPU, precision):
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "found"),
+    [
+        ("cpu", "auto", "highest"),
+        ("cuda", "fp32", "highest"),
+        ("cuda", "auto", "high"),
+        ("cuda", "bf16", "high"),
+    ],
+)
+def test_products_are_rounded_on_gpus_unless_float32_is_asked_for(
+    device: str, precision: Precision, found: str
+) -> None:
+    try:
+        round_products(torch.device(device), precision)
+        assert torch.get_float32_matmul_precision() == found
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_what_is_asked_for_is_done() -> None:
