@@ -172,10 +172,6 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (continuous and spec.learns_variance, f"loss {spec.loss} counts the bits of timesteps; use simple"),
         (continuous and spec.rescaled_time, "rescaled_time is for timesteps; leave it out"),
         (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
-        (
-            latent and spec.predicts == "edm",
-            "edm scales for pixels, of deviation .5, and latents have 1; predict eps, v or x0",
-        ),
         (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
         (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),
         (

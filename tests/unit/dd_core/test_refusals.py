@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from dd_core.cascade import Hop, HopSpec, followed
 from dd_core.samplers import SamplingSpec, sigmas_of
-from dd_core.schedules import LogNormalSpec
 from dd_core.stages import StageSpec
 from dd_core.stages.chain_spec import ChainSpec
 from tests.unit.dd_core.test_chain import (
@@ -174,7 +173,6 @@ def test_a_hole_in_a_base_is_filled_from_as_far_as_asked() -> None:
         (DDPM, {"inpaints": True}, "image_channels is 0, set it to 4"),
         (DDPM, {"factor": 3, "image_size": 16}, "must divide by 3"),
         (LATENT, {"loss": "vlb"}, "counts the bits of pixels; use simple"),
-        (LATENT, {"predicts": "edm", "schedule": LogNormalSpec()}, "edm scales for pixels, of deviation .5"),
         (LATENT, {"factor": 2}, "an enlarging model paints pixels"),
         (DDPM, {"degrades": "bsr"}, "is for a model that enlarges; set factor"),
         (ENLARGING, {"crop": 32}, "crop 32 is larger than image_size 16"),
