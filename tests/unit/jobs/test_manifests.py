@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,9 @@ from jobs.recipes import smoke
 from jobs.rollout import Config, serve_fields
 from serve.spec import ServeSpec
 from tests.unit.jobs.kuberay import CLUSTER_IN, SCHEMAS, refused
+from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec
+from workflows.train_spec import TrainSpec
 
 pytestmark = pytest.mark.slow
 SECRET = "hunter2-canary"
@@ -54,6 +57,22 @@ CODE = f"s3://ddiff/runs/code/{'c' * 64}.zip"
 
 def ddiff(*words: str) -> Result:
     return CliRunner().invoke(main, words)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _planned_once() -> Iterator[None]:
+    """What the same stages need is found once: it takes seconds, and a dozen manifests ask for it."""
+    found: dict[str, dict[str, Need]] = {}
+
+    def needed(stages: list[TrainSpec], **how: Any) -> dict[str, Need]:
+        key = repr((stages, how["context_length"], how["gpus"]))
+        if key not in found:
+            found[key] = needs(stages, **how)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.plan.needs", needed)
+        yield
 
 
 @pytest.fixture(scope="module")
