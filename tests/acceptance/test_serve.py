@@ -117,8 +117,11 @@ def test_the_official_client_reads_models_headers_and_errors(on_air: OnAir) -> N
 
 def test_the_client_s_patience_is_the_deadline_even_if_it_switches_serve_s_own_off(on_air: OnAir) -> None:
     headers = {"x-stainless-read-timeout": "2", "x-request-timeout-seconds": "0"}
-    with pytest.raises(openai.InternalServerError, match=r"not finished in 1 s") as late:
-        on_air.client().images.generate(prompt="a", n=10, extra_body=LONG, extra_headers=headers)
+    with (
+        on_air.client() as client,
+        pytest.raises(openai.InternalServerError, match=r"not finished in 1 s") as late,
+    ):
+        client.images.generate(prompt="a", n=10, extra_body=LONG, extra_headers=headers)
     assert late.value.status_code == 504
     until(lambda: load("base") == 0)
 
