@@ -166,7 +166,7 @@ def pad_of(tokenizer: Path) -> str:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         said = json_in(tokenizer / name).get("pad_token") if (tokenizer / name).is_file() else None
         if said is not None:
-            return str(said["content"] if isinstance(said, dict) else said)
+            return str(said.get("content") if isinstance(said, dict) else said)
     return clip.END_TOKEN
 
 
@@ -178,4 +178,6 @@ def json_in(path: Path) -> Facts:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
         raise LayoutError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise LayoutError(f"{path} is damaged: it holds a {type(content).__name__}, no fields")
     return content

@@ -24,8 +24,8 @@ UNHEARD = ("embeddings.position_ids", "text_projection", "logit_scale", MASK)
 """Beside the text tower, not loaded: tables, and what is for embeddings rather than states."""
 READER_WEIGHTS = "model.safetensors"
 """Name of the weights in the folder of a text tower of transformers."""
-LENGTH = 77
-"""Tokens of a caption, of every published CLIP."""
+LENGTH, VOCABULARY = 77, 49408
+"""Tokens of a caption, and known ones, of every published CLIP; a finetuned one may know more."""
 END_TOKEN = "<|endoftext|>"  # noqa: S105
 PADS = {END_TOKEN: "end", "!": "zero"}
 """Token that pads a caption -> `ClipNetSpec.pads_with`."""
@@ -123,12 +123,14 @@ def reader_of(config: Mapping[str, Any], *, pad: str) -> ClipNetSpec:
         LayoutError: Ours has no such tower; the field is named.
     """
     width, heads = config.get("hidden_size", 512), config.get("num_attention_heads", 8)
+    words = config.get("vocab_size", VOCABULARY)
     fixed = {
         "hidden_act": (config.get("hidden_act", "quick_gelu"), ("quick_gelu", "gelu")),
         "intermediate_size": (config.get("intermediate_size", 2048), (4 * width,)),
         "num_attention_heads": (heads, [n for n in range(1, width + 1) if width % n == 0]),
         "max_position_embeddings": (config.get("max_position_embeddings", LENGTH), (LENGTH,)),
         "layer_norm_eps": (config.get("layer_norm_eps", 1e-5), (1e-5,)),
+        "vocab_size": (words, (max(words, VOCABULARY),)),
         "pad_token": (pad, tuple(PADS)),
     }
     for name, (value, known) in fixed.items():
@@ -141,7 +143,7 @@ def reader_of(config: Mapping[str, Any], *, pad: str) -> ClipNetSpec:
         text_width=width,
         text_layers=config.get("num_hidden_layers", 12),
         text_heads=heads,
-        vocab_size=config.get("vocab_size", 49408),
+        vocab_size=words,
         quick_gelu=config.get("hidden_act", "quick_gelu") == "quick_gelu",
         pads_with=PADS[pad],
     )

@@ -21,7 +21,15 @@ from dd_core.samplers import sample
 from dd_core.stages.chain_hop import ChainHop
 from jobs.cli import main
 from tests.parity.reference import randomised
-from tests.parity.test_stable_diffusion import CAPTIONS, SCALE, SEEDS, STEPS, padded, transformers_states
+from tests.parity.test_stable_diffusion import (
+    CAPTIONS,
+    SCALE,
+    SEEDS,
+    STEPS,
+    networks,
+    padded,
+    transformers_states,
+)
 from tests.unit.jobs.tiny_stable import HEAD, LAYERS, LENGTH, SIDE, WIDTH, transformers_tower
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here and is not installed")
@@ -75,24 +83,7 @@ def text_tower(folder: Path, form: dict[str, Any]) -> dict[str, Tensor]:
 def pipeline(folder: Path, form: dict[str, Any]) -> Pipeline:
     """Write a small one."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE,
-        in_channels=form.get("channels", 4),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-    )
-    first = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.2,
-    )
+    unet, first = networks(form.get("channels", 4), scaling_factor=0.2, attention_head_dim=2)
     for name, part in {"unet": unet, "vae": first}.items():
         randomised(part).save_pretrained(folder / name)
     predicts = form.get("predicts", "epsilon")
@@ -208,7 +199,13 @@ def test_a_pipeline_that_ours_has_not_is_refused_by_what_is_odd(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("hidden_act", "relu"), ("intermediate_size", 99), ("max_position_embeddings", 248)]
+    ("field", "value"),
+    [
+        ("hidden_act", "relu"),
+        ("intermediate_size", 99),
+        ("max_position_embeddings", 248),
+        ("vocab_size", 100),
+    ],
 )
 def test_a_text_tower_that_ours_has_not_is_refused_by_its_field(
     field: str, value: Any, tmp_path: Path
@@ -219,3 +216,12 @@ def test_a_text_tower_that_ours_has_not_is_refused_by_its_field(
     done = imported(tmp_path, tmp_path / "cascade")
     assert done.exit_code == 2
     assert f"{field} is {value!r}" in done.output
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_file_that_holds_no_fields_is_damaged(file: str, tmp_path: Path) -> None:
+    pipeline(tmp_path, FORMS["first"])
+    (tmp_path / file).write_text("[]")
+    done = imported(tmp_path, tmp_path / "cascade")
+    assert done.exit_code == 2
+    assert "is damaged: it holds a list, no fields" in done.output

@@ -104,19 +104,17 @@ def states_of(source: str, state: dict[str, Tensor], captions: tuple[str, ...]) 
     return read(state, padded(captions, with_end=first))
 
 
-def theirs(source: str, state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module, Any]:
-    """UNet, autoencoder and scheduler of diffusers, weights as it converts them from the file."""
-    from diffusers.loaders import single_file_utils  # noqa: PLC0415
-
+def networks(channels: int, *, scaling_factor: float = 0.18215, **form: Any) -> tuple[nn.Module, nn.Module]:
+    """UNet and autoencoder of diffusers, very small; the UNet hears so many channels."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=SIDE,
-        in_channels=9 if source.endswith("inpaint") else 4,
+        in_channels=channels,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
-        **FORMS[source],
+        **form,
     )
     first = diffusers.AutoencoderKL(
         block_out_channels=(32, 64),
@@ -124,7 +122,16 @@ def theirs(source: str, state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module,
         latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=scaling_factor,
     )
+    return unet, first
+
+
+def theirs(source: str, state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module, Any]:
+    """UNet, autoencoder and scheduler of diffusers, weights as it converts them from the file."""
+    from diffusers.loaders import single_file_utils  # noqa: PLC0415
+
+    unet, first = networks(9 if source.endswith("inpaint") else 4, **FORMS[source])
     unet.load_state_dict(single_file_utils.convert_ldm_unet_checkpoint(dict(state), unet.config))
     first.load_state_dict(single_file_utils.convert_ldm_vae_checkpoint(dict(state), first.config))
     scheduler = diffusers.DDIMScheduler(
