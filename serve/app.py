@@ -170,7 +170,7 @@ def deployment(
         "autoscaling_config": AutoscalingConfig(
             min_replicas=spec.min_replicas,
             max_replicas=spec.most_replicas,
-            target_ongoing_requests=spec.busy_requests,
+            target_ongoing_requests=spec.target,
         ),
         "max_surge_percent": 100,
         "graceful_shutdown_timeout_s": patience_s,

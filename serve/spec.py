@@ -21,8 +21,9 @@ class ReplicaSpec(Spec):
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     """A value below min_replicas counts as min_replicas."""
-    busy_requests: float = Field(8, gt=0)
-    """Requests in progress per replica above which another replica is started."""
+    busy_requests: float | None = Field(None, gt=0)
+    """Images in progress per replica above which another replica is started.  None: max_rows where requests
+    share calls, otherwise 2: one is drawn while the other waits."""
     max_rows: int = Field(8, ge=1)
     """Images in progress at once, what fits the memory of the device; where requests do not share calls,
     samples (a prior may draw several for an image)."""
@@ -36,6 +37,16 @@ class ReplicaSpec(Spec):
     def most_replicas(self) -> int:
         """How many replicas there may be."""
         return max(self.min_replicas, self.max_replicas)
+
+    @property
+    def target(self) -> float:
+        """Images in progress per replica that autoscaling aims at.
+
+        Few where each is drawn by itself: admission keeps no more waiting than can be drawn in time, which of
+        a slow cascade is less than a GPU's batch, so that no further replica would ever be started.
+        """
+        shares = bool(self.num_gpus) if self.shared is None else self.shared
+        return self.busy_requests or (self.max_rows if shares else 2.0)
 
     @property
     def room(self) -> int:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from workflows import feed
 from workflows.mailbox import Leg
 from workflows.train_spec import TrainSpec
 
+T = TypeVar("T")
 LEG_BYTES = 16 * 2**30
 """Most bytes of images and embeddings in one leg, over all ranks; two legs are in memory at a time."""
 
@@ -59,7 +60,21 @@ class Reader(NamedTuple):
 
 
 def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterator[PairBatch]:
-    """A worker's share of a run from a step on, a micro batch at a time."""
+    """A worker's share of a run from a step on, a micro batch at a time, on its device.
+
+    While a GPU computes, the next batch is made in a thread, in memory that the GPU reads by itself.  A CPU
+    that makes it computes nothing meanwhile.
+    """
+    pairs = in_memory(reader, first_step)
+    if device.type != "cuda":
+        yield from (on_device(pair, device) for pair in pairs)
+        return
+    for pair in ahead((pinned(pair, device) for pair in pairs), "batch-ahead"):
+        yield on_device(pair, device)
+
+
+def in_memory(reader: Reader, first_step: int) -> Iterator[PairBatch]:
+    """The same, in the memory of the host."""
     spec, wanted = reader.spec, reader.wanted
     rows = spec.micro_batch_size or spec.batch_size // spec.num_workers
     for leg in read_ahead(reader, first_step):
@@ -68,7 +83,7 @@ def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterato
         for table in portions(leg.rows, partial(got, leg.tables), share, rows):
             check_positions(table, expected[taken : taken + len(table)])
             taken += len(table)
-            yield paired(table, wanted, device)
+            yield paired(table, wanted)
 
 
 def portions(
@@ -126,14 +141,19 @@ def read_ahead(reader: Reader, first_step: int) -> Iterator[Leg]:
     A leg that has been read to its end has no executor.
     """
     coming = theirs(reader, first_step) if reader.rank else ours(reader, first_step)
-    ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    return ahead(coming, "read-ahead")
+
+
+def ahead(coming: Iterator[T], thread: str) -> Iterator[T]:
+    """Each item, while a thread of this name makes the next; an error is raised where its item is due."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=thread)
     try:
-        reading = ahead.submit(next, coming, None)
-        while (leg := reading.result()) is not None:
-            reading = ahead.submit(next, coming, None)
-            yield leg
+        making = pool.submit(next, coming, None)
+        while (item := making.result()) is not None:
+            making = pool.submit(next, coming, None)
+            yield item
     finally:
-        ahead.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ours(reader: Reader, first_step: int) -> Iterator[Leg]:
@@ -178,20 +198,31 @@ def check_positions(table: pa.Table, expected: NDArray[np.int64]) -> None:
         raise RuntimeError(f"Ray Data handed out row {found[0]} where row {expected[0]} was due")
 
 
-def paired(table: pa.Table, wanted: feed.Wanted, device: torch.device) -> PairBatch:
-    """A table as tensors on the device; images of height and width 0 where none are wanted."""
+def paired(table: pa.Table, wanted: feed.Wanted) -> PairBatch:
+    """A table as tensors; images of height and width 0 where none are wanted."""
     side, rows = wanted.image_size, len(table)
     pixels, embedding = np.zeros(0, np.uint8), None
     if side:
         image, width = table["image"].combine_chunks(), 3 * side**2
         pixels = np.frombuffer(image.buffers()[1], np.uint8)[image.offset * width :][: rows * width]
     if wanted.embeddings:
-        embedding = torch.from_numpy(feed.numbers_of(table).copy()).to(device)
+        embedding = torch.from_numpy(feed.numbers_of(table).copy())
     tokens = table["tokens"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    label = torch.tensor(table["label"].to_numpy()).to(device) if "label" in table.column_names else None
+    label = torch.tensor(table["label"].to_numpy()) if "label" in table.column_names else None
     return PairBatch(
-        image=torch.from_numpy(pixels.reshape(rows, 3, side, side).copy()).to(device),
-        tokens=torch.from_numpy(tokens.astype(np.int64)).to(device),
+        image=torch.from_numpy(pixels.reshape(rows, 3, side, side).copy()),
+        tokens=torch.from_numpy(tokens.astype(np.int64)),
         label=label,
         embedding=embedding,
     )
+
+
+def pinned(pair: PairBatch, gpu: torch.device) -> PairBatch:
+    """The same in memory that stays where it is, so that this GPU can read it beside its work."""
+    with torch.cuda.device(gpu):  # a thread begins with the first one, and would take memory there
+        return PairBatch(*(None if part is None else part.pin_memory() for part in pair))
+
+
+def on_device(pair: PairBatch, device: torch.device) -> PairBatch:
+    """The same on a device, which reads pinned memory when it comes to it."""
+    return PairBatch(*(None if part is None else part.to(device, non_blocking=True) for part in pair))

@@ -315,7 +315,7 @@ class Recorder:
         wanted = wanted._replace(image_size=self.spec.stage.image_size)  # a prior trains without images
         order = feed.Order(self.job.pieces, self.spec.seed, wanted)
         table = next(feed.read(order.picks(np.arange(min(count, order.rows))), wanted))
-        return paired(table, wanted, torch.device("cpu"))
+        return paired(table, wanted)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and the bundle say about themselves."""

@@ -58,6 +58,26 @@ def test_the_door_lets_in_what_the_hop_with_the_least_room_takes_in_all_its_repl
     assert (spec.replicas(["base"]), spec.replicas(["base", "upsampler"])) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("hop", "images"),
+    [
+        ({}, 2),
+        ({"shared": True}, 8),
+        ({"num_gpus": 0.5, "max_rows": 32}, 32),
+        ({"num_gpus": 1, "shared": False}, 2),
+        ({"num_gpus": 1, "busy_requests": 3}, 3),
+    ],
+)
+def test_another_replica_is_started_when_those_there_are_have_more_than_they_draw_at_once_and_little_waits(
+    hop: dict[str, Any], images: float, tmp_path: Path
+) -> None:
+    tiny_cascade(tmp_path)
+    asked = {"cascade": str(tmp_path / "cascade"), "hops": {"base": hop | {"max_replicas": 4}}}
+    base = app.build(asked)._bound_deployment.init_args[-1]["base"]._bound_deployment
+    scaling = base._deployment_config.autoscaling_config
+    assert (scaling.target_ongoing_requests, scaling.max_replicas) == (images, 4)
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 8])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7, 30])
 def test_as_many_replicas_fit_the_gpus_as_there_may_be(replicas: int, gpus: int) -> None:

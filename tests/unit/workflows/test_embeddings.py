@@ -250,7 +250,7 @@ def test_a_clip_that_is_no_stage_of_the_run_has_a_place_of_its_own(tmp_path: Pat
 def test_a_batch_has_the_embeddings_of_its_rows_in_any_order(written: Made) -> None:
     wanted = Wanted(SIZE, None, written.what.home.address, WIDTH)
     order = Order(feed.survey(written.what.files, wanted), 3, wanted)
-    batch = paired(next(feed.read(order.picks(np.arange(100)), wanted)), wanted, torch.device("cpu"))
+    batch = paired(next(feed.read(order.picks(np.arange(100)), wanted)), wanted)
     assert batch.embedding is not None
     known = {file: column(written.what.home.here / f"part-{file:05d}.parquet") for file in range(FILES)}
     for tokens, image, embedding in zip(batch.tokens, batch.image, batch.embedding, strict=True):
@@ -258,7 +258,7 @@ def test_a_batch_has_the_embeddings_of_its_rows_in_any_order(written: Made) -> N
         assert embedding.tolist() == known[file][place]
         assert image.numpy().tobytes() == feed.decoded(png(SIZE, file * ROWS + place), SIZE)
     blind = wanted._replace(image_size=0)
-    same = paired(next(feed.read(order.picks(np.arange(100)), blind)), blind, torch.device("cpu"))
+    same = paired(next(feed.read(order.picks(np.arange(100)), blind)), blind)
     assert same.embedding is not None
     assert torch.equal(same.embedding, batch.embedding)
     assert torch.equal(same.tokens, batch.tokens)

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from dd_core.nets.clip import ClipNetSpec
-from dd_core.stage import Budget, OptimizerSpec
+from dd_core.stage import Budget, OptimizerSpec, PairBatch
 from dd_core.stages.clip import ClipSpec
 from tests.prepared import write_prepared
 from workflows import feed, reading
 from workflows.feed import Order, Share, Wanted
 from workflows.mailbox import Leg, Mailbox
-from workflows.reading import Reader, batches, portions
+from workflows.reading import Reader, ahead, batches, portions
 from workflows.train_spec import TrainSpec
 
 SIZE, BATCH, STEPS, FIRST = 16, 12, 20, 3
@@ -139,6 +139,50 @@ def test_if_each_worker_read_its_own_rows_all_would_be_read_by_each(
 
     whole = read(Share(0, STEPS, BATCH, 0, 1))
     assert [read(Share(0, STEPS, BATCH, rank, 2)) for rank in (0, 1)] == [whole, whole]
+
+
+def test_a_gpu_trains_on_the_same_pairs_which_are_pinned_ahead_and_moved_when_their_turn_comes(
+    order: Order, read_bytes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(spec_of(1), order, WANTED, 0, None)
+    gpu, here = torch.device("cuda", 1), torch.get_default_device()
+    seen, second = list[str](), threading.Event()
+
+    def pinned(pair: PairBatch, device: torch.device) -> PairBatch:
+        assert device == gpu
+        seen.append(f"pinned by {threading.current_thread().name.split('_')[0]}")
+        if seen.count("pinned by batch-ahead") == 2:
+            second.set()
+        return pair
+
+    def on_device(pair: PairBatch, device: torch.device) -> PairBatch:
+        assert device == gpu
+        seen.append(f"moved by {threading.current_thread().name}")
+        return pair
+
+    expected = list(batches(reader, first_step=FIRST, device=here))
+    monkeypatch.setattr(reading, "pinned", pinned)
+    monkeypatch.setattr(reading, "on_device", on_device)
+    supply = batches(reader, first_step=FIRST, device=gpu)
+    found = [next(supply)]
+    assert second.wait(30)  # without being asked for
+    found += supply
+    assert len(found) == len(expected) == STEPS - FIRST
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.tokens, other.tokens)
+    assert Counter(seen) == {"pinned by batch-ahead": STEPS - FIRST, "moved by MainThread": STEPS - FIRST}
+
+
+def test_an_error_made_ahead_is_raised_where_its_item_is_due() -> None:
+    def coming() -> Iterator[int]:
+        yield from (1, 2)
+        raise OSError("the disk")
+
+    supply = ahead(coming(), "test")
+    assert [next(supply), next(supply)] == [1, 2]
+    with pytest.raises(OSError, match="the disk"):
+        next(supply)
 
 
 @pytest.mark.parametrize("seed", range(4))
