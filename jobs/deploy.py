@@ -88,7 +88,10 @@ def serve_here(
     if not joins_cluster():
         refuse_taken(Address(spec.host, spec.port))
     with ray_cluster(verbose=verbose):
-        app.run(spec, blocking=True)
+        try:
+            app.run(spec, blocking=True)
+        except app.PortError as error:
+            raise PortTakenError(str(error)) from None
 
 
 def serve_spec(fields: Mapping[str, Any], changes: Sequence[str]) -> "ServeSpec":

@@ -26,6 +26,16 @@ class Code(IntEnum):
     """A shell's code for SIGPIPE: the reader of the output is gone, as with `| head`."""
 
 
+OF_TRAINING = {
+    ("dd_core.training", "DivergedError"): Code.NOT_FINITE,
+    ("dd_core.training", "DataEndedError"): Code.DATA,
+    ("workflows.feed", "DataError"): Code.DATA,
+    ("workflows.pairs", "TooManyRejectsError"): Code.DATA,
+    ("workflows.training", "PreemptedError"): Code.PREEMPTED,
+}
+"""Module and name of an error -> its code; importing them takes seconds."""
+
+
 class StoppedError(BaseException):
     """The process was told to end; what was finished is kept.
 
@@ -72,21 +82,9 @@ def code_of(error: BaseException) -> Code:
 
 
 def code_of_training(error: BaseException) -> Code:
-    """The rest: errors of modules that only a command which trains has loaded."""
-    from dd_core.training import DataEndedError, DivergedError  # noqa: PLC0415
-    from workflows.feed import DataError  # noqa: PLC0415
-    from workflows.pairs import TooManyRejectsError  # noqa: PLC0415
-    from workflows.training import PreemptedError  # noqa: PLC0415
-
-    match error:
-        case DivergedError():
-            return Code.NOT_FINITE
-        case TooManyRejectsError() | DataEndedError() | DataError():
-            return Code.DATA
-        case PreemptedError():
-            return Code.PREEMPTED
-        case _:
-            return Code.INTERNAL
+    """The rest: errors of modules that a command which does not train has not loaded, nor loads for this."""
+    kinds = [(kind.__module__, kind.__name__) for kind in type(error).__mro__]
+    return next((code for kind, code in OF_TRAINING.items() if kind in kinds), Code.INTERNAL)
 
 
 def code_elsewhere(status: int | None) -> Code:

@@ -85,7 +85,10 @@ def spec_of(path: Path) -> dict[str, Any]:
     """The spec in a bundle or a cascade."""
     for name in ("cascade.json", "spec.json"):
         if (path / name).exists():
-            spec: dict[str, Any] = json.loads((path / name).read_text())
+            try:
+                spec: dict[str, Any] = json.loads((path / name).read_text())
+            except ValueError as error:
+                raise sealed.SealError(f"{path / name} is damaged: {error}; restore it from a copy") from None
             return spec
     return {}
 

@@ -23,7 +23,7 @@ from jobs.artifacts import address_in, code_address, keep_cascade, keep_code
 from jobs.config import ConfigError, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.deploy import serve_spec
-from jobs.failures import words_of
+from jobs.failures import JobFailedError, words_of
 from serve import app, code
 from serve.fetching import in_a_store
 from serve.spec import ServeSpec
@@ -35,11 +35,12 @@ SERVE = "/api/serve/applications/"
 ENTRY = "serve.app:build"
 POLL_S, SILENT_S = 0.5, 60.0
 """How often a cluster is asked for its progress, and how long it may leave that unanswered."""
+KEPT = "`ddiff deploy` says where it keeps each"
 ANSWER_S = 30.0
 """How long the endpoint may take to answer us once Serve runs the cascade; it may be out of our reach."""
 
 
-class DeployError(RuntimeError):
+class DeployError(JobFailedError):
     """The cascade is not served; what was served before still is, unless the message says otherwise."""
 
 
@@ -141,7 +142,7 @@ def written_before(file: str) -> Config:
     Raises:
         ConfigError: It is no such config.
     """
-    config = Config(fetched(file) if in_a_store(file) else loaded(Path(file)))
+    config = Config(fetched(file) if in_a_store(file) else loaded(Path(file), KEPT))
     try:
         entry, args = config.fields["applications"][0]["import_path"], config.args
     except (KeyError, IndexError, TypeError, ValueError):
@@ -246,7 +247,7 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
         again = failed and former is not None and former.fields == config.fields
         dashboard.put(SERVE, beside_others(renewed(config) if again else config, details))
         try:
-            url = await_running(dashboard, config.spec, back)
+            url, seen = await_running(dashboard, config.spec, back)
         except UnheardError:
             raise
         except DeployError:
@@ -254,7 +255,8 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
                 put_back(dashboard, former)
             raise
     spec = config.spec
-    return {"endpoint": url, "digest": spec.digest, "code": spec.code, "config": path, "former": back}
+    facts = {"endpoint": url, "seen": seen, "digest": spec.digest, "code": spec.code}
+    return facts | {"config": path, "former": back}
 
 
 def renewed(config: Config) -> Config:
@@ -308,8 +310,8 @@ def on_air(details: dict[str, Any]) -> Config | None:
     return Config(fields_round(ours["args"], code_at), "what was on the air before")
 
 
-def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
-    """Wait until Serve runs the cascade and its endpoint answers; return the address of the endpoint.
+def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> tuple[str, bool]:
+    """Wait until Serve runs the cascade and its endpoint answers.
 
     What Serve says decides: the endpoint may be out of our reach, or another one may answer where we look, as
     when only the port of the dashboard is forwarded.  After ANSWER_S that is logged and counts as served.
@@ -318,6 +320,9 @@ def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
         dashboard: Of the cluster.
         spec: What it was told to serve.
         back: Address of the former config, for the messages; empty: there is none.
+
+    Returns:
+        The address of the endpoint for who reaches the cluster's machines, and whether it has answered us.
 
     Raises:
         UnheardError: The cluster has not answered for SILENT_S.
@@ -344,12 +349,12 @@ def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> str:
         why = state_of(ours, spec)
         runs_since = math.inf if why else min(runs_since, time.monotonic())
         if not why and not (why := app.missing(url, spec.digest, spec.precision) if url else ""):
-            return url or f"http://127.0.0.1:{spec.port}, on the cluster's own machines"
+            return (url, True) if url else (f"http://{spec.host}:{spec.port}", False)
         if time.monotonic() - runs_since > ANSWER_S:
             log.warning(
                 "Serve runs %s, but %s does not show it to us (%s)", spec.digest[:12], url, why.strip()
             )
-            return f"http://{spec.host}:{spec.port}, for who reaches the cluster's own machines"
+            return f"http://{spec.host}:{spec.port}", False
         if heard > until and runs_since == math.inf:
             raise DeployError(
                 f"{spec.digest[:12]} is not ready after {spec.startup_s:g} s{way}: {why}; "

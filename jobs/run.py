@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from dd_core.sealed import MANIFEST
 from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
-from jobs.environment import experiment, joins_cluster, node_groups, ray_cluster, runs, tracking_uri
+from jobs.environment import (
+    experiment,
+    joins_cluster,
+    node_groups,
+    ray_cluster,
+    refuse_dashboard,
+    runs,
+    tracking_uri,
+)
 from jobs.evaluate import (
     Way,
     judge_endpoint,
@@ -71,7 +79,8 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
         PlanError: It cannot fit; nothing has been started.
         PortTakenError: Something else listens at the address; nothing has been started.
         AlreadyRunningError: Another process makes this run; nothing has been started.
-        ValueError: An endpoint is to be left running, and the run is made on a cluster.
+        ValueError: An endpoint is to be left running, and the run is made on a cluster; or RAY_ADDRESS is a
+            dashboard.
         UnjudgedError: Pictures did not come; everything else is made.
         The errors of run_pipeline, start_endpoint and write_report.
     """
@@ -80,6 +89,7 @@ def run_all(spec: RunSpec, *, address: Address | None, verbose: bool) -> Summary
             "--serve would take over what the cluster at RAY_ADDRESS has on the air; leave it out, and put "
             f"the cascade there afterwards with `ddiff submit deploy {spec.cascade.name}@current`"
         )
+    refuse_dashboard()
     with Driver(home_of(spec)) as driver:
         return made_and_judged(spec, driver, address=address, verbose=verbose)
 
@@ -174,9 +184,10 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
     """One stage of a run, on the run's data and on the parents that are there.
 
     Raises:
-        ValueError: No such stage, or a parent is missing.
+        ValueError: No such stage, or a parent is missing; or RAY_ADDRESS is a dashboard.
         AlreadyRunningError: Another process makes this run; nothing has been started.
     """
+    refuse_dashboard()
     with Driver(home_of(spec)) as driver:
         for role in spec.stage(stage).parents:
             parent_home(spec.stage(stage), role, driver.home)  # before anything is started
@@ -320,7 +331,7 @@ def report(home: Home, spec: RunSpec, journal: Journal, facts: dict[str, Any], w
     if whole(facts[way.by]):
         shares = {f"{way.by}/{name}": it for name, it in facts[way.by].items() if isinstance(it, float)}
         journal.log(shares, 0)
-    for file in (path, home.here / "summary.json"):
+    for file in (path.name, "summary.json"):
         journal.artifact(file)
     journal.model(spec.cascade.name, home.at("cascade").address, alias=CURRENT, tags=version_tags(facts, way))
 

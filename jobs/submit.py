@@ -179,12 +179,13 @@ def deploying(which: str, changes: Sequence[str]) -> tuple[str, ...]:
     """The command there for `deploy NAME@ALIAS`, or for `deploy` and a former config's address.
 
     Raises:
-        ConfigError: A former config is to be changed.
+        ConfigError: A former config is to be changed, or lies on this machine alone.
     """
     if not which.endswith(".yaml"):
         return ("deploy", which, *(word for change in changes for word in ("--set", change)))
     if changes:
         raise ConfigError("a former config is deployed as it was; leave out --set")
+    refuse_here("deploy", which)
     return ("deploy", "--config", which)
 
 

@@ -57,6 +57,10 @@ class ServeError(RuntimeError):
     """The cascade cannot be served; the message says what to do."""
 
 
+class PortError(ServeError):
+    """Serve cannot listen at the address that was asked for."""
+
+
 @ray.serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_surge_percent=100)
 @ray.serve.ingress()
 class Ingress:
@@ -198,7 +202,8 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
         blocking: Return only after a signal, when everything is stopped.
 
     Raises:
-        ServeError: The port is taken, or the hops do not come up in time.
+        PortError: The port is taken.
+        ServeError: The hops do not come up in time.
         ValueError, dd_core.sealed.SealError: As `build` does.
     """
     cascade, digest = opened(on_this_machine(spec.cascade, spec.digest), spec.digest)
@@ -316,11 +321,11 @@ def refuse_taken_port(host: str, port: int) -> None:
     """Refuse a port that is taken or not ours, on which Serve would try for ever to listen.
 
     Raises:
-        ServeError: Somebody listens there, or this machine has no such address, or keeps the port for root;
+        PortError: Somebody listens there, or this machine has no such address, or keeps the port for root;
             or no host is named, which would be every address.
     """
     if not host:
-        raise ServeError(f"port {port}: no host is named; use 127.0.0.1, or 0.0.0.0 for every address")
+        raise PortError(f"port {port}: no host is named; use 127.0.0.1, or 0.0.0.0 for every address")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -330,7 +335,7 @@ def refuse_taken_port(host: str, port: int) -> None:
                 errno.EADDRINUSE: "stop what listens there or choose another port",
                 errno.EACCES: "this machine keeps ports below 1024 for root; choose another port",
             }.get(error.errno or 0, f"{host} is no address of this machine; use 127.0.0.1 or 0.0.0.0")
-            raise ServeError(f"port {port} of {host}: {error.strerror}; {fix}") from None
+            raise PortError(f"port {port} of {host}: {error.strerror}; {fix}") from None
 
 
 def await_ready(url: str, digest: str, spec: ServeSpec) -> None:

@@ -142,9 +142,7 @@ def copy(files: Any, root: str, address: str, draft: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise sealed.SealError(f"{address}/{sealed.MANIFEST} is damaged: {error!r}") from None
     for name in names:
-        path = (draft / name).resolve()
-        if not path.is_relative_to(draft.resolve()):
-            raise sealed.SealError(f"{address}/{sealed.MANIFEST} names {name!r}, outside the cascade")
+        path = sealed.inside(draft, name, address)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             files.get_file(f"{root}/{name}", str(path))

@@ -65,9 +65,9 @@ class Journal:
         """An image file, shown on a slider over steps; its path may be relative to the journal."""
         self.write([("picture", name, str(path), step)])
 
-    def artifact(self, path: Path) -> None:
-        """A small file to keep with the run."""
-        self.write([("artifact", path.name, str(path), 0)])
+    def artifact(self, path: Path | str) -> None:
+        """A small file to keep with the run; its path may be relative to the journal."""
+        self.write([("artifact", Path(path).name, str(path), 0)])
 
     def dataset(self, name: str, source: str, digest: str) -> None:
         """What the run was trained on."""
@@ -239,10 +239,10 @@ def settle(journal: Path) -> None:
 
 
 def noted(journal: Path) -> int:
-    """The position that the mark of a journal says; 0 without one."""
+    """The position that the mark of a journal says; 0 without one, or if a lost machine has left it empty."""
     try:
         return int(journal.with_suffix(".sent").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return 0
 
 

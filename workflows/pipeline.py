@@ -31,7 +31,7 @@ from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
 from workflows.side_by_side import side_by_side
 from workflows.stopping import Stopping, stopped_by_signals
-from workflows.storage import Home, StorageError
+from workflows.storage import Home, StorageError, parsed
 from workflows.tracking import Tracked
 from workflows.train_spec import TrainSpec
 
@@ -328,7 +328,7 @@ def seconds_of(run: Home | Path) -> dict[str, float]:
     `total` is elapsed time, not the sum of the steps: stages may train side by side.
     """
     path = Home.of(run).here / SECONDS
-    seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    seconds: dict[str, float] = parsed(path.read_text(errors="replace")) if path.exists() else {}
     total = seconds.pop(TOTAL, sum(seconds.values()))
     return seconds | {TOTAL: total}
 

@@ -220,9 +220,9 @@ def paired(table: pa.Table, wanted: feed.Wanted) -> PairBatch:
 def pinned(pair: PairBatch, gpu: torch.device) -> PairBatch:
     """The same in memory that stays where it is, so that this GPU can read it beside its work."""
     with torch.cuda.device(gpu):  # a thread begins with the first one, and would take memory there
-        return PairBatch(*(None if part is None else part.pin_memory() for part in pair))
+        return PairBatch._make(None if part is None else part.pin_memory() for part in pair)
 
 
 def on_device(pair: PairBatch, device: torch.device) -> PairBatch:
     """The same on a device, which reads pinned memory when it comes to it."""
-    return PairBatch(*(None if part is None else part.to(device, non_blocking=True) for part in pair))
+    return PairBatch._make(None if part is None else part.to(device, non_blocking=True) for part in pair)

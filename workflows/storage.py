@@ -121,13 +121,13 @@ class Home(NamedTuple):
             return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found} - {""})
 
     def text(self, name: str) -> str:
-        """A small file; empty if it is not there."""
+        """A small file; empty if it is not there.  Bytes that are damaged stand for no character."""
         if not self.stored:
             path = self.here / name
-            return path.read_text() if path.is_file() else ""
+            return path.read_text(errors="replace") if path.is_file() else ""
         with said(self.address):
             try:
-                return str(store(self.root).cat_file(self.at(name).address).decode())
+                return str(store(self.root).cat_file(self.at(name).address).decode(errors="replace"))
             except FileNotFoundError:
                 return ""
 
@@ -235,7 +235,7 @@ class Home(NamedTuple):
         """Fetch a file that only grows, unless the one here begins with it: nobody else has written since."""
         if self.stored:
             there, path = self.text(name), self.here / name
-            if not there or not path.exists() or not path.read_text().startswith(there):
+            if not there or not path.exists() or not path.read_text(errors="replace").startswith(there):
                 self.fetch(name)
 
     def unseal(self) -> None:
@@ -279,9 +279,10 @@ class Home(NamedTuple):
             raise sealed.SealError(f"{self.address}/{sealed.MANIFEST} is damaged: {error!r}") from None
         with said(self.address):
             for name in names:
-                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                path = sealed.inside(draft, name, self.address)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    store(self.root).get_file(self.at(name).address, str(draft / name))
+                    store(self.root).get_file(self.at(name).address, str(path))
                 except FileNotFoundError:
                     raise sealed.SealError(f"{self.address}/{name} is missing") from None
         (draft / sealed.MANIFEST).write_text(manifest)

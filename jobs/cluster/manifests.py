@@ -36,7 +36,7 @@ def read_cluster(file: Path | None) -> ClusterSpec:
     Raises:
         ConfigError: The file cannot be used.
     """
-    fields = loaded(file) if file else {}
+    fields = loaded(file, "`ddiff manifest settings` prints one to start from") if file else {}
     try:
         return ClusterSpec.model_validate(fields)
     except ValidationError as error:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import ray
 
 from jobs.cluster.spec import ClusterSpec, PodSpec
-from jobs.environment import STOP_S
+from jobs.environment import SPINS, STOP_S
 from jobs.nodes import NodeGroup
 
 PART = "app.kubernetes.io/part-of"
@@ -79,6 +79,7 @@ def variables(cluster: ClusterSpec, groups: list[Group]) -> list[dict[str, str]]
     """Environment of every pod; nothing secret."""
     found = {
         "DDIFF_STORAGE": cluster.storage,
+        "GOMP_SPINCOUNT": SPINS,
         "DDIFF_NODE_GROUPS": json.dumps([group.nodes().model_dump() for group in groups]),
         "MLFLOW_TRACKING_URI": cluster.mlflow,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_S),

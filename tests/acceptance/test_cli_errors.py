@@ -184,6 +184,16 @@ def test_a_manifest_that_is_no_object_is_damaged(words: list[str], text: str, tm
     refused(ddiff(*words, "mine"), 4, "mine/manifest.json is damaged")
 
 
+@pytest.mark.parametrize("name", ["cascade.json", "spec.json"])
+def test_a_damaged_spec_is_named_by_who_only_looks(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("{}")
+    sealed.seal(tmp_path / "mine", sealed.digests(tmp_path / "mine"), {})
+    for harmed in (b"{", b"\xfb}"):
+        (tmp_path / "mine" / name).write_bytes(harmed)
+        refused(ddiff("inspect", "mine"), 4, f"mine/{name} is damaged: ")
+
+
 @pytest.mark.parametrize(
     "words", [["inspect"], ["verify"], ["sample", "a red circle", "--cascade"], ["serve", "--cascade"]]
 )

@@ -200,6 +200,22 @@ def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
             refuse_taken(address)
 
 
+def test_a_port_that_is_taken_beside_a_joined_ray_is_told_as_here(
+    cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: object, **__: object) -> None:
+        raise app.PortError("port 8000 of head: Address already in use; stop what listens there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(deploy, "ray_cluster", lambda verbose: nullcontext())
+    monkeypatch.setattr(app, "run", taken)
+    done = CliRunner().invoke(main, ["serve", "--cascade", str(cascade)])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "ddiff: port 8000 of head: Address already in use; stop what listens there\n",
+    )
+
+
 @pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
 def test_an_address_that_this_machine_does_not_have_is_no_port_that_is_taken(host: str) -> None:
     with pytest.raises(PortTakenError, match=f"; {host} is no address of this machine; use 127") as refused:

@@ -167,7 +167,7 @@ def test_what_serve_runs_is_not_put_back_where_its_endpoint_is_out_of_our_reach(
         fields=CONFIG.fields | {"applications": [ours | {"args": ours["args"] | {"startup_s": 0.5}}]}
     )
     found = rollout.deploy(quick, serve.address)
-    assert found["endpoint"] == "http://127.0.0.1:8000, for who reaches the cluster's own machines"
+    assert (found["endpoint"], found["seen"]) == ("http://127.0.0.1:8000", False)
     assert len(serve.told) == 1
     assert why in caplog.text
 
@@ -245,7 +245,8 @@ def test_a_replica_that_dies_meanwhile_is_no_failure_and_one_that_never_starts_i
     monkeypatch.setattr(app, "missing", lambda *_: "")
     serve = Dying(caplog, "HEALTH_CHECK_FAILED")
     monkeypatch.setattr(rollout, "Dashboard", lambda address: serve)
-    assert rollout.deploy(CONFIG, serve.address)["endpoint"] == "http://127.0.0.1:8000"
+    found = rollout.deploy(CONFIG, serve.address)
+    assert (found["endpoint"], found["seen"]) == ("http://127.0.0.1:8000", True)
     assert len(serve.told) == 1
     serve = Dying(caplog, "REPLICA_STARTUP_FAILED")
     with pytest.raises(rollout.DeployError, match="is not served"):

@@ -108,6 +108,18 @@ def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [["run"], ["train", "clip"]])
+def test_a_dashboard_to_join_is_refused_before_any_work(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    done = CliRunner().invoke(main, [*words, "--recipe", "smoke"])
+    assert done.exit_code == 2
+    assert "http://head:8265 is a dashboard: hand the command to it with `ddiff submit`" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_endpoint_of_an_earlier_start_answers_until_the_plan_is_found_to_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

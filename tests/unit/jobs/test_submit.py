@@ -51,6 +51,7 @@ def test_words_become_a_command_there() -> None:
         (("deploy",), "smoke", (), "write a recipe, or run, train STAGE"),
         (("deploy", "demo"), "smoke", (), "write a recipe, or run, train STAGE"),
         (("deploy", "a.yaml"), None, ("port=80",), "leave out --set"),
+        (("deploy", "a.yaml"), None, (), "deploy 'a.yaml' is a path beside this folder, which no node has"),
         (("evaluate", "http://x"), None, ("prompts=8",), "evaluate takes captions=N and seed=N"),
         (("evaluate", "http://x"), None, ("data=s3://b/mine",), "data=PREPARED and judge=CLIP go together"),
         (("evaluate", "http://x"), None, ("captions=2",), "captions\n.*greater than or equal to 4"),

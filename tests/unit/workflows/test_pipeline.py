@@ -207,6 +207,8 @@ def test_the_clock_adds_up_over_starts_and_failures(tmp_path: Path) -> None:
     assert 100 <= seconds["base"] < 110
     assert seconds["total"] == pytest.approx(seconds["base"] + 5, abs=0.002)
     assert [clock(value) for value in (7.4, 75, 3725)] == ["0:07", "1:15", "1:02:05"]
+    (tmp_path / "seconds.json").write_text("")  # by a machine that lost its power
+    assert seconds_of(tmp_path) == {"total": 0}
 
 
 def test_the_clock_counts_what_goes_on_side_by_side_once_in_the_total(tmp_path: Path) -> None:

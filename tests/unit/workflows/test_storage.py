@@ -1,5 +1,6 @@
 """A run in a store: what several workers of one machine send arrives whole, and nothing is passed over."""
 
+import json
 import os
 import shutil
 import time
@@ -46,10 +47,10 @@ def saved_in(stage: Home, step: int) -> Home:
     return place
 
 
-def damaged(path: Path) -> None:
+def damaged(path: Path, bit: int = 1) -> None:
     """One bit of the file is another."""
     data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ bit]))
 
 
 def recorder(home: Home, rank: int, ranks: int) -> Any:
@@ -209,6 +210,33 @@ def test_a_damaged_checkpoint_is_stepped_over_aloud_and_where_all_are_nothing_be
     with pytest.raises(sealed.SealError, match=r"none of the 2 checkpoints in .*/checkpoints is whole; put"):
         newest(stage)
     assert second.has(sealed.MANIFEST)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_manifest_that_is_no_text_any_more_is_damaged_like_any_other(
+    run: Home, tmp_path: Path, stored: bool
+) -> None:
+    stage = run if stored else Home.of(tmp_path / "stage")
+    for step in (10, 20):
+        saved_in(stage, step)
+    where = Path(stage.address.removeprefix("local://")) if stored else stage.here
+    damaged(where / "checkpoints/step-00000020" / sealed.MANIFEST, 0x80)
+    shutil.rmtree(storage.scratch(run.root), ignore_errors=True)
+    assert stage.facts(f"checkpoints/step-00000020/{sealed.MANIFEST}") == {}
+    assert newest(stage) == "checkpoints/step-00000010"
+
+
+@pytest.mark.fault
+def test_a_manifest_that_names_files_elsewhere_has_none_fetched(run: Home, tmp_path: Path) -> None:
+    place = saved_in(run, 10)
+    manifest = Path(place.address.removeprefix("local://")) / sealed.MANIFEST
+    body = json.loads(manifest.read_text())
+    for name in ("../../../../../out", str(tmp_path / "out")):
+        manifest.write_text(json.dumps(body | {"files": body["files"] | {name: "0" * 64}}))
+        shutil.rmtree(storage.scratch(run.root), ignore_errors=True)
+        with pytest.raises(sealed.SealError, match=r"/manifest.json names '.*out', which is outside"):
+            place.fetched()
+    assert not list(tmp_path.rglob("out"))
 
 
 def test_the_driver_says_once_what_workers_step_over_now_and_nothing_of_an_earlier_start(
