@@ -6,7 +6,7 @@ Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
 import math
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dd_core.noise import Noise
@@ -27,6 +27,14 @@ class ChurnSpec(Spec):
     """S_tmax: noise levels above it are left alone."""
     noise: float = Field(1.003, gt=0)
     """S_noise: standard deviation of the new noise; a little above 1, as denoisers remove too much."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ChurnSpec":
+        if self.low > self.high:
+            raise ValueError(
+                f"low {self.low:g} is above high {self.high:g}, so no noise is put back; swap them"
+            )
+        return self
 
 
 def churned(

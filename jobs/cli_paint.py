@@ -24,7 +24,7 @@ CASCADE = click.option(
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the first image.")
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1), help="How many images.")
 @click.option("--keep", type=click.IntRange(1), help="Keep so many: those nearest to PROMPT by CLIP.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps of the base.")
+@click.option("--steps", type=click.IntRange(1, 4000), help="Denoising steps of the base.")
 @click.option("--guidance", type=click.FloatRange(0, 50), help="Guidance scale of the base; 1 is none.")
 @click.option("--negative", default="", help="What not to paint: guidance leads away from this caption.")
 @click.option("--label", type=click.IntRange(0), help="Class, where the cascade paints by class.")

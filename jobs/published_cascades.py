@@ -65,8 +65,8 @@ def cascade_of(
     if led:
         how = how.but(gradient=GradientSpec(classes=CLASSIFIERS[source][1]))
         guides["classifier"] = "classifier"
-    # the latter two refuse steps that do not divide 1000
-    follows = how.takes_any_steps() or hears(stage) or how == DDIM50
+    # those of text and DDIM50 refuse steps that do not divide 1000, linspace more than there are timesteps
+    follows = how.takes_any_steps() or hears(stage) or how == DDIM50 or how.spacing == "linspace"
     hops = [HopSpec(stage=name, how=how, guides=guides, follows_request=follows)]
     if enlarged is not None:
         hops.append(HopSpec(stage="upsampler", how=ANCESTRAL))

@@ -286,9 +286,13 @@ class Autoencoder(nn.Module):
     def generate(
         self, latent: Float[Tensor, " b z h w"], *, quantise: bool = True
     ) -> Float[Tensor, " b 3 i j"]:
-        """The image of an unscaled latent; not clipped.  Training quantises before this call."""
+        """The image of an unscaled latent; not clipped.  Training quantises before this call.
+
+        Where a gradient is asked for, it passes the quantiser as if nothing were rounded there.
+        """
         if quantise and self.quantiser is not None:
-            latent = self.quantiser(latent).vectors
+            vectors = self.quantiser(latent).vectors
+            latent = latent + (vectors - latent).detach() if latent.requires_grad else vectors
         return self.decoder(self.post_quant_conv(latent)).float()
 
     @torch.no_grad()

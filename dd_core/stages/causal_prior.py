@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dd_core import losses, schedules
@@ -61,6 +61,14 @@ class CausalPriorStageSpec(LearnsEmbeddings):
     measured_images: int = Field(2048, ge=2)
     """The first so many training images, whose embeddings fix mean and deviation; until these are seen
     nothing is learned and the loss is 0."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CausalPriorStageSpec":
+        if self.schedule.last != "clean":
+            raise ValueError(
+                f"a prior ends without noise, not at schedule.last {self.schedule.last}; leave that out"
+            )
+        return self
 
     @property
     def looks_at(self) -> int:

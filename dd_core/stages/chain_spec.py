@@ -199,6 +199,14 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (unet.image_channels != told, f"net.unet.image_channels is {unet.image_channels}, set it to {told}"),
         (short, f"net.text.vocab_size must be above {END}, the last of our tokens"),
         (bool(unet.labels) and not isinstance(net, PlainSpec), "labels are for a net of kind unet"),
+        (
+            bool(unet.embedding_width) and isinstance(net, CaptionedSpec),
+            f"a net of kind {net.kind} is told no image embedding; leave net.unet.embedding_width out",
+        ),
+        (
+            unet.level_told and not unet.labels and isinstance(net, PlainSpec),
+            f"a net of kind {net.kind} is told classes alone with its level; set net.unet.labels instead",
+        ),
     ]
 
 

@@ -90,6 +90,11 @@ class ConsistencySpec(LearnedSpec):
                 f"where paths begin, {self.sigma_max or high:g}; leave it out for the lowest"
             )
         refuse_cut(self.levels, self.segments)
+        if self.ends_at_lowest and self.segments > 1:
+            raise ValueError(
+                "a base that predicts consistency is the identity at its lowest level, and segments end at "
+                "0; set segments: 1, or base.predicts: edm"
+            )
         scale = self.teacher.guidance_scale if self.teacher else 1.0
         refuse_unlearned(scale, self.base.guides_itself, self.dropout)
         if not isinstance(self.base, ChainSpec):
@@ -127,7 +132,7 @@ class ConsistencySpec(LearnedSpec):
     def cut(self, num_levels: int) -> Cut:
         """How its paths are cut."""
         (low, high), steps = self.sigma_range, self.teacher.steps if self.teacher else 1
-        return Cut(num_levels, low, high, to_zero=True, segments=self.segments, steps=steps)
+        return Cut(num_levels, low, high, not self.ends_at_lowest, self.segments, steps)
 
     @property
     def classes(self) -> int:

@@ -35,6 +35,11 @@ HOW = SamplingSpec(sampler="ddpm", variance="fixed_small", num_steps=10, spacing
 OPTIMIZER = OptimizerSpec(learning_rate=5e-3, warmup_steps=2, ema_images=400, precision="fp32")
 
 
+def test_a_prior_that_would_end_in_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not at schedule\.last first; leave that out"):
+        SPEC.but(schedule=SPEC.schedule.but(last="first"))
+
+
 def told(*captions: str) -> Tensor:
     return torch.tensor(tokens(captions, LENGTH))
 

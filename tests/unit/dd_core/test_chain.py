@@ -567,6 +567,15 @@ def test_a_chain_told_to_sample_with_measured_errors_says_that_it_has_none() -> 
         hop(IMPROVED).start(asked([1], "a star"), how)
 
 
+def test_a_network_that_would_wait_for_what_nobody_tells_it_is_refused() -> None:
+    assert isinstance(GLIDE.net, CaptionedSpec)
+    unet = GLIDE.net.unet.but(embedding_width=16)
+    with pytest.raises(ValueError, match=r"kind captioned is told no image embedding; leave net\.unet\."):
+        GLIDE.but(net=GLIDE.net.but(unet=unet))
+    with pytest.raises(ValueError, match=r"is told classes alone with its level; set net\.unet\.labels"):
+        DDPM.but(net=plain(level_told=True))
+
+
 def test_latents_have_the_deviation_of_their_scale_and_come_back() -> None:
     hopped = hop(LATENT)
     state = asked([1], "a star")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dd_core import checkpoint, consistency
 from dd_core.cascade import CascadeState, run
-from dd_core.consistency import Cut, ended, following
+from dd_core.consistency import Cut, draw_pair, ended, following
 from dd_core.denoiser import Denoised, Parameterization
 from dd_core.guidance import clip_x0, rows_of
 from dd_core.nets.clip import Clip, ReadCaption
@@ -24,6 +24,7 @@ from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import ConsistencySpec, ConsistencyStage, FixedLevels, TeacherSpec, bound
+from dd_core.stages.consistency_hop import levels_of
 from dd_core.text import null_tokens
 from dd_core.training import TrainState, train
 from tests.unit.dd_core import students
@@ -313,6 +314,27 @@ def test_paths_may_begin_below_the_highest_level_of_the_base(
     assert spec.but(sigma_min=1.0).sigma_range == (1.0, 20.0)
 
 
+def test_a_published_student_learns_the_levels_that_it_jumps_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the identity at the lowest level, where its paths end."""
+    spec = JUMPING.but(base=JUMPING.base.but(predicts="consistency"), teacher=None)
+    stage, drawn = made(spec, {}), list[Tensor]()
+
+    def pair(like: Tensor, cut: Cut) -> consistency.Pair:
+        drawn.append(cut.grid())
+        return draw_pair(like, cut)
+
+    monkeypatch.setattr("dd_core.stages.consistency.draw_pair", pair)
+    loss = stage(next(squares(64)), "model")
+    loss.total.backward()
+    count = len(drawn[0])
+    low, high = spec.sigma_range
+    assert count == 8
+    assert torch.equal(drawn[0], karras_sigmas(count, sigma_min=low, sigma_max=high)[:count])
+    how = JUMPS.but(taus=(0, 3, count - 1))
+    asked = levels_of(spec, how)[:-1]
+    assert torch.equal(asked, drawn[0][[0, 3]])
+
+
 def test_a_teacher_must_be_the_base_that_the_spec_describes(parents: dict[str, Trained]) -> None:
     with pytest.raises(ValueError, match="needs the parent 'base'"):
         build_stage(SPEC, {"clip": parents["clip"]})
@@ -350,6 +372,10 @@ def test_a_student_of_a_chain_may_leave_its_dropout_out_and_nothing_else(edm: di
                 "distance": "clip",
             },
             "distance clip looks at pictures, and this base paints latents; use pseudo_huber",
+        ),
+        (
+            {"base": EDM.but(predicts="consistency"), "teacher": None, "segments": 7},
+            "identity at its lowest level, and segments end at 0; set segments: 1",
         ),
     ],
 )

@@ -23,7 +23,18 @@ from dd_core.stages.classifier import ClassifierSpec
 from dd_core.stages.guides import CLEAN
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.steering import SCORES, GradientSpec, Guides, Pull, score_of
-from tests.unit.dd_core.test_chain import CLIP, GLIDE, LATENT, UNCLIP, UNET, hop, made, told, trained
+from tests.unit.dd_core.test_chain import (
+    AUTOENCODER,
+    CLIP,
+    GLIDE,
+    LATENT,
+    UNCLIP,
+    UNET,
+    hop,
+    made,
+    told,
+    trained,
+)
 from tests.unit.dd_core.test_chain import PARENTS as CHAIN_PARENTS
 from tests.unit.dd_core.test_stages import BASE
 from tests.unit.dd_core.test_stages import CLIP as BASE_CLIP
@@ -242,10 +253,19 @@ def test_guides_that_are_not_there_or_do_not_fit_are_named() -> None:
         GradientSpec()
 
 
+def quantising(codes: int) -> Trained:
+    """The autoencoder with a codebook."""
+    torch.manual_seed(3)
+    spec = AUTOENCODER.but(net=AUTOENCODER.net.but(codes=codes))
+    return Trained(spec, made(spec, {}).model.state_dict())
+
+
+@pytest.mark.parametrize("codes", [0, 32])
 @pytest.mark.parametrize("name", SCORES)
-def test_latents_are_led_through_what_they_decode_to(name: str) -> None:
-    """The move is sigma**2 times the gradient of the score of the decoded estimate."""
-    latent = load_hop(trained(LATENT), PARENTS, device="cpu")
+def test_latents_are_led_through_what_they_decode_to(name: str, codes: int) -> None:
+    """The move is sigma**2 times the gradient of the score of the decoded estimate, past any codebook."""
+    parents = PARENTS if not codes else PARENTS | {"autoencoder": quantising(codes)}
+    latent = load_hop(trained(LATENT), parents, device="cpu")
     x, sigma = 3 * torch.randn(1, 4, 8, 8), torch.tensor([2.0])
     free, led = (latent.start(asked(4), how) for how in (how_of(), how_of(**{name: 2.5})))
     plain, decode = latent.denoiser(free.rows), latent.autoencoder.decode  # type: ignore[attr-defined]
@@ -255,7 +275,7 @@ def test_latents_are_led_through_what_they_decode_to(name: str) -> None:
     assert gradient.abs().max() > 0
     with torch.no_grad():  # as samplers ask
         moved, still = latent.denoiser(led.rows)(x, sigma), plain(x, sigma)
-    torch.testing.assert_close(moved.x0, still.x0 + 4 * 2.5 * gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moved.x0, still.x0 + 4 * 2.5 * gradient, rtol=1e-4, atol=1e-5)
     assert not moved.x0.requires_grad
 
 
@@ -327,6 +347,10 @@ def test_a_cascade_on_disk_opens_a_hop_with_the_guides_that_it_names(tmp_path: P
     bundle.save_cascade(tmp_path / "cascade", cascade, directories, card="led")
     opened = bundle.load_cascade(tmp_path / "cascade")
     assert torch.equal(run(opened.hops[0], asked(1), led).image, run(HOP, asked(1), led).image)
+    ranks = bundle.parent_of_hops(tmp_path / "cascade", cascade, "clip")  # nothing but guides stands on it
+    assert ranks is not None
+    assert all(torch.equal(ranks.weights[name], weight) for name, weight in PARENTS["clip"].weights.items())
+    assert bundle.parent_of_hops(tmp_path / "cascade", cascade, "draft") is None
     with pytest.raises(ValueError, match="hop 'judge' has no bundle"):
         bundle.save_cascade(
             tmp_path / "other", cascade, {k: v for k, v in directories.items() if k != "judge"}, card=""

@@ -20,6 +20,10 @@ from dd_core.steering import GradientSpec
             "below 250 steps; use fixed_small",
         ),
         ({"churn": ChurnSpec()}, "churn is for sampler heun, not dpmpp_2m"),
+        (
+            {"churn": {"low": 50, "high": 0.05}},
+            "low 50 is above high 0.05, so no noise is put back",
+        ),
         ({"guidance_interval": (2.0, 1.0)}, "must rise"),
         ({"spacing": "sections"}, "need each other"),
         ({"sections": (10, 10)}, "need each other"),
