@@ -175,6 +175,8 @@ def deployment(
             min_replicas=spec.min_replicas,
             max_replicas=spec.most_replicas,
             target_ongoing_requests=spec.target,
+            upscale_delay_s=spec.upscale_delay_s,
+            downscale_delay_s=spec.downscale_delay_s,
         ),
         "max_surge_percent": 100,
         "graceful_shutdown_timeout_s": patience_s,
