@@ -37,7 +37,7 @@ def submit(
 ) -> None:
     """Run a command on a cluster; the same submission again resumes it.
 
-    RECIPE, or run, train STAGE, prepare with --recipe or --config, doctor, evaluate URL, deploy NAME@ALIAS.
+    RECIPE, or run, train STAGE, prepare with --config, doctor, evaluate URL, deploy NAME@ALIAS.
     What only the nodes may do, since they hold the keys, is done there.  Prints the id of the job.
     """
     with importing():

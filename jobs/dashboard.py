@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from jobs import environment
-from workflows.addresses import shown
+from workflows.addresses import redacted
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 20.0
@@ -36,15 +36,14 @@ class Dashboard:
     """The dashboard of a cluster.
 
     Args:
-        address: Such as http://head:8265.
-        token: Shown to it; None: that of this user.
+        address: Such as http://head:8265; it is shown the token of this user.
     """
 
-    def __init__(self, address: str, *, token: str | None = None) -> None:
+    def __init__(self, address: str) -> None:
         refuse_misspelt(address)
         self.address = address.rstrip("/")
-        shown = environment.ray_token() if token is None else token
-        headers = {"Authorization": f"Bearer {shown}"} if shown else {}
+        token = environment.ray_token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = httpx.Client(base_url=self.address, headers=headers, timeout=TIMEOUT_S)
 
     def __enter__(self) -> Self:
@@ -96,7 +95,7 @@ def refuse_misspelt(address: str) -> None:
         why = f" ({error})"
     if why:
         fix = "give one such as http://HEAD:8265 in RAY_ADDRESS, or as --address"
-        raise DashboardError(f"{shown(address)!r} is no address of a dashboard{why}; {fix}")
+        raise DashboardError(f"{redacted(address)!r} is no address of a dashboard{why}; {fix}")
 
 
 def not_let_in(address: str, status: int, *, shown: bool) -> str:
@@ -166,7 +165,7 @@ def without_token(url: str, *, user: tuple[str, str] | None = None) -> Answer:
     try:
         reply = httpx.get(url, auth=user, timeout=TIMEOUT_S)
     except httpx.InvalidURL as error:
-        told = f"{shown(url)!r} is no address of a dashboard or a server ({error}); see how it is spelt"
+        told = f"{redacted(url)!r} is no address of a dashboard or a server ({error}); see how it is spelt"
         raise DashboardError(told) from None
     except httpx.HTTPError as error:
         host, why = urlsplit(url).netloc.rpartition("@")[2], f"{type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ from jobs.failures import PortTakenError, line_of, trace_of
 from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
 from jobs.plan import Plan, on, plan_of, refusals
-from workflows.addresses import shown
+from workflows.addresses import redacted
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
 from workflows.storage import opened
@@ -59,7 +59,7 @@ def examine(spec: RunSpec | None, address: Address) -> list[Finding]:
 def findings(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """What a check finds, or why it could not be made; passwords in addresses are left out."""
     try:
-        yield from (finding._replace(says=shown(finding.says)) for finding in check())
+        yield from (finding._replace(says=redacted(finding.says)) for finding in check())
     except Exception as error:  # noqa: BLE001 each check is of something that may be broken in any way
         log.debug("%s could not be tried:\n%s", name, trace_of(error))
         says, _, fix = line_of(error).rpartition("; ")
@@ -283,9 +283,9 @@ def mlflow() -> Iterator[Finding]:
     for what, why in refused.items():
         fix = "check MLFLOW_TRACKING_USERNAME and _PASSWORD and this user's permissions on the server"
         wrong: State = "warn" if what == DELETES else "fail"
-        yield Finding("mlflow", wrong, f"{shown(uri)}: cannot {what}: {why}", fix)
+        yield Finding("mlflow", wrong, f"{redacted(uri)}: cannot {what}: {why}", fix)
     if not refused:
-        yield Finding("mlflow", "ok", f"{shown(uri)}: began a run, logged, stored, registered, deleted")
+        yield Finding("mlflow", "ok", f"{redacted(uri)}: began a run, logged, stored, registered, deleted")
 
 
 def mlflow_server(uri: str) -> Iterator[Finding]:
@@ -298,7 +298,7 @@ def mlflow_server(uri: str) -> Iterator[Finding]:
         return
     if not theirs[:1].isdigit():
         raise RegistryError(
-            f"{shown(uri)} is no MLflow server, or does not know this host name: {theirs:.120}"
+            f"{redacted(uri)} is no MLflow server, or does not know this host name: {theirs:.120}"
         )
     if theirs.split(".")[0] != ours.split(".")[0]:
         yield Finding(
@@ -331,9 +331,9 @@ def clock() -> Iterator[Finding]:
             yield Finding("clock", "warn", str(error), "see the lines about this server")
             continue
         if skew is None:
-            yield Finding("clock", "ok", f"{shown(server)} does not say what time it is")
+            yield Finding("clock", "ok", f"{redacted(server)} does not say what time it is")
             continue
-        yield skewed(shown(server), skew)
+        yield skewed(redacted(server), skew)
 
 
 def port(address: Address) -> Iterator[Finding]:

@@ -61,7 +61,7 @@ def planned(order: Order, address: str) -> Plan:
     spec = up_to(order.spec, one) if one else order.spec
     plan = plan_of(spec, seen_from_outside(address), run=f"{place}/{order.run}")
     plan = plan._replace(free=None)  # the directory is not on this machine
-    return only(plan, one) if one else plan
+    return plan_of_stage(plan, one) if one else plan
 
 
 def up_to(spec: RunSpec, stage: str) -> RunSpec:
@@ -71,11 +71,10 @@ def up_to(spec: RunSpec, stage: str) -> RunSpec:
     needed = {stage}
     for one in reversed(in_order(spec.stages)):
         needed |= set(one.parents.values()) if one.name in needed else set()
-    stages = tuple(one for one in spec.stages if one.name in needed)
-    return spec.model_construct(**(dict(spec) | {"stages": stages}))
+    return spec.with_stages([one for one in spec.stages if one.name in needed])
 
 
-def only(plan: Plan, stage: str) -> Plan:
+def plan_of_stage(plan: Plan, stage: str) -> Plan:
     """The plan of one stage, out of that of `up_to`: its ancestors count as made before."""
     (one,) = [found for found in plan.stages if found.spec.name == stage]
     disk = {"checkpoints": one.checkpoints * one.need.state, "bundles": one.need.bundle}

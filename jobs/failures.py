@@ -6,7 +6,7 @@ import traceback
 from enum import IntEnum
 from typing import Any
 
-from workflows.addresses import shown
+from workflows.addresses import redacted
 
 DISK = "the disk"
 """Named where a library does not say which file."""
@@ -108,8 +108,8 @@ def line_of(error: BaseException) -> str:
             large = " for a file so large (`ulimit -f`)" if error.errno == errno.EFBIG else ""
             return no_space(f"{error.filename or DISK}{large}")
         case OSError() if error.filename:
-            return shown(f"{error.filename}: {error.strerror}")
-    text = shown(" ".join(words_of(error).split())) or type(error).__name__
+            return redacted(f"{error.filename}: {error.strerror}")
+    text = redacted(" ".join(words_of(error).split())) or type(error).__name__
     if isinstance(error, JobFailedError) or away(error) or code_of(error) is not Code.INTERNAL:
         return text
     from workflows.outcome import disk_full  # noqa: PLC0415 seconds, for an internal error alone
@@ -121,7 +121,7 @@ def line_of(error: BaseException) -> str:
 
 def no_space(where: str) -> str:
     """The line for a full disk, or a quota that is used up."""
-    return f"no space left on {shown(where)}; free some and run the same command again to continue"
+    return f"no space left on {redacted(where)}; free some and run the same command again to continue"
 
 
 def away(error: BaseException) -> bool:
@@ -190,9 +190,9 @@ class Line(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The formatted record, as others may see it."""
-        return shown(super().format(record))
+        return redacted(super().format(record))
 
 
 def trace_of(error: BaseException) -> str:
     """The whole traceback, without the passwords of addresses too."""
-    return shown("".join(traceback.format_exception(error)))
+    return redacted("".join(traceback.format_exception(error)))

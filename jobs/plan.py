@@ -126,7 +126,6 @@ class Plan(NamedTuple):
             "disk_bytes": self.disk | {"total": sum(self.disk.values())},
             "free_bytes": self.free,
             "scratch_bytes_per_node": self.scratch_bytes,
-            "refused": refusals(self),
         }
 
 

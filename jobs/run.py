@@ -195,8 +195,7 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
         if not joins_cluster():
             announce(one, this_machine())
         home = driver.opened()
-        track = tracked_run(home)
-        with track as tracking, ray_cluster(verbose=verbose):
+        with tracked_run(home) as tracking, ray_cluster(verbose=verbose):
             if joins_cluster():
                 one = bound(one, announce(one, joined()))
             run_stage(one, stage, run=home, tracked=tracking)
@@ -233,7 +232,7 @@ def as_planned(spec: RunSpec, plan: Plan) -> RunSpec:
     for stage in spec.stages:
         found = planned[stage.name]
         stages.append(stage.but(use_gpu=found.gpu, resources=stage.resources.but(cpus=found.cpus)))
-    return spec.model_construct(**(dict(spec) | {"stages": tuple(stages)}))
+    return spec.with_stages(stages)
 
 
 def rehearsed(spec: RunSpec, stage: str = "") -> Plan:
@@ -257,7 +256,7 @@ def judged_plan(spec: RunSpec, nodes: list[Node]) -> Plan:
 
 def only(spec: RunSpec, stage: str) -> RunSpec:
     """A run of one stage alone, on parents that exist."""
-    return spec.model_construct(**(dict(spec) | {"stages": (spec.stage(stage),)}))
+    return spec.with_stages([spec.stage(stage)])
 
 
 @contextmanager
@@ -384,15 +383,15 @@ def told(home: Home, facts: dict[str, Any], way: Way, url: str) -> str:
         f"seconds:       {seconds['total']:,.0f} in all",
         f"cascade:       {facts['bundle']}",
         f"report:        {facts['report']}",
-        f"pictures:      {home.at('evaluation').address}",
     ]
+    if scores:
+        lines.append(f"pictures:      {home.at('evaluation').address}")
     if facts["mlflow"]:
         lines.append(f"mlflow:        {facts['mlflow']}")
     if not scores:
         own = f" --data {way.own.data} --judge {way.own.clip}" if way.own else ""
         how = f"to judge it:   deploy it, then `ddiff eval --url http://HOST:PORT{own}`"
         lines += [how] if way.possible else []
-        lines.remove(f"pictures:      {home.at('evaluation').address}")
     if url:
         body = '{"prompt": "a red circle above a small blue square"}'
         call = f"curl {url}/v1/images/generations -H content-type:application/json -d '{body}'"

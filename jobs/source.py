@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from serve import code
-from workflows.addresses import shown
+from workflows.addresses import redacted
 
 CODE = "ddiff.code"
 """Tag: the digest of the packages (`serve.code`), whether they were committed or not."""
@@ -17,7 +17,7 @@ def source_tags() -> dict[str, str]:
     """Tags of an MLflow run; the user and the commit where they can be known."""
     tags = {
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": shown(shlex.join(["ddiff", *sys.argv[1:]])),
+        "mlflow.source.name": redacted(shlex.join(["ddiff", *sys.argv[1:]])),
         "mlflow.user": user(),
         "mlflow.source.git.commit": commit(),
         CODE: code.digest(),

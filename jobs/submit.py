@@ -128,8 +128,8 @@ def of_the_nodes(words: Sequence[str], changes: Sequence[str]) -> Order:
 def no_order(words: Sequence[str]) -> ConfigError:
     """The error for words that are no order; it says what may be written instead."""
     return ConfigError(
-        f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --recipe or --config, "
-        "doctor with or without them, evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of "
+        f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --config, doctor "
+        " with or without them, evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of "
         "a former config"
     )
 

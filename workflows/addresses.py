@@ -17,7 +17,7 @@ RIGHT = re.compile(
 )
 
 
-def shown(text: str) -> str:
+def redacted(text: str) -> str:
     """An address, or a text that has some in it, without the users, passwords and queries."""
     return QUERY.sub(r"\1", USER.sub("", text))
 

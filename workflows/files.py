@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import braceexpand
 import fsspec
 
-from workflows.addresses import shown
+from workflows.addresses import redacted
 from workflows.storage import StorageError
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def located(shards: Sequence[str]) -> list[Found]:
     if missing:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise MissingShardError(
-            f"{shown(missing[0])} does not exist or matches no file{more}; check the shards' address"
+            f"{redacted(missing[0])} does not exist or matches no file{more}; check the shards' address"
         )
     return list({found.url: found for group in groups for found in group}.values())
 
@@ -93,7 +93,7 @@ def braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(pattern, escape=False))
     except ValueError:
-        raise MissingShardError(f"{shown(pattern)} has an unclosed brace") from None
+        raise MissingShardError(f"{redacted(pattern)} has an unclosed brace") from None
 
 
 def matched(name: str) -> list[Found]:
@@ -108,7 +108,7 @@ def matched(name: str) -> list[Found]:
     except FileNotFoundError:
         return []
     except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)
-        raise MissingShardError(f"{shown(name)} cannot be looked up: {one_line(error)}") from error
+        raise MissingShardError(f"{redacted(name)} cannot be looked up: {one_line(error)}") from error
 
 
 def files_of(fs: Any, pattern: str) -> list[Found]:
@@ -126,7 +126,7 @@ def opened(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise MissingShardError(f"{shown(url)} cannot be opened: {one_line(error)}") from None
+        raise MissingShardError(f"{redacted(url)} cannot be opened: {one_line(error)}") from None
     return fs, str(path)
 
 
@@ -158,7 +158,7 @@ def fingerprint(files: Iterable[Found]) -> str:
 
 def one_line(error: BaseException | str) -> str:
     """An error or a text in one line, without the secrets of addresses, control characters escaped."""
-    text = " ".join(shown(str(error)).split()) or type(error).__name__
+    text = " ".join(redacted(str(error)).split()) or type(error).__name__
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)[:300]
 
 
@@ -223,7 +223,7 @@ class ShardFile:
 
     def unread(self, failure: Exception) -> str:
         """What could not be read, and why."""
-        return f"{shown(self.url)} cannot be read at byte {self.position:,}: {one_line(failure)}"
+        return f"{redacted(self.url)} cannot be read at byte {self.position:,}: {one_line(failure)}"
 
     def attempt(self, count: int, data: bytes) -> bytes:
         """One try to complete `data` to `count` bytes."""
@@ -247,7 +247,7 @@ class ShardFile:
         fs, path = opened(self.url)
         about = found_in(fs, path)
         if self.about is not None and about.version != self.about.version:
-            raise DamagedError(f"{shown(self.url)} was replaced while it was read")
+            raise DamagedError(f"{redacted(self.url)} was replaced while it was read")
         self.about = about
         streamed = is_web(fs) and not fs.info(path).get("partial")  # the server does not offer byte ranges
         self.file = fs.open(path, "rb", block_size=0) if streamed else fs.open(path, "rb")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from workflows.addresses import shown
+from workflows.addresses import redacted
 
 logger = logging.getLogger(__name__)
 BATCH_BYTES = 256 * 2**10
@@ -99,7 +99,7 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield from flat(value, f"{prefix}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            yield f"{prefix}{name}", shown(text)[:PARAM_CHARACTERS]
+            yield f"{prefix}{name}", redacted(text)[:PARAM_CHARACTERS]
 
 
 def entries(path: Path, *, start: int = 0, size: int = -1) -> Iterator[Entry]:
@@ -196,7 +196,7 @@ class Courier:
 
 def said(error: Exception) -> str:
     """The first line of an error, without passwords."""
-    return shown((str(error).strip() or repr(error)).splitlines()[0])
+    return redacted((str(error).strip() or repr(error)).splitlines()[0])
 
 
 def unreachable(error: BaseException | None) -> str:

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from dd_core import sealed
 from dd_core.spec import Spec
-from workflows.addresses import shown
+from workflows.addresses import redacted
 from workflows.claim import TakenError, claim
 from workflows.files import ShardFile
 from workflows.pairs import (
@@ -127,7 +127,7 @@ def write_part(
             damage = damage or firsts[MISSING][1]
         part = Part(
             shard=shard,
-            url=shown(url),
+            url=redacted(url),
             file=free_name(home, shard, sha256),
             rows=rows,
             kept=counts.pop("", 0),
@@ -192,7 +192,7 @@ def missing_from(url: str, found: int) -> int:
 
 def missing_said(url: str, found: int, missing: int) -> str:
     """The message about a shard that has fewer samples than the count beside it."""
-    return f"{found:,} samples, {shown(beside(url))} says {found + missing:,}"
+    return f"{found:,} samples, {redacted(beside(url))} says {found + missing:,}"
 
 
 def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
@@ -211,7 +211,7 @@ def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
         damage = damage or firsts[MISSING][1]
     return Part(
         shard=shard,
-        url=shown(url),
+        url=redacted(url),
         file="",
         rows=rows,
         kept=kept,

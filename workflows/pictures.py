@@ -35,6 +35,8 @@ SHOWN = 16
 """Pairs of prepared data that a page shows at most."""
 GAP, LETTERS, CAPTION = 4, 11, 40
 """Pixels on a sheet: gap between pictures, font size, and height of a two-line caption with its margins."""
+COLUMNS = 4
+"""Cells of a sheet, side by side."""
 
 
 class Painted(NamedTuple):
@@ -77,16 +79,16 @@ def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0) -> list[
     return result
 
 
-def sheet(cells: Sequence[tuple[str, Sequence[bytes]]], *, columns: int = 4) -> Image.Image:
-    """A page of cells, each with its PNGs at their own size and its words below them."""
+def sheet(cells: Sequence[tuple[str, Sequence[bytes]]]) -> Image.Image:
+    """A page of cells, COLUMNS in a row, each with its PNGs at their own size and its words below them."""
     sizes = [[Image.open(io.BytesIO(png)) for png in pngs] for _, pngs in cells]
     width = max(sum(picture.width + GAP for picture in some) for some in sizes) + GAP
     height = max(picture.height for some in sizes for picture in some) + CAPTION
-    rows = -(-len(cells) // columns)
-    page = Image.new("RGB", (width * min(columns, len(cells)), height * rows), "white")
+    rows = -(-len(cells) // COLUMNS)
+    page = Image.new("RGB", (width * min(COLUMNS, len(cells)), height * rows), "white")
     draw, letters = ImageDraw.Draw(page), ImageFont.load_default(LETTERS)
     for place, ((words, _), some) in enumerate(zip(cells, sizes, strict=True)):
-        left, top = place % columns * width + GAP, place // columns * height + GAP
+        left, top = place % COLUMNS * width + GAP, place // COLUMNS * height + GAP
         floor = top + max(picture.height for picture in some)
         draw.multiline_text((left, floor + GAP), wrapped(words, width - 2 * GAP, letters), "black", letters)
         for picture in some:

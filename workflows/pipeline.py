@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
-from workflows.addresses import shown
+from workflows.addresses import redacted
 from workflows.again import Again
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.parents import parent_home
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepBars, StepProgress, clock
+from workflows.registry import CURRENT
 from workflows.run_spec import RunSpec, in_order
 from workflows.shape_shards import write_shards
 from workflows.side_by_side import side_by_side
@@ -98,7 +99,7 @@ def run_pipeline(spec: RunSpec, *, run: Home | Path, tracked: Tracked) -> RunRes
     cascade = run.at("cascade")
     tags = {"bundle_sha256": digest, "bundle": cascade.address}
     tracked.journal.tags(tags)
-    tracked.journal.model(spec.cascade.name, cascade.address, alias="current", tags=tags)
+    tracked.journal.model(spec.cascade.name, cascade.address, alias=CURRENT, tags=tags)
     return RunResult(bundles, cascade, digest, seconds_of(run))
 
 
@@ -285,7 +286,7 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
             f"| {name} | {facts['step']:,} | {facts['images']:,} | {facts['seconds']:.0f} | `{digest[:12]}` |"
         )
     hops = " -> ".join(hop.stage for hop in spec.cascade.hops)
-    source = "the embedded world of shapes" if spec.shapes else shown(", ".join(spec.pairs.shards))
+    source = "the embedded world of shapes" if spec.shapes else redacted(", ".join(spec.pairs.shards))
     return "\n".join(
         [
             "---",

@@ -7,8 +7,6 @@ facts.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
 from collections import Counter
@@ -63,11 +61,6 @@ class Prepared(NamedTuple):
     """Of the manifest: kept, held_out of them, rejected, rejects, damaged_shards, parts, sizes, ..."""
     digest: str
 
-    @property
-    def directory(self) -> Path:
-        """The directory of a destination that is not in a store."""
-        return self.home.here
-
 
 def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
     """Prepare every shard of the spec; what an earlier run finished is not done again.
@@ -107,7 +100,7 @@ def made(
     parts = resumed(home, facts["source"], keys)
     rot = Rot(spec, source, parts.values())
     if not rot.hopeless:
-        with shown(source, parts, progress=progress) as bar:
+        with progress_bar(source, parts, progress=progress) as bar:
             for part in written(spec, home, source, parts, bar, keys):
                 parts[part.shard] = part
                 rot.count(part)
@@ -152,7 +145,7 @@ def are_of(shards: Sequence[str], names: Sequence[str]) -> bool:
     """Whether each of these shards is meant by one of the names: files, globs and directories."""
 
     def means(name: str, url: str) -> bool:
-        name = addresses.shown(Home.of(name).address)
+        name = addresses.redacted(Home.of(name).address)
         return url == name or fnmatch(url, name) or fnmatch(url, f"{name}/*.tar")
 
     return all(any(means(name, url) for name in names) for url in shards)
@@ -193,8 +186,8 @@ def facts_of(spec: PairsSpec, source: Sequence[Found]) -> dict[str, Any]:
     """Facts known before the work; `source` changes when anything that shapes the files does."""
     schema = pairs_schema(spec.sizes)
     return {
-        "source": digest_of([LAYOUT, how(spec), fingerprint(source)]),
-        "shards": [addresses.shown(found.url) for found in source],
+        "source": sealed.digest_of([LAYOUT, how(spec), fingerprint(source)]),
+        "shards": [addresses.redacted(found.url) for found in source],
         "spec": how(spec),
         "sizes": list(spec.sizes),
         "context_length": spec.context_length,
@@ -213,7 +206,7 @@ def how(spec: PairsSpec) -> dict[str, Any]:
 
 def keys_of(spec: PairsSpec, source: Sequence[Found]) -> list[str]:
     """Digest of what each part is made from: the shard as it is, its number (in every row), and the spec."""
-    return [digest_of([LAYOUT, how(spec), shard, *found]) for shard, found in enumerate(source)]
+    return [sealed.digest_of([LAYOUT, how(spec), shard, *found]) for shard, found in enumerate(source)]
 
 
 def content_of(facts: dict[str, Any], before: dict[str, Any]) -> str:
@@ -222,12 +215,7 @@ def content_of(facts: dict[str, Any], before: dict[str, Any]) -> str:
     The same bytes keep the digest of the manifest before, which an older version may have written.
     """
     now, was = ([[part.sha256 for part in parts_of(it)], it.get("schema")] for it in (facts, before))
-    return data_digest(before) if now == was else digest_of(now)
-
-
-def digest_of(shaping: Sequence[Any]) -> str:
-    """sha256 of JSON values."""
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    return data_digest(before) if now == was else sealed.digest_of(now)
 
 
 def totals(parts: Sequence[Part]) -> dict[str, Any]:
@@ -379,7 +367,7 @@ def report(shard: int, rows: int, position: int, **said: str | int) -> dict[str,
 
 
 @contextlib.contextmanager
-def shown(
+def progress_bar(
     source: Sequence[Found], known: dict[int, Part], *, progress: bool
 ) -> Iterator[SampleProgress | None]:
     """The progress bar of a run, which starts at the parts that are known; None without `progress`."""

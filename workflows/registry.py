@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from dd_core.spec import SafeName
-from workflows.addresses import shown
+from workflows.addresses import redacted
+from workflows.answers import ABSENT, INVALID, code_of
 from workflows.journal import unreachable
 from workflows.tracking import Book, away
 
@@ -127,7 +128,7 @@ class Registry:
             try:
                 return self.client.get_model_version_by_alias(name, alias)
             except MlflowException as error:
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                if code_of(error) in (ABSENT, INVALID):
                     return None
                 raise
 
@@ -147,10 +148,12 @@ class Registry:
                 raise RegistryError(why) from error
             if error.get_http_status_code() == 401 or " 401 " in str(error):
                 raise RegistryError(
-                    f"MLflow at {shown(self.uri)} answers 401: set MLFLOW_TRACKING_USERNAME and "
+                    f"MLflow at {redacted(self.uri)} answers 401: set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD, or `ddiff submit` it to nodes that have them"
                 ) from error
-            raise RegistryError(f"MLflow at {shown(self.uri)}: {one_line(error)}; `ddiff doctor`") from error
+            raise RegistryError(
+                f"MLflow at {redacted(self.uri)}: {one_line(error)}; `ddiff doctor`"
+            ) from error
 
     def known(self) -> list[str]:
         """Every name with its aliases, for messages."""
@@ -298,5 +301,5 @@ def split(wanted: str) -> tuple[str, str]:
 
 def one_line(error: BaseException) -> str:
     """An error in one short line, the cause first; MLflow repeats its address, so passwords are removed."""
-    said = [unreachable(error), shown(" ".join(str(error).split()))]
+    said = [unreachable(error), redacted(" ".join(str(error).split()))]
     return f"{': '.join(one for one in said if one):.240}" or type(error).__name__

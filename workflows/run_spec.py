@@ -1,5 +1,6 @@
 """What a whole run is: data, stages, cascade and how it is judged.  Reading one needs no Ray."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -187,6 +188,10 @@ class RunSpec(Spec):
             raise ValueError(
                 f"hop {hop.stage}: guides.clip is {named!r}, but {noised!r} stands on clip {own!r}; name that"
             )
+
+    def with_stages(self, stages: Sequence[TrainSpec]) -> "RunSpec":
+        """The run with other stages, unchecked: parents and hops of the cascade may lie outside of it."""
+        return self.model_construct(**(dict(self) | {"stages": tuple(stages)}))
 
     def stage(self, name: str) -> TrainSpec:
         """The stage of this name.

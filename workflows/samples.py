@@ -169,9 +169,9 @@ def save_grid(image: Float[Tensor, " b 3 h w"], path: Path) -> None:
     grid(image).save(path)
 
 
-def grid(image: Float[Tensor, " b 3 h w"], columns: int = 0) -> Image.Image:
+def grid(image: Float[Tensor, " b 3 h w"]) -> Image.Image:
     """Pictures in [-1, 1] side by side, row by row, two pixels of white between them."""
-    columns = columns or 2 * math.ceil(math.sqrt(len(image)) / 2)
+    columns = 2 * math.ceil(math.sqrt(len(image)) / 2)
     rows, side = math.ceil(len(image) / columns), image.shape[-1] + 2
     sheet = Image.new("RGB", (columns * side - 2, rows * side - 2), "white")
     for place, pixels in enumerate(images.to_bytes(image)):

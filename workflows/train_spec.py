@@ -1,13 +1,12 @@
 """What one training run of one stage is: the stage, its parents, and how it is trained."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dd_core import sealed
 from dd_core.samplers import SamplingSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import Budget, OptimizerSpec
@@ -184,7 +183,7 @@ class TrainSpec(Spec):
             body["embeddings"] = embeddings
         if files:
             body["files"] = dict(files)
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return sealed.digest_of(body)
 
 
 def cpu_share(total: float, workers: int, at_once: int) -> float:

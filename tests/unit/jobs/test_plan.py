@@ -46,7 +46,7 @@ def with_base(**changes: object) -> RunSpec:
     assert isinstance(base.stage, BaseSpec)
     alone = base.but(stage=base.stage.but(from_draft=False), parents={"clip": "clip"})
     stages = (run.stage("clip"), alone.but(**changes))
-    return RunSpec.model_construct(**(dict(run) | {"stages": stages}))  # unchecked: no whole cascade
+    return run.with_stages(stages)
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def test_a_plan_says_what_is_done_what_continues_and_why_something_is_trained_ag
     changed = with_base(optimizer=base.optimizer.but(learning_rate=2 * rate))
     reason = f"trained again, because optimizer.learning_rate is {2 * rate}, was {rate}"
     assert said(changed) == {"clip": "done", "base": reason}
-    other = RunSpec.model_construct(**(dict(spec) | {"stages": (clip.but(seed=5), base)}))
+    other = spec.with_stages([clip.but(seed=5), base])
     assert said(other) == {
         "clip": f"trained again, because seed is 5, was {clip.seed}",
         "base": "trained again, because its parent clip is another",

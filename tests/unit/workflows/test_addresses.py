@@ -2,7 +2,7 @@
 
 import pytest
 
-from workflows.addresses import has_password, shown
+from workflows.addresses import has_password, redacted
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ from workflows.addresses import has_password, shown
     ],
 )
 def test_what_is_shown_of_an_address(text: str, seen: str, secret: bool) -> None:
-    assert (shown(text), has_password(text)) == (seen, secret)
+    assert (redacted(text), has_password(text)) == (seen, secret)
