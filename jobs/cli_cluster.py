@@ -35,10 +35,10 @@ def deploy(
     --publish does this much without a cluster: `ddiff manifest service` takes what it prints.
     """
     from jobs.dashboard import refuse_open
+    from jobs.deploy import deploy as put_on_air
+    from jobs.deploy import publish as put_in_place
+    from jobs.deploy import resolved, written_before
     from jobs.environment import cluster_address, in_a_job
-    from jobs.rollout import deploy as put_on_air
-    from jobs.rollout import publish as put_in_place
-    from jobs.rollout import resolved, written_before
 
     if (cascade is None) == (file is None) or (file and changes):
         raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
@@ -78,8 +78,8 @@ def doctor(recipe: str | None, file: Path | None, changes: tuple[str, ...], host
     Ends with 2 if a line says fail.
     """
     from jobs.config import run_spec
-    from jobs.deploy import Address
     from jobs.doctor import examine, facts_of, failed, told
+    from jobs.endpoint import Address
 
     spec = run_spec(recipe, file, changes) if recipe or file else None
     found = examine(spec, Address(host, port))
@@ -106,7 +106,7 @@ def manifest(
     """
     from jobs.cluster.manifests import claim, job, read_cluster, service, standing, text_of
     from jobs.config import run_spec, shown
-    from jobs.rollout import written_before
+    from jobs.deploy import written_before
 
     where = read_cluster(settings)
     match kind:

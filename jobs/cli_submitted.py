@@ -90,7 +90,8 @@ def logs(job: str, follow: bool, address: str | None) -> None:
 def show_log(cluster: Cluster, job: JobFacts, *, to_the_end: bool, err: bool = False) -> None:
     """Print a log and, if the job failed, the first error of our code; end as the job did."""
     from jobs.failures import StoppedError
-    from jobs.following import end_as, first_error, merged
+    from jobs.following import end_as
+    from jobs.job_log import first_error, merged
 
     as_json = click.get_current_context().obj.as_json
     try:
@@ -147,7 +148,7 @@ def stop(job: str | None, run: str | None, address: str | None) -> None:
         found = Cluster(address).stop(job)
         answer({"stopped": found.id, "status": found.status}, f"{found.id}: {found.status}")
         return
-    from jobs.deploy import stop_endpoint
+    from jobs.endpoint import stop_endpoint
     from workflows.storage import Home
 
     here = Home.of(str(run)).here

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
-from jobs.deploy import Address, refuse_taken
+from jobs.endpoint import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of, trace_of
 from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from jobs.deploy import DeployError, registry
 from jobs.evaluate import judge_endpoint, score_tags, way_in, whole
-from jobs.rollout import DeployError, registry
 from serve import app
 from workflows.registry import split
 

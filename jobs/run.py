@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dd_core.sealed import MANIFEST
-from jobs.deploy import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.driver import Driver
+from jobs.endpoint import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.environment import (
     experiment,
     joins_cluster,

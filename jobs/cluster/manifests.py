@@ -13,10 +13,10 @@ from jobs.attempts import ATTEMPTS
 from jobs.cluster.pods import CONFIG, PART, Group, network_policy, ray_cluster, submitter
 from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
+from jobs.deploy import Config, serve_fields
 from jobs.failures import words_of
 from jobs.inputs import refuse_local
 from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
-from jobs.rollout import Config, serve_fields
 from jobs.secrecy import refuse_secrets, texts
 from serve.spec import ReplicaSpec, ServeSpec
 from workflows.run_spec import RunSpec

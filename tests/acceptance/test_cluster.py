@@ -26,7 +26,7 @@ from PIL import Image
 
 from jobs import dashboard
 from jobs.cli import main
-from jobs.following import MOST_LINES
+from jobs.job_log import MOST_LINES
 from serve import code
 from tests.cluster import CANARIES, ZONES, TestCluster, cluster, kill_node, postgres_at
 from tests.s3 import KEYS, free_port

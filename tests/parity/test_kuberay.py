@@ -8,8 +8,8 @@ import yaml
 
 from jobs.cluster.manifests import job, service, standing
 from jobs.cluster.spec import ClusterSpec
+from jobs.deploy import Config, serve_fields
 from jobs.recipes import smoke
-from jobs.rollout import Config, serve_fields
 from tests.parity.reference import checkout
 from tests.unit.jobs.kuberay import SCHEMAS
 from tests.unit.jobs.test_manifests import SERVED, SETTINGS

@@ -18,16 +18,8 @@ from jobs import dashboard, following
 from jobs.cli import main
 from jobs.dashboard import Dashboard, DashboardError
 from jobs.failures import StoppedError, line_of
-from jobs.following import (
-    MOST_LINES,
-    Cluster,
-    ClusterError,
-    JobFacts,
-    facts_of,
-    first_error,
-    merged,
-    reason,
-)
+from jobs.following import Cluster, ClusterError, JobFacts, facts_of, reason
+from jobs.job_log import MOST_LINES, first_error, merged
 from tests.answering import answering
 from workflows import worker
 from workflows.registry import split

@@ -6,8 +6,8 @@ import pytest
 
 from jobs import environment
 from jobs import nodes as there
-from jobs.deploy import Address
 from jobs.doctor import nodes, on_the_air
+from jobs.endpoint import Address
 from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, told_of
 from jobs.nodes import available_memory
 

@@ -22,11 +22,11 @@ from jobs.cli import main
 from jobs.cluster.manifests import hop_groups, job, object_name, said, service, standing
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
+from jobs.deploy import Config, serve_fields
 from jobs.following import facts_of
 from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of, refusals
 from jobs.recipes import smoke
-from jobs.rollout import Config, serve_fields
 from serve.spec import ServeSpec
 from tests.unit.jobs.kuberay import CLUSTER_IN, SCHEMAS, refused
 from workflows.estimate import Need, needs

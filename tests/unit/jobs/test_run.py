@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs import run
 from jobs.cli import main
-from jobs.deploy import Address, Endpoint, alive, started_at
+from jobs.endpoint import Address, Endpoint, alive, started_at
 from jobs.evaluate import UnjudgedError, Way, look_ahead, way_of
 from jobs.failures import PortTakenError
 from jobs.nodes import Node

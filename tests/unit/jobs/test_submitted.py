@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import dashboard, following
+from jobs import dashboard, following, job_log
 from jobs.cli import main
 from jobs.following import Cluster, ClusterError, facts_of
 from jobs.submit import Pack, Submitted
@@ -137,7 +137,7 @@ def test_of_a_job_that_failed_the_error_and_its_end_are_few_lines_and_json_for_w
     monkeypatch.setattr(Jobs, "get_job_logs", lambda *_: log)
     on(job("smoke.1", "FAILED", 3))
     done = ddiff("logs", "smoke")
-    assert len(done.stderr.splitlines()) == following.MOST_LINES
+    assert len(done.stderr.splitlines()) == job_log.MOST_LINES
     assert done.stderr.startswith("\nthe first error:\nValueError: no\n")
     *_, last = ddiff("logs", "smoke", "--json").stdout.splitlines()
     assert json.loads(last)["first_error"][0] == "ValueError: no"
