@@ -22,6 +22,7 @@ from jobs.failures import PortTakenError, line_of, trace_of
 from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
 from jobs.plan import Plan, on, plan_of, refusals
+from jobs.ray_session import ray_cluster
 from workflows.addresses import redacted
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
@@ -312,7 +313,7 @@ def nodes(plan: Plan | None) -> Iterator[Finding]:
         says = "their disks, GPUs and clocks are not seen from here: `ddiff submit doctor --follow` asks each"
         yield Finding("nodes", "ok", says)
         return
-    with environment.ray_cluster():
+    with ray_cluster():
         found = seen_everywhere()
     for name, seen in found.items():
         yield from told_of(name, seen, plan.scratch_bytes if plan else 0)

@@ -19,8 +19,9 @@ from dd_core import bundle, sealed
 from dd_core.cascade import CascadeSpec
 from dd_core.precision import Precision
 from jobs.config import ConfigError, apply
-from jobs.environment import joins_cluster, ray_cluster
+from jobs.environment import joins_cluster
 from jobs.failures import PortTakenError, words_of
+from jobs.ray_session import ray_cluster
 from workflows.storage import Home
 
 if TYPE_CHECKING:

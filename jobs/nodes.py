@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, TypeAdapter
 
 from dd_core.spec import Spec
-from jobs import environment
+from jobs import environment, ray_session
 from jobs.dashboard import Dashboard, is_dashboard
 from workflows import cpus
 
@@ -53,8 +53,8 @@ def this_machine() -> list[Node]:
     """
     import torch  # noqa: PLC0415 a cluster is asked for its GPUs, this machine by torch
 
-    memory = max(0, available_memory() - environment.object_store_bytes())
-    return [Node("this machine", environment.own_cpus(), torch.cuda.device_count(), memory)]
+    memory = max(0, available_memory() - ray_session.object_store_bytes())
+    return [Node("this machine", ray_session.own_cpus(), torch.cuda.device_count(), memory)]
 
 
 def nodes_of() -> list[Node]:
@@ -64,7 +64,7 @@ def nodes_of() -> list[Node]:
         return this_machine()
     if is_dashboard(address):
         return seen_from_outside(address)
-    with environment.ray_cluster():
+    with ray_session.ray_cluster():
         return joined()
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.environment import ray_cluster
+from jobs.ray_session import ray_cluster
 from workflows import feed
 from workflows.files import located
 from workflows.pairs import (

@@ -20,7 +20,6 @@ from jobs.environment import (
     experiment,
     joins_cluster,
     node_groups,
-    ray_cluster,
     refuse_dashboard,
     runs,
     tracking_uri,
@@ -39,6 +38,7 @@ from jobs.failures import StoppedError
 from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
+from jobs.ray_session import ray_cluster
 from jobs.source import source_tags
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.pairs import HELD_OUT

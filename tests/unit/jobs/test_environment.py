@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import dashboard, environment
+from jobs import dashboard, environment, ray_session, signals
 from jobs.failures import Code, StoppedError, code_of
 from tests.answering import answering
 
@@ -24,17 +24,17 @@ def mode(path: Path) -> int:
 
 
 def test_the_object_store_is_larger_where_gpus_take_the_data(tmp_path: Path) -> None:
-    assert environment.object_store_bytes(tmp_path) == environment.OBJECT_STORE_BYTES
+    assert ray_session.object_store_bytes(tmp_path) == ray_session.OBJECT_STORE_BYTES
     (tmp_path / "nvidia0").touch()
     (tmp_path / "shm").mkdir()
     free = shutil.disk_usage(tmp_path).free
-    assert environment.object_store_bytes(tmp_path) == pytest.approx(max(2**30, free / 4), rel=0.05)
+    assert ray_session.object_store_bytes(tmp_path) == pytest.approx(max(2**30, free / 4), rel=0.05)
 
 
 def test_a_new_token_can_be_read_by_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     token = tmp_path / ".ray" / "auth_token"
-    environment.keep_token_private(token)
+    ray_session.keep_token_private(token)
     assert mode(token) == 0o600
     assert len(token.read_text()) == 64
 
@@ -46,7 +46,7 @@ def test_a_token_that_is_there_is_kept_and_closed_to_others(
     token = tmp_path / "auth_token"
     token.write_text("known")
     token.chmod(0o644)
-    environment.keep_token_private(token)
+    ray_session.keep_token_private(token)
     assert (token.read_text(), mode(token)) == ("known", 0o600)
 
 
@@ -56,7 +56,7 @@ def test_no_token_is_written_where_none_is_needed(
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv(name, value)
-    environment.keep_token_private(tmp_path / "auth_token")
+    ray_session.keep_token_private(tmp_path / "auth_token")
     assert not (tmp_path / "auth_token").exists()
 
 
@@ -91,7 +91,7 @@ def test_sigterm_that_rays_own_handler_hears_is_told_as_any_other() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def begun() -> None:
-        with environment.sigterm_kept():
+        with signals.sigterm_kept():
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init does
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -103,7 +103,7 @@ def test_sigterm_that_rays_own_handler_hears_is_told_as_any_other() -> None:
 
 OF_OUR_OWN = """
 import os, signal, socket
-from jobs.environment import ray_cluster
+from jobs.ray_session import ray_cluster
 from jobs.machines import SKEW_WARN_S, seen_everywhere
 
 def heard(number, frame):
@@ -219,7 +219,7 @@ def test_a_job_is_not_told_of_a_folder_beside_the_user(monkeypatch: pytest.Monke
 def test_a_dashboard_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ValueError, match="is a dashboard: hand the command to it with `ddiff submit`"):
-        environment.ray_cluster().__enter__()
+        ray_session.ray_cluster().__enter__()
 
 
 def test_the_experiment_of_mlflow_is_honoured_and_travels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,16 +246,16 @@ def test_a_cluster_elsewhere_that_asks_for_no_token_is_not_joined(
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with answering(Anybody) as address:
         head = address.removeprefix("http://")
-        environment.refuse_open_cluster(head)
+        ray_session.refuse_open_cluster(head)
         assert (
             "unless a tunnel leads elsewhere" in caplog.text
         )  # a port that is forwarded looks as if it were here
         monkeypatch.setattr(dashboard, "is_here", lambda _: False)
         with pytest.raises(ValueError, match=r"runs code for anybody .* or set RAY_AUTH_MODE=disabled"):
-            environment.refuse_open_cluster(head)
-        environment.refuse_open_cluster(None)
+            ray_session.refuse_open_cluster(head)
+        ray_session.refuse_open_cluster(None)
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-        environment.refuse_open_cluster(head)
+        ray_session.refuse_open_cluster(head)
 
 
 def test_nobody_else_takes_settings_from_the_environment() -> None:
