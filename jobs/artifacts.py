@@ -3,8 +3,8 @@
 import uuid
 from urllib.parse import urlsplit
 
-from dd_core import sealed
-from serve import code, replicas
+from dd_core import bundle, sealed
+from serve import code
 from serve.fetching import in_a_store, on_this_machine
 from workflows.registry import Version
 from workflows.storage import opened
@@ -49,7 +49,7 @@ def keep_cascade(version: Version, storage: str) -> None:
     place = f"{root}/cascades/{version.digest}"
     if not files.exists(f"{place}/{sealed.MANIFEST}"):
         source = on_this_machine(version.address, version.digest)
-        _, found = replicas.opened(source)
+        _, found = bundle.read_cascade(source)
         if found != version.digest:
             raise sealed.SealError(
                 f"{version.address} holds cascade {found[:12]} by now, not {version.digest[:12]} as version "

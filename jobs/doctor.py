@@ -26,7 +26,7 @@ from jobs.ray_session import ray_cluster
 from workflows.addresses import redacted
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
-from workflows.storage import opened
+from workflows.storage import is_address, opened
 
 log = logging.getLogger(__name__)
 LISTEN_S = 5.0
@@ -210,7 +210,7 @@ def storage() -> Iterator[Finding]:
     """Whether a file can be written where runs are kept, read back, and removed."""
     place = environment.runs()
     files, root = opened(place)
-    directory = "://" not in place  # a bucket is never created here: that would hide a misspelt name
+    directory = not is_address(place)  # a bucket is never created here: that would hide a misspelt name
     fresh = directory and not files.exists(root)
     name, content = f"{root}/.ddiff-doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     began = time.time()
@@ -237,7 +237,7 @@ def storage() -> Iterator[Finding]:
         return
     took = time.time() - began
     yield Finding("storage", "ok", f"{place}: written, read and deleted in {took:.2f} s")
-    if environment.cluster_address() and "://" not in place:
+    if environment.cluster_address() and not is_address(place):
         yield Finding(
             "storage",
             "warn",
@@ -249,7 +249,7 @@ def storage() -> Iterator[Finding]:
 def disk(plan: Plan | None) -> Iterator[Finding]:
     """Whether there is room for what the run writes."""
     place = environment.runs()
-    if "://" in place:
+    if is_address(place):
         needed = f"; in TMPDIR of each node up to {amount(plan.scratch_bytes)}" if plan else ""
         yield Finding("disk", "ok", f"{place} is a store; how full it may get is its own affair{needed}")
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jobs import dashboard
-from jobs.dashboard import not_let_in, refuse_misspelt
+from jobs.dashboard import is_dashboard, not_let_in, refuse_misspelt
 from jobs.environment import cluster_address, prepare_environment, ray_token
 from jobs.failures import Code, JobFailedError, code_elsewhere
 from jobs.job_log import merged
@@ -65,7 +65,7 @@ class Cluster:
     def __init__(self, address: str | None = None) -> None:
         prepare_environment()
         self.address = (address or cluster_address()).rstrip("/")
-        if not self.address.startswith(("http://", "https://")):
+        if not is_dashboard(self.address):
             given = f"{self.address!r} is no such address" if self.address else "none is given"
             raise ClusterError(
                 f"jobs go to the dashboard of a cluster, such as http://head:8265, and {given}; "

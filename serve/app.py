@@ -37,7 +37,7 @@ from serve.fetching import in_a_store, on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
 from serve.painter import Painter
-from serve.replicas import HopReplica, opened
+from serve.replicas import HopReplica
 from serve.spec import ReplicaSpec, ServeSpec
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
             "or deploy the cascade again with the ddiff that they have"
         )
     directory = on_this_machine(spec.cascade, spec.digest)
-    cascade, digest = opened(directory, spec.digest)
+    cascade, digest = bundle.read_cascade(directory, spec.digest)
     refuse_strangers(spec, cascade)
     stages = {hop.stage for hop in cascade.hops}
     place = spec.cascade if in_a_store(spec.cascade) else str(directory)  # each replica fetches its own copy
@@ -183,15 +183,8 @@ def deployment(
         "health_check_period_s": 2,
         "max_constructor_retry_count": 3,
     }
-    return HopReplica.options(**options).bind(  # type: ignore[attr-defined]
-        cascade,
-        stage,
-        digest=digest,
-        max_rows=spec.max_rows,
-        shared=spec.shared,
-        threads=spec.threads,
-        precision=precision,
-    )
+    hop = HopReplica.options(**options)  # type: ignore[attr-defined]
+    return hop.bind(cascade, stage, spec, digest=digest, precision=precision)
 
 
 def run(spec: ServeSpec, *, blocking: bool = False) -> str:
@@ -208,7 +201,7 @@ def run(spec: ServeSpec, *, blocking: bool = False) -> str:
         ServeError: The hops do not come up in time.
         ValueError, dd_core.sealed.SealError: As `build` does.
     """
-    cascade, digest = opened(on_this_machine(spec.cascade, spec.digest), spec.digest)
+    cascade, digest = bundle.read_cascade(on_this_machine(spec.cascade, spec.digest), spec.digest)
     url = f"http://{spec.host}:{spec.port}"
     if not serving(url):
         refuse_taken_port(spec.host, spec.port)

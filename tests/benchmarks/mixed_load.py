@@ -87,12 +87,12 @@ def by_steps(cascade: Path, name: str, *, shared: bool) -> Ask:
 
     from dd_core import sealed  # noqa: PLC0415
     from serve.replicas import HopReplica  # noqa: PLC0415
+    from serve.spec import ReplicaSpec  # noqa: PLC0415
 
     digest = sealed.verify(cascade).digest
-    told = {"digest": digest, "max_rows": AT_ONCE, "shared": shared, "threads": 1}
-    told["precision"] = PRECISION
+    spec = ReplicaSpec(max_rows=AT_ONCE, shared=shared, threads=1)
     options = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 1}}
-    app = HopReplica.options(**options).bind(str(cascade), STAGE, **told)
+    app = HopReplica.options(**options).bind(str(cascade), STAGE, spec, digest=digest, precision=PRECISION)
     handle = ray.serve.run(app, name=name, route_prefix=None)
     return lambda state, how: handle.advance.remote(state, how, PATIENCE_S, digest, PRECISION)
 

@@ -15,6 +15,7 @@ from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError
 from serve.links import ReplicaLink
 from serve.painter import HopLostError, Order, Painter, Served
 from serve.replicas import HopReplica
+from serve.spec import ReplicaSpec
 from tests.unit.serve.tiny import tiny_cascade
 
 STATE = CascadeState(seeds=[1], tokens=torch.zeros(1, 12))
@@ -138,8 +139,8 @@ def test_no_image_is_drawn_half_by_one_cascade_and_half_by_another() -> None:
 def test_a_replica_draws_for_its_own_cascade_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", list)
     digest = tiny_cascade(tmp_path)
-    limits = {"max_rows": 8, "shared": False, "threads": 0, "precision": "fp32"}
-    replica = HopReplica.func_or_class(str(tmp_path / "cascade"), "prior", digest=digest, **limits)
+    where, spec = str(tmp_path / "cascade"), ReplicaSpec(shared=False)
+    replica = HopReplica.func_or_class(where, "prior", spec, digest=digest, precision="fp32")
     state = requested(["a"], [1], 12)
     how = SamplingSpec(num_steps=2)
     with pytest.raises(OtherCascadeError, match=f"prior serves cascade {digest[:12]}, not {NEW[:12]}"):
