@@ -231,7 +231,7 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
     )
     for wrong, option, remedy in unheard:
         if wrong:
-            raise ValueError(f"cascade {name}: no hop hears {option}; leave it out, or {remedy}")
+            raise ValueError(f"cascade {name}: no hop uses {option}; leave it out, or {remedy}")
     if order.negative and not any(last is not None and led_away(stage, last) for _, stage, last in work):
         raise ValueError(
             f"cascade {name}: no hop is guided away from --negative, for each has scale 1; leave it out, or "

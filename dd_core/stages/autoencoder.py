@@ -183,17 +183,17 @@ class AutoencoderStage(Stage):
         leaf = x0_hat.detach().requires_grad_()
         reconstruction, parts = self.reconstruction(leaf, image)
         still = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-        deception = -functional_call(self.discriminator, still, (leaf,)).mean()
+        adversarial = -functional_call(self.discriminator, still, (leaf,)).mean()
         (pull,) = torch.autograd.grad(reconstruction, leaf)
-        (push,) = torch.autograd.grad(deception, leaf)
+        (push,) = torch.autograd.grad(adversarial, leaf)
         last = self.model.decoder.conv_out.weight
         summed = image[0].numel() if self.model.quantiser is None else 1  # values in a published loss's sum
         (pull_last,) = torch.autograd.grad(x0_hat, last, summed * pull, retain_graph=True)
         (push_last,) = torch.autograd.grad(x0_hat, last, push, retain_graph=True)
         balance = self.spec.disc_weight * losses.adaptive_weight(pull_last, push_last)
-        value = (reconstruction + balance / summed * deception).detach()
+        value = (reconstruction + balance / summed * adversarial).detach()
         linear = (x0_hat * (pull + balance / summed * push)).sum()
-        parts |= {"deception": deception.detach(), "balance": balance}
+        parts |= {"adversarial": adversarial.detach(), "balance": balance}
         return value + linear - linear.detach(), parts
 
     def judge(self, image: Float[Tensor, " b 3 h w"]) -> Losses:

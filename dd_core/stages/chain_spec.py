@@ -73,7 +73,7 @@ class ChainSpec(LearnedSpec):
     """In the hybrid loss the bound is weighted by T / 1000 (Improved DDPM; ADM has T = 1000, so weight 1)."""
     told_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of captions and classes dropped, for classifier-free guidance; unCLIP: 0.5, GLIDE: 0.2.  If above
-    0, the last of the network's labels is the class of nothing."""
+    0, the last of the network's labels is the null class."""
     embedding_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of image embeddings dropped, independently."""
 

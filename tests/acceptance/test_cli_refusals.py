@@ -82,8 +82,8 @@ SAMPLE = {
         "strength 0.01 of 4 steps is no step; raise either",
     ),
     "a way without a hole": (("--training-free",), "fills the hole of --mask; give that"),
-    "a class for those that know none": (("--label", "2"), "no hop hears --label"),
-    "a reference that nothing looks at": (("--reference", "image.png"), "no hop hears --reference"),
+    "a class for those that know none": (("--label", "2"), "no hop uses --label"),
+    "a reference that nothing looks at": (("--reference", "image.png"), "no hop uses --reference"),
     "ranking more than are painted": (("-n", "2", "--keep", "3"), "paint more"),
 }
 
@@ -110,8 +110,8 @@ def test_an_order_that_cannot_be_painted_ends_before_a_network_is_asked(
 @pytest.mark.parametrize(
     ("cascade", "words", "said"),
     [
-        ("fixed", ["--steps", "5"], "no hop hears --steps; leave it out, or set follows_request"),
-        ("fixed", ["--guidance", "2"], "no hop hears --guidance"),
+        ("fixed", ["--steps", "5"], "no hop uses --steps; leave it out, or set follows_request"),
+        ("fixed", ["--guidance", "2"], "no hop uses --guidance"),
         ("jumps", ["--image", "image.png"], "varies no picture, it fills holes; give a mask"),
         ("jumps", ["--image", "image.png", "--vary", "0.5"], "use one with a base or a chain"),
     ],

@@ -138,13 +138,13 @@ def published_loss(stage: AutoencoderStage, batch: PairBatch) -> Tensor:
         latent, cost = losses.straight_through(z, vectors), losses.vq_commitment(z, vectors).mean()
     x0_hat = model.generate(latent, quantise=False)
     reconstruction = (x0_hat - image).abs().mean() * values
-    deception = -stage.discriminator(x0_hat).mean()
+    adversarial = -stage.discriminator(x0_hat).mean()
     last = model.decoder.conv_out.weight
     pull, push = (
-        torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, deception)
+        torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     )
     weight = (pull / (push + 1e-4)).clamp(0, 1e4).detach() * SPEC.disc_weight
-    return (reconstruction + cost + weight * deception) / values
+    return (reconstruction + cost + weight * adversarial) / values
 
 
 def gradients(net: nn.Module) -> list[Tensor]:
@@ -189,9 +189,9 @@ def test_the_discriminator_waits_for_its_batch() -> None:
     assert isinstance(stage, AutoencoderStage)
     first = [weight.clone() for weight in stage.discriminator.parameters()]
     log = run(state, 2)
-    assert all("deception" not in metrics for metrics in log)
+    assert all("adversarial" not in metrics for metrics in log)
     assert all(torch.equal(a, b) for a, b in zip(first, stage.discriminator.parameters(), strict=True))
-    assert "deception" in run(state, 3)[0]
+    assert "adversarial" in run(state, 3)[0]
     assert not all(torch.equal(a, b) for a, b in zip(first, stage.discriminator.parameters(), strict=True))
 
 
@@ -259,7 +259,7 @@ def test_codes_are_chosen_in_full_precision_under_autocast() -> None:
 def test_the_discriminator_of_a_codebook_takes_part_and_observes_nothing() -> None:
     state = fresh(VQ.but(disc_start=0))
     log = run(state, 3)
-    assert "deception" in log[-1]
+    assert "adversarial" in log[-1]
     stage = state.stage
     assert isinstance(stage, AutoencoderStage)
     assert stage.model.observed == stage.batches == 3

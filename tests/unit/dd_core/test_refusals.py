@@ -78,7 +78,7 @@ def silent(made: Hop) -> Hop:
         (UNCLIP.but(embedding_dropout=0.0), {}, {}, "embedding_dropout 0.* and got None; put a prior before"),
         (EDM, {"spacing": "linspace"}, {}, "trained on all noise levels; use karras"),
         (EDM, {}, {"label": None}, "give a label"),
-        (EDM, {}, {"label": torch.tensor([-1])}, r"label \[-1\]: classes are 0 to 2"),  # no class of nothing
+        (EDM, {}, {"label": torch.tensor([-1])}, r"label \[-1\]: classes are 0 to 2"),  # no null class
         (LATENT, {"dynamic_threshold": 0.9}, {}, "for pixels, and this model paints latents"),
         (LATENT, {"clip": "estimate"}, {}, "clip estimate is for pixels, and this model paints latents"),
         (LATENT, {"sampler": "ddim", "clip": "image"}, {}, "clip image is for pixels, and this model"),

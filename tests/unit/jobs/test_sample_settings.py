@@ -145,7 +145,7 @@ def test_a_negative_prompt_leads_away_and_a_cascade_that_reads_nothing_refuses_i
     )
     done = ddiff(tmp_path, "blind", tmp_path / "none", "a star", "--negative", "a box")
     assert done.exit_code == 2
-    assert "no hop hears --negative; leave it out, or take one with a hop that reads captions" in done.stderr
+    assert "no hop uses --negative; leave it out, or take one with a hop that reads captions" in done.stderr
 
 
 def test_a_grey_picture_is_colourised_and_a_small_one_enlarged_by_a_consistency_model(

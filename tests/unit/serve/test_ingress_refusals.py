@@ -52,7 +52,7 @@ def test_what_no_hop_hears_is_refused_and_what_clients_send_unasked_is_not(param
     one = Served(cascade=CASCADE.but(hops=tuple(hop.but(follows_request=False) for hop in CASCADE.hops)))
     with one.client:
         message = refused(one.post(**{param: value}), 400, param)
-        assert message == f"{param}: no hop hears it; leave it out, or set follows_request of one"
+        assert message == f"{param}: no hop uses it; leave it out, or set follows_request of one"
         usual = [one.post(seed=1, quality=quality) for quality in ("auto", "standard", None)]
     assert len({pngs(answer)[0] for answer in usual}) == 1
 
