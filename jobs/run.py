@@ -39,7 +39,7 @@ from jobs.nodes import Node, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from jobs.ray_session import ray_cluster
-from jobs.source import source_tags
+from jobs.source_tags import source_tags
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.pairs import HELD_OUT
 from workflows.parents import parent_home

@@ -28,7 +28,7 @@ from dd_core.stages.consistency_hop import ConsistencyHop
 from dd_core.text import too_long
 from jobs import remake
 from jobs.provenance import facts_of, text_of
-from jobs.settings import changed, refuse_overruled
+from jobs.sample_changes import changed, refuse_overruled
 
 log = logging.getLogger(__name__)
 SEEDS = 2**32

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from workflows.again import Again
+from workflows.periodic import Periodically
 from workflows.storage import Home, StorageError, parsed
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def claim(home: Home, name: str, *, job: str = "") -> Iterator[None]:
             return
         lease.take(before)
         try:
-            with Again(lease.renew, every_s=RENEW_S, at_end=False):
+            with Periodically(lease.renew, every_s=RENEW_S, at_end=False):
                 yield
         finally:
             lease.release()

@@ -21,10 +21,10 @@ from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.addresses import redacted
-from workflows.again import Again
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.parents import parent_home
+from workflows.periodic import Periodically
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepBars, StepProgress, clock
 from workflows.registry import CURRENT
@@ -319,7 +319,7 @@ def timed(run: Home | Path, *names: str) -> Iterator[None]:
         with WRITING:
             home.write(SECONDS, json.dumps(seconds_of(home) | now))
 
-    with Again(save):
+    with Periodically(save):
         yield
 
 
@@ -348,5 +348,5 @@ def watched(stage: TrainSpec, making: Making) -> Iterator[None]:
             step = max(steps)
             progress.show(step, loss=loss[step], rate=rate[step], left_s=left[step])
 
-    with progress, Again(look, every_s=2.0 if making.bars.console.is_terminal else PROGRESS_S):
+    with progress, Periodically(look, every_s=2.0 if making.bars.console.is_terminal else PROGRESS_S):
         yield

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dd_core.spec import SafeName
 from workflows.addresses import redacted
-from workflows.answers import ABSENT, INVALID, code_of
 from workflows.journal import unreachable
+from workflows.mlflow_errors import ABSENT, INVALID, code_of
 from workflows.tracking import Book, away
 
 CURRENT = "current"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-from workflows.again import Again
+from workflows.periodic import Periodically
 from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class StopSign:
 
     def __init__(self, home: Home, *, first: bool) -> None:
         self.home, self.seen, self.asks = home, False, first and home.stored
-        self.asking = Again(self.ask)
+        self.asking = Periodically(self.ask)
 
     def ask(self) -> None:
         self.seen = self.seen or (self.asks and self.home.has(STOP))

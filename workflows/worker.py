@@ -28,11 +28,11 @@ from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train, wrapping
 from workflows import cpus, feed, mailbox, samples
-from workflows.again import Again, Sending
 from workflows.checkpoints import newest, prune
 from workflows.files import INSISTED, insistently
 from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
+from workflows.periodic import Periodically, Sending
 from workflows.reading import Reader, batches, paired
 from workflows.stopping import StopSign
 from workflows.storage import AddressError, Home, StorageError
@@ -124,7 +124,7 @@ def trained_to_the_end(job: Job) -> Outcome:
     supply = batches(reader, first_step=state.step, device=device)
     steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
-    sending = Again(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ())))
+    sending = Periodically(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ())))
     with StopSign(job.home, first=who.rank == 0) as sign, sending:
         return stepped(job, who, steps, recorder, sign)
 

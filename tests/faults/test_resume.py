@@ -20,8 +20,8 @@ from tests.prepared import write_prepared
 from tests.unit.workflows.test_embeddings import NET
 from tests.unit.workflows.tiny_run import saved
 from tests.when import when
-from workflows.attempts import RAY_TRAIN
 from workflows.embeddings import embed
+from workflows.fit import RAY_TRAIN
 from workflows.journal import curves
 from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec, TrainSpec
@@ -234,11 +234,11 @@ def test_a_stop_is_heard_while_workers_are_waited_for(
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
     spec = SPEC.but(name="waiting", resources=ResourcesSpec(cpus=64))  # which no node here will ever have
     sign = WhenWaited()
-    logging.getLogger("workflows.attempts").addHandler(sign)
+    logging.getLogger("workflows.fit").addHandler(sign)
     try:
         with pytest.raises(
             PreemptedError, match="waiting: stopped while it waited for workers; run the same"
         ):
             train_stage(spec, run=run, data=data)
     finally:
-        logging.getLogger("workflows.attempts").removeHandler(sign)
+        logging.getLogger("workflows.fit").removeHandler(sign)

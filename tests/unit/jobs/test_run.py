@@ -22,7 +22,7 @@ from jobs.failures import PortTakenError
 from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of
 from jobs.recipes import ddpm, smoke
-from jobs.source import source_tags
+from jobs.source_tags import source_tags
 from serve import code
 from tests.unit.workflows.tiny_run import prepared
 from workflows.journal import JOURNAL, Journal, curves, entries

@@ -22,9 +22,9 @@ from dd_core.stages.upsampler import UpsamplerSpec
 from jobs.failures import Code, code_of, line_of
 from tests.conftest import warnings_in
 from tests.unit.dd_core.test_checkpoint_ranks import NET
-from workflows import attempts
-from workflows.attempts import UNUSED, Trainer, TrainingError
+from workflows import fit
 from workflows.feed import DataError
+from workflows.fit import UNUSED, Trainer, TrainingError
 from workflows.outcome import DecidedError, Outcome, decided, told_by_ray
 from workflows.stopping import Stopping
 from workflows.storage import Home, StorageError
@@ -140,10 +140,10 @@ def fitted(
             raise error
         return Outcome("done")
 
-    monkeypatch.setattr(attempts, "attempt", attempt)
+    monkeypatch.setattr(fit, "attempt", attempt)
     job = SimpleNamespace(home=Home.of(tmp_path))
     told = SimpleNamespace(asked=stop)
-    return attempts.fit(SPEC.but(restarts=2), cast("Job", job), cast("Stopping", told))
+    return fit.fit(SPEC.but(restarts=2), cast("Job", job), cast("Stopping", told))
 
 
 def test_workers_that_die_at_every_start_end_the_run_with_the_cause(

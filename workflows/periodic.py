@@ -13,7 +13,7 @@ SEND_EVERY_S = 2.0
 """How far the copies that others see of a growing file may lag behind."""
 
 
-class Again:
+class Periodically:
     """While inside, repeat an action in a thread, and by default once more at the end.
 
     A failure is logged, and then none until the action has succeeded again.  A failure at the end is raised,
@@ -80,7 +80,7 @@ class Sending:
                     self.sent[path] = stamp
 
 
-def following(home: Home, name: str) -> Again:
+def following(home: Home, name: str) -> Periodically:
     """While inside, keep the local copy of a file up to date with the store: another process writes it."""
 
     def look() -> None:
@@ -89,4 +89,4 @@ def following(home: Home, name: str) -> Again:
         if size is not None and (not path.exists() or path.stat().st_size < size):
             home.fetch(name)  # on the machine of the writer, its own copy is never behind
 
-    return Again(look)
+    return Periodically(look)

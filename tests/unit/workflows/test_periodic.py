@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from workflows.again import Again
+from workflows.periodic import Periodically
 from workflows.storage import StorageError
 
 SELDOM_S = 3600.0
@@ -19,19 +19,19 @@ def away() -> None:
 def test_the_error_under_way_is_how_it_ended_though_the_last_time_fails_too(
     failure: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(KeyError, match="the real end"), Again(failure, every_s=SELDOM_S):  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="the real end"), Periodically(failure, every_s=SELDOM_S):  # type: ignore[arg-type]
         raise KeyError("the real end")
     assert "that is not why it ends" in caplog.text
 
 
 def test_without_an_error_under_way_the_last_failure_is_raised() -> None:
-    with pytest.raises(StorageError, match="is away"), Again(away, every_s=SELDOM_S):
+    with pytest.raises(StorageError, match="is away"), Periodically(away, every_s=SELDOM_S):
         pass
 
 
 def test_the_last_time_comes_after_all_that_was_done_inside() -> None:
     written, sent = list[str](), list[str]()
-    with Again(lambda: sent.append("".join(written)), every_s=SELDOM_S):
+    with Periodically(lambda: sent.append("".join(written)), every_s=SELDOM_S):
         written += ["a", "b"]
     assert sent == ["ab"]
 
@@ -45,5 +45,5 @@ def test_a_disk_that_is_full_for_a_moment_does_not_end_it() -> None:
             raise OSError(errno.ENOSPC, "no space left on device")
         again.set()
 
-    with Again(act, every_s=0.01, at_end=False):
+    with Periodically(act, every_s=0.01, at_end=False):
         assert again.wait(30)
