@@ -1,7 +1,7 @@
 """The autoregressive prior of unCLIP: caption -> CLIP image embedding, code by code.
 
 It takes the place of the diffusion prior in a cascade.  Its sampling is one query with pure noise, each
-number of which draws one code (`prior.chosen_code`), so a seed fixes the embedding.  The answer takes one
+number of which draws one code (`chosen_code`), so a seed fixes the embedding.  The answer takes one
 call of the network per axis; of `SamplingSpec` only `guidance_scale` and `draws` apply.
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
@@ -26,11 +26,10 @@ from dd_core.noise import SeededNoise
 from dd_core.ranks import gathered
 from dd_core.samplers import Query, Sampling, SamplingSpec
 from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
-from dd_core.stages.base import null_like
+from dd_core.stages.captions import null_like
 from dd_core.stages.clip import clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, rows_of_draws, seeds_of_draws
-from dd_core.stages.prior import chosen_code
 from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
 
 
@@ -174,3 +173,10 @@ class AutoregressivePriorHop:
 def one_answer(x: Float[Tensor, " b k"]) -> Sampling:
     """A sampling of one query, whose answer is the result."""
     return (yield Query(x, 1.0)).x0
+
+
+def chosen_code(logits: Float[Tensor, " b k"], eps: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """A draw from softmax(logits) by inverse CDF; eps ~ N(0, 1) decides, so a seed fixes the code."""
+    uniform = (1 + (eps / 2**0.5).erf()) / 2
+    below = logits.double().softmax(-1).cumsum(-1) < uniform[:, None]
+    return below.sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -34,7 +34,7 @@ from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
 from dd_core.spec import Spec
 from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
-from dd_core.stages.base import null_like
+from dd_core.stages.captions import null_like
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, rows_of_draws, seeds_of_draws

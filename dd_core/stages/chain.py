@@ -27,7 +27,7 @@ from dd_core.ranks import gathered
 from dd_core.schedules import LogNormalSpec
 from dd_core.stage import Example, Losses, PairBatch, Stage, Trained
 from dd_core.stages.autoencoder import autoencoder_of
-from dd_core.stages.base import null_like
+from dd_core.stages.captions import null_like
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import encoded, heard_of, holes, kept, read_by, seen, smaller, told, unsaid
 from dd_core.stages.clip import clip_of

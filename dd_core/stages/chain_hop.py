@@ -23,7 +23,7 @@ from dd_core.noise import SeededNoise, from_vp, to_vp
 from dd_core.samplers import Sampling, SamplingSpec, begin, invert, sigmas_of
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Trained
-from dd_core.stages.base import away_from
+from dd_core.stages.captions import away_from
 from dd_core.stages.chain import parents_of
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import Heard, covering, encoded, read_by, seen, told, unsaid

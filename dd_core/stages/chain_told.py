@@ -21,7 +21,7 @@ from dd_core.nets.packed import upto_end
 from dd_core.nets.text import CaptionedUNet, UnclipUNet
 from dd_core.nets.unet import UNet
 from dd_core.stage import PairBatch
-from dd_core.stages.base import null_like
+from dd_core.stages.captions import null_like
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import embedding_of
 

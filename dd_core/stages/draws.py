@@ -24,7 +24,7 @@ from dd_core.guidance import Rows, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
 from dd_core.samplers import SamplingSpec
-from dd_core.stages.base import away_from
+from dd_core.stages.captions import away_from
 from dd_core.stages.draft import drawn
 
 STRIDE = 0x9E3779B9
