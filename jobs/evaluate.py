@@ -55,6 +55,7 @@ class Way(NamedTuple):
             ValueError: There is no such CLIP, or no such data.
         """
         ours = {"judge", "among"} if self.by == "oracle" else {"judge"}
+        ours |= set() if self.spec.label else {"label"}  # as before this field existed
         body = self.spec.model_dump_json(exclude=ours)
         asked = body + self.own.digest() if self.own else body
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
@@ -62,7 +63,7 @@ class Way(NamedTuple):
 
 def way_of(spec: RunSpec, run: Home) -> Way:
     """How a run is judged: by the oracle; on its own data by the CLIP named, else by one of its stages."""
-    asked = spec.evaluation
+    asked = spec.evaluation.but(label=spec.evaluation.label or spec.label)
     if spec.shapes is not None:
         return Way("oracle", asked)
     own = {

@@ -1,6 +1,7 @@
 """A user's own captioned pictures, prepared in a moment and without Ray."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ def own_data(
         for number in (*range(twice), *range(twice + shard, pairs, shards)):
             said = caption(number)
             files[f"{number:04d}.png"] = picture(number)
+            files[f"{number:04d}.json"] = json.dumps({"red": colour(number)[0]}).encode()
             files[f"{number:04d}.txt"] = (said.upper() if shard % 2 and number < twice else said).encode()
         tar = write_shard(directory.parent / f"{directory.name}-{shard}.tar", files)
         directory.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of, published
 from workflows.evaluation import (
     NO_PICTURE,
+    Wish,
     answered,
     computed_in,
     keep_pictures,
@@ -154,9 +155,9 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
         StorageError: A store is away.
     """
     data, judge = Home.of(own.data), judge_of(own.clip)
-    places, held_out = chosen(data, spec.captions, seed=spec.seed)
+    places, held_out = chosen(data, spec.captions, seed=spec.seed, label=spec.label)
     captions = [place.caption for place in places]
-    answers = answered(url, captions, spec)
+    answers = answered(url, [Wish(place.caption, place.label) for place in places], spec)
     painted = [answer.png for answer in answers]
     truth = true_pictures(data, places, side_of(painted))
     if keep is not None:

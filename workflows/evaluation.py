@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dd_core.labels import UNLABELLED
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case
+from workflows.labels import label_of
 from workflows.oracle import judged
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,13 @@ class Answer(NamedTuple):
     failure: str = ""
     refused: bool = False
     """Whether the request was at fault, so that a retry would change nothing."""
+
+
+class Wish(NamedTuple):
+    """What a picture is asked for by."""
+
+    caption: str
+    label: int = UNLABELLED
 
 
 class EndpointError(ValueError):
@@ -82,7 +91,7 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
         EndpointError: No server that paints answers there; nothing has been judged.
     """
     asked = spec.cases()
-    answers = answered(url, [case.caption for case in asked], spec)
+    answers = answered(url, [Wish(case.caption, label_of(case.meta, spec.label)) for case in asked], spec)
     if keep is not None:
         keep_pictures(keep, answers)
     verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]
@@ -104,8 +113,8 @@ def computed_in(answers: Iterable[Answer]) -> str:
     return "+".join(sorted(told - {""}))
 
 
-def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[Answer]:
-    """One picture of each caption, the first with the seed of the spec, the next with the next one.
+def answered(url: str, wishes: Sequence[Wish], spec: EvaluationSpec) -> list[Answer]:
+    """One picture of each caption and class, the first with the seed of the spec, the next with the next one.
 
     Raises:
         EndpointError: Nothing answers there, or a server that paints no pictures.
@@ -115,12 +124,12 @@ def answered(url: str, captions: Sequence[str], spec: EvaluationSpec) -> list[An
         ThreadPoolExecutor(spec.concurrency) as pool,
     ):
         refuse_nobody(client)
-        answers = [Answer(b"", "not asked")] * len(captions)
+        answers = [Answer(b"", "not asked")] * len(wishes)
         for turn in range(ROUNDS):
             left = [number for number, answer in enumerate(answers) if answer.failure and not answer.refused]
             if turn and (not left or gone(client, pause_s=PAUSE_S)):
                 break
-            found = pool.map(lambda n: painted(client, captions[n], spec.seed + n, spec), left)
+            found = pool.map(lambda n: painted(client, wishes[n], spec.seed + n, spec), left)
             for number, answer in zip(left, found, strict=True):
                 answers[number] = answer
     if all(answer.failure.startswith(NOT_THERE) for answer in answers):
@@ -178,11 +187,12 @@ def gone(client: httpx.Client, *, pause_s: float) -> bool:
     return False
 
 
-def painted(client: httpx.Client, caption: str, seed: int, spec: EvaluationSpec) -> Answer:
+def painted(client: httpx.Client, wish: Wish, seed: int, spec: EvaluationSpec) -> Answer:
     """One picture; asked for again while the server is busy or cannot be reached, until the time is up."""
     deadline = time.monotonic() + spec.timeout_s
     lost = math.inf
-    body = {"prompt": caption, "n": 1, "seed": seed, "response_format": "b64_json"}
+    body: dict[str, Any] = {"prompt": wish.caption, "n": 1, "seed": seed, "response_format": "b64_json"}
+    body |= {} if wish.label == UNLABELLED else {"label": wish.label}
     while True:
         try:
             reply = client.post("/v1/images/generations", json=body)

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from dd_core.spec import Spec
 from workflows.grammar import Case, cases
+from workflows.labels import LabelSpec
 
 
 class EvaluationSpec(Spec):
@@ -26,6 +27,9 @@ class EvaluationSpec(Spec):
     MODEL:FILE.  Empty: the run's own; the cascade was trained with that, so another one judges better."""
     among: int = Field(100, ge=2)
     """Of a user's own data: how many captions R-precision compares a picture with, its own included."""
+    label: LabelSpec | None = None
+    """Which class each picture is asked for: that of its caption's pair.  A run takes what its cascade was
+    trained with; None: no class is named."""
 
     def cases(self) -> list[Case]:
         """The captions, and what each says."""

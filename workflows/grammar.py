@@ -4,12 +4,13 @@ A caption does not say everything: what it says is kept beside it, and only that
 photographs, a lone thing whose place is not said is in the middle.
 """
 
+import json
 import string
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from workflows.shapes import Scene, Thing, draw_scene, held_out, place_of
+from workflows.shapes import Scene, Thing, draw_scene, facts_of, held_out, place_of
 
 WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "disc"),
@@ -120,6 +121,8 @@ class Case(NamedTuple):
     """one_object, two_object, three_object; the unseen pairs in a group of their own, `unseen`."""
     caption: str
     says: dict[str, Any]
+    meta: str = "{}"
+    """The json that would come with its picture in a training shard."""
 
 
 def described(rng: np.random.Generator, scene: Scene) -> tuple[str, dict[str, Any]]:
@@ -197,5 +200,5 @@ def cases(counts: dict[str, int], *, seed: int) -> list[Case]:
             new = caption not in taken and (group == "unseen" or held_out(statement(says)))
             if new:
                 taken.add(caption)
-                found.append(Case(group, caption, says))
+                found.append(Case(group, caption, says, json.dumps(facts_of(scene))))
     return found

@@ -17,8 +17,10 @@ class LabelSpec(Spec):
     """Values other than strings are named as JSON writes them: `3`, `true`, `null`."""
 
 
-def label_of(meta: str | None, spec: LabelSpec) -> int:
+def label_of(meta: str | None, spec: LabelSpec | None) -> int:
     """The index of a pair's value among the classes, or UNLABELLED."""
+    if spec is None:
+        return UNLABELLED
     value = json.loads(meta) if meta else None
     for name in spec.path.split("."):
         match value:

@@ -65,17 +65,20 @@ class Rebuilt(NamedTuple):
 
 
 @torch.no_grad()
-def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0) -> list[Painted]:
+def painted(cascade: Cascade, prompts: Sequence[str], *, seed: int = 0, classes: int = 0) -> list[Painted]:
     """Every prompt painted once, the first with `seed`, the next with `seed + 1`, ...
 
     Each by itself, as `ddiff sample` paints it, so that a seed gives the same picture to the bit whatever
-    else is painted; the PNGs say prompt, seed and the digest of the cascade.
+    else is painted; the PNGs say prompt, seed and the digest of the cascade.  With classes, each seed is of
+    the class with its own number, modulo `classes`.
     """
     result: list[Painted] = []
     for own, prompt in enumerate(prompts, seed):
         facts = {"prompt": prompt, "seed": str(own), "cascade": cascade.digest}
-        found = [state.image for state in states(cascade, [prompt], [own]) if state.image is not None]
-        result.append(Painted(prompt, own, tuple(images.png(image, facts) for image in found)))
+        facts |= {"label": str(own % classes)} if classes else {}
+        words = f"class {own % classes}: {prompt}" if classes else prompt
+        found = [state.image for state in states(cascade, prompt, own, classes) if state.image is not None]
+        result.append(Painted(words, own, tuple(images.png(image, facts) for image in found)))
     return result
 
 
@@ -107,21 +110,27 @@ def wrapped(words: str, width: int, letters: ImageFont.FreeTypeFont | ImageFont.
     return "\n".join(lines[:2]) + " ..." * (len(lines) > 2)
 
 
-def states(cascade: Cascade, prompts: list[str], seeds: list[int]) -> Iterator[CascadeState]:
+def asked_for(cascade: Cascade, prompt: str, seed: int, classes: int) -> CascadeState:
+    """What enters the cascade; with classes, the one of the seed's number modulo `classes`."""
+    state = requested([prompt], [seed], cascade.spec.context_length)
+    return state._replace(label=torch.tensor([seed % classes])) if classes else state
+
+
+def states(cascade: Cascade, prompt: str, seed: int, classes: int) -> Iterator[CascadeState]:
     """What travels down the cascade, after each hop."""
-    state = requested(prompts, seeds, cascade.spec.context_length)
+    state = asked_for(cascade, prompt, seed, classes)
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
         state = run(hop, state, link.how)
         yield state
 
 
 @torch.no_grad()
-def trajectory(cascade: Cascade, prompt: str, *, seed: int, frames: int = 9) -> list[Frame]:
-    """Evenly spaced queries, from the first to the last, of the first hop that makes an image.
+def trajectory(cascade: Cascade, prompt: str, *, seed: int, classes: int = 0, frames: int = 9) -> list[Frame]:
+    """Evenly spaced queries, first and last included, of the first hop that makes an image (see `painted`).
 
     The noisy image is shown as x / sqrt(1 + sigma**2), as the network sees it.
     """
-    state = requested([prompt], [seed], cascade.spec.context_length)
+    state = asked_for(cascade, prompt, seed, classes)
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
         draw = hop.start(state, link.how)
         asked, x0 = answered(draw.sampling, hop.denoiser(draw.rows))

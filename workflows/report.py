@@ -73,14 +73,15 @@ def write_report(run: Path, *, prompts: Sequence[str] = (), seed: int = 1) -> Pa
     if not any(any(run.glob(sign)) for sign in SIGNS):
         raise FileNotFoundError(f"{run} is no run; name one, such as runs/demo")
     summary = summary_of(run)
-    cascade = None
+    cascade, classes = None, 0
     if (run / "cascade").exists():
         cascade = bundle.load_cascade(run / "cascade", device=nearest(), precision="auto")
+        classes = bundle.classes_of(run / "cascade", cascade.spec)
     data = data_of(run, summary)
     known = prompts or pictures.prepared_captions(data, pictures.SHOWN)
     shown = Shown(
-        pictures.painted(cascade, known, seed=seed) if cascade is not None else [],
-        pictures.trajectory(cascade, known[0], seed=seed) if cascade is not None and known else [],
+        pictures.painted(cascade, known, seed=seed, classes=classes) if cascade is not None else [],
+        pictures.trajectory(cascade, known[0], seed=seed, classes=classes) if cascade and known else [],
         noised(data),
         rebuilt(run, data),
     )

@@ -14,6 +14,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from workflows.evaluation_spec import EvaluationSpec
+from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import TrainSpec
@@ -188,6 +189,13 @@ class RunSpec(Spec):
             raise ValueError(
                 f"hop {hop.stage}: guides.clip is {named!r}, but {noised!r} stands on clip {own!r}; name that"
             )
+
+    @property
+    def label(self) -> LabelSpec | None:
+        """How the data name the classes that the cascade paints or is guided to; None: it knows none."""
+        hops = self.cascade.hops
+        names = [name for hop in hops for name in (hop.stage, *dict(hop.guides).values())]
+        return next((one.label for one in self.stages if one.name in names and one.label), None)
 
     def with_stages(self, stages: Sequence[TrainSpec]) -> "RunSpec":
         """The run with other stages, unchecked: parents and hops of the cascade may lie outside of it."""

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dd_core import sealed, text
+from dd_core.labels import UNLABELLED
 from workflows import feed
+from workflows.labels import LabelSpec, label_of
 from workflows.pairs import HELD_OUT
 from workflows.storage import Home
 
@@ -29,6 +31,7 @@ class Place(NamedTuple):
     group: int
     row: int
     """Within the row group."""
+    label: int = UNLABELLED
 
 
 class Chosen(NamedTuple):
@@ -50,13 +53,14 @@ class Groups(NamedTuple):
     """The value of column `reject` in these rows."""
 
 
-def chosen(data: Home, count: int, *, seed: int) -> Chosen:
+def chosen(data: Home, count: int, *, seed: int, label: LabelSpec | None = None) -> Chosen:
     """Captions of prepared data, each row as likely as any other.
 
     Args:
         data: The prepared data.
         count: How many at most; there may be fewer that differ.
         seed: Of the choice.
+        label: Where their labels are found, if labels are wanted.
 
     Raises:
         DataError: There are not two captions that differ, or a file is gone or damaged.
@@ -69,7 +73,7 @@ def chosen(data: Home, count: int, *, seed: int) -> Chosen:
     )
     found: dict[str, Place] = {}
     for start in range(0, len(drawn), count):
-        for place in places(groups, stops, drawn[start : start + count]):
+        for place in places(groups, stops, drawn[start : start + count], label):
             found.setdefault(text.cleaned(place.caption), place)
         if len(found) >= count:
             break
@@ -97,16 +101,19 @@ def usable_groups(data: Home) -> Groups:
     return Groups([pieces.files[file] for file in pieces.file], pieces.group.tolist(), pieces.rows, "")
 
 
-def places(groups: Groups, stops: NDArray[np.int64], drawn: NDArray[np.int64]) -> list[Place]:
+def places(
+    groups: Groups, stops: NDArray[np.int64], drawn: NDArray[np.int64], label: LabelSpec | None
+) -> list[Place]:
     """The rows of these numbers, in their order; `stops` says where the numbers of each row group end."""
     inside = np.searchsorted(stops, drawn, side="right")
     numbers = drawn - (stops - groups.rows)[inside]
 
     def look(group: int) -> list[Place]:
         url, which = groups.files[group], groups.group[group]
-        table = feed.row_group(url, which, ["caption", "reject"], feed.PREPARE).to_pylist()
+        columns = ["caption", "reject", *(["meta"] if label else [])]
+        table = feed.row_group(url, which, columns, feed.PREPARE).to_pylist()
         return [
-            Place(line["caption"], url, which, row)
+            Place(line["caption"], url, which, row, label_of(line.get("meta"), label))
             for row, line in enumerate(table)
             if line["reject"] == groups.mark
         ]

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from dd_core import sealed
 from jobs.cli import main
 from jobs.evaluate import Way, score_tags, way_by, way_in, way_of
-from jobs.recipes import smoke
+from jobs.recipes import consistency, guided, improved_ddpm, smoke
 from workflows.clip_judge import OwnData
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Version, worse
@@ -72,6 +72,16 @@ def test_the_embedded_world_is_judged_by_the_oracle_and_own_data_by_a_clip(tmp_p
     assert way_of(named, home).own == way.own._replace(clip="ViT-B-32/openai", taught=False)
     itself = mine.but(evaluation=SPEC.but(judge=f"{tmp_path}/smoke/clip/bundle"))
     assert way_of(itself, home).own == way.own
+
+
+def test_a_cascade_of_classes_is_asked_for_those_that_it_was_trained_with(tmp_path: Path) -> None:
+    home = Home.of(tmp_path)
+    for run in (consistency.alone(), guided.classes(), improved_ddpm.run()):
+        assert way_of(run, home).spec == run.evaluation.but(label=improved_ddpm.LABEL)
+    assert way_of(smoke.run(), home).spec.label is None
+    named, plain = (Way("oracle", SPEC.but(label=label)) for label in (improved_ddpm.LABEL, None))
+    assert named.fingerprint() != plain.fingerprint()
+    assert way_in(score_tags(named, {})) == named
 
 
 def test_a_clip_that_was_taken_for_training_flatters_as_one_that_was_trained(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -27,6 +27,7 @@ from workflows import evaluation
 from workflows.evaluation import (
     Answer,
     EndpointError,
+    Wish,
     client_of,
     computed_in,
     evaluate_endpoint,
@@ -37,7 +38,8 @@ from workflows.evaluation import (
 )
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case, training_caption
-from workflows.shapes import drawn
+from workflows.labels import LabelSpec
+from workflows.shapes import COLOURS, drawn
 
 HEADER = struct.pack(">II5B", 30_000, 30_000, 8, 2, 0, 0, 0)
 CHECK = struct.pack(">I", zlib.crc32(b"IHDR" + HEADER))
@@ -121,7 +123,40 @@ def test_a_server_that_is_back_but_busy_is_no_longer_lost(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     client = httpx.Client(transport=httpx.MockTransport(busy), base_url="http://here")
-    assert evaluation.painted(client, "a", 0, EvaluationSpec(timeout_s=600)) == Answer(b"a picture")
+    assert evaluation.painted(client, Wish("a"), 0, EvaluationSpec(timeout_s=600)) == Answer(b"a picture")
+
+
+class Easel(BaseHTTPRequestHandler):
+    """Paints black pictures, and keeps what it was asked for."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        black = base64.b64encode(png(np.zeros((64, 64, 3), np.uint8))).decode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"b64_json": black}]}).encode())
+
+
+def test_a_cascade_of_classes_is_asked_for_the_class_of_each_scene_and_no_other_for_any() -> None:
+    label = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
+    with answering(Easel) as url:
+        for spec in (EvaluationSpec(captions=8, label=label), EvaluationSpec(captions=8)):
+            Easel.asked.clear()
+            assert evaluate_endpoint(url, spec)["failed"] == 0
+            asked = {body["prompt"]: body.get("label") for body in Easel.asked}
+            scenes = {case.caption: json.loads(case.meta)["objects"] for case in spec.cases()}
+            colours = {caption: things[0]["colour"] for caption, things in scenes.items()}
+            assert len(set(colours.values())) > 1
+            wanted = {
+                one: label.classes.index(colour) if spec.label else None for one, colour in colours.items()
+            }
+            assert asked == wanted
 
 
 def test_wilson_interval_has_its_known_values() -> None:

@@ -18,14 +18,17 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dd_core import bundle, images
+from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.precision import Precision
+from dd_core.samplers import SamplingSpec
 from dd_core.stages.autoencoder import AutoencoderSpec
 from jobs import sample
 from jobs.cli import main
 from jobs.recipes import smoke
 from tests.conftest import write_shard
 from tests.own_data import own_data
+from tests.unit.dd_core import test_chain as chains
 from tests.unit.workflows.tiny_run import make_run, saved, write_parts
 from workflows import feed, pictures, report
 from workflows.journal import Journal
@@ -273,6 +276,20 @@ def test_a_picture_of_the_page_is_that_of_its_seed_alone_and_says_where_it_is_fr
         for png in one.pngs:
             said = Image.open(io.BytesIO(png)).text  # type: ignore[attr-defined]
             assert said == {"prompt": one.prompt, "seed": seed, "cascade": cascade.digest}
+
+
+def test_a_cascade_that_paints_by_class_alone_is_shown_class_by_class(tmp_path: Path) -> None:
+    told = chains.CLASSES.but(net=chains.plain(labels=3), told_dropout=0.0)  # it paints nothing without one
+    bundle.save(tmp_path / "base" / "bundle", told, chains.trained(told).weights, parents={}, facts={})
+    hops = (HopSpec(stage="base", how=SamplingSpec(num_steps=2, guidance_scale=1.0)),)
+    spec = CascadeSpec(name="classes", hops=hops, context_length=12, image_size=16)
+    bundle.save_cascade(tmp_path / "cascade", spec, {"base": tmp_path / "base" / "bundle"}, card="")
+    said = Page(write_report(tmp_path, prompts=["a", "b", "c"]).read_text()).said
+    for words in ("class 1: a", "class 2: b", "class 0: c"):
+        assert words in said
+    cascade = bundle.load_cascade(tmp_path / "cascade")
+    one, other = (pictures.painted(cascade, ["a"], seed=seed, classes=3)[0] for seed in (1, 2))
+    assert [Image.open(io.BytesIO(two.pngs[0])).text["label"] for two in (one, other)] == ["1", "2"]  # type: ignore[attr-defined]
 
 
 def test_grids_over_steps_are_headed_by_what_they_show(tmp_path: Path) -> None:

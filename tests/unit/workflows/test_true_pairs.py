@@ -12,6 +12,7 @@ from PIL import Image
 from dd_core import sealed, text
 from tests.own_data import caption, colour, own_data
 from workflows import feed
+from workflows.labels import LabelSpec
 from workflows.pairs import HELD_OUT, PairsSpec, is_held_out
 from workflows.prepare import how
 from workflows.storage import Home
@@ -74,6 +75,15 @@ def test_without_any_held_out_the_data_and_their_making_are_as_before_there_was_
     assert "held_out" not in how(spec)
     assert how(spec.but(held_out=0.1)) == how(spec) | {"held_out": 0.1}
     assert set(table_of(own_data(tmp_path / "all"))["reject"].to_pylist()) == {""}
+
+
+def test_each_of_those_that_judge_has_the_label_of_its_pair_if_labels_are_wanted(data: Home) -> None:
+    label = LabelSpec(path="red", classes=tuple(str(25 + 25 * shade) for shade in range(9)))
+    plain, labelled = chosen(data, 12, seed=1), chosen(data, 12, seed=1, label=label)
+    reds = [int(place.caption.lower().split()[1]) for place in labelled.places]
+    assert [place.label for place in labelled.places] == [red // 25 - 1 for red in reds]
+    assert len(set(reds)) > 1
+    assert [place._replace(label=-1) for place in labelled.places] == list(plain.places)
 
 
 def test_those_that_judge_are_held_out_differ_and_are_a_function_of_data_and_seed(data: Home) -> None:
