@@ -65,7 +65,7 @@ def silent() -> Iterator[list[str]]:
 SAMPLE = {
     "a hole without mask channels": (("--image", "image.png", "--mask", "mask.png"), "(--training-free)"),
     "a scale below 0": (("--guidance", "-1"), "-1.0 is not in the range 0<=x<=50"),
-    "no step": (("--steps", "0"), "0 is not in the range 1<=x<=1000"),
+    "no step": (("--steps", "0"), "0 is not in the range 1<=x<=4000"),
     "eta above 1": (("--image", "image.png", "--vary", "1.5"), "1.5 is not in the range 0<=x<=1"),
     "eta below 0": (("--image", "image.png", "--vary", "-0.5"), "-0.5 is not in the range 0<=x<=1"),
     "a mask of another size": (
