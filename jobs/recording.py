@@ -65,10 +65,13 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
 
 
 def suited(way: Way, tags: Mapping[str, str]) -> Way:
-    """How a version with these tags is judged: as asked, or on its run's data if the oracle cannot judge."""
+    """How a version with these tags is judged: as asked, or on its run's data if the oracle cannot judge.
+
+    It is asked for the classes that its run's data have.
+    """
     said = way_in(tags)
     if way.by == "clip" or said.by == "oracle":
-        return way
+        return way._replace(spec=way.spec.but(label=said.spec.label))
     return said._replace(spec=said.spec.but(captions=way.spec.captions, seed=way.spec.seed))
 
 

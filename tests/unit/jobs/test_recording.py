@@ -16,6 +16,7 @@ from jobs.recording import judge_and_record, suited
 from workflows.clip_judge import OwnData
 from workflows.evaluation import EndpointError
 from workflows.evaluation_spec import EvaluationSpec
+from workflows.labels import LabelSpec
 from workflows.registry import Registry as RealRegistry
 from workflows.registry import RegistryError, Version
 
@@ -144,3 +145,9 @@ def test_a_cascade_of_own_data_is_judged_by_these_whatever_number_of_captions_is
     assert suited(ASKED, {}) == ASKED
     mine = Way("clip", EvaluationSpec(captions=9), own._replace(clip="RN50/openai"))
     assert suited(mine, said) == mine
+
+
+def test_a_cascade_of_classes_is_asked_for_those_of_its_run_by_whoever_judges_it() -> None:
+    label = LabelSpec(path="label", classes=("cat", "dog"))
+    said = score_tags(Way("oracle", EvaluationSpec(captions=16, label=label)), {})
+    assert suited(ASKED, said).spec == ASKED.spec.but(label=label)
