@@ -15,6 +15,7 @@ from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.training import DivergedError
 from tests.faults.test_resume import SHARD
 from tests.prepared import write_prepared
 from tests.unit.dd_core.test_checkpoint_ranks import NET
@@ -27,7 +28,7 @@ from workflows.run_spec import RunSpec
 from workflows.storage import Home
 from workflows.tracking import Tracked, tracked
 from workflows.train_spec import TrainSpec
-from workflows.training import DivergedError, PreemptedError, train_stage
+from workflows.training import PreemptedError, train_stage
 
 pytestmark = [
     pytest.mark.ray,

@@ -31,11 +31,12 @@ from workflows.decode import carefully_decoded
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.feed import DataError
 from workflows.files import DamagedError, MissingShardError, ShardFile, insistently
+from workflows.fit import TrainingError
 from workflows.pairs import TooManyRejectsError
 from workflows.prepare import DestinationError
 from workflows.registry import Registry
 from workflows.storage import AddressError, StorageError, said
-from workflows.training import PreemptedError, TrainingError
+from workflows.training import PreemptedError
 
 CODES = [
     (ConfigError("x"), 2),
