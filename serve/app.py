@@ -152,8 +152,7 @@ def refuse_strangers(spec: ServeSpec, cascade: CascadeSpec) -> None:
 
 def hears_classes(cascade: CascadeSpec, stages: Mapping[str, StageSpec]) -> bool:
     """Whether a hop of a cascade is conditioned on classes, or guided to them by a classifier."""
-    led = any(hop.how.gradient is not None and hop.how.gradient.classes for hop in cascade.hops)
-    return led or any(stages[hop.stage].classes for hop in cascade.hops)
+    return any(stages[name].classes for hop in cascade.hops for name in hop.told_classes)
 
 
 def deployment(

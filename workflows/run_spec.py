@@ -193,8 +193,7 @@ class RunSpec(Spec):
     @property
     def label(self) -> LabelSpec | None:
         """How the data name the classes that the cascade paints or is guided to; None: it knows none."""
-        hops = self.cascade.hops
-        names = [name for hop in hops for name in (hop.stage, *dict(hop.guides).values())]
+        names = {name for hop in self.cascade.hops for name in hop.told_classes}
         return next((one.label for one in self.stages if one.name in names and one.label), None)
 
     def with_stages(self, stages: Sequence[TrainSpec]) -> "RunSpec":

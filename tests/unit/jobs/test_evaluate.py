@@ -79,6 +79,10 @@ def test_a_cascade_of_classes_is_asked_for_those_that_it_was_trained_with(tmp_pa
     for run in (consistency.alone(), guided.classes(), improved_ddpm.run()):
         assert way_of(run, home).spec == run.evaluation.but(label=improved_ddpm.LABEL)
     assert way_of(smoke.run(), home).spec.label is None
+    led = guided.classes()
+    (hop,) = led.cascade.hops
+    idle = led.cascade.but(hops=(hop.but(how=hop.how.but(gradient=None)),))
+    assert led.but(cascade=idle).label is None  # its classifier leads nobody, so a class would be refused
     named, plain = (Way("oracle", SPEC.but(label=label)) for label in (improved_ddpm.LABEL, None))
     assert named.fingerprint() != plain.fingerprint()
     assert way_in(score_tags(named, {})) == named
