@@ -41,10 +41,10 @@ def text_difference(caption: Float[Tensor, " b d"], start: Float[Tensor, " b d"]
     return F.normalize(caption - start, dim=-1)
 
 
-def nearest_draw(
+def nearness(
     draws: Float[Tensor, " b k d"], caption: Float[Tensor, " b d"], seen: Float[Tensor, " b k d"]
-) -> Float[Tensor, " b d"]:
-    """Of k embeddings drawn for a caption, the one whose picture is nearest, in sum, to caption and draw.
+) -> Float[Tensor, " b k"]:
+    """How near the picture of each of k embeddings drawn for a caption is, in sum, to caption and draw.
 
     Args:
         draws: Unit vectors.
@@ -53,9 +53,7 @@ def nearest_draw(
 
     Source: section 2.2 (k is 2, unpainted).
     """
-    nearness = torch.einsum("bkd,bd->bk", seen, caption) + (seen * draws).sum(-1)
-    best = nearness.argmax(1)
-    return draws[torch.arange(len(best)), best]
+    return torch.einsum("bkd,bd->bk", seen, caption) + (seen * draws).sum(-1)
 
 
 class Pca(NamedTuple):

@@ -43,12 +43,18 @@ def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
     """The weights that Muon steps: matrices in blocks, with muon_unet also the kernels of a UNet.
 
     Blocks are those of transformers, and those of UNets: down, middle and up.  Input, output, embedding and
-    modulation layers stay with AdamW.
+    modulation layers stay with AdamW.  A network without blocks, or one that begins with vectors instead of
+    pixels or words, names the layers that Muon is to step besides, in `HIDDEN`.
     """
     kernels = ("down.", "up.", "middle") if algorithm == "muon_unet" else ()
     if not algorithm.startswith("muon"):
         return set()
-    return {
+    named: set[nn.Parameter] = {
+        layer.get_parameter("weight")
+        for network in stage.modules()
+        for layer in map(network.get_submodule, getattr(network, "HIDDEN", ()))
+    }
+    return named | {
         parameter
         for name, parameter in stage.named_parameters()
         if (

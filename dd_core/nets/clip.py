@@ -90,21 +90,30 @@ def quick_attention(like: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if kind_of(like) == "cpu" else nullcontext()
 
 
-def convolutions(spec: ClipNetSpec) -> nn.Sequential:
+class Convolutions(nn.Sequential):
     """Image -> a token per patch, by convolutions of stride 2, each twice as wide as the one before.
 
     Source: Xiao et al. 2021 (arXiv:2106.14881, "Early convolutions help transformers see better"), with
     GroupNorm, since batches of CLIP are many and small here.
     """
-    halvings = int(math.log2(spec.patch_size))
-    layers: list[nn.Module] = []
-    channels = 3
-    for left in reversed(range(halvings)):
-        wider = max(8, 2 * spec.image_width // 3 // 2**left // 8 * 8)
-        layers += [nn.Conv2d(channels, wider, 3, 2, 1), nn.GroupNorm(max(4, wider // 16), wider), nn.SiLU()]
-        channels = wider
-    width = spec.image_width
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1), nn.GroupNorm(1, width))
+
+    def __init__(self, spec: ClipNetSpec) -> None:
+        halvings = int(math.log2(spec.patch_size))
+        layers: list[nn.Module] = []
+        channels = 3
+        for left in reversed(range(halvings)):
+            wider = max(8, 2 * spec.image_width // 3 // 2**left // 8 * 8)
+            layers += [
+                nn.Conv2d(channels, wider, 3, 2, 1),
+                nn.GroupNorm(max(4, wider // 16), wider),
+                nn.SiLU(),
+            ]
+            channels = wider
+        width = spec.image_width
+        super().__init__(*layers, nn.Conv2d(channels, width, 1), nn.GroupNorm(1, width))
+        kernels = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)]
+        self.HIDDEN = tuple(kernels[1:])
+        """Layers for Muon (dd_core/optimizers.py): all convolutions but the one that sees pixels."""
 
 
 def vision_of(spec: ClipNetSpec) -> Any:
@@ -143,7 +152,7 @@ class Clip(nn.Module):
             del self.towers.visual, self.towers.logit_scale
             self.towers.text_projection = None
         elif spec.stem == "convolutions":
-            self.towers.visual.conv1 = convolutions(spec)
+            self.towers.visual.conv1 = Convolutions(spec)
         self.begin_places()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)

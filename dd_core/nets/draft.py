@@ -12,6 +12,8 @@ Sources: Radford et al. 2016 (arXiv:1511.06434, figure 1, "project and reshape")
 2022 (arXiv:2201.00308, DiffuseVAE: a decoder's image refined by a diffusion model that is told it).
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -35,6 +37,9 @@ class Draft(nn.Module):
         layers: Flat layers of an image.
         measured: Embeddings that the whitening is fitted to, before anything is learned.
     """
+
+    HIDDEN: ClassVar = ("trunk.2", "coarse", "fine", "out")
+    """Layers for Muon (dd_core/optimizers.py)."""
 
     def __init__(self, embedding_width: int, image_size: int, width: int, layers: int, measured: int) -> None:
         super().__init__()

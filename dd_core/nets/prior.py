@@ -8,7 +8,7 @@ Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2, diffusion prior); Li
 (arXiv:2406.11838, section 3.2: a denoiser of vectors, told one vector by a transformer).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,9 @@ class PriorNet(nn.Module):
     The published prior runs its transformer at every noise level.  Here, at the demo's size, a noise level
     costs a fifth of reading the caption, so that training can draw several for each caption.
     """
+
+    HIDDEN: ClassVar = ("text_in", "caption_in", "found", "sigma_in.2", "noised_in")
+    """Layers for Muon (dd_core/optimizers.py)."""
 
     def __init__(self, spec: PriorNetSpec) -> None:
         super().__init__()

@@ -1,13 +1,15 @@
 """Several embeddings drawn for each caption, of which a prior keeps one.
 
 unCLIP draws two and keeps the one nearer to its caption.  An embedding may be near and yet lie between
-pictures, so where the cascade has a draft, it paints each draw and CLIP embeds the pictures.  The draw is
-kept whose picture is nearest, in sum, to the caption (DALL-E's re-ranking, before the first pixel is
-denoised) and to the draw itself: an embedding between pictures is painted as one of them, or as none, and
-the embedding of that differs from the draw.
+pictures, so where the cascade has a draft, it paints each draw, CLIP embeds the pictures, and these are
+compared: an embedding between pictures is painted as one of them, or as none.  A prior that can tell how
+likely an embedding is for a caption keeps the draw whose picture is likeliest.  Another one keeps the draw
+whose picture is nearest, in sum, to the caption (DALL-E's re-ranking, before the first pixel is denoised)
+and to the draw itself.
 
 Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: two draws, the nearer one); Ramesh et al. 2021
-(arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model).
+(arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model); Li et al. 2023 (arXiv:2303.16203:
+what a diffusion model finds likeliest is what it denoises with the least error).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from dd_core.cascade import CascadeState
 from dd_core.denoiser import Conditioning
-from dd_core.embeddings import nearest_draw
+from dd_core.embeddings import nearness
 from dd_core.guidance import Rows, rows_of
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
@@ -30,6 +32,10 @@ from dd_core.stages.draft import drawn
 STRIDE = 0x9E3779B9
 """Step from the seed of a draw to that of the next, modulo 2**32, since a CPU generator uses only 32 bits;
 odd, so that no two draws of a request share one; 2**32 over the golden ratio, so that they are far apart."""
+
+Fit = Callable[[Int[Tensor, "b l"], Float[Tensor, "b k d"]], Float[Tensor, "b k"]]
+"""Captions and, for each, k embeddings as unit vectors -> how well each embedding fits its caption; more is
+better, and only those of one caption are compared."""
 
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
@@ -58,14 +64,15 @@ class Chooser:
 
     Args:
         clip: Embeds caption and pictures, to compare them.
-        draft: Paints a draw; None: the draws themselves are compared with the caption.
+        draft: Paints a draw; None: the draws themselves are compared.
+        fit: How well an embedding fits a caption; None: by nearness to caption and draw.
 
     Raises:
         ValueError: The draft paints embeddings of another width.
     """
 
-    def __init__(self, clip: Clip, draft: Draft | None) -> None:
-        self.clip, self.draft = clip, draft
+    def __init__(self, clip: Clip, draft: Draft | None, fit: Fit | None = None) -> None:
+        self.clip, self.draft, self.fit = clip, draft, fit
         if draft is not None and (width := draft.whitening.mean.shape[0]) != clip.spec.embedding_width:
             raise ValueError(
                 f"the draft among the guides paints embeddings of {width} numbers, the prior's have "
@@ -75,9 +82,13 @@ class Chooser:
     @torch.no_grad()
     def kept(self, state: CascadeState, x0: Float[Tensor, " kb d"]) -> CascadeState:
         """The best of each request's draws, a unit vector, as its image embedding."""
-        draws = F.normalize(x0.float(), dim=-1)
-        seen = draws if self.draft is None else self.clip.embed_image(drawn(self.draft, draws))
-        caption = self.clip.read(state.tokens.to(x0.device)).embedding
-        per_request = (len(state.seeds), -1)
-        kept = nearest_draw(draws.unflatten(0, per_request), caption, seen.unflatten(0, per_request))
-        return state._replace(image_embedding=kept.cpu())
+        flat = F.normalize(x0.float(), dim=-1)
+        pictures = flat if self.draft is None else self.clip.embed_image(drawn(self.draft, flat))
+        draws, seen = (each.unflatten(0, (len(state.seeds), -1)) for each in (flat, pictures))
+        tokens = state.tokens.to(x0.device)
+        if self.fit is None:
+            fits = nearness(draws, self.clip.read(tokens).embedding, seen)
+        else:
+            fits = self.fit(tokens, seen)
+        best = fits.argmax(1)
+        return state._replace(image_embedding=draws[torch.arange(len(best)), best].cpu())

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dd_core import images, losses
-from dd_core.nets.clip import Clip, ClipNetSpec, convolutions
+from dd_core.nets.clip import Clip, ClipNetSpec, Convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
 from dd_core.stage import EmbeddedBy, Losses, PairBatch, Stage, Trained
@@ -84,7 +84,7 @@ class NoisedClip(nn.Module):
             norm_layer=parts.LayerNorm,
         )
         if spec.stem == "convolutions":
-            self.visual.conv1 = convolutions(spec)
+            self.visual.conv1 = Convolutions(spec)
         width = spec.image_width
         last = nn.Linear(width, width)
         nn.init.zeros_(last.weight)  # the parent's class token at first

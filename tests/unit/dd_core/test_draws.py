@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dd_core.cascade import CascadeState, run
+from dd_core.denoiser import Conditioning, Denoised
 from dd_core.nets.draft import Draft
 from dd_core.noise import SeededNoise
 from dd_core.samplers import SamplingSpec
@@ -14,6 +15,7 @@ from dd_core.stages import build_stage, load_hop
 from dd_core.stages.clip import clip_of
 from dd_core.stages.draft import DraftSpec, drawn
 from dd_core.stages.draws import Chooser, seeds_of_draws
+from dd_core.stages.prior import PriorHop
 from tests.unit.serve import tiny
 
 DRAFT = DraftSpec(embedding_width=16, width=8, layers=2, image_size=16, measured_images=32)
@@ -107,20 +109,58 @@ def test_pictures_may_choose_another_draw_than_embeddings(
     assert not torch.equal(by_hand(clip, None, state, x0), by_hand(clip, trained["draft"], state, x0))
 
 
-def test_a_prior_that_draws_more_comes_nearer(trained: dict[str, Trained], state: CascadeState) -> None:
-    clip = clip_of(trained["clip"])
-    caption = clip.read(state.tokens).embedding
+MEANT = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def gaussian(trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch) -> PriorHop:
+    """A prior in closed form: for caption i the embeddings are N(MEANT[i], .1 I), and nothing is whitened."""
     hop = load_hop(trained["prior"], {"clip": trained["clip"]}, device="cpu")
-    nearness = []
+    assert isinstance(hop, PriorHop)
+
+    def exact(x: Tensor, sigma: Tensor, cond: Conditioning) -> Denoised:
+        assert cond.text is not None
+        level = sigma[:, None] ** 2
+        return Denoised((0.1 * x + level * cond.text[:, 0]) / (0.1 + level))
+
+    monkeypatch.setattr(hop, "told", lambda tokens: Conditioning(text=MEANT[:, None]))
+    monkeypatch.setattr(hop.model, "forward", exact)
+    monkeypatch.setattr(hop.model.network.whitening, "forward", lambda embedding: embedding)
+    return hop
+
+
+def test_the_likeliest_embedding_is_the_one_nearest_to_what_the_caption_means(
+    gaussian: PriorHop, state: CascadeState
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    away = torch.randn(3, 6, 16, generator=generator) * torch.linspace(0.2, 3, 6)[:, None]
+    embeddings = (MEANT[:, None] + away)[:, torch.randperm(6, generator=generator)]
+    order = gaussian.fit(state.tokens, embeddings).argsort(1, descending=True)
+    assert torch.equal(order, (embeddings - MEANT[:, None]).norm(dim=-1).argsort(1))
+
+
+def test_a_prior_that_draws_more_keeps_a_likelier_embedding(gaussian: PriorHop, state: CascadeState) -> None:
+    fits = []
     for draws in (1, 2, 8):
-        with torch.no_grad():
-            made = run(hop, state, SamplingSpec(num_steps=3, guidance_scale=1.0, draws=draws))
+        made = run(gaussian, state, SamplingSpec(num_steps=3, guidance_scale=1.0, draws=draws))
         assert made.image_embedding is not None
         assert made.image_embedding.shape == (3, 16)
-        nearness.append((made.image_embedding * caption).sum(-1))
-    assert (nearness[1] >= nearness[0] - 1e-6).all()
-    assert (nearness[2] >= nearness[1] - 1e-6).all()
-    assert nearness[2].sum() > nearness[0].sum()
+        fits.append(gaussian.fit(state.tokens, made.image_embedding[:, None])[:, 0])
+    assert (fits[1] >= fits[0]).all()
+    assert (fits[2] >= fits[1]).all()
+    assert fits[2].sum() > fits[0].sum()
+
+
+def test_the_fit_of_an_embedding_depends_on_no_other(
+    trained: dict[str, Trained], state: CascadeState
+) -> None:
+    hop = load_hop(trained["prior"], {"clip": trained["clip"]}, device="cpu")
+    assert isinstance(hop, PriorHop)
+    found = F.normalize(torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(3)), dim=-1)
+    with torch.no_grad():
+        together = hop.fit(state.tokens, found)
+        alone = hop.fit(state.tokens[1:2], found[1:2, 3:4])
+    torch.testing.assert_close(together[1:2, 3:4], alone)
 
 
 def test_a_draft_of_another_clip_is_refused(trained: dict[str, Trained]) -> None:

@@ -60,10 +60,10 @@ def test_a_text_difference_turns_an_image_towards_the_new_caption() -> None:
     assert ((turned - image) * (new - old)).sum(1).min() > 0
 
 
-def test_the_better_of_two_draws_is_kept() -> None:
+def test_of_unpainted_draws_the_nearest_is_the_one_nearest_to_the_caption() -> None:
     draws, caption = F.normalize(drawn(6, 2, 8), dim=-1), F.normalize(drawn(6, 8, seed=1), dim=-1)
-    kept = embeddings.nearest_draw(draws, caption, draws)
-    assert torch.equal((kept * caption).sum(1), (draws * caption[:, None]).sum(-1).amax(1))
+    best = embeddings.nearness(draws, caption, draws).argmax(1)
+    assert torch.equal(best, (draws * caption[:, None]).sum(-1).argmax(1))
 
 
 def test_axes_come_in_the_order_of_their_variance() -> None:

@@ -9,9 +9,11 @@ from dd_core.muon import Muon, orthogonal
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.optimizers import hidden_weights, optimizers_of
-from dd_core.stage import OptimizerSpec
+from dd_core.stage import OptimizerSpec, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.draft import DraftSpec
+from tests.unit.serve import tiny
 
 SHAPES = [(64, 64), (96, 32), (32, 96)]
 
@@ -85,6 +87,36 @@ def test_muon_steps_what_is_hidden_and_adamw_what_enters_leaves_and_modulates() 
     counts = [sum(len(group["params"]) for group in one.param_groups) for one in found.values()]
     assert list(found) == ["muon", "adamw"]
     assert counts == [len(kernels | matrices), len(names) - len(kernels | matrices)]
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("draft", {"trunk.2", "coarse", "fine", "out"}),
+        ("prior", {"text_in", "caption_in", "found", "sigma_in.2", "noised_in"}),
+    ],
+)
+def test_a_network_without_blocks_says_which_layers_muon_steps(name: str, hidden: set[str]) -> None:
+    """Those that turn one vector into another; what enters as a word or leaves as the answer stays."""
+    clip = Trained(tiny.STAGES["clip"], build_stage(tiny.STAGES["clip"], {}).model.state_dict())
+    spec = tiny.STAGES["prior"] if name == "prior" else DraftSpec(embedding_width=16, width=8, image_size=16)
+    stage = build_stage(spec, {"clip": clip})
+    prefix = "model.network." if name == "prior" else "model."
+    names = {weight: key.removeprefix(prefix) for key, weight in stage.named_parameters()}
+    found = {names[weight].removesuffix(".weight") for weight in hidden_weights(stage, "muon")}
+    assert {layer for layer in found if "blocks." not in layer} == hidden
+    assert not any("modulation" in layer or layer in ("colours", "out") for layer in found - hidden)
+    assert not hidden_weights(stage, "adamw")
+
+
+def test_in_a_stem_of_convolutions_muon_steps_all_but_the_one_that_sees_pixels() -> None:
+    clip = tiny.CLIP.but(net=tiny.CLIP.net.but(stem="convolutions"))
+    stage = build_stage(clip, {})
+    kernels = {name for name, weight in stage.named_parameters() if weight.ndim == 4}
+    assert len(kernels) == 4
+    hidden = hidden_weights(stage, "muon")
+    found = {name for name, weight in stage.named_parameters() if weight in hidden and weight.ndim == 4}
+    assert kernels - found == {"model.towers.visual.conv1.0.weight"}
 
 
 def test_a_matrix_without_a_gradient_stays() -> None:
