@@ -40,21 +40,16 @@ def optimizers_of(stage: Stage, phase: str, spec: OptimizerSpec) -> dict[str, op
 
 
 def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
-    """The weights that Muon steps: matrices in blocks, with muon_unet also the kernels of a UNet.
+    """The weights that Muon steps: matrices in blocks, and what the algorithm adds to them.
 
-    Blocks are those of transformers, and those of UNets: down, middle and up.  Input, output, embedding and
-    modulation layers stay with AdamW.  A network without blocks, or one that begins with vectors instead of
-    pixels or words, names the layers that Muon is to step besides, in `HIDDEN`.
+    Blocks are those of transformers, and those of UNets: down, middle and up.  Their input, output, embedding
+    and modulation layers stay with AdamW.  muon_unet adds the kernels of a UNet; muon_named the layers in
+    `HIDDEN` of a network without blocks, or of one that begins with vectors instead of pixels or words.
     """
-    kernels = ("down.", "up.", "middle") if algorithm == "muon_unet" else ()
     if not algorithm.startswith("muon"):
         return set()
-    named: set[nn.Parameter] = {
-        layer.get_parameter("weight")
-        for network in stage.modules()
-        for layer in map(network.get_submodule, getattr(network, "HIDDEN", ()))
-    }
-    return named | {
+    kernels = ("down.", "up.", "middle") if algorithm == "muon_unet" else ()
+    found = {
         parameter
         for name, parameter in stage.named_parameters()
         if (
@@ -65,3 +60,8 @@ def hidden_weights(stage: nn.Module, algorithm: str) -> set[nn.Parameter]:
         )
         or (parameter.ndim == 4 and any(place in name for place in kernels))
     }
+    if algorithm == "muon_named":
+        for network in stage.modules():
+            layers = map(network.get_submodule, getattr(network, "HIDDEN", ()))
+            found |= {layer.get_parameter("weight") for layer in layers}
+    return found

@@ -113,7 +113,7 @@ class Convolutions(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(channels, width, 1), nn.GroupNorm(1, width))
         kernels = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)]
         self.HIDDEN = tuple(kernels[1:])
-        """Layers for Muon (dd_core/optimizers.py): all convolutions but the one that sees pixels."""
+        """Layers that muon_named steps by Muon: all convolutions but the one that sees pixels."""
 
 
 def vision_of(spec: ClipNetSpec) -> Any:

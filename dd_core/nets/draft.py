@@ -39,7 +39,7 @@ class Draft(nn.Module):
     """
 
     HIDDEN: ClassVar = ("trunk.2", "coarse", "fine", "out")
-    """Layers for Muon (dd_core/optimizers.py)."""
+    """Layers that muon_named steps by Muon (dd_core/optimizers.py)."""
 
     def __init__(self, embedding_width: int, image_size: int, width: int, layers: int, measured: int) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ class PriorNet(nn.Module):
     """
 
     HIDDEN: ClassVar = ("text_in", "caption_in", "found", "sigma_in.2", "noised_in")
-    """Layers for Muon (dd_core/optimizers.py)."""
+    """Layers that muon_named steps by Muon (dd_core/optimizers.py)."""
 
     def __init__(self, spec: PriorNetSpec) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class PriorNet(nn.Module):
         self.out = nn.Linear(2 * hidden, spec.embedding_width)
 
     def read(self, caption: PackedCaption) -> Float[Tensor, " b 1 w"]:
-        """The caption as the one vector that the denoiser is told; computed once per request."""
+        """The caption as the one vector that the denoiser is told, at whatever noise level."""
         rows, length = caption.packing.there.shape
         whole = self.caption_in(caption.embedding * self.loud)[:, None]
         asked = torch.cat([whole, self.query.expand(rows, -1, -1)], 1)

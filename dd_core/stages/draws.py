@@ -2,10 +2,10 @@
 
 unCLIP draws two and keeps the one nearer to its caption.  An embedding may be near and yet lie between
 pictures, so where the cascade has a draft, it paints each draw, CLIP embeds the pictures, and these are
-compared: an embedding between pictures is painted as one of them, or as none.  A prior that can tell how
-likely an embedding is for a caption keeps the draw whose picture is likeliest.  Another one keeps the draw
-whose picture is nearest, in sum, to the caption (DALL-E's re-ranking, before the first pixel is denoised)
-and to the draw itself.
+compared: an embedding between pictures is painted as one of them, or as none.  The stage `prior` tells how
+likely an embedding is for a caption, and keeps the draw whose picture is likeliest.  Other priors keep the
+draw whose picture is nearest, in sum, to the caption (DALL-E's re-ranking, before the first pixel is
+denoised) and to the draw itself.
 
 Sources: Ramesh et al. 2022 (arXiv:2204.06125, section 2.2: two draws, the nearer one); Ramesh et al. 2021
 (arXiv:2102.12092, section 2.6: pictures ranked by a contrastive model); Li et al. 2023 (arXiv:2303.16203:
@@ -65,14 +65,13 @@ class Chooser:
     Args:
         clip: Embeds caption and pictures, to compare them.
         draft: Paints a draw; None: the draws themselves are compared.
-        fit: How well an embedding fits a caption; None: by nearness to caption and draw.
 
     Raises:
         ValueError: The draft paints embeddings of another width.
     """
 
-    def __init__(self, clip: Clip, draft: Draft | None, fit: Fit | None = None) -> None:
-        self.clip, self.draft, self.fit = clip, draft, fit
+    def __init__(self, clip: Clip, draft: Draft | None) -> None:
+        self.clip, self.draft = clip, draft
         if draft is not None and (width := draft.whitening.mean.shape[0]) != clip.spec.embedding_width:
             raise ValueError(
                 f"the draft among the guides paints embeddings of {width} numbers, the prior's have "
@@ -80,15 +79,20 @@ class Chooser:
             )
 
     @torch.no_grad()
-    def kept(self, state: CascadeState, x0: Float[Tensor, " kb d"]) -> CascadeState:
-        """The best of each request's draws, a unit vector, as its image embedding."""
+    def kept(self, state: CascadeState, x0: Float[Tensor, " kb d"], fit: Fit | None = None) -> CascadeState:
+        """The best of each request's draws, a unit vector, as its image embedding.
+
+        Args:
+            state: The requests.
+            x0: Their draws, those of one request side by side.
+            fit: How well an embedding fits a caption; None: by nearness to caption and draw.
+        """
         flat = F.normalize(x0.float(), dim=-1)
+        draws = flat.unflatten(0, (len(state.seeds), -1))
+        if draws.shape[1] == 1:
+            return state._replace(image_embedding=flat.cpu())
         pictures = flat if self.draft is None else self.clip.embed_image(drawn(self.draft, flat))
-        draws, seen = (each.unflatten(0, (len(state.seeds), -1)) for each in (flat, pictures))
-        tokens = state.tokens.to(x0.device)
-        if self.fit is None:
-            fits = nearness(draws, self.clip.read(tokens).embedding, seen)
-        else:
-            fits = self.fit(tokens, seen)
+        seen, tokens = pictures.view_as(draws), state.tokens.to(x0.device)
+        fits = fit(tokens, seen) if fit else nearness(draws, self.clip.read(tokens).embedding, seen)
         best = fits.argmax(1)
         return state._replace(image_embedding=draws[torch.arange(len(best)), best].cpu())

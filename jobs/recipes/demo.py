@@ -62,7 +62,9 @@ def clip() -> TrainSpec:
     return TrainSpec(
         name="clip",
         stage=ClipSpec(net=TOWERS, captioner_layers=1),
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=1e-3, warmup_steps=20, ema_images=5_000),
+        optimizer=OptimizerSpec(
+            algorithm="muon_named", learning_rate=1e-3, warmup_steps=20, ema_images=5_000
+        ),
         budget=Budget(steps=900, checkpoint_every=150, report_every=20),
         batch_size=96,
         num_workers=1,
@@ -115,7 +117,9 @@ def draft() -> TrainSpec:
         name="draft",
         stage=DraftSpec(embedding_width=TOWERS.embedding_width, embedding_noise=0.1),
         parents={"clip": "clip"},
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, warmup_steps=50, ema_images=3_000),
+        optimizer=OptimizerSpec(
+            algorithm="muon_named", learning_rate=3e-3, warmup_steps=50, ema_images=3_000
+        ),
         budget=Budget(steps=2_400, checkpoint_every=300, report_every=100, sample_every=600),
         batch_size=64,
         num_workers=1,
@@ -196,7 +200,9 @@ def prior() -> TrainSpec:
         name="prior",
         stage=PriorSpec(net=net, draws_per_caption=2),
         parents={"clip": "clip"},
-        optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, weight_decay=0.2, ema_images=10_000),
+        optimizer=OptimizerSpec(
+            algorithm="muon_named", learning_rate=3e-3, weight_decay=0.2, ema_images=10_000
+        ),
         budget=Budget(steps=1_250, checkpoint_every=125, report_every=20, sample_every=250),
         batch_size=256,
         num_workers=1,

@@ -52,10 +52,11 @@ def run() -> RunSpec:
     upsampler: 1,593 GFLOP x 1024 x 1,000,000 = 6.0 days
     Published: neither hardware nor time, in either source.
 
-    Departures: the prior is our transformer in Karlo's width and depth, trained at continuous noise levels;
-    the upsampler's last step has no network of its own, and it is sampled by DDIM; Adam's epsilon is 1e-8 for
-    the priors too (table 3: 1e-6, autoregressive 1e-10); gradients are clipped at norm 1; EMAs of weights
-    span a tenth of the run so far until they span 10,000 steps (table 3: these from the first); bf16.
+    Departures: the prior is our transformer in Karlo's width and depth, trained at continuous noise levels,
+    and of two draws keeps the one it finds likelier (paper: the one nearer to the caption); the upsampler's
+    last step has no network of its own, and it is sampled by DDIM; Adam's epsilon is 1e-8 for the priors
+    too (table 3: 1e-6, autoregressive 1e-10); gradients are clipped at norm 1; EMAs of weights span a tenth
+    of the run so far until they span 10,000 steps (table 3: these from the first); bf16.
     """
     prior = SamplingSpec(num_steps=25, guidance_scale=4.0, draws=2)
     decoder = SamplingSpec(sampler="ddpm", num_steps=50, spacing="linspace", guidance_scale=8.0)

@@ -96,16 +96,18 @@ def test_muon_steps_what_is_hidden_and_adamw_what_enters_leaves_and_modulates() 
         ("prior", {"text_in", "caption_in", "found", "sigma_in.2", "noised_in"}),
     ],
 )
-def test_a_network_without_blocks_says_which_layers_muon_steps(name: str, hidden: set[str]) -> None:
-    """Those that turn one vector into another; what enters as a word or leaves as the answer stays."""
+def test_a_network_that_turns_vectors_into_others_says_which_layers_muon_steps(
+    name: str, hidden: set[str]
+) -> None:
     clip = Trained(tiny.STAGES["clip"], build_stage(tiny.STAGES["clip"], {}).model.state_dict())
     spec = tiny.STAGES["prior"] if name == "prior" else DraftSpec(embedding_width=16, width=8, image_size=16)
     stage = build_stage(spec, {"clip": clip})
     prefix = "model.network." if name == "prior" else "model."
     names = {weight: key.removeprefix(prefix) for key, weight in stage.named_parameters()}
-    found = {names[weight].removesuffix(".weight") for weight in hidden_weights(stage, "muon")}
-    assert {layer for layer in found if "blocks." not in layer} == hidden
-    assert not any("modulation" in layer or layer in ("colours", "out") for layer in found - hidden)
+    blocks = hidden_weights(stage, "muon")
+    found = {names[weight].removesuffix(".weight") for weight in hidden_weights(stage, "muon_named") - blocks}
+    assert found == hidden
+    assert not any(names[weight].removesuffix(".weight") in hidden for weight in blocks)
     assert not hidden_weights(stage, "adamw")
 
 
@@ -114,7 +116,7 @@ def test_in_a_stem_of_convolutions_muon_steps_all_but_the_one_that_sees_pixels()
     stage = build_stage(clip, {})
     kernels = {name for name, weight in stage.named_parameters() if weight.ndim == 4}
     assert len(kernels) == 4
-    hidden = hidden_weights(stage, "muon")
+    hidden = hidden_weights(stage, "muon_named")
     found = {name for name, weight in stage.named_parameters() if weight in hidden and weight.ndim == 4}
     assert kernels - found == {"model.towers.visual.conv1.0.weight"}
 

@@ -17,7 +17,7 @@ from dd_core.stages import StageSpec, build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec, roughened
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.draft import DraftSpec, draft_of
-from dd_core.stages.prior import PriorSpec
+from dd_core.stages.prior import PriorHop, PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
 
@@ -153,14 +153,16 @@ def test_at_scale_zero_no_caption_is_heard_and_at_one_no_negative(spec: StageSpe
     )
 
 
-def test_the_prior_answers_with_unit_vectors_and_keeps_the_one_nearer_to_the_caption() -> None:
+def test_the_prior_answers_with_unit_vectors_and_keeps_the_likelier_one() -> None:
     made, state = hop(PRIOR), asked([3, 4], "a star", "a cross")
+    assert isinstance(made, PriorHop)
     draw = made.start(state, FAST.but(draws=2))
     assert len(draw.rows.scale) == 4
-    caption = stage(CLIP).model.read(state.tokens).embedding  # type: ignore[operator,union-attr]
-    both = torch.stack([caption, -caption], 1).flatten(0, 1) * torch.tensor([2.0, 5.0, 5.0, 2.0])[:, None]
+    both = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
     kept = made.finish(state, both).image_embedding
-    torch.testing.assert_close(kept, caption)
+    draws = made.model.network.whitening.back(both).unflatten(0, (2, 2))
+    torch.testing.assert_close(draws.norm(dim=-1), torch.ones(2, 2))
+    assert torch.equal(kept, draws[torch.arange(2), made.fit(state.tokens, draws).argmax(1)])
 
 
 def test_the_base_hears_the_image_embedding() -> None:
