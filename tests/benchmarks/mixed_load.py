@@ -8,6 +8,9 @@ One replica of the cascade's base has one thread.  Requests of 4 to 50 steps arr
     requests    `@ray.serve.batch`: up to eight at a time, one sampling for each number of steps among them
     steps       the engine: waiting requests join at the next step, one call of the network for all
     own calls   the engine as it works on a CPU by default: a call for each request
+
+With --goodput, `steps` is then given more and more requests, until its 99th percentile exceeds that of
+`requests`: the most that it finishes in the same time is its goodput.
 """
 
 import argparse
@@ -32,6 +35,8 @@ PRECISION: Precision = "fp32"
 """Of all of them; README's figures were measured in it."""
 STAGE = "base"
 STEPS = (4, 8, 15, 25, 50)
+MORE = (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)
+"""Factors of the load at which --goodput measures, in this order."""
 AT_ONCE = 8
 PROMPTS = ("a red circle above a small blue square", "a yellow triangle", "a pink star in the middle")
 PATIENCE_S = 600.0
@@ -127,6 +132,28 @@ async def waits(
     return list(await asyncio.gather(*(one(i, at, steps) for i, (at, steps) in enumerate(arrivals))))
 
 
+def arriving(rate: float, seconds: float) -> list[tuple[float, int]]:
+    """Moments at which requests come, `rate` a second, and the steps of each; the same at every call."""
+    rng = np.random.default_rng(1)
+    moments = np.cumsum(rng.exponential(1 / rate, 10_000))
+    return [(float(at), int(rng.choice(STEPS))) for at in moments if at < seconds]
+
+
+def goodput(
+    ask: Ask, states: Sequence[CascadeState], how: SamplingSpec, load: tuple[float, float], limit: float
+) -> dict[str, float]:
+    """99th percentile at each factor of `load` (requests a second, seconds), up to one above `limit`."""
+    found: dict[str, float] = {}
+    for more in MORE:
+        took = asyncio.run(waits(ask, states, how, arriving(more * load[0], load[1])))
+        found[f"{more:g}"] = tail = summary(took)["p99"]
+        sys.stdout.write(f"{more:g} times the load: p99 {tail:.2f} s\n")
+        sys.stdout.flush()
+        if tail > limit:
+            break
+    return found
+
+
 def summary(took: Sequence[tuple[int, float]]) -> dict[str, float]:
     """Median, 90th and 99th percentile of all, and medians by number of steps."""
     seconds = [one for _, one in took]
@@ -141,6 +168,7 @@ def main() -> None:
     parser.add_argument("cascade", type=Path)
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--goodput", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cascade = options.cascade.absolute()
@@ -161,14 +189,16 @@ def main() -> None:
             "own calls": by_steps(cascade, "own-calls", shared=False),
         }
         capacity = asyncio.run(saturated(asks["requests"], states, how, options.seconds / 4))
-        rng = np.random.default_rng(1)
-        moments = np.cumsum(rng.exponential(1 / (options.load * capacity), 10_000))
-        arrivals = [(float(at), int(rng.choice(STEPS))) for at in moments if at < options.seconds]
+        load = options.load * capacity, options.seconds
+        arrivals = arriving(*load)
         figures = {"requests a second, saturated": capacity, "arrivals": len(arrivals)}
         for name, ask in asks.items():
             figures[name] = summary(asyncio.run(waits(ask, states, how, arrivals)))
             sys.stdout.write(f"{name}: {figures[name]}\n")
             sys.stdout.flush()
+        if options.goodput:
+            limit = figures["requests"]["p99"]
+            figures["goodput"] = goodput(asks["steps"], states, how, load, limit)
     finally:
         ray.shutdown()
     text = json.dumps(figures, indent=2)
