@@ -27,6 +27,17 @@ class Quantiser(nn.Module):
         self.vectors = nn.Embedding(codes, channels)
         nn.init.uniform_(self.vectors.weight, -1 / codes, 1 / codes)
 
+    @torch.no_grad()
+    def begin(self, latent: Float[Tensor, " b z h w"]) -> None:
+        """Put the vectors where latents are: those of a batch, evenly spread over it.
+
+        As published they begin within 1 / codes of zero; latents that leave there faster than the vectors can
+        follow share a handful of them, and stay with it.  Source: Lancucki et al. 2020 (arXiv:2005.08520).
+        """
+        rows = latent.float().movedim(1, -1).flatten(0, -2)
+        spread = torch.arange(len(self.vectors.weight), device=rows.device) * len(rows)
+        self.vectors.weight.copy_(rows[spread // len(self.vectors.weight)])
+
     def forward(self, latent: Float[Tensor, " b z h w"]) -> Quantised:
         with torch.no_grad(), torch.autocast(latent.device.type, enabled=False):
             rows, book = latent.movedim(1, -1).flatten(0, -2), self.vectors.weight.to(latent)

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from dd_core import images, losses
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.perceptual import ClipFeatures, PatchGan, PatchGanSpec, PerceptualDistance, load_lpips
+from dd_core.ranks import gathered
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.clip import clip_of
 
@@ -155,6 +156,8 @@ class AutoencoderStage(Stage):
             cost = self.spec.kl_weight * kl
             return Squeezed(latent, cost, {"kl": kl.detach() * values}, posterior.mean)
         z = self.model.unquantised(image)
+        if self.training and bool(self.batches == 0):
+            self.model.quantiser.begin(gathered(z))
         vectors, codes = self.model.quantiser(z)
         commitment = losses.vq_commitment(z, vectors, form=self.spec.commitment).mean()
         used = torch.zeros(self.spec.net.codes, device=z.device).index_fill(0, codes.flatten(), 1).mean()

@@ -157,6 +157,7 @@ def test_one_walk_backwards_gives_the_published_loss_and_gradients(codes: int, f
     """Also where the discriminator hardly moves the image and its weight meets the published limit."""
     torch.manual_seed(0)
     stage, batch = AutoencoderStage(SPEC.but(net=NET.but(codes=codes))), next(batches())
+    stage.batches += 1  # the codebook has begun
     with torch.no_grad():
         stage.discriminator.layers[-1].weight.mul_(faint)
     torch.manual_seed(7)
@@ -226,6 +227,25 @@ def test_a_codebook_learns_to_reconstruct_and_its_vectors_are_used() -> None:
     assert log[-1]["commitment"] >= 0
 
 
+def test_a_codebook_begins_with_latents_of_the_first_batch_and_is_left_to_training_then() -> None:
+    """Wherever they are: from around zero the vectors follow too slowly, and few of them are ever used."""
+    torch.manual_seed(0)
+    stage, batch = AutoencoderStage(VQ), next(batches())
+    quantiser = stage.model.quantiser
+    with torch.no_grad():
+        stage.model.encoder.conv_out.weight.mul_(100)
+    seen = []
+    quantiser.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    torch.manual_seed(1)
+    parts = stage(batch).parts
+    rows = seen[0].movedim(1, -1).flatten(0, -2)
+    vectors = quantiser.vectors.weight.detach().clone()
+    assert all((rows == vector).all(1).any() for vector in vectors)
+    assert parts["used"] > 0.5
+    stage(batch)
+    assert torch.equal(quantiser.vectors.weight, vectors)
+
+
 def test_the_gradient_of_a_codebook_passes_to_the_encoder_and_the_vectors_are_pulled() -> None:
     stage = AutoencoderStage(VQ)
     stage(next(batches())).total.backward()
@@ -237,6 +257,7 @@ def test_the_gradient_of_a_codebook_passes_to_the_encoder_and_the_vectors_are_pu
 @pytest.mark.parametrize("form", ["fixed", "legacy"])
 def test_the_commitment_pulls_codebook_and_encoder_four_to_one_as_its_form_says(form: str) -> None:
     stage = AutoencoderStage(VQ.but(commitment=form))
+    stage.batches += 1  # the codebook has begun
     image = images.to_unit(next(batches()).image)
     z = stage.model.unquantised(image).detach().requires_grad_()
     vectors = stage.model.quantiser(z).vectors
