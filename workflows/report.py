@@ -137,11 +137,11 @@ def painted_section(cascade: Cascade | None, painted: Sequence[Painted]) -> Sect
     cells = []
     for one in painted:
         *small, large = one.pngs
-        inset = f'<img class="inset" alt="" src="{png(small[-1])}">' if small else ""
-        picture = f'<div class="pair"><img alt="{quoted(one.prompt)}" src="{png(large)}">{inset}</div>'
-        cells.append(figure(picture, f"{quoted(one.prompt)}<br>seed {one.seed}"))
+        before = f'<img class="before" alt="" src="{png(small[-1])}">' if small else ""
+        picture = f'<img alt="{quoted(one.prompt)}" src="{png(large)}">'
+        cells.append(figure(picture, f"{before}{quoted(one.prompt)}<br>seed {one.seed}"))
     sizes = f"{cascade.spec.image_size} px"
-    note = f"Painted at {sizes}; inset, at its own size, what the base made of the caption."
+    note = f"Painted at {sizes}; below each, at its own size, what the base made of the caption."
     return Section("Pictures", note, f'<div class="grid">{"".join(cells)}</div>')
 
 
