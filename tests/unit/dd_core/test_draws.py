@@ -101,6 +101,23 @@ def test_the_draw_that_suits_its_caption_is_kept(
     torch.testing.assert_close(kept, by_hand(clip, draft, state, x0))
 
 
+def test_a_single_draw_is_kept_and_nothing_is_painted_to_compare_it(
+    trained: dict[str, Trained], state: CascadeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chooser = Chooser(clip_of(trained["clip"]), shown(trained["draft"]))
+
+    def seen(picture: Tensor) -> Tensor:
+        raise RuntimeError("painted and looked at")
+
+    monkeypatch.setattr(chooser.clip, "embed_image", seen)
+    x0 = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    kept = chooser.kept(state, x0).image_embedding
+    assert kept is not None
+    torch.testing.assert_close(kept, F.normalize(x0, dim=-1))
+    with pytest.raises(RuntimeError, match="looked at"):
+        chooser.kept(state, torch.cat([x0, x0]))
+
+
 def test_pictures_may_choose_another_draw_than_embeddings(
     trained: dict[str, Trained], state: CascadeState
 ) -> None:
