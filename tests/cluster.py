@@ -179,6 +179,7 @@ class TestCluster(NamedTuple):
         """One more worker node."""
         place = Place(name, ip, self.directory, self.spaces)
         words = ["--address", f"{self.head.ip}:{self.head_port}", "--labels", f"zone={zone}"]
+        words += ["--resources", json.dumps({f"zone_{zone}": 1})]
         self.nodes.append(start_node(place, self.environment, words, cpus=1))
 
     def outside(self) -> dict[str, str]:

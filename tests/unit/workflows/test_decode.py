@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.conftest import file_of, photo
-from workflows.decode import RejectedError, centred, png, squares
+from workflows.decode import RejectedError, centred, png, resized, squares
 
 SMALL = {"min_side": 8, "max_pixels": 400_000}
 
@@ -35,6 +35,21 @@ def pillow(image: Image.Image, size: int) -> NDArray[np.int64]:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box), np.int64)
+
+
+@pytest.mark.parametrize(("side", "ties"), [(256, False), (1024, False), (32, False), (32, True)])
+def test_a_quarter_is_to_the_bit_the_mean_of_each_block(side: int, ties: bool) -> None:
+    random = np.random.default_rng(side)
+    pixels = random.integers(0, 256, (side, side, 3), np.uint8)
+    if ties:  # the mean of every block is a number and a half
+        pixels = (
+            random.integers(0, 255, (side // 4, side // 4, 3), np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        )
+        pixels[:, ::2] += 1
+    small = (side // 4, side // 4)
+    assert np.array_equal(resized(pixels, side // 4), cv2.resize(pixels, small, interpolation=cv2.INTER_AREA))
+    means = pixels.reshape(side // 4, 4, side // 4, 4, 3).mean(axis=(1, 3))
+    assert np.array_equal(resized(pixels, side // 4), means.round())  # half to even
 
 
 @pytest.mark.parametrize("shape", [(512, 384), (512, 512), (341, 512), (300, 280), (640, 480)])
