@@ -1,14 +1,15 @@
 """Manifests say what the recipe says, and nothing that KubeRay, Serve or Ray would not understand."""
 
+import itertools
 import json
 import re
 import shlex
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jsonschema
 import pytest
 import ray
 import yaml
@@ -28,7 +29,7 @@ from jobs.nodes import Node
 from jobs.plan import PlanError, plan_of, refusals
 from jobs.recipes import smoke
 from serve.spec import ServeSpec
-from tests.unit.jobs.kuberay import CLUSTER_IN, SCHEMAS, refused
+from tests.unit.jobs.kuberay import CLUSTER_IN, errors, strict, vendored
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec
 from workflows.train_spec import TrainSpec
@@ -107,25 +108,98 @@ def group(cluster: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def errors(document: dict[str, Any]) -> list[str]:
-    schema = SCHEMAS[document["apiVersion"], document["kind"]]
-    found = [
-        f"{'/'.join(map(str, error.path))}: {error.message}"
-        for error in jsonschema.Draft7Validator(schema).iter_errors(document)
-    ]
-    return found or list(refused(document) if document["kind"] in CLUSTER_IN else ())
+def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
+    """The RayCluster in a manifest."""
+    place = CLUSTER_IN[document["kind"]]
+    cluster: dict[str, Any] = document["spec"][place] if place else document["spec"]
+    return cluster
 
 
-@pytest.mark.parametrize("kind", ["job", "cluster", "service"])
-def test_every_manifest_is_of_the_schema_and_a_misspelt_one_is_not(
-    kind: str, made: dict[str, list[dict[str, Any]]]
-) -> None:
-    for document in made[kind]:
+def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of a manifest with another value somewhere in its cluster; None: without one."""
+    copy = deepcopy(document)
+    inner: Any = cluster_of(copy)
+    *parents, name = path.split("/")
+    for parent in parents:
+        inner = inner[int(parent)] if isinstance(inner, list) else inner[parent]
+    inner[name] = value
+    if value is None:
+        del inner[name]
+    return copy
+
+
+def test_every_manifest_is_of_the_published_schemas(made: dict[str, list[dict[str, Any]]]) -> None:
+    config = Config(serve_fields(SERVED, CODE))
+    for settings in (ClusterSpec(), SETTINGS):
+        run = smoke.run()
+        for document in (*job(run, settings), *standing(run, settings), *service(config, settings)):
+            assert not errors(document)
+    for document in itertools.chain(*made.values()):
         assert not errors(document)
-    ours = one(made[kind], {"job": "RayJob", "cluster": "RayCluster", "service": "RayService"}[kind])
-    assert errors({**ours, "spec": {**ours["spec"], "shutDownAfterJobFinishes": True}})
-    if kind == "job":
-        assert errors({**ours, "spec": {**ours["spec"], "backoffLimit": "3"}})
+    assert (vendored()["version"], vendored()["licence"]) == ("v1.7.0", "Apache-2.0")
+
+
+POD = "headGroupSpec/template/spec"
+
+
+@pytest.mark.parametrize("kind", ["RayJob", "RayCluster", "RayService"])
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        ("workerGroupSpecs/0/replica", 1, "'replica' was unexpected"),
+        ("workerGroupSpecs/0/maxReplicas", "2", "'2' is not of type 'integer'"),
+        ("workerGroupSpecs/0/maxReplicas", None, "'maxReplicas' is a required property"),
+        (f"{POD}/containers", None, "'containers' is a required property"),
+        (f"{POD}/containers/0/securityContext/capabilities/dropped", ["ALL"], "'dropped' was unexpected"),
+        (f"{POD}/containers/0/resources/limits/memory", "4 GiB", "'4 GiB' does not match"),
+        (f"{POD}/containers/0/resources/limits/memory", 1.5, "1.5 is not of type 'integer', 'string'"),
+        (f"{POD}/volumes/0/emptyDir/size", "4Gi", "'size' was unexpected"),
+        (f"{POD}/securityContext/runAsUser", "1000", "'1000' is not of type 'integer'"),
+        ("autoscalerOptions/upscalingMode", "Fast", "'Fast' is not one of"),
+        # what only the operator and Kubernetes refuse
+        (f"{POD}/containers/0/imagePullPolicy", "Sometimes", "'Sometimes' is not one of"),
+        (f"{POD}/containers/0/name", "Ray_Head", "'Ray_Head' does not match"),
+        (f"{POD}/containers", [], "head/template/spec/containers: []"),
+        (f"{POD}/volumes/0/name", "shn", "head/template/spec/volumes: none is called shm"),
+        ("workerGroupSpecs/0/labels", {"zone": "in(a, b)"}, "labels/zone: 'in(a, b)' does not match"),
+    ],
+)
+def test_a_field_that_kuberay_does_not_know_or_that_is_of_another_type_is_refused(
+    kind: str, path: str, value: Any, why: str, made: dict[str, list[dict[str, Any]]]
+) -> None:
+    (ours,) = [each for each in itertools.chain(*made.values()) if each["kind"] == kind]
+    found = errors(changed(ours, path, value))
+    assert any(why in error for error in found), found
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("RayJob", "shutDownAfterJobFinishes", True),
+        ("RayJob", "backoffLimit", "3"),
+        ("RayService", "shutDownAfterJobFinishes", True),
+        ("RayService", "serveConfigV2", {}),
+        ("RayCluster", "rayVersion", 2.60),
+    ],
+)
+def test_so_it_is_beside_the_cluster(
+    kind: str, name: str, value: Any, made: dict[str, list[dict[str, Any]]]
+) -> None:
+    (ours,) = [each for each in itertools.chain(*made.values()) if each["kind"] == kind]
+    assert errors({**ours, "spec": {**ours["spec"], name: value}})
+
+
+def test_a_schema_made_strict_is_open_only_where_it_says_so() -> None:
+    map_of_texts = {"type": "object", "additionalProperties": {"type": "string"}}
+    text = {"type": "string"}
+    told = {"type": "object", "properties": {"properties": text}, "required": ["properties"]}
+    assert strict(told) == told | {"additionalProperties": False}
+    assert strict(map_of_texts) == map_of_texts
+    kept = told | {"x-kubernetes-preserve-unknown-fields": True}
+    assert strict({"type": "array", "items": kept}) == {"type": "array", "items": kept}
+    assert strict({"type": "string", "nullable": True})["type"] == ["string", "null"]
+    either = strict({"anyOf": [{"type": "integer"}, text], "x-kubernetes-int-or-string": True})
+    assert (either["type"], "anyOf" in either) == (["integer", "string"], False)
 
 
 def test_a_job_runs_the_resolved_recipe_retries_and_resumes(made: dict[str, list[dict[str, Any]]]) -> None:
@@ -177,9 +251,8 @@ def test_groups_have_what_the_stages_state_and_the_plan_fits_on_them(
 def test_a_worker_pod_that_is_to_go_says_so_and_leaves_who_trains_there_time_to_save(
     made: dict[str, list[dict[str, Any]]],
 ) -> None:
-    for manifests, place in (("job", "rayClusterSpec"), ("cluster", ""), ("service", "rayClusterConfig")):
-        body = made[manifests][-1]["spec"]
-        cluster = body[place] if place else body
+    for manifests in made.values():
+        cluster = cluster_of(manifests[-1])
         for each in cluster["workerGroupSpecs"]:
             pod = each["template"]["spec"]
             shell, flag, line = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -196,12 +269,24 @@ def test_a_worker_pod_that_is_to_go_says_so_and_leaves_who_trains_there_time_to_
         assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"} in env
 
 
+def test_the_autoscaler_of_ray_adds_nodes_and_removes_idle_ones(
+    made: dict[str, list[dict[str, Any]]],
+) -> None:
+    for manifests in made.values():
+        cluster = cluster_of(manifests[-1])
+        assert cluster["enableInTreeAutoscaling"] is True
+        assert cluster["autoscalerOptions"] == {
+            "version": "v2",
+            "upscalingMode": "Default",
+            "idleTimeoutSeconds": 120,
+        }
+
+
 def test_no_pod_is_root_or_holds_a_secret_and_the_cluster_asks_for_a_token(
     made: dict[str, list[dict[str, Any]]],
 ) -> None:
-    for manifests, place in (("job", "rayClusterSpec"), ("cluster", ""), ("service", "rayClusterConfig")):
-        body = made[manifests][-1]["spec"]
-        cluster = body[place] if place else body
+    for manifests in made.values():
+        cluster = cluster_of(manifests[-1])
         assert cluster["authOptions"] == {"mode": "token", "secretName": "ddiff-ray-token"}
         templates = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
         for pod in (each["template"]["spec"] for each in templates):
@@ -224,9 +309,9 @@ def test_every_pod_has_the_account_and_the_pull_secret_that_the_settings_name() 
         standing(smoke.run(), settings)[-1],
         service(Config(serve_fields(SERVED, CODE)), settings)[-1],
     ]
-    for document, place in zip(documents, ("rayClusterSpec", "", "rayClusterConfig"), strict=True):
+    for document in documents:
         assert not errors(document)
-        cluster = document["spec"][place] if place else document["spec"]
+        cluster = cluster_of(document)
         for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
             pod = each["template"]["spec"]
             assert pod["serviceAccountName"] == "trainer"
@@ -349,6 +434,10 @@ def test_a_service_embeds_a_config_that_serve_reads_and_that_our_application_bui
     spec = ServeSpec.model_validate(parsed.applications[0].args)
     assert spec.but(host=SERVED.host) == SERVED
     assert service["upgradeStrategy"]["type"] == "NewCluster"
+    assert (
+        service["rayClusterDeletionDelaySeconds"] == 120
+    )  # the old cluster answers what it was asked before
+    assert service["excludeHeadPodFromServeSvc"] is True
     gpu, cpu = service["rayClusterConfig"]["workerGroupSpecs"]
     assert (gpu["minReplicas"], gpu["maxReplicas"]) == (1, 6)  # three replicas, twice while they are replaced
     assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
