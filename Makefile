@@ -6,12 +6,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint bench install install-test compiler browser servers lock clean
+.PHONY: help demo stop test lint bench install install-test image compiler browser servers lock clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 HOST ?= 127.0.0.1
 PORT ?= 8000
 JOBS ?= 2
+IMAGE ?= ddiff:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BIN := .venv/bin
 OLDEST := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, $(OLDEST)))'
@@ -56,6 +57,11 @@ bench: $(TESTS)  ## measure data path, training step, sampling, submission and a
 install: $(RUNTIME)  ## .venv with what training and serving need
 
 install-test: $(TESTS)  ## .venv with what the tests need besides
+
+image:  ## the image that the manifests name, where Docker runs; IMAGE=REGISTRY/ddiff:0.1.0 for a registry
+	@command -v docker >/dev/null || { echo "no docker here; run make image where Docker is installed"; exit 2; }
+	@docker version >/dev/null || { echo "no Docker daemon answers; start one and run make image again"; exit 2; }
+	docker build --file jobs/cluster/Dockerfile --tag "$(IMAGE)" .
 
 compiler:  ## gcc for the loops that a CPU runs (dd_core/nets/norm.c), where apt-get can bring it
 	@if command -v gcc >/dev/null; then exit 0; fi; \

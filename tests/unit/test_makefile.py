@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cluster.spec import ClusterSpec
+
 ROOT = Path(__file__).parents[2]
 MADE = """#!/bin/sh
 test "$1" = -m || exit {old}
@@ -114,6 +116,40 @@ def test_without_a_venv_an_endpoint_cannot_be_stopped_which_is_said_and_the_rest
     assert done.returncode == 0, done.stderr
     assert 'endpoint in runs/a b/endpoint.json; its process may still run: {"pid": 4711}\n' in done.stdout
     assert not (folder / "runs").exists()
+
+
+DOCKER = """#!/bin/sh
+case $1 in
+  version) echo "Cannot connect to the Docker daemon" >&2; exit {down};;
+  *) echo "said: $*";;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [([], ClusterSpec().image_name), (["IMAGE=registry.example/ddiff:7"], "registry.example/ddiff:7")],
+)
+def test_the_image_is_built_with_the_name_that_the_manifests_have(
+    folder: Path, words: list[str], name: str
+) -> None:
+    program(folder / "bin" / "docker", DOCKER.format(down=0))
+    done = make(folder, "image", *words, PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert f"said: build --file jobs/cluster/Dockerfile --tag {name} .\n" in done.stdout
+
+
+def test_without_a_docker_daemon_it_is_said_that_one_is_needed(folder: Path) -> None:
+    program(folder / "bin" / "docker", DOCKER.format(down=1))
+    done = make(folder, "image", PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    assert "Cannot connect to the Docker daemon" in done.stderr
+    assert done.stdout == "no Docker daemon answers; start one and run make image again\n"
+    (folder / "bin" / "docker").unlink()
+    for name in ("make", "bash", "sed", "sh"):
+        (folder / "bin" / name).symlink_to(str(shutil.which(name)))
+    done = make(folder, "image", PATH=str(folder / "bin"))
+    assert (done.returncode, "no docker here" in done.stdout) == (2, True)
 
 
 PIP = """#!/bin/sh
