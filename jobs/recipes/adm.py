@@ -13,7 +13,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
 from dd_core.stages.published import stage_of
 from dd_core.steering import GradientSpec
-from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
+from jobs.recipes._hardware import PAPER_WORKERS, gpus_80gb
 from jobs.recipes.glide import paper_stage
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
@@ -74,7 +74,5 @@ def classifier() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=3e-4, weight_decay=0.05, warmup_steps=0, betas=(0.9, 0.999)),
         budget=Budget(steps=500_000, checkpoint_every=1_000, report_every=100),
         batch_size=256,
-        num_workers=PAPER_WORKERS,
-        use_gpu=True,
-        resources=PAPER_WORKER,
+        **gpus_80gb(PAPER_WORKERS),
     )

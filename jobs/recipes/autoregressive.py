@@ -9,6 +9,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from jobs.recipes import demo
+from jobs.recipes._hardware import any_node
 from workflows.run_spec import RunSpec
 from workflows.train_spec import TrainSpec
 
@@ -41,8 +42,7 @@ def prior() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=3e-3, weight_decay=0.2, ema_images=10_000),
         budget=Budget(steps=500, checkpoint_every=250, report_every=20),
         batch_size=192,
-        num_workers=1,
-        resources=demo.WORKER.but(memory_gib=3),
+        **any_node(memory_gib=3),
     )
 
 

@@ -18,7 +18,7 @@ from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from jobs.recipes import demo, improved_ddpm
-from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
+from jobs.recipes._hardware import PAPER_WORKERS, gpus_80gb
 from jobs.recipes.adm import CLASSES
 from jobs.recipes.latent import paper_clip
 from workflows.pairs import PairsSpec
@@ -214,9 +214,7 @@ def paper_teacher() -> TrainSpec:
         budget=Budget(steps=600_000, checkpoint_every=1_000, report_every=100),
         batch_size=4096,
         micro_batch_size=32,
-        num_workers=PAPER_WORKERS,
-        use_gpu=True,
-        resources=PAPER_WORKER,
+        **gpus_80gb(PAPER_WORKERS),
     )
 
 
@@ -258,8 +256,7 @@ def consistency() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=5e-4, ema_images=1_500),
         budget=Budget(steps=150, checkpoint_every=75, report_every=15, sample_every=75),
         batch_size=48,
-        num_workers=1,
-        resources=demo.WORKER,
+        **demo.WORKER,
         samples=SamplesSpec(how=JUMPS),
     )
 

@@ -19,11 +19,12 @@ from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import demo
+from jobs.recipes._hardware import any_node
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
+WORKER = any_node(memory_gib=3)
 
 OPTIMIZER = OptimizerSpec(algorithm="muon_unet", learning_rate=3e-3, ema_images=3_000)
 BUDGET = Budget(steps=1_000, checkpoint_every=500, report_every=25, sample_every=500)
@@ -83,8 +84,7 @@ def base() -> TrainSpec:
         optimizer=OPTIMIZER,
         budget=BUDGET,
         batch_size=BATCH,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(prompts=("", "", "", ""), how=ANCESTRAL.but(num_steps=50)),
     )
 

@@ -16,14 +16,15 @@ from dd_core.stages.draft import DraftSpec
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec
+from jobs.recipes._hardware import any_node
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 from workflows.shape_shards import ShapesSpec
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
 
 CONTEXT = 32
-WORKER = ResourcesSpec(memory_gib=2)  # on any node, with a GPU if there is one for each worker
+WORKER = any_node(memory_gib=2)
 TOWERS = ClipNetSpec(
     embedding_width=128,
     image_size=64,
@@ -67,8 +68,7 @@ def clip() -> TrainSpec:
         ),
         budget=Budget(steps=900, checkpoint_every=150, report_every=20),
         batch_size=96,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
     )
 
 
@@ -91,8 +91,7 @@ def autoencoder() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=2e-3, warmup_steps=50, ema_images=400),
         budget=Budget(steps=900, checkpoint_every=450, report_every=50, sample_every=225),
         batch_size=4,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(pictures=4),
     )
 
@@ -106,8 +105,7 @@ def noised_clip() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-3, ema_images=3_000),
         budget=Budget(steps=120, checkpoint_every=60, report_every=15),
         batch_size=64,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
     )
 
 
@@ -122,8 +120,7 @@ def draft() -> TrainSpec:
         ),
         budget=Budget(steps=2_400, checkpoint_every=300, report_every=100, sample_every=600),
         batch_size=64,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(pictures=4),
     )
 
@@ -155,8 +152,7 @@ def base() -> TrainSpec:
         optimizer=OptimizerSpec(algorithm="muon", learning_rate=2e-3, ema_images=6_000),
         budget=Budget(steps=120, checkpoint_every=60, report_every=10, sample_every=30),
         batch_size=48,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(pictures=4, how=SamplingSpec(num_steps=15, guidance_scale=1.0)),
     )
 
@@ -180,8 +176,7 @@ def upsampler() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=2e-3, ema_images=5_000),
         budget=Budget(steps=600, checkpoint_every=100, report_every=25, sample_every=150),
         batch_size=64,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(pictures=4, how=SamplingSpec(num_steps=4, guidance_scale=1.0)),
     )
 
@@ -205,8 +200,7 @@ def prior() -> TrainSpec:
         ),
         budget=Budget(steps=1_250, checkpoint_every=125, report_every=20, sample_every=250),
         batch_size=256,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(pictures=32, how=SamplingSpec(num_steps=10, guidance_scale=1.0)),
     )
 

@@ -13,13 +13,13 @@ from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import ddpm, demo
-from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
+from jobs.recipes._hardware import PAPER_WORKERS, any_node, gpus_80gb
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
+WORKER = any_node(memory_gib=3)
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", guidance_scale=3.0)
 SMALL = ANCESTRAL.but(variance=ddpm.ANCESTRAL.variance)
@@ -62,8 +62,7 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=ddpm.BATCH,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL.but(num_steps=50, guidance_scale=1.0)),
     )
 
@@ -124,8 +123,7 @@ def upsampler() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=Budget(steps=300, checkpoint_every=300, report_every=25),
         batch_size=16,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
     )
 
 
@@ -221,7 +219,5 @@ def paper_stage(
         budget=Budget(steps=steps, checkpoint_every=1_000, report_every=100),
         batch_size=batch,
         micro_batch_size=min(128, batch // PAPER_WORKERS // 2),
-        num_workers=PAPER_WORKERS,
-        use_gpu=True,
-        resources=PAPER_WORKER,
+        **gpus_80gb(PAPER_WORKERS),
     )

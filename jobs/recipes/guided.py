@@ -16,14 +16,15 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
 from dd_core.steering import GradientSpec
 from jobs.recipes import ddpm, demo
+from jobs.recipes._hardware import any_node
 from jobs.recipes.improved_ddpm import LABEL
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
 
 COSINE = ScheduleSpec(betas="cosine", num_timesteps=1000)
 """Of the base, and so the levels at which its guides train: one timestep in 25 lies above sigma 16."""
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
+WORKER = any_node(memory_gib=3)
 
 
 def run() -> RunSpec:
@@ -69,8 +70,7 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=ddpm.BATCH,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(prompts=("",) * 4, how=ddpm.ANCESTRAL.but(num_steps=50)),
     )
 
@@ -100,8 +100,7 @@ def classifier() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-3, weight_decay=0.05),
         budget=Budget(steps=600, checkpoint_every=300, report_every=25),
         batch_size=ddpm.BATCH,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
     )
 
 

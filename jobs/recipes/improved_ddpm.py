@@ -11,13 +11,14 @@ from dd_core.nets.network import PlainSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages.chain_spec import ChainSpec
 from jobs.recipes import ddpm, demo
+from jobs.recipes._hardware import any_node
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.run_spec import RunSpec
 from workflows.shapes import COLOURS
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
+WORKER = any_node(memory_gib=3)
 
 LABEL = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
 SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=3.0)
@@ -57,8 +58,7 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET,
         batch_size=ddpm.BATCH,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(prompts=("",) * len(LABEL.classes), how=SAMPLED.but(num_steps=50)),
     )
 

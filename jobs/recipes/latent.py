@@ -18,12 +18,12 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from jobs.recipes import ddpm, demo
-from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
+from jobs.recipes._hardware import PAPER_WORKERS, any_node, gpus_80gb
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
-from workflows.train_spec import ResourcesSpec, SamplesSpec, TrainSpec
+from workflows.train_spec import SamplesSpec, TrainSpec
 
-WORKER = ResourcesSpec(memory_gib=3)  # on any node, with a GPU if there is one for each worker
+WORKER = any_node(memory_gib=3)
 
 SCALED = ScheduleSpec(betas="scaled_linear", beta_start=0.00085, beta_end=0.012, last="first")
 DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ldm_plus_one", guidance_scale=3.0)
@@ -83,8 +83,7 @@ def base() -> TrainSpec:
         optimizer=ddpm.OPTIMIZER,
         budget=ddpm.BUDGET.but(steps=600, checkpoint_every=300, sample_every=300),
         batch_size=ddpm.BATCH,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=DDIM50.but(num_steps=20)),
     )
 
@@ -169,8 +168,7 @@ def paper_clip() -> TrainSpec:
         optimizer=OptimizerSpec(learning_rate=1e-4),
         budget=Budget(steps=1, checkpoint_every=1),
         batch_size=1,
-        num_workers=1,
-        resources=WORKER,
+        **WORKER,
     )
 
 
@@ -190,9 +188,7 @@ def paper_autoencoder() -> TrainSpec:
         budget=Budget(steps=246_803, checkpoint_every=1_000, report_every=100),
         batch_size=24,
         micro_batch_size=12,
-        num_workers=1,
-        use_gpu=True,
-        resources=PAPER_WORKER,
+        **gpus_80gb(1),
     )
 
 
@@ -213,7 +209,5 @@ def paper_base(stage: ChainSpec) -> TrainSpec:
         budget=Budget(steps=237_000, checkpoint_every=1_000, report_every=100),
         batch_size=2048,
         micro_batch_size=128,
-        num_workers=PAPER_WORKERS,
-        use_gpu=True,
-        resources=PAPER_WORKER,
+        **gpus_80gb(PAPER_WORKERS),
     )

@@ -24,7 +24,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.prior import PriorSpec
 from jobs.recipes import ddpm, demo
-from jobs.recipes._hardware import PAPER_WORKER, PAPER_WORKERS
+from jobs.recipes._hardware import PAPER_WORKERS, gpus_80gb
 from jobs.recipes.glide import paper_stage
 from jobs.recipes.latent import paper_clip
 from workflows.pairs import PairsSpec
@@ -194,9 +194,7 @@ def prior_stage() -> TrainSpec:
         budget=Budget(steps=600_000, checkpoint_every=1_000, report_every=100),
         batch_size=4096,
         micro_batch_size=256,  # 512 would take 74 GiB of a GPU
-        num_workers=PAPER_WORKERS,
-        use_gpu=True,
-        resources=PAPER_WORKER,
+        **gpus_80gb(PAPER_WORKERS),
     )
 
 

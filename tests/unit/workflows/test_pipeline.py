@@ -180,7 +180,8 @@ def test_the_card_of_a_cascade_names_its_data_without_a_signature() -> None:
 def test_the_fingerprint_follows_what_the_result_depends_on_and_nothing_else() -> None:
     one = stage("a")
     same = one.but(num_workers=2, restarts=0, checkpoints_kept=5, budget=Budget(steps=2, checkpoint_every=2))
-    assert same.fingerprint("d", {}) == one.fingerprint("d", {})
+    elsewhere = same.but(use_gpu=True, resources={"memory_gib": 9, "labels": {"zone": "a"}})
+    assert same.fingerprint("d", {}) == elsewhere.fingerprint("d", {}) == one.fingerprint("d", {})
     others = [
         one.but(seed=1).fingerprint("d", {}),
         one.but(budget=Budget(steps=3, checkpoint_every=1)).fingerprint("d", {}),
