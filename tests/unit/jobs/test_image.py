@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 DOCKERFILE = (ROOT / "jobs" / "cluster" / "Dockerfile").read_text()
+BASES = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
 IGNORED = [
     line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
 ]
@@ -96,13 +97,12 @@ def test_what_git_ignores_is_not_sent_either() -> None:
 def test_the_image_is_built_as_the_makefile_installs_by_no_root_and_from_what_is_pinned() -> None:
     assert "-c constraints.txt" in DOCKERFILE
     assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE) == ["1000:1000"]
-    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert bases
-    assert all(re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", base) for base in bases), bases
+    assert BASES
+    assert all(re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", base) for base in BASES), BASES
 
 
 def skipped_without_a_daemon() -> None:
-    """The test is skipped, by name, where no Docker daemon answers."""
+    """The test is skipped, by name, where no Docker daemon answers or it cannot fetch the base image."""
     if not shutil.which("docker"):
         pytest.skip("there is no docker here; the image is not built")
     try:
@@ -112,6 +112,10 @@ def skipped_without_a_daemon() -> None:
     if done.returncode:
         why = done.stderr.strip().splitlines() or ["it does not say why"]
         pytest.skip(f"no Docker daemon answers; the image is not built: {why[-1]}")
+    for base in set(BASES):
+        got = subprocess.run(["docker", "pull", base], capture_output=True, text=True, check=False)
+        if got.returncode:
+            pytest.skip(f"{base} cannot be had here; the image is not built: {got.stderr.strip()[-200:]}")
 
 
 def docker(*words: str) -> str:
