@@ -3,8 +3,10 @@
     python -m tests.benchmarks.data [--pairs 9000] [--rounds 5] [--json FILE]
 
 Photo-like JPEGs (long side 512, quality 90, 4:2:0) with captions in tars; every method delivers
-batches of 64 pairs: an image of 256 px, one of 64 px and 77 tokens.  Each measurement is a process
-of its own on the same two cores; the methods alternate, and medians of their rounds are compared.
+batches of 64 pairs: an image of 256 px, one of 64 px and 77 tokens; those named after a size an image of
+that size alone, which is what a stage trains on: ours from data that were prepared once, theirs from the
+tars in every epoch.  Each measurement is a process of its own on the same two cores; the methods
+alternate, and medians of their rounds are compared.
 Rates are over the last three quarters of the images, when every process has started; the time to
 the first batch has its own column.  CPU time is that of all processes and, unlike the rates, hardly
 depends on what else runs on the box.  Peak memory is the sum over all processes of their own pages
@@ -40,9 +42,16 @@ METHODS = {
     "pillow": "webdataset + DataLoader, Pillow",
     "best": "webdataset + DataLoader, simplejpeg + OpenCV",
     "best_tokens": "the same, with our tokenizer",
+    "usual": "the same with open_clip's, written as webdataset's documentation does",
     "ray": "Ray Data, workflows.pairs",
     "floor": "our reader in two processes, nothing handed over",
+    "best64": "webdataset + DataLoader, simplejpeg + OpenCV, 64 px",
+    "stage64": "prepared data, workflows.reading, 64 px",
+    "best256": "webdataset + DataLoader, simplejpeg + OpenCV, 256 px",
+    "stage256": "prepared data, workflows.reading, 256 px",
 }
+AGAINST = {"stage64": "best64", "stage256": "best256"}
+"""What a method of ours is compared with; `ray` with all others that deliver what it does."""
 SHAPES = ((512, 384), (384, 512), (512, 341), (512, 512), (512, 288))
 WORDS = (
     "red blue old small bright wooden street river market dog bridge window evening portrait mountain harbour"
@@ -77,18 +86,21 @@ def by_pillow(data: bytes) -> dict[int, np.ndarray]:
     return {size: np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)) for size in SIZES}
 
 
-def by_simplejpeg(data: bytes) -> dict[int, np.ndarray]:
+def by_simplejpeg(data: bytes, sizes: tuple[int, ...] = SIZES) -> dict[int, np.ndarray]:
     """The fastest that gives the same pixels as ours: shrunk while decoding, then OpenCV; no checks."""
     import simplejpeg  # noqa: PLC0415
 
-    pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=256, min_width=256, min_factor=2)
+    most = max(sizes)
+    pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=most, min_width=most, min_factor=2)
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
-    how = cv2.INTER_LINEAR if side <= 384 else cv2.INTER_AREA
-    large = square if side == 256 else cv2.resize(square, (256, 256), interpolation=how)
-    return {256: large, 64: cv2.resize(large, (64, 64), interpolation=cv2.INTER_AREA)}
+    image, found = pixels[top : top + side, left : left + side], {}
+    for size in sizes:
+        how = cv2.INTER_LINEAR if len(image) <= 1.5 * size else cv2.INTER_AREA
+        image = image if len(image) == size else cv2.resize(image, (size, size), interpolation=how)
+        found[size] = image
+    return found
 
 
 def webdataset_batches(directory: Path, method: str) -> Iterator[dict[str, Any]]:
@@ -100,20 +112,35 @@ def webdataset_batches(directory: Path, method: str) -> Iterator[dict[str, Any]]
     from dd_core import text  # noqa: PLC0415
 
     cv2.setNumThreads(1)
-    tokenizer, decode = SimpleTokenizer(), by_pillow if method == "pillow" else by_simplejpeg
+    alone = method.removeprefix("best")
+    sizes = (int(alone),) if alone.isdigit() else SIZES
+    tokenizer = SimpleTokenizer()
+    decode = by_pillow if method == "pillow" else partial(by_simplejpeg, sizes=sizes)
 
     def batch(samples: list[dict[str, bytes]]) -> dict[str, torch.Tensor]:
         images = [decode(sample["jpg"]) for sample in samples]
         captions = [sample["txt"].decode() for sample in samples]
         found = {
-            f"image{size}": torch.from_numpy(np.stack([image[size] for image in images])) for size in SIZES
+            f"image{size}": torch.from_numpy(np.stack([image[size] for image in images])) for size in sizes
         }
         if method == "best_tokens":
             return found | {"tokens": torch.tensor(text.tokens(captions, CONTEXT))}
         return found | {"tokens": tokenizer(captions, context_length=CONTEXT)}
 
     urls = [str(path) for path in sorted(directory.glob("*.tar"))]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).batched(BATCH, collation_fn=batch, partial=True)
+    dataset = webdataset.WebDataset(urls, shardshuffle=False)
+    if method == "usual":
+
+        def tokens(caption: bytes) -> torch.Tensor:
+            return tokenizer(caption.decode(), context_length=CONTEXT)[0]
+
+        def pair(sample: tuple[dict[int, np.ndarray], torch.Tensor]) -> tuple[Any, ...]:
+            return *sample[0].values(), sample[1]
+
+        dataset = dataset.to_tuple("jpg", "txt").map_tuple(decode, tokens).map(pair).batched(BATCH)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=CORES, prefetch_factor=4)
+        return ({"image256": large, "image64": small, "tokens": ids} for large, small, ids in loader)
+    dataset = dataset.batched(BATCH, collation_fn=batch, partial=True)
     return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=CORES, prefetch_factor=4))
 
 
@@ -188,7 +215,43 @@ def ray_batches(directory: Path) -> Iterator[dict[str, Any]]:
     return iter(dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2))
 
 
-OURS = {"ray": ray_batches, "floor": floor_batches}
+def prepared(directory: Path) -> Path:
+    """The tars, prepared as `ddiff data prepare` does; at once where that has been done before."""
+    from workflows.pairs import PairsSpec  # noqa: PLC0415
+    from workflows.prepare import prepare_pairs  # noqa: PLC0415
+
+    destination = directory / "prepared"
+    shards = (str(directory),)
+    prepare_pairs(
+        PairsSpec(shards=shards, destination=str(destination), sizes=SIZES, context_length=CONTEXT),
+        progress=False,
+    )
+    return destination
+
+
+def stage_batches(directory: Path, size: int) -> Iterator[dict[str, Any]]:
+    """What the one worker of a stage reads, in the order of its training: one epoch."""
+    import torch  # noqa: PLC0415
+
+    from dd_core.training import Budget  # noqa: PLC0415
+    from jobs.recipes.demo import base  # noqa: PLC0415
+    from workflows import feed  # noqa: PLC0415
+    from workflows.reading import Reader, batches  # noqa: PLC0415
+
+    wanted = feed.Wanted(size)
+    spec = base().but(batch_size=BATCH, budget=Budget(steps=pairs_in(directory) // BATCH))
+    pieces = feed.survey(feed.prepared_files(directory / "prepared"), wanted)
+    reader = Reader(spec, feed.Order(pieces, spec.seed, wanted), wanted, rank=0)
+    for pair in batches(reader, first_step=0, device=torch.device("cpu")):
+        yield {f"image{size}": pair.image, "tokens": pair.tokens}
+
+
+OURS = {
+    "ray": ray_batches,
+    "floor": floor_batches,
+    "stage64": partial(stage_batches, size=64),
+    "stage256": partial(stage_batches, size=256),
+}
 
 
 def pairs_in(directory: Path) -> int:
@@ -200,7 +263,7 @@ def measure(directory: Path, method: str) -> dict[str, float]:
     """One method once, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     temporary = ""
-    if method == "ray":
+    if on_ray := method == "ray" or method in AGAINST:
         os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"})
         import ray  # noqa: PLC0415
 
@@ -220,7 +283,7 @@ def measure(directory: Path, method: str) -> dict[str, float]:
     steady = count - warm
     found = {"images_per_s": steady / (end - since), "cpu_ms": 1000 * (cpu_s() - cpu) / steady}
     found |= {"first_batch_s": first, "images": float(count), "peak_mb": memory.stop()}
-    if method == "ray":
+    if on_ray:
         import ray  # noqa: PLC0415
 
         ray.shutdown()
@@ -305,8 +368,13 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         | {"rates": [round(found["images_per_s"], 1) for found in all_rounds]}
         for method, all_rounds in rounds.items()
     }
-    ours = table["ray"]["images_per_s"]
-    ratios = {f"ray / {method}": ours / table[method]["images_per_s"] for method in table if method != "ray"}
+    pairs = [("ray", peer) for peer in table if peer not in {"ray", *AGAINST, *AGAINST.values()}]
+    pairs = [*pairs, *AGAINST.items()]
+    ratios = {
+        f"{one} / {peer}": table[one]["images_per_s"] / table[peer]["images_per_s"]
+        for one, peer in pairs
+        if one in table and peer in table
+    }
     return {"methods": table, "ratios": ratios, "load": os.getloadavg(), "cores": CORES}
 
 
@@ -328,6 +396,8 @@ def main() -> None:
     if not any(directory.glob("*.tar")):
         make(directory, options.pairs)
     same_pixels(directory)
+    if AGAINST.keys() & options.methods.split(","):
+        prepared(directory)
     rounds: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods.split(",")}
     for number in range(options.rounds):
         for method, done_rounds in rounds.items():
