@@ -1,14 +1,16 @@
 """What nodes say of themselves becomes lines with a fix, and a doctor on a laptop says who can ask them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from jobs import environment
 from jobs import nodes as there
 from jobs.doctor import nodes, on_the_air
 from jobs.endpoint import Address
-from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, told_of
+from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, gpu, told_of
 from jobs.nodes import available_memory
 
 GPU = Finding("gpu", "fail", "torch sees no GPU", "install a torch")
@@ -19,6 +21,59 @@ def test_a_machine_says_how_much_room_it_has_where_it_keeps_scratch(monkeypatch:
     assert Path(seen.scratch).is_dir()
     assert seen.free > 0
     assert {line.check for line in seen.gpu} == {"gpu"}
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NVIDIA driver is here, as the kernel tells of it."""
+    version = tmp_path / "version"
+    version.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 2025\nGCC version:\n"
+    )
+    monkeypatch.setattr("jobs.machines.DRIVER", version)
+
+
+@pytest.fixture
+def two_gpus(driver: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What each of two GPUs adds to the sum of any numbers."""
+    wrong = [0.0, 0.0]
+    about = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+
+    def ones(size: int, *, device: str) -> torch.Tensor:
+        return torch.full((size,), 1 + wrong[int(device.removeprefix("cuda:"))] / size)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(wrong))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: about)
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.ones", ones)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"), [(None, "torch has no CUDA"), ("12.8", "torch is built for CUDA 12.8")]
+)
+def test_a_driver_whose_gpu_torch_does_not_see_is_a_failure(
+    driver: None, cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    (line,) = gpu()
+    assert (line.check, line.state) == ("gpu", "fail")
+    assert line.says == f"driver 570.86.15 is here, but torch sees no GPU: {said}"
+    assert line.fix.startswith("install a torch whose CUDA the driver knows, or a newer driver")
+
+
+def test_gpus_that_add_rightly_are_told_with_their_memory_and_driver(two_gpus: list[float]) -> None:
+    says = "NVIDIA H100, 80.0 GiB, driver 570.86.15, CUDA 12.8"
+    assert list(gpu()) == [Finding("gpu", "ok", says)] * 2
+
+
+def test_one_gpu_that_adds_wrongly_is_a_failure(two_gpus: list[float]) -> None:
+    two_gpus[1] = 0.5
+    well, broken = gpu()
+    assert (well.state, broken.state) == ("ok", "fail")
+    assert broken.fix == "it adds wrongly: take it out of service"
 
 
 @pytest.mark.parametrize(
