@@ -116,9 +116,8 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
             with endpoint(home.here, made.cascade.fetched(), address) as url:
                 scores = judged(home, url, way) if left.judge else scores
         facts = concluded(home, spec, made, way, scores, tracking.journal)
-        page = tracking.book.page()
-    text = told(home, facts | {"mlflow": page}, way, url if address else "")
-    return Summary(facts | {"mlflow": page}, text)
+    facts |= {"mlflow": tracking.book.page()}  # now that the server has been told all, if it is there
+    return Summary(facts, told(home, facts, way, url if address else ""))
 
 
 def take_down(run: Path) -> None:

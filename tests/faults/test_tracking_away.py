@@ -45,6 +45,7 @@ def test_a_run_without_its_server_goes_on_says_so_once_and_the_next_start_delive
         while not said(caplog, server):  # it has been tried
             assert time.monotonic() < end
             time.sleep(0.05)
+        assert not away.book.page()  # nor does who asks for it wait, or fail
     lines = said(caplog, server, str(tmp_path))
     assert lines[0] == (
         f"tracking: MLflow at {server} does not answer: Connection refused; start it, or set "
