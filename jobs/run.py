@@ -42,9 +42,8 @@ from jobs.ray_session import ray_cluster
 from jobs.source_tags import source_tags
 from workflows.journal import JOURNAL, Journal, entries
 from workflows.pairs import HELD_OUT
-from workflows.parents import parent_home
 from workflows.pictures import SHOWN, last_parts
-from workflows.pipeline import RunResult, run_pipeline, run_stage, seconds_of, timed
+from workflows.pipeline import RunResult, run_pipeline, seconds_of, timed
 from workflows.registry import CURRENT
 from workflows.report import SHEETS, write_report
 from workflows.run_spec import RunSpec
@@ -177,29 +176,6 @@ def concluded(
 def home_of(spec: RunSpec) -> Home:
     """Where a run of this name lives."""
     return Home.of(f"{runs()}/{spec.name}")
-
-
-def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> dict[str, Any]:
-    """One stage of a run, on the run's data and on the parents that are there.
-
-    Raises:
-        ValueError: No such stage, or a parent is missing; or RAY_ADDRESS is a dashboard.
-        AlreadyRunningError: Another process makes this run; nothing has been started.
-    """
-    refuse_dashboard()
-    with Driver(home_of(spec)) as driver:
-        for role in spec.stage(stage).parents:
-            parent_home(spec.stage(stage), role, driver.home)  # before anything is started
-        one = only(spec, stage)
-        if not joins_cluster():
-            announce(one, this_machine())
-        home = driver.opened()
-        with tracked_run(home) as tracking, ray_cluster(verbose=verbose):
-            if joins_cluster():
-                one = bound(one, announce(one, joined()))
-            run_stage(one, stage, run=home, tracked=tracking)
-    bundle = home.at(f"{stage}/bundle").address
-    return {"bundle": bundle, "seconds": seconds_of(home).get(stage, 0.0)}
 
 
 def announce(spec: RunSpec, nodes: list[Node]) -> Plan:
