@@ -1,14 +1,18 @@
 """The state of a machine: its GPU, its disk, its clock; on a cluster every node is asked."""
 
+import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jobs.nodes import amount, free_disk
+from jobs.failures import cause_of
+from jobs.nodes import Room, amount, free_disk, node_of, taken
+from workflows.storage import Home
 
+log = logging.getLogger(__name__)
 State = Literal["ok", "warn", "fail"]
 DRIVER = Path("/proc/driver/nvidia/version")
 SPARE_BYTES = 5 * 2**30
@@ -98,12 +102,9 @@ def seen_everywhere() -> dict[str, Seen | str]:
 
     looking = ray.remote(num_cpus=0, max_restarts=0)(Machine)
     machines: dict[str, Any] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            address = str(node["NodeManagerAddress"])
-            name = f"{address} ({node['NodeID'][:6]})" if address in machines else address
-            machines[name] = looking.options(scheduling_strategy=there).remote()
+    for name, node in up().items():
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        machines[name] = looking.options(scheduling_strategy=there).remote()
     asked = {name: machine.seen.remote() for name, machine in machines.items()}
     found: dict[str, Seen | str] = {}
     for name, machine in machines.items():
@@ -114,6 +115,57 @@ def seen_everywhere() -> dict[str, Seen | str]:
             found[name] = seen._replace(skew_s=now - (before + time.time()) / 2)
         except ray.exceptions.RayError as error:
             found[name] = " ".join(str(error).split())
+    return found
+
+
+def up() -> dict[str, dict[str, Any]]:
+    """Name -> what Ray says of each node that is up: its address, with its id where several have that."""
+    import ray  # noqa: PLC0415 as above
+
+    found: dict[str, dict[str, Any]] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            address = str(node["NodeManagerAddress"])
+            found[f"{address} ({node['NodeID'][:6]})" if address in found else address] = node
+    return found
+
+
+def free_for(run: str, names: Sequence[str]) -> int:
+    """Bytes free where this machine keeps the files of a run in a store, those that are there included.
+
+    Args:
+        run: Its address.
+        names: Paths within it of files that it will write or fetch.
+
+    Raises:
+        AddressError: That directory is somebody else's.
+    """
+    here = Home.of(run).here
+    return free_disk(here) + taken(here, names)
+
+
+def rooms_everywhere(run: str, names: Sequence[str]) -> list[Room]:
+    """What `free_for` is on every node of the Ray that this process has joined.
+
+    A node that is not up yet, or does not answer, is passed over.
+    """
+    import ray  # noqa: PLC0415 as above
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
+    asking = ray.remote(num_cpus=0, max_retries=0)(free_for)
+    asked: dict[Any, Any] = {}
+    for name, node in up().items():
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        answer = asking.options(scheduling_strategy=there).remote(run, names)
+        asked[answer] = node_of(name, node["Resources"], node.get("Labels", {}))
+    ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
+    found = []
+    for answer, node in asked.items():
+        try:
+            found.append(Room(node, ray.get(answer, timeout=0)))
+        except ray.exceptions.RayError as error:
+            why = " ".join(str(cause_of(error)).split())
+            log.warning("%s does not say how much disk it has free: %.200s", node.name, why)
     return found
 
 

@@ -27,6 +27,14 @@ class Node(NamedTuple):
     labels: Mapping[str, str] = {}
 
 
+class Room(NamedTuple):
+    """The disk where a machine makes and fetches the files of a run in a store."""
+
+    node: Node
+    free: int
+    """Bytes free for them, those that the run has there already included."""
+
+
 class NodeGroup(Spec):
     """Identical nodes that a cluster starts on demand."""
 
@@ -198,6 +206,12 @@ def free_disk(directory: Path) -> int:
         directory = directory.parent
     stats = os.statvfs(directory)
     return stats.f_bavail * stats.f_frsize
+
+
+def taken(directory: Path, names: Sequence[str]) -> int:
+    """Bytes that the run has written there before: the plan counts them too."""
+    files = [path for name in names for path in (directory / name).rglob("*")]
+    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
 
 def node_text(node: Node) -> str:

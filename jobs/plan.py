@@ -1,15 +1,14 @@
 """The plan of a run, shown before anything starts, and refused with its arithmetic if it cannot fit."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jobs.nodes import Node, amount, free_disk, has_labels, left_on, node_text, places
+from jobs.disk import data_bytes, embedding_bytes, written
+from jobs.nodes import Node, Room, amount, free_disk, has_labels, left_on, node_text, places, taken
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
-from workflows.shape_shards import ShapesSpec, pair
 from workflows.standing import Standing
 from workflows.storage import Home, is_address
 from workflows.train_spec import TrainSpec, cpu_share
@@ -22,8 +21,6 @@ READER_CPUS = 0.25
 SENT_COPIES = 3
 """Of its share of a checkpoint, in the machine's memory while a worker on a GPU writes it: the tensors, and
 twice the file that safetensors makes of them."""
-PREPARED_SHARE = 0.8
-"""Prepared bytes per byte of the embedded world's tars; measured: 0.80 for 240 and for 400 pairs."""
 
 
 class PlanError(ValueError):
@@ -66,6 +63,15 @@ class StagePlan(NamedTuple):
         return 2 * self.need.state + self.need.frozen + self.need.bundle
 
     @property
+    def size(self) -> dict[str, float]:
+        """Of one worker, for `places`."""
+        return {"cpus": self.cpus, "gpus": float(self.gpu), "memory_bytes": float(self.reserved_bytes)}
+
+    def may_lie_on(self, node: Node) -> bool:
+        """Whether a worker may be placed there."""
+        return has_labels(node, self.spec.resources.labels) and places([node], **self.size) > 0
+
+    @property
     def checkpoints(self) -> int:
         """How many lie on disk at most, the one being written included."""
         budget, kept = self.spec.budget, self.spec.checkpoints_kept + 1
@@ -100,18 +106,27 @@ class Plan(NamedTuple):
     """Bytes free for it; None: a store, or a directory of other machines, which do not say."""
     standing: Mapping[str, Standing] = MappingProxyType({})
     """How far each stage is; empty if that was not looked up."""
+    rooms: tuple[Room, ...] = ()
+    """For files of a run in a store, on the machines that are up; empty if they were not asked."""
 
     @property
     def scratch_bytes(self) -> int:
-        """Most disk that a run in a store uses on one node; see workflows.storage.
+        """Most disk that a run in a store uses on one node; see workflows.storage."""
+        return sum(self.scratch().values()) if is_address(self.run) else 0
+
+    def scratch(self, node: Node | None = None) -> dict[str, int]:
+        """What -> most bytes on the disk of a node if the run is in a store; None: one that takes all stages.
 
         That of the stages that may train there at once, and of every bundle that was fetched before.
         """
-        if not is_address(self.run):
-            return 0
-        together = [*((stage,) for stage in self.stages), *groups(self.stages, self.at_once)]
-        largest = max(sum(stage.scratch_bytes for stage in some) for some in together)
-        return largest + sum(stage.need.bundle for stage in self.stages)
+        done = [name for name, now in self.standing.items() if now.word == "done"]
+        left = [stage for stage in self.stages if stage.spec.name not in done]
+        some = [stage for stage in left if stage.may_lie_on(node)] if node else self.stages
+        together = [(), *((stage,) for stage in some), *groups(self.stages, self.at_once)]
+        here = [tuple(stage for stage in group if stage in some) for group in together]
+        most = max(here, key=lambda group: sum(stage.scratch_bytes for stage in group))
+        found = {f"{one.spec.name} (two checkpoints, parents, bundle)": one.scratch_bytes for one in most}
+        return found | {"bundles of all stages": sum(stage.need.bundle for stage in self.stages)}
 
     def facts(self) -> dict[str, Any]:
         """For programs."""
@@ -126,6 +141,7 @@ class Plan(NamedTuple):
             "disk_bytes": self.disk | {"total": sum(self.disk.values())},
             "free_bytes": self.free,
             "scratch_bytes_per_node": self.scratch_bytes,
+            "scratch_free_bytes": {room.node.name: room.free for room in self.rooms},
         }
 
 
@@ -174,41 +190,6 @@ def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node], *, at_once: i
     return StagePlan(spec, need, gpu, spec.resources.cpus or share)
 
 
-def data_bytes(spec: ShapesSpec) -> int:
-    """Bytes of the embedded world's tars and of the data prepared from them, estimated from eight pairs.
-
-    A tar rounds each member up to 512 bytes and gives it a header as long.
-    """
-    some = [pair(spec, number)[1] for number in range(min(8, spec.pairs))]
-    padded = [sum(512 + -(-len(data) // 512) * 512 for data in members.values()) for members in some]
-    return round(spec.pairs * sum(padded) / len(padded) * (1 + PREPARED_SHARE))
-
-
-def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
-    """Bytes of the image embeddings: of each CLIP, once for each image size, in float32."""
-    told = {
-        (stage.parents.get(by.role), by.size): by.width for stage in stages if (by := stage.stage.embedded_by)
-    }
-    return 4 * pairs * sum(told.values())
-
-
-def written(spec: RunSpec, stays: Set[str] = frozenset()) -> list[str]:
-    """Paths within a run of what the plan counts, but for stages whose old training is kept aside."""
-    own = [stage.name for stage in spec.stages if stage.name not in stays]
-    names = [f"{name}/{part}" for name in own for part in ("checkpoints", "bundle")]
-    names += [f"cascade/{stage.name}" for stage in spec.stages]
-    if spec.shapes:
-        clips = {stage.parents.get(by.role) for stage in spec.stages if (by := stage.stage.embedded_by)}
-        names += ["data", ".embeddings", *(f"{clip}/embeddings" for clip in clips)]
-    return names
-
-
-def taken(directory: Path, names: Sequence[str]) -> int:
-    """Bytes that the run has written there before: the plan counts them too."""
-    files = [path for name in names for path in (directory / name).rglob("*")]
-    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
-
-
 def refusals(plan: Plan) -> list[str]:
     """Why the plan cannot be carried out, one line each; none if it can."""
     found = [line for stage in plan.stages for line in stage_refusals(stage, plan.nodes)]
@@ -221,7 +202,19 @@ def refusals(plan: Plan) -> list[str]:
             "free some, keep fewer checkpoints (checkpoints_kept), set DDIFF_STORAGE or, where it lies on a "
             "claim of Kubernetes, raise claim_gib"
         )
-    return found
+    return [*found, *room_refusals(plan)]
+
+
+def room_refusals(plan: Plan) -> Iterator[str]:
+    """Which machines have no room for the files of a run in a store."""
+    for node, free in plan.rooms:
+        parts = plan.scratch(node)
+        if (needed := sum(parts.values())) > free:
+            what = " + ".join(f"{amount(size)} {name}" for name, size in parts.items())
+            yield (
+                f"disk: {node.name} has {amount(free)} free in its TMPDIR, and {plan.run} may need "
+                f"{amount(needed)} there = {what}; free some, or set its TMPDIR to a larger disk"
+            )
 
 
 def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
@@ -241,8 +234,7 @@ def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
         )
         return
     fitting = [node for node in nodes if has_labels(node, asked.labels)]
-    size = {"cpus": plan.cpus, "gpus": float(plan.gpu), "memory_bytes": float(plan.reserved_bytes)}
-    if (room := places(fitting, **size)) < plan.spec.num_workers:
+    if (room := places(fitting, **plan.size)) < plan.spec.num_workers:
         each = f"{plan.cpus:g} CPU{', 1 GPU' if plan.gpu else ''} and {amount(plan.reserved_bytes)}"
         reason = "" if plan.gpu or plan.reserved_bytes > plan.memory_bytes else f" = {plan.arithmetic()}"
         labels = f" with labels {asked.labels}" if asked.labels else ""
@@ -304,13 +296,11 @@ def fit_together(group: Sequence[StagePlan], nodes: Sequence[Node]) -> bool:
         return True  # they wait for each other's GPUs
     left = list(nodes)
     for plan in sorted(group, key=lambda plan: plan.reserved_bytes, reverse=True):
-        size = {"cpus": plan.cpus, "gpus": float(plan.gpu), "memory_bytes": float(plan.reserved_bytes)}
         for _ in range(plan.spec.num_workers):
-            fitting = [n for n, node in enumerate(left) if has_labels(node, plan.spec.resources.labels)]
-            place = next((n for n in fitting if places([left[n]], **size)), None)
+            place = next((n for n, node in enumerate(left) if plan.may_lie_on(node)), None)
             if place is None:
                 return False
-            left[place] = left_on(left[place], **size)
+            left[place] = left_on(left[place], **plan.size)
     return places(left, cpus=READER_CPUS, gpus=0, memory_bytes=0) > 0
 
 
@@ -363,6 +353,9 @@ def told(plan: Plan) -> str:
     place = "a store" if is_address(plan.run) else "a directory of the nodes"
     free = place if plan.free is None else f"{amount(plan.free)} free"
     each = f"; up to {amount(plan.scratch_bytes)} in TMPDIR of each node" if plan.scratch_bytes else ""
+    if plan.rooms:
+        least = min(plan.rooms, key=lambda room: room.free)
+        each += f", of which {least.node.name} has least free: {amount(least.free)}"
     more = f" and {len(plan.nodes) - 4} more" if len(plan.nodes) > 4 else ""
     return "\n".join(
         [

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dd_core.sealed import MANIFEST
+from jobs.disk import written
 from jobs.driver import Driver
 from jobs.endpoint import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
 from jobs.environment import (
@@ -35,7 +36,8 @@ from jobs.evaluate import (
     whole,
 )
 from jobs.failures import StoppedError
-from jobs.nodes import Node, joined, nodes_of, this_machine
+from jobs.machines import free_for, rooms_everywhere
+from jobs.nodes import Node, Room, joined, nodes_of, this_machine
 from jobs.plan import Plan, plan_of, refuse
 from jobs.plan import told as plan_text
 from jobs.ray_session import ray_cluster
@@ -48,7 +50,7 @@ from workflows.registry import CURRENT
 from workflows.report import SHEETS, write_report
 from workflows.run_spec import RunSpec
 from workflows.standing import standings
-from workflows.storage import Home
+from workflows.storage import Home, is_address
 from workflows.superseded import MADE_OF
 from workflows.tracking import Tracked, tracked
 from workflows.training import PreemptedError
@@ -184,11 +186,24 @@ def announce(spec: RunSpec, nodes: list[Node]) -> Plan:
     Raises:
         PlanError: It cannot.
     """
-    plan = judged_plan(spec, nodes)
+    plan = with_rooms(judged_plan(spec, nodes), spec)
     for line in plan_text(plan).splitlines():
         log.info("%s", line)
     refuse(plan)
     return plan
+
+
+def with_rooms(plan: Plan, spec: RunSpec) -> Plan:
+    """The plan of a run in a store, with how much the disks of those have free who keep its files meanwhile.
+
+    Asked are this machine, or the nodes that are up of the cluster, which this process has joined.
+    """
+    if not is_address(plan.run):
+        return plan
+    names = written(spec)
+    if joins_cluster():
+        return plan._replace(rooms=tuple(rooms_everywhere(plan.run, names)))
+    return plan._replace(rooms=tuple(Room(node, free_for(plan.run, names)) for node in plan.nodes))
 
 
 def bound(spec: RunSpec, plan: Plan) -> RunSpec:
@@ -216,7 +231,9 @@ def rehearsed(spec: RunSpec, stage: str = "") -> Plan:
     Raises:
         ValueError: A parent is missing, or there is no such stage.
     """
-    return judged_plan(only(spec, stage) if stage else spec, nodes_of())
+    spec = only(spec, stage) if stage else spec
+    plan = judged_plan(spec, nodes_of())
+    return plan if joins_cluster() else with_rooms(plan, spec)  # no cluster is given anything to do
 
 
 def judged_plan(spec: RunSpec, nodes: list[Node]) -> Plan:

@@ -104,7 +104,7 @@ def test_sigterm_that_rays_own_handler_hears_is_told_as_any_other() -> None:
 OF_OUR_OWN = """
 import os, signal, socket
 from jobs.ray_session import ray_cluster
-from jobs.machines import SKEW_WARN_S, seen_everywhere
+from jobs.machines import SKEW_WARN_S, rooms_everywhere, seen_everywhere
 
 def heard(number, frame):
     raise InterruptedError
@@ -129,6 +129,8 @@ with ray_cluster():
             print("open to", name, probe.connect_ex((host, port)) == 0)
     for name, seen in seen_everywhere().items():
         print(name, "has a disk", seen.free > 0, "and our clock", abs(seen.skew_s) < SKEW_WARN_S)
+    for node, free in rooms_everywhere("memory://bucket/runs/smoke", ["clip/bundle"]):
+        print(node.name, "has CPUs", node.cpus >= 4, "and a disk", free > 0)
 sent("after")
 """
 
@@ -146,7 +148,8 @@ def test_a_ray_of_our_own_starts_beside_one_left_here_listens_here_alone_and_sig
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
     said = [
         *("heard beside Ray", "open to this machine True", "open to others False"),
-        *("127.0.0.1 has a disk True and our clock True", "heard after Ray"),
+        *("127.0.0.1 has a disk True and our clock True", "127.0.0.1 has CPUs True and a disk True"),
+        "heard after Ray",
     ]
     assert done.stdout.splitlines() == said, done.stderr
 

@@ -10,8 +10,9 @@ from jobs import environment
 from jobs import nodes as there
 from jobs.doctor import nodes, on_the_air
 from jobs.endpoint import Address
-from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, gpu, told_of
+from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, free_for, gpu, told_of
 from jobs.nodes import available_memory
+from workflows.storage import Home
 
 GPU = Finding("gpu", "fail", "torch sees no GPU", "install a torch")
 
@@ -98,6 +99,18 @@ def test_a_node_lacks_room_or_its_clock_is_off(
 def test_a_node_that_says_nothing_is_a_failure() -> None:
     (line,) = told_of("10.0.0.2", "the actor died", 0)
     assert (line.state, line.says) == ("fail", "10.0.0.2 says nothing of itself: the actor died")
+
+
+def test_what_a_run_in_a_store_has_fetched_before_is_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("jobs.machines.free_disk", lambda _: 1000)
+    run = Home.of("memory://bucket/runs/fetched")
+    for name in ("clip/bundle/a", "clip/samples/a", "evaluation/a"):
+        (run.here / name).parent.mkdir(parents=True)
+        (run.here / name).write_bytes(bytes(7))
+    assert free_for(run.address, ["clip/checkpoints", "clip/bundle", "cascade/clip"]) == 1007
 
 
 def test_a_laptop_looks_at_no_node_and_says_who_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,27 +11,25 @@ from dd_core.stages import build_stage
 from dd_core.stages.base import BaseSpec
 from jobs.cli import main
 from jobs.config import recipe_spec, resolve
-from jobs.nodes import Node, amount, grown, has_labels, places
+from jobs.disk import embedding_bytes, written
+from jobs.nodes import Node, Room, amount, grown, has_labels, places, taken
 from jobs.plan import (
     PROCESS_BYTES,
     Plan,
     PlanError,
-    embedding_bytes,
     groups,
     on,
     plan_of,
     refusals,
     refuse,
-    taken,
     told,
-    written,
 )
 from jobs.recipes import smoke
 from workflows.estimate import needs
 from workflows.made_of import MadeOf
 from workflows.prepare import how
 from workflows.run_spec import RunSpec
-from workflows.standing import standings
+from workflows.standing import Standing, standings
 from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec
 
@@ -201,6 +199,35 @@ def test_a_disk_that_is_too_small_is_refused_with_the_sum(plan: Plan) -> None:
     (line,) = refusals(plan._replace(free=1000))
     assert line.startswith(f"disk: runs/smoke will hold {amount(sum(plan.disk.values()))} = ")
     assert "0.0 MiB are free" in line
+
+
+def test_in_a_store_the_node_that_lacks_room_for_its_stages_is_refused_with_the_sum(plan: Plan) -> None:
+    stored = on(plan._replace(run="s3://b/runs/smoke", free=None, at_once=2), [ROOMY])
+    needed, bundles = stored.scratch_bytes, sum(one.need.bundle for one in stored.stages)
+    assert not refusals(stored)  # nobody was asked
+    rooms = (Room(ROOMY, needed), Room(ROOMY._replace(name="10.0.0.3"), needed - 1))
+    (line,) = refusals(asked := stored._replace(rooms=rooms))
+    most = max(groups(stored.stages, 2), key=lambda pair: sum(one.scratch_bytes for one in pair))
+    assert needed == sum(one.scratch_bytes for one in most) + bundles
+    assert line.startswith(
+        f"disk: 10.0.0.3 has {amount(needed - 1)} free in its TMPDIR, and s3://b/runs/smoke "
+    )
+    each = [f"{amount(one.scratch_bytes)} {one.spec.name} (two checkpoints, parents, bundle)" for one in most]
+    assert f"{amount(needed)} there = {' + '.join(each)} + {amount(bundles)} bundles of all stages; " in line
+    assert f"TMPDIR of each node, of which 10.0.0.3 has least free: {amount(needed - 1)}" in told(asked)
+    assert asked.facts()["scratch_free_bytes"] == {"roomy": needed, "10.0.0.3": needed - 1}
+    head = Room(ROOMY._replace(cpus=0), bundles)  # where no stage can be placed
+    assert not refusals(stored._replace(rooms=(head,)))
+    assert refusals(stored._replace(rooms=(head._replace(free=bundles - 1),)))
+    done = dict.fromkeys((one.spec.name for one in stored.stages), Standing("done"))
+    assert not refusals(stored._replace(rooms=(head._replace(node=ROOMY),), standing=done))
+    small = min(stored.stages, key=lambda one: one.scratch_bytes)
+    others = [
+        one if one is small else one._replace(spec=one.spec.but(resources=ResourcesSpec(labels={"a": "b"})))
+        for one in stored.stages
+    ]
+    apart = stored._replace(stages=tuple(others), nodes=(ROOMY._replace(labels={"a": "b"}),))
+    assert not refusals(apart._replace(rooms=(Room(ROOMY, small.scratch_bytes + bundles),)))
 
 
 def test_what_a_run_has_written_already_counts_as_room_if_the_plan_needs_it(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from jobs.cli import main
 from jobs.endpoint import Address, Endpoint, alive, started_at
 from jobs.evaluate import UnjudgedError, Way, look_ahead, way_of
 from jobs.failures import PortTakenError
-from jobs.nodes import Node
+from jobs.nodes import Node, Room
 from jobs.plan import PlanError, plan_of
 from jobs.recipes import ddpm, smoke
 from jobs.source_tags import source_tags
@@ -93,6 +93,27 @@ def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_
     for before, after in zip(spec.stages, planned.stages, strict=True):
         assert before.shaping() == after.shaping()  # nothing is trained again for it
     assert planned.model_dump(exclude={"stages"}) == spec.model_dump(exclude={"stages"})
+
+
+def test_who_keeps_files_of_a_run_in_a_store_is_asked_for_room_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("DDIFF_STORAGE", "memory://bucket/runs")
+    monkeypatch.setattr(run, "free_for", lambda *_: 2**40)
+    node, spec = Node("there", 4, 0, 16 * 2**30), smoke.run()
+    full = Room(node._replace(name="10.0.0.3"), 1000)
+    monkeypatch.setattr(run, "rooms_everywhere", lambda *_: [Room(node, 2**40), full])
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert [room.free for room in run.announce(spec, [node]).rooms] == [2**40]  # of this machine alone
+    monkeypatch.setattr(run, "nodes_of", lambda: [node])
+    assert run.rehearsed(spec, "clip").rooms == (Room(node, 2**40),)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert not run.rehearsed(spec, "clip").rooms  # which starts nothing, on a node least of all
+    with pytest.raises(PlanError, match=r"disk: 10\.0\.0\.3 has 0\.0 MiB free in its TMPDIR, and memory://"):
+        run.announce(spec, [node])
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))  # where there is no copy of anything
+    assert not run.announce(spec, [node]).rooms
 
 
 def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(
