@@ -1,6 +1,7 @@
 """A command that follows a job ends as that job did, whatever else has the name of its run."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from click.testing import CliRunner, Result
 from jobs import dashboard, following, job_log
 from jobs.cli import main
 from jobs.following import Cluster, ClusterError, facts_of
-from jobs.submit import Pack, Submitted
+from jobs.submit import Pack, Submitted, order_of, packed
 from tests.answering import answering
 
 LONG = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\n"
@@ -156,6 +157,21 @@ def test_all_that_a_submission_says_is_json_for_who_asks_for_it(
     told = [json.loads(line) for line in said.stderr.splitlines()]
     assert told[0] == {"line": "log of smoke.1"}
     assert told[-1]["code"] == 3
+
+
+def test_how_much_travels_and_what_is_said_beside_the_id(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on()
+    monkeypatch.setattr(Cluster, "start", lambda self, name, *_, **__: name)
+    sent = ddiff("submit", "smoke", "--insecure")
+    assert (sent.exit_code, sent.stdout) == (0, "smoke.1\n"), sent.stderr
+    with packed(order_of(("smoke",), None, None, ()), {}) as (directory, pack):
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+    said, accepted = sent.stderr.splitlines()
+    content = "dd_core, jobs, serve, workflows, job.yaml"
+    assert said == f"packed {len(files)} files, {size / 1000:,.0f} kB: {content}; code {pack.code[:12]}"
+    assert re.fullmatch(r"run smoke: smoke\.1 \(attempt 1, accepted in \d+\.\d s\)", accepted)
+    assert not ddiff("submit", "smoke", "--insecure", "--quiet").stderr
 
 
 def test_a_newer_job_of_the_run_does_not_decide_how_the_one_that_was_followed_ended(on: Any) -> None:
