@@ -1,4 +1,5 @@
-"""Jobs that are not a whole run: preparing, training one stage, stopped at work and gone on with."""
+"""Jobs that are not a whole run: preparing, training one stage, stopped at work and gone on with; and who
+is let in to the dashboard that takes them."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -94,3 +96,51 @@ def test_a_stage_is_trained_by_a_job_that_saves_itself_when_it_is_stopped(runs: 
     assert begun is not None, again.stderr
     assert int(begun[1]) >= saved
     assert sealed.verify(runs / "smoke" / "upsampler" / "bundle").facts["step"] == STEPS
+
+
+OPEN = {
+    *(("GET", "/"), ("GET", "/favicon.ico")),  # the page that asks for the token
+    *(("GET", "/api/authentication_mode"), ("GET", "/api/gcs_healthz")),
+}
+"""Routes that say nothing of the cluster."""
+OURS = {
+    *(("GET", "/api/version"), ("GET", "/api/v0/nodes")),
+    *(("GET", "/api/jobs/"), ("POST", "/api/jobs/"), ("POST", "/api/jobs/{job_or_submission_id}/stop")),
+    *(("DELETE", "/api/jobs/{job_or_submission_id}"), ("GET", "/api/jobs/{job_or_submission_id}/logs/tail")),
+    *(("PUT", "/api/packages/{protocol}/{package_name}"), ("PUT", "/api/serve/applications/")),
+}
+"""Some of those that the commands of ddiff use."""
+
+
+def routes(head: Head) -> set[tuple[str, str]]:
+    """Method and path of all that the dashboard answers to, as it has written into its log."""
+    with httpx.Client(base_url=head.dashboard, headers=shown(head.token), timeout=300) as client:
+        (node,) = client.get("/api/v0/nodes").json()["data"]["result"]["result"]
+        asked = {"node_id": node["node_id"], "filename": "dashboard.log", "lines": "-1"}
+        log = client.get("/api/v0/logs/file", params=asked).text
+    return set(re.findall(r"Route \[([A-Z]+)\] <(?:Plain|Dynamic)Resource +(\S+?)>? ->", log))
+
+
+def shown(token: str) -> dict[str, str]:
+    """The header that shows a token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_every_route_of_the_dashboard_asks_for_the_token(head: Head) -> None:
+    found = routes(head)
+    assert found >= OURS | OPEN
+    assert len(found) > 50
+    answers = {}
+    with httpx.Client(base_url=head.dashboard, timeout=300) as client:
+        for method, path in found:
+            place = re.sub(r"{\w+}", "0", path)  # of nothing that there is; nor is there a body
+            headers = ({}, shown("0" * 64), shown(head.token))
+            answers[method, path] = [client.request(method, place, headers=one) for one in headers]
+            client.cookies.clear()  # the right token brings one that opens every route
+    assert {route for route, (bare, *_) in answers.items() if bare.status_code != 401} == OPEN
+    for route in found - OPEN:
+        bare, wrong, right = answers[route]
+        assert (bare.status_code, wrong.status_code) == (401, 403), route
+        disabled = right.status_code == 403 and "profiling" in right.text.lower()  # to anybody, by default
+        assert disabled or right.status_code not in (401, 403), (route, right.text)
+        assert head.token not in bare.text + wrong.text + right.text
