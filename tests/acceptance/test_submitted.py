@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ from dd_core import sealed
 from jobs import dashboard
 from jobs.cli import main
 from tests.ray_head import Head, ray_head
+from workflows.own_store import store_of
+from workflows.storage import Home
 
 pytestmark = [
     pytest.mark.ray,
@@ -96,6 +99,28 @@ def test_a_stage_is_trained_by_a_job_that_saves_itself_when_it_is_stopped(runs: 
     assert begun is not None, again.stderr
     assert int(begun[1]) >= saved
     assert sealed.verify(runs / "smoke" / "upsampler" / "bundle").facts["step"] == STEPS
+    for what, place in {"checkpoints": "smoke/upsampler/checkpoints", "directory": "smoke"}.items():
+        assert re.search(rf"^{what}: +{runs / place}$", again.stderr, re.MULTILINE), again.stderr
+    one_run_in_mlflow(f"sqlite:///{store_of(Home.of(runs / 'smoke'))}")
+
+
+def one_run_in_mlflow(uri: str) -> None:
+    """Assert that what was stopped and gone on with is one run, with a child that has every point once."""
+    from mlflow import MlflowClient  # noqa: PLC0415 seconds
+
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("ddiff").experiment_id])
+    (parent,) = [one for one in found if one.data.tags.get("kind") == "pipeline"]
+    (child,) = [one for one in found if one is not parent]
+    assert (parent.info.run_name, parent.info.status) == ("smoke", "FINISHED")
+    assert (child.data.tags["stage"], child.info.status) == ("upsampler", "FINISHED")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    steps: dict[str, list[Any]] = {
+        name: [point.step for point in client.get_metric_history(child.info.run_id, name)]
+        for name in child.data.metrics
+    }
+    assert not [name for name, some in steps.items() if len(some) != len(set(some))]
+    assert sorted(steps["train/loss"]) == list(range(5, STEPS + 1, 5))
 
 
 OPEN = {
