@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from jobs.shell import DIRECTORY, FILE, PRECISION, Group, answer
+from jobs.shell import DIRECTORY, FILE, PRECISION, SEALED, Group, answer, fetched
 
 if TYPE_CHECKING:
     from dd_core.precision import Precision
 
 painting = Group("painting")
-CASCADE = click.option(
-    "--cascade", required=True, type=DIRECTORY, help="A cascade, such as runs/demo/cascade."
-)
+CASCADE = click.option("--cascade", required=True, type=SEALED, help="A cascade, such as runs/demo/cascade.")
 
 
 @painting.command()
@@ -64,7 +62,7 @@ CASCADE = click.option(
 @click.option("--out", default=Path("samples"), show_default=True, type=DIRECTORY, help="Where the PNGs go.")
 def sample(
     prompt: str,
-    cascade: Path,
+    cascade: Path | str,
     seed: int,
     count: int,
     keep: int | None,
@@ -122,7 +120,7 @@ def sample(
         changes=changes,
         precision=precision,
     )
-    made = paint(order, cascade, out)
+    made = paint(order, fetched(cascade), out)
     lines = [f"{one.path}" if one.score is None else f"{one.path}  {one.score:.4f}" for one in made]
     scores = {} if keep is None else {"scores": [one.score for one in made]}
     facts = {"images": [one.path for one in made], "truncated": made[0].cut} | scores
@@ -136,14 +134,18 @@ def sample(
 @click.option("--mask", type=FILE, help="As it was given then.")
 @click.option("--reference", type=FILE, help="As it was given then.")
 def reproduce(
-    picture: Path, cascade: Path, pictures: tuple[Path, ...], mask: Path | None, reference: Path | None
+    picture: Path,
+    cascade: Path | str,
+    pictures: tuple[Path, ...],
+    mask: Path | None,
+    reference: Path | None,
 ) -> None:
     """Paint PICTURE again from the text inside it, and say whether it is the same to the bit."""
     from jobs.reproduce import reproduce as painted_again
 
     image, other = two_of(pictures)
     given = {"image": image, "other": other, "mask": mask, "reference": reference}
-    facts = painted_again(picture, cascade, {name: path for name, path in given.items() if path})
+    facts = painted_again(picture, fetched(cascade), {name: path for name, path in given.items() if path})
     answer(facts, f"{picture}: the same to the bit, painted again with seed {facts['seed']}")
 
 

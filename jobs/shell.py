@@ -28,7 +28,29 @@ def host(name: str) -> str:
     return name
 
 
+class Sealed(click.Path):
+    """A sealed directory, as a Path, or the address of one in a store, as it was given; see `fetched`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+def fetched(place: Path | str) -> Path:
+    """A directory as it is; of one in a store a verified copy on this machine, which is kept.
+
+    Raises:
+        sealed.SealError: It has no manifest, or no copy is whole.
+        StorageError: The store is away or denies access.
+    """
+    if isinstance(place, Path):
+        return place
+    from workflows.storage import Home
+
+    return Home.of(place).fetched()
+
+
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
+SEALED = Sealed(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 PORT = click.IntRange(1, 65535)
 HOST = click.option(
