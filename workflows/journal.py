@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from workflows.addresses import redacted
+from workflows.storage import Home, is_address
 
 logger = logging.getLogger(__name__)
 BATCH_BYTES = 256 * 2**10
@@ -66,7 +67,7 @@ class Journal:
         self.write([("picture", name, str(path), step)])
 
     def artifact(self, path: Path | str) -> None:
-        """A small file to keep with the run; its path may be relative to the journal."""
+        """A small file to keep with the run; its path may be relative to the journal, or an address."""
         self.write([("artifact", Path(path).name, str(path), 0)])
 
     def dataset(self, name: str, source: str, digest: str) -> None:
@@ -114,6 +115,18 @@ def entries(path: Path, *, start: int = 0, size: int = -1) -> Iterator[Entry]:
             yield Entry(*json.loads(line))
         except (ValueError, TypeError):
             logger.warning("%s: passing over a damaged line: %.40r", path, line)
+
+
+def found(entry: Entry, home: Home) -> Path | None:
+    """The file that an entry names, fetched from its store; None: it is gone."""
+    directory, _, name = str(entry.value).rpartition("/")
+    there = Home.of(directory) if is_address(directory) or directory[:1] == "/" else home.at(directory)
+    path = there.here / name
+    if there.root != home.root or not path.exists():
+        there.fetch(name)
+    if not path.exists():
+        logger.warning("%s is gone, and will be missing in MLflow", path)
+    return path if path.exists() else None
 
 
 def curves(path: Path) -> dict[str, dict[int, float]]:

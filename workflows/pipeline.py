@@ -90,8 +90,7 @@ def run_pipeline(spec: RunSpec, *, run: Home | Path, tracked: Tracked) -> RunRes
     with timed(run, TOTAL):
         with timed(run, "data"):
             prepared = prepared_data(spec, run)
-        prepared.home.fetch(sealed.MANIFEST)
-        tracked.journal.artifact(prepared.home.here / sealed.MANIFEST)
+        tracked.journal.artifact(prepared.home.at(sealed.MANIFEST).address)
         tracked.journal.dataset(spec.name, prepared.home.address, prepared.digest)
         bundles = all_made(spec, run, prepared, tracked)
         with timed(run, "cascade"):

@@ -61,7 +61,7 @@ class Home(NamedTuple):
 
     def at(self, name: str) -> "Home":
         """A directory, or a file, within this one."""
-        return Home(self.root, f"{self.inner}/{name}".lstrip("/"))
+        return Home(self.root, f"{self.inner}/{name}".strip("/"))
 
     @property
     def stored(self) -> bool:
