@@ -47,11 +47,15 @@ LONG = ("clip", "base")
 """Stages that are long enough to be hit."""
 BOUND = "draft"
 """A stage that asks for nodes by their labels."""
-STEPS, BEFORE, SAVED = 60, 20, 18
+STEPS, BEFORE, SAVED = 100, 20, 18
 """Of such a stage: its budget, how many are done when it is hit, and after how many it is saved."""
 CHANGES = [
     "at_once=2",
-    *(f"stages.{name}.{field}" for name in STAGES for field in ("num_workers=2", "resources.spread=true")),
+    *(
+        f"stages.{name}.{field}"
+        for name in STAGES
+        for field in ("num_workers=2", "resources.spread=true", "resources.cpus=0.25")
+    ),  # so that each finds room on both nodes beside another one and its readers
     f"stages.{BOUND}.resources.labels.zone=in({', '.join(ZONES)})",
     *(f"stages.{name}.budget.{field}" for name in LONG for field in (f"steps={STEPS}", "report_every=5")),
     *(f"stages.{name}.budget.checkpoint_every={SAVED}" for name in LONG),
