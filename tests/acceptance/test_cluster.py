@@ -269,11 +269,12 @@ def test_two_workers_were_on_two_nodes(run: Done) -> None:
     groups = re.findall(r"worker group of size (\d): *\n((?:.*world_rank=\d.*\n)+)", run.log)
     assert {size for size, _ in groups} == {"2"}
     nodes = [set(re.findall(r"\(ip=([\d.]+),", placed)) for _, placed in groups]
-    if run.on.spaces:  # every stage begins on both nodes, clip twice; only what was hit goes on on one
+    if run.on.spaces:
         both, left = {node.ip for node in run.on.nodes}, {run.on.nodes[0].ip}
-        before = nodes.index(left)
-        assert before > len(STAGES)
-        assert nodes == [both] * before + [left] * (len(nodes) - before)
+        assert nodes[-1] == left  # what was hit goes on with what is left
+        alone = [placed for placed in nodes[:-1] if placed != both]
+        assert len(alone) <= 1  # to Ray a node seems full, just after a stage has ended there
+        assert len(nodes) - len(alone) > len(STAGES)
 
 
 def tracked(run: Done) -> list[Any]:
@@ -340,8 +341,9 @@ def asked(run: Done) -> dict[str, str]:
 
 def test_a_node_keeps_nothing_that_another_would_need(run: Done, asked: dict[str, str]) -> None:
     assert asked["again"] == "smoke.2"
-    assert wait_for_end(run.on, "smoke.2")["status"] == "SUCCEEDED"
+    again = wait_for_end(run.on, "smoke.2")
     log = ddiff(run.on, "logs", "smoke.2").stdout
+    assert again["status"] == "SUCCEEDED", log[-4000:]
     assert [len(re.findall(rf"\b{name}: done before", log)) for name in STAGES] == [1] * len(STAGES)
     assert storage.store(run.home.root).info(run.home.at("report.html").address)["ETag"] == asked["page"]
     assert len(tracked(run)) == 1 + len(STAGES)  # of both jobs
