@@ -110,6 +110,11 @@ class Plan(NamedTuple):
     """For files of a run in a store, on the machines that are up; empty if they were not asked."""
 
     @property
+    def left(self) -> tuple[StagePlan, ...]:
+        """The stages that are still to train, all of them if it was not looked up."""
+        return tuple(s for s in self.stages if self.standing.get(s.spec.name, Standing("new")).word != "done")
+
+    @property
     def scratch_bytes(self) -> int:
         """Most disk that a run in a store uses on one node; see workflows.storage."""
         return sum(self.scratch().values()) if is_address(self.run) else 0
@@ -119,9 +124,7 @@ class Plan(NamedTuple):
 
         That of the stages that may train there at once, and of every bundle that was fetched before.
         """
-        done = [name for name, now in self.standing.items() if now.word == "done"]
-        left = [stage for stage in self.stages if stage.spec.name not in done]
-        some = [stage for stage in left if stage.may_lie_on(node)] if node else self.stages
+        some = [stage for stage in self.left if stage.may_lie_on(node)] if node else self.stages
         together = [(), *((stage,) for stage in some), *groups(self.stages, self.at_once)]
         here = [tuple(stage for stage in group if stage in some) for group in together]
         most = max(here, key=lambda group: sum(stage.scratch_bytes for stage in group))
@@ -191,9 +194,9 @@ def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node], *, at_once: i
 
 
 def refusals(plan: Plan) -> list[str]:
-    """Why the plan cannot be carried out, one line each; none if it can."""
-    found = [line for stage in plan.stages for line in stage_refusals(stage, plan.nodes)]
-    found = found or list(group_refusals(plan))
+    """Why the plan cannot be carried out, one line each; none if it can.  What is done needs nothing."""
+    alone = [line for stage in plan.left for line in stage_refusals(stage, plan.nodes)]
+    found = alone or list(group_refusals(plan))
     total = sum(plan.disk.values())
     if plan.free is not None and total > plan.free:
         parts = " + ".join(f"{amount(size)} {name}" for name, size in plan.disk.items() if size)
@@ -269,7 +272,7 @@ def group_refusals(plan: Plan) -> Iterator[str]:
 
     Too few GPUs are no reason: those stages take turns.
     """
-    bad = [group for group in groups(plan.stages, plan.at_once) if not fit_together(group, plan.nodes)]
+    bad = [group for group in groups(plan.left, plan.at_once) if not fit_together(group, plan.nodes)]
     if not bad:
         return
     worst = max(bad, key=reserved)

@@ -195,6 +195,16 @@ def test_one_stage_of_a_run_in_a_store_is_planned_on_the_parents_that_are_there(
     assert (lost.exit_code, "its clip 'clap' is neither" in lost.stderr) == (2, True)
 
 
+def test_stages_that_are_done_need_no_room(plan: Plan) -> None:
+    crowded = on(plan._replace(at_once=2), [ROOMY._replace(memory_bytes=2**20)])
+    assert len(refusals(crowded)) == len(crowded.stages)
+    done = dict.fromkeys((one.spec.name for one in crowded.stages), Standing("done"))
+    assert refusals(crowded._replace(standing=done)) == []
+    first = crowded.stages[0].spec.name
+    (line,) = refusals(crowded._replace(standing=done | {first: Standing("continues", 3)}))
+    assert line.startswith(f"{first}: ")
+
+
 def test_a_disk_that_is_too_small_is_refused_with_the_sum(plan: Plan) -> None:
     (line,) = refusals(plan._replace(free=1000))
     assert line.startswith(f"disk: runs/smoke will hold {amount(sum(plan.disk.values()))} = ")
