@@ -7,10 +7,10 @@ batches of 64 pairs: an image of 256 px, one of 64 px and 77 tokens; those named
 that size alone, which is what a stage trains on: ours from data that were prepared once, theirs from the
 tars in every epoch.  Each measurement is a process of its own on the same two cores; the methods
 alternate, and medians of their rounds are compared.
-Rates are over the last three quarters of the images, when every process has started; the time to
-the first batch has its own column.  CPU time is that of all processes and, unlike the rates, hardly
-depends on what else runs on the box.  Peak memory is the sum over all processes of their own pages
-and their share of common ones (PSS).
+Rates are over the last three quarters of the images, when every process has started (of prepared data,
+which are read far ahead, over all but the first batch); the time to the first batch has its own column.
+CPU time is that of all processes and, unlike the rates, hardly depends on what else runs on the box.
+Peak memory is the sum over all processes of their own pages and their share of common ones (PSS).
 """
 
 import argparse
@@ -233,13 +233,13 @@ def stage_batches(directory: Path, size: int) -> Iterator[dict[str, Any]]:
     """What the one worker of a stage reads, in the order of its training: one epoch."""
     import torch  # noqa: PLC0415
 
-    from dd_core.training import Budget  # noqa: PLC0415
     from jobs.recipes.demo import base  # noqa: PLC0415
     from workflows import feed  # noqa: PLC0415
     from workflows.reading import Reader, batches  # noqa: PLC0415
 
     wanted = feed.Wanted(size)
-    spec = base().but(batch_size=BATCH, budget=Budget(steps=pairs_in(directory) // BATCH))
+    spec = base()
+    spec = spec.but(batch_size=BATCH, budget=spec.budget.but(steps=pairs_in(directory) // BATCH))
     pieces = feed.survey(feed.prepared_files(directory / "prepared"), wanted)
     reader = Reader(spec, feed.Order(pieces, spec.seed, wanted), wanted, rank=0)
     for pair in batches(reader, first_step=0, device=torch.device("cpu")):
@@ -272,7 +272,7 @@ def measure(directory: Path, method: str) -> dict[str, float]:
     memory = PeakMemory()
     start = time.perf_counter()
     batches = OURS[method](directory) if method in OURS else webdataset_batches(directory, method)
-    warm = pairs_in(directory) // 4
+    warm = 1 if method in AGAINST else pairs_in(directory) // 4
     count, first, since, cpu = 0, 0.0, 0.0, 0.0
     for batch in batches:
         first = first or time.perf_counter() - start
