@@ -15,7 +15,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -343,10 +343,4 @@ def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], N
         table = feed.row_group(url, group, [column, "reject"], feed.PREPARE)
         usable = pc.equal(table["reject"], "").combine_chunks().to_numpy(zero_copy_only=False)
         data = table[column].filter(pa.array(usable)).to_pylist()
-        yield stacked(data, image_size), usable
-
-
-def stacked(data: Sequence[bytes], image_size: int) -> NDArray[np.uint8]:
-    """Image files of our own making as [b, 3, s, s]."""
-    pixels = b"".join(feed.decoded(one, image_size) for one in data)
-    return np.frombuffer(pixels, np.uint8).reshape(len(data), 3, image_size, image_size).copy()
+        yield feed.decoded(data, image_size), usable
