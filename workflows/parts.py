@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,7 +109,7 @@ def write_part(
     draft = here / f".part-{shard:05d}-{uuid.uuid4().hex}.draft"
     schema = pairs_schema(spec.sizes)
     try:
-        with plain_writer(draft, schema) as writer:
+        with plain_writer(draft, schema, compression="zstd") as writer:
             for table in prepared_tables(raw, shard, spec, remarks=remarks):
                 writer.write_table(table)  # a row group each
                 found = census([table])
@@ -163,12 +163,14 @@ def finish(home: Home, draft: Path, part: Part) -> None:
         (home.here / part.file).unlink()  # readers read it from the store
 
 
-def plain_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """The writer of a file that is read often: no compression or dictionary, a checksum for every page."""
+def plain_writer(
+    path: Path, schema: pa.Schema, *, compression: Literal["none", "zstd"] = "none"
+) -> pq.ParquetWriter:
+    """The writer of a file that is read often: no dictionary or statistics, a checksum for every page."""
     return pq.ParquetWriter(
         path,
         schema,
-        compression="none",
+        compression=compression,
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,

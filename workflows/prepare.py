@@ -41,7 +41,7 @@ from workflows.progress import SampleProgress
 from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
-LAYOUT = 1
+LAYOUT = 2
 """Changes when the same source and spec would give other files."""
 TOKENIZER = "open_clip SimpleTokenizer"
 REFUSED = "refused.json"
