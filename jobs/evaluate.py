@@ -162,6 +162,18 @@ def way_in(tags: Mapping[str, str]) -> Way:
     return Way(by, EvaluationSpec.model_validate(said["spec"]), own)
 
 
+def listed(scores: Mapping[str, Any]) -> str:
+    """Scores for people, one a line, each with its 95 % interval if it has one."""
+    intervals = scores.get("intervals", {})
+    lines = []
+    for name, found in scores.items():
+        if name != "intervals" and found is not None:
+            told = f"{found:.3f}" if isinstance(found, float) else f"{found}"
+            low, high = intervals.get(name, (None, None))
+            lines.append(f"{name}: {told}" + ("" if low is None else f" ({low:.3f} to {high:.3f})"))
+    return "\n".join(lines)
+
+
 def verdict_of(way: Way, scores: Mapping[str, Any]) -> str:
     """The scores in a line, for people."""
     if not scores:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from dd_core import sealed
 from jobs.cli import main
-from jobs.evaluate import Way, score_tags, way_by, way_in, way_of
+from jobs.evaluate import Way, listed, score_tags, way_by, way_in, way_of
 from jobs.recipes import consistency, guided, improved_ddpm, smoke
 from workflows.clip_judge import OwnData
 from workflows.evaluation_spec import EvaluationSpec
@@ -155,3 +155,8 @@ def test_tags_are_short_enough_for_mlflow(own: OwnData) -> None:
     tags = score_tags(Way("clip", SPEC, own), by_clip(0.5, 0.3))
     assert all(len(value) < 5000 for value in tags.values())
     assert json.loads(tags["score.way"])["own"]["taught"] is False
+
+
+def test_scores_are_told_one_a_line_with_their_intervals() -> None:
+    lines = listed(ORACLE | {"colour": None, "precision": "bf16"}).splitlines()
+    assert lines == ["all: 0.500 (0.200 to 0.800)", "n: 8", "failed: 0", "precision: bf16"]
