@@ -230,7 +230,7 @@ def prepared(directory: Path) -> Path:
 
 
 def stage_batches(directory: Path, size: int) -> Iterator[dict[str, Any]]:
-    """What the one worker of a stage reads, in the order of its training: one epoch."""
+    """What the one worker of a stage reads, in the order of its training: four epochs."""
     import torch  # noqa: PLC0415
 
     from jobs.recipes.demo import base  # noqa: PLC0415
@@ -239,7 +239,7 @@ def stage_batches(directory: Path, size: int) -> Iterator[dict[str, Any]]:
 
     wanted = feed.Wanted(size)
     spec = base()
-    spec = spec.but(batch_size=BATCH, budget=spec.budget.but(steps=pairs_in(directory) // BATCH))
+    spec = spec.but(batch_size=BATCH, budget=spec.budget.but(steps=4 * pairs_in(directory) // BATCH))
     pieces = feed.survey(feed.prepared_files(directory / "prepared"), wanted)
     reader = Reader(spec, feed.Order(pieces, spec.seed, wanted), wanted, rank=0)
     for pair in batches(reader, first_step=0, device=torch.device("cpu")):
