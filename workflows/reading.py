@@ -1,7 +1,8 @@
 """What a worker trains on: its share of the run, read ahead by Ray Data, as tensors on its device."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +22,7 @@ from workflows.train_spec import TrainSpec
 
 T = TypeVar("T")
 LEG_BYTES = 16 * 2**30
-"""Most bytes of images and embeddings in one leg, over all ranks; two legs are in memory at a time."""
+"""Most bytes of images and embeddings in one leg, over all ranks; three legs are in memory at a time."""
 
 
 class Reads(ray.data.Datasource):
@@ -69,7 +70,8 @@ def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterato
     if device.type != "cuda":
         yield from (on_device(pair, device) for pair in pairs)
         return
-    for pair in ahead((pinned(pair, device) for pair in pairs), "batch-ahead"):
+    in_pinned = (pinned(pair, device) for pair in pairs)
+    for pair in ahead(itertools.repeat(partial(next, in_pinned, None)), "batch-ahead"):
         yield on_device(pair, device)
 
 
@@ -123,7 +125,7 @@ def stretches(spec: TrainSpec, wanted: feed.Wanted, first_step: int) -> Iterator
     """The stretch of each leg, for all ranks: short at first, so that training begins soon."""
     store = ray.cluster_resources().get("object_store_memory", 0)
     steps = max(1, feed.table_rows(wanted) // spec.batch_size)  # about a table
-    most = max(steps, int(min(LEG_BYTES, store / 8)) // (spec.batch_size * wanted.row_bytes))
+    most = max(steps, int(min(LEG_BYTES, store / 12)) // (spec.batch_size * wanted.row_bytes))
     while first_step < spec.budget.steps:
         now = min(steps, spec.budget.steps - first_step)
         yield feed.Share(first_step, now, spec.batch_size, 0, 1)
@@ -131,38 +133,44 @@ def stretches(spec: TrainSpec, wanted: feed.Wanted, first_step: int) -> Iterator
 
 
 def read_ahead(reader: Reader, first_step: int) -> Iterator[Leg]:
-    """Every leg, read to its end while the one before it is trained on: by the first worker, for all.
+    """Every leg, read to its end while those before it are trained on: by the first worker, for all.
 
     A mix is read as a whole, and every rank trains on some of it: if each rank read for itself, each would
-    read everything.
+    read everything.  Two legs are read at a time: one alone leaves cores idle while its first task starts and
+    its last one ends.
 
     Ray Data's executor is not left waiting for the training: with all its outputs full it polls in a
     loop and holds the GIL while it does (Ray 2.60: training on two cores went at a third of its rate).
     A leg that has been read to its end has no executor.
     """
-    coming = theirs(reader, first_step) if reader.rank else ours(reader, first_step)
-    return ahead(coming, "read-ahead")
+    if reader.rank:
+        return ahead(itertools.repeat(partial(next, theirs(reader, first_step), None)), "read-ahead")
+    shares = enumerate(stretches(reader.spec, reader.wanted, first_step))
+    return ahead((partial(ours, reader, number, share) for number, share in shares), "read-ahead", 2)
 
 
-def ahead(coming: Iterator[T], thread: str) -> Iterator[T]:
-    """Each item, while a thread of this name makes the next; an error is raised where its item is due."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix=thread)
+def ahead(tasks: Iterable[Callable[[], T | None]], thread: str, at_a_time: int = 1) -> Iterator[T]:
+    """What the tasks return, in turn, until one returns None.
+
+    While an item is used, threads of this name carry out the next tasks; an error is raised where its item is
+    due.
+    """
+    waiting, pool = iter(tasks), ThreadPoolExecutor(at_a_time, thread_name_prefix=thread)
     try:
-        making = pool.submit(next, coming, None)
-        while (item := making.result()) is not None:
-            making = pool.submit(next, coming, None)
+        making = deque(pool.submit(task) for task in itertools.islice(waiting, at_a_time))
+        while making and (item := making.popleft().result()) is not None:
+            making.extend(pool.submit(task) for task in itertools.islice(waiting, 1))
             yield item
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ours(reader: Reader, first_step: int) -> Iterator[Leg]:
-    """Read every leg, and leave it for the other ranks."""
-    for number, share in enumerate(stretches(reader.spec, reader.wanted, first_step)):
-        leg = read_leg(reader.order, share, reader.wanted)
-        if reader.mailbox is not None:
-            ray.get(reader.mailbox.put.remote(number, leg))
-        yield leg
+def ours(reader: Reader, number: int, share: feed.Share) -> Leg:
+    """Read the leg of this number, and leave it for the other ranks."""
+    leg = read_leg(reader.order, share, reader.wanted)
+    if reader.mailbox is not None:
+        ray.get(reader.mailbox.put.remote(number, leg))
+    return leg
 
 
 def theirs(reader: Reader, first_step: int) -> Iterator[Leg]:

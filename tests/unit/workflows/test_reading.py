@@ -52,11 +52,12 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Order:
 @pytest.fixture
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Bytes that are read, of all workers; without Ray, tables lie in the memory of this process."""
-    found, real = Counter[str](), feed.row_group
+    found, real, counting = Counter[str](), feed.row_group, threading.Lock()
 
     def counted(url: str, group: int, columns: Any, remedy: str) -> pa.Table:
         table = real(url, group, columns, remedy)
-        found["bytes"] += table.nbytes
+        with counting:  # two legs are read at a time
+            found["bytes"] += table.nbytes
         return table
 
     def read_here(order: Order, share: Share, wanted: Wanted) -> Leg:
@@ -174,15 +175,33 @@ def test_a_gpu_trains_on_the_same_pairs_which_are_pinned_ahead_and_moved_when_th
     assert Counter(seen) == {"pinned by batch-ahead": STEPS - FIRST, "moved by MainThread": STEPS - FIRST}
 
 
-def test_an_error_made_ahead_is_raised_where_its_item_is_due() -> None:
-    def coming() -> Iterator[int]:
-        yield from (1, 2)
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_an_error_made_ahead_is_raised_where_its_item_is_due(at_a_time: int) -> None:
+    def broken() -> int:
         raise OSError("the disk")
 
-    supply = ahead(coming(), "test")
+    supply = ahead([lambda: 1, lambda: 2, broken], "test", at_a_time)
     assert [next(supply), next(supply)] == [1, 2]
     with pytest.raises(OSError, match="the disk"):
         next(supply)
+
+
+def test_what_is_made_two_at_a_time_comes_in_order_and_no_further_ahead() -> None:
+    begun, second = list[int](), threading.Event()
+
+    def made(number: int) -> int:
+        begun.append(number)
+        if number == 1:
+            second.set()
+        elif number == 0:
+            assert second.wait(20), "the second is not made beside the first"
+        return number
+
+    supply = ahead((partial(made, number) for number in range(6)), "test", 2)
+    for number in range(6):
+        assert next(supply) == number
+        assert max(begun) <= number + 2
+    assert next(supply, None) is None
 
 
 @pytest.mark.parametrize("seed", range(4))
