@@ -82,18 +82,22 @@ def guided() -> TrainSpec:
 
 def inpainting() -> RunSpec:
     """`run`, and both its models finetuned to fill holes by caption.  Two CPUs, no GPU, up to 8 GB."""
-    whole, painter = run(), ddpm.filling(guided())
-    enlarger = ddpm.filling(upsampler(), "filling_upsampler")
-    tuned = enlarger.but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
+    whole = run()
     hops = (
         HopSpec(stage="filling", how=SMALL, follows_request=True),
         HopSpec(stage="filling_upsampler", how=FAST27),
     )
     return whole.but(
         name="glide_inpainting",
-        stages=(*whole.stages, painter, tuned),
+        stages=(*whole.stages, ddpm.filling(guided()), filling_upsampler(upsampler())),
         cascade=whole.cascade.but(name="glide_inpainting", hops=hops),
     )
+
+
+def filling_upsampler(before: TrainSpec) -> TrainSpec:
+    """The upsampler finetuned to enlarge into holes, at a third of its rate."""
+    tuned = ddpm.filling(before, "filling_upsampler")
+    return tuned.but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
 
 
 def upsampler() -> TrainSpec:

@@ -82,6 +82,10 @@ def inpainting() -> RunSpec:
     Two CPUs, no GPU, up to 8 GB.
     """
     whole = run()
-    filling = ddpm.filling(base()).but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
     hop = HopSpec(stage="filling", how=SAMPLED, follows_request=True)
-    return whole.but(stages=(*whole.stages, filling), cascade=whole.cascade.but(hops=(hop,)))
+    return whole.but(stages=(*whole.stages, filling(base())), cascade=whole.cascade.but(hops=(hop,)))
+
+
+def filling(before: TrainSpec) -> TrainSpec:
+    """The base finetuned to fill holes, at a third of its rate."""
+    return ddpm.filling(before).but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))

@@ -112,14 +112,18 @@ def joint() -> RunSpec:
 def inpainting() -> RunSpec:
     """`run`, and its base finetuned to fill holes by caption.  Two CPUs, no GPU, up to 8 GB."""
     whole = run()
-    budget = ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150)
-    filling = ddpm.filling(base()).but(budget=budget)
     hop = HopSpec(stage="filling", how=DDIM50, follows_request=True)
     return whole.but(
         name="latent_inpainting",
-        stages=(*whole.stages, filling),
+        stages=(*whole.stages, filling(base())),
         cascade=whole.cascade.but(name="latent_inpainting", hops=(hop,)),
     )
+
+
+def filling(before: TrainSpec) -> TrainSpec:
+    """The base finetuned to fill holes."""
+    budget = ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150)
+    return ddpm.filling(before).but(budget=budget)
 
 
 def paper() -> RunSpec:

@@ -13,25 +13,39 @@ GUIDING = "guiding_clip"
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and thirteen more, some 50 minutes; two CPUs, no GPU, up to 8 GB."""
+    """The demo's seven stages and twenty-two more, some two hours; two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, *others()))
 
 
 def others() -> tuple[TrainSpec, ...]:
     """Every other stage, under a name that says whose it is."""
+    teacher = improved_ddpm.base().but(name="improved_ddpm")
+    talking = glide.guided().but(name="glide", parents={"start": "glide_base"})
+    enlarger = glide.upsampler().but(name="glide_upsampler")
+    told = latent.base().but(name="latent")
+    book = {"clip": "clip", "autoencoder": "vq_autoencoder"}
     return (
         consistency.consistency(),
         autoregressive.prior(),
-        improved_ddpm.base().but(name="improved_ddpm"),
+        teacher,
         guided.base().but(name="untold"),
         unclip.small().stage("decoder"),
         guided.noised_clip().but(name=GUIDING),
         guided.classifier(),
         glide.base().but(name="glide_base"),
-        latent.base().but(name="latent"),
+        told,
         latent.vq().stage("autoencoder").but(name="vq_autoencoder"),
-        glide.guided().but(name="glide", parents={"start": "glide_base"}),
-        glide.upsampler().but(name="glide_upsampler"),
+        talking,
+        enlarger,
         ddpm.base().but(name="ddpm"),
+        consistency.student_of_classes(teacher).but(name="class_student"),
+        improved_ddpm.filling(teacher).but(name="class_filling"),
+        ddpm.filling(talking, "glide_filling"),
+        glide.filling_upsampler(enlarger).but(name="glide_filling_upsampler"),
+        latent.filling(told).but(name="latent_filling"),
+        latent.joint().stage("base").but(name="latent_joint"),
+        told.but(name="latent_vq", parents=book),
+        unclip.enlarging("blur").but(name="blurred_upsampler"),
+        unclip.enlarging("bsr").but(name="bsr_upsampler"),
     )

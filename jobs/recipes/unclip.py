@@ -7,6 +7,8 @@ Sources: Ramesh et al. 2022 (arXiv:2204.06125), table 3 (iterations, batches, ra
 code of Karlo (sizes, frozen CLIP states in place of a text transformer).
 """
 
+from typing import Literal
+
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.layouts.published import published
 from dd_core.nets.clip import ClipNetSpec
@@ -105,25 +107,6 @@ def small_causal() -> RunSpec:
         width=192, layers=2, heads=3, context_length=demo.CONTEXT, embedding_width=towers.embedding_width
     )
     prior = demo.prior().but(name="causal_prior", stage=CausalPriorStageSpec(net=net))
-    unet = ddpm.UNET.but(
-        width=48, blocks_per_level=1, attention_at=(), attention_in_middle=False, image_channels=3
-    )
-    enlarging = ChainSpec(
-        net=PlainSpec(unet=unet),
-        image_size=256,
-        factor=4,
-        schedule=COSINE,
-        predicts=ddpm.PREDICTS,
-        told_dropout=0.0,
-        degrades="blur",
-        crop=64,
-    )
-    upsampler = ddpm.base().but(
-        name="upsampler",
-        stage=enlarging,
-        budget=Budget(steps=600, checkpoint_every=300, report_every=25),
-        batch_size=64,
-    )
     hops = (
         HopSpec(stage="causal_prior", how=ANALYTIC.but(guidance_scale=1.0)),
         HopSpec(stage="decoder", how=SMALL, follows_request=True),
@@ -131,7 +114,7 @@ def small_causal() -> RunSpec:
     )
     return before.but(
         name="unclip_small_causal",
-        stages=(clip.but(stage=clip.stage.but(net=towers)), prior, small_decoder(towers), upsampler),
+        stages=(clip.but(stage=clip.stage.but(net=towers)), prior, small_decoder(towers), enlarging("blur")),
         cascade=before.cascade.but(name="unclip_small_causal", hops=hops),
     )
 
@@ -154,6 +137,29 @@ def small_decoder(towers: ClipNetSpec) -> TrainSpec:
         stage=stage,
         parents={"clip": "clip"},
         samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL),
+    )
+
+
+def enlarging(degrades: Literal["blur", "bsr"]) -> TrainSpec:
+    """64 -> 256 px, trained on crops of 64 px whose small picture is degraded as published."""
+    unet = ddpm.UNET.but(
+        width=48, blocks_per_level=1, attention_at=(), attention_in_middle=False, image_channels=3
+    )
+    stage = ChainSpec(
+        net=PlainSpec(unet=unet),
+        image_size=256,
+        factor=4,
+        schedule=COSINE,
+        predicts=ddpm.PREDICTS,
+        told_dropout=0.0,
+        degrades=degrades,
+        crop=64,
+    )
+    return ddpm.base().but(
+        name="upsampler",
+        stage=stage,
+        budget=Budget(steps=600, checkpoint_every=300, report_every=25),
+        batch_size=64,
     )
 
 

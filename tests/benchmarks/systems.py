@@ -7,7 +7,8 @@ Each system paints captions that training never saw, with the same seeds, in thi
 `two`, `unseen` and the attributes are as in an evaluation.  For networks that are told no caption there
 are `things` (share of pictures of one to three things, each of a shape and a colour that have a name) and,
 where classes are asked for (class i modulo eight in picture i), `class` (share with a thing of that colour).
-`clip` is the cosine of picture and caption by the run's own CLIP, if it has one.
+`clip` is the cosine of picture and caption by the run's own CLIP, if it has one.  Of `re-ranking` several
+pictures of a caption are painted, and the one is judged whose `clip` is highest.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from dd_core import bundle
-from dd_core.cascade import CascadeState, HopSpec, run
+from dd_core.cascade import CascadeState, Hop, HopSpec, run
 from dd_core.images import to_bytes, to_unit
+from dd_core.samplers import SamplingSpec
 from dd_core.stage import Trained
 from dd_core.stages import load_hop
 from dd_core.stages.clip import clip_of
@@ -66,6 +68,8 @@ class System(NamedTuple):
     """The hop that `ways` change."""
     ways: Ways
     labels: bool = False
+    candidates: int = 1
+    """Pictures of each caption; the nearest to it by CLIP is kept."""
 
 
 def renamed(hops: Sequence[HopSpec], **names: str) -> tuple[HopSpec, ...]:
@@ -86,6 +90,13 @@ def led(score: str, *weights: float) -> Ways:
 
 def all_systems() -> dict[str, System]:
     """Every system of the table."""
+    teacher = renamed(improved_ddpm.run().cascade.hops, base="improved_ddpm")
+    plain = HopSpec(
+        stage="improved_ddpm", how=SamplingSpec(spacing="trailing", num_steps=25, guidance_scale=3.0)
+    )
+    latents = latent.run().cascade.hops
+    written = autoregressive.cascade().hops
+    one_draw = {"one draw": {"draws": 1}}
     classes = guided.classes().cascade.hops
     (led_hop,) = renamed(guided.run().cascade.hops, base="untold")
     led_hop = led_hop.but(guides=led_hop.guides | {"noised_clip": systems.GUIDING})
@@ -94,32 +105,49 @@ def all_systems() -> dict[str, System]:
         "consistency": System(
             consistency.cascade().hops, "consistency", {f"{n} steps": {"num_steps": n} for n in (1, 2, 4)}
         ),
-        "autoregressive": System(autoregressive.cascade().hops, "autoregressive_prior", {"8 draws": {}}),
+        "autoregressive": System(written, "autoregressive_prior", {"8 draws": {}} | one_draw),
+        "re-ranking": System(written, "autoregressive_prior", one_draw, candidates=8),
         "unclip": System(unclip.small().cascade.hops, "decoder", scaled(1, 2, 4)),
         "glide": System(
             renamed(glide.run().cascade.hops, guided="glide", upsampler="glide_upsampler"),
             "glide",
             scaled(1, 3),
         ),
-        "latent": System(renamed(latent.run().cascade.hops, base="latent"), "latent", scaled(1, 3)),
+        "latent": System(renamed(latents, base="latent"), "latent", scaled(1, 3)),
+        "latent.vq": System(renamed(latents, base="latent_vq"), "latent_vq", scaled(3)),
+        "latent.joint": System(renamed(latents, base="latent_joint"), "latent_joint", scaled(3)),
         "guided": System((led_hop,), "untold", led("caption", 3, 30)),
         "guided.classes": System(
             renamed(classes, base="untold"), "untold", led("classes", 3, 10), labels=True
         ),
         "improved_ddpm": System(
-            renamed(improved_ddpm.run().cascade.hops, base="improved_ddpm"),
+            teacher,
             "improved_ddpm",
-            scaled(1, 3),
+            scaled(1, 3) | {"guidance 3, learned variance": {"guidance_scale": 3.0, "variance": "learned"}},
+            labels=True,
+        ),
+        "solvers": System(
+            (plain,),
+            "improved_ddpm",
+            {
+                "DDIM, 25 steps": {"sampler": "ddim"},
+                "DPM-Solver++, 25 steps": {"sampler": "dpmpp_2m", "spacing": "karras"},
+                "Heun, 13 steps": {"sampler": "heun", "spacing": "karras", "num_steps": 13},
+            },
+            labels=True,
+        ),
+        "consistency.classes": System(
+            renamed(consistency.classes().cascade.hops, consistency="class_student"),
+            "class_student",
+            {"4 steps": {"num_steps": 4}},
             labels=True,
         ),
         "ddpm": System(renamed(ddpm.run().cascade.hops, base="ddpm"), "ddpm", {"100 steps": {}}),
     }
 
 
-def paint(
-    run_directory: Path, system: System, how: Mapping[str, Any], cases: Sequence[Case]
-) -> tuple[Tensor, float]:
-    """Pictures [n 3 h w] in [-1, 1], and seconds for each."""
+def opened(run_directory: Path, system: System) -> list[Hop]:
+    """The hops of a system, ready to paint."""
     whole = systems.run()
 
     def trained(stage: str) -> Trained:
@@ -130,13 +158,21 @@ def paint(
         parents = {role: name for role, name in whole.stage(hop.stage).parents.items() if role != "start"}
         known = {role: trained(name) for role, name in {**parents, **hop.guides}.items()}
         hops.append(load_hop(trained(hop.stage), known, device="cpu"))
+    return hops
+
+
+def paint(
+    run_directory: Path, system: System, how: Mapping[str, Any], cases: Sequence[Case], first_seed: int = 0
+) -> tuple[Tensor, float]:
+    """Pictures [n 3 h w] in [-1, 1], and seconds for each."""
+    hops = opened(run_directory, system)
     plan = [hop.how.but(**how) if hop.stage == system.changes else hop.how for hop in system.hops]
     caption = torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))
     asked = torch.arange(len(cases)) % len(NAMES)
     found, began = [], time.perf_counter()
     for first in range(0, len(cases), BATCH):
         part = slice(first, min(first + BATCH, len(cases)))
-        seeds = list(range(part.start, part.stop))
+        seeds = [first_seed + number for number in range(part.start, part.stop)]
         state = CascadeState(seeds, caption[part], label=asked[part] if system.labels else None)
         for hop, chosen in zip(hops, plan, strict=True):
             state = run(hop, state, chosen)
@@ -165,12 +201,28 @@ def told(cases: Sequence[Case], pictures: Tensor) -> dict[str, float]:
     }
 
 
+def best(
+    run_directory: Path, system: System, how: Mapping[str, Any], cases: Sequence[Case], clip: Trained | None
+) -> tuple[Tensor, float]:
+    """As `paint`: of the candidates of each caption the nearest to it by CLIP (DALL-E 1's re-ranking)."""
+    found, seconds = paint(run_directory, system, how, cases)
+    if system.candidates == 1:
+        return found, seconds
+    assert clip is not None, "re-ranking needs the run's CLIP"
+    every, near = [found], [nearness(cases, found, clip)]
+    for draw in range(1, system.candidates):
+        pictures, more = paint(run_directory, system, how, cases, draw * len(cases))
+        every, near, seconds = [*every, pictures], [*near, nearness(cases, pictures, clip)], seconds + more
+    chosen = torch.stack(near).argmax(0)
+    return torch.stack(every)[chosen, torch.arange(len(cases))], seconds
+
+
 @torch.no_grad()
-def nearness(cases: Sequence[Case], pictures: Tensor, clip: Trained) -> float:
-    """Mean cosine of pictures and captions."""
+def nearness(cases: Sequence[Case], pictures: Tensor, clip: Trained) -> Tensor:
+    """Cosine of each picture with its caption, [n]."""
     towers = clip_of(clip)
     wanted = towers.read(torch.tensor(tokens([case.caption for case in cases], demo.CONTEXT))).embedding
-    return F.cosine_similarity(wanted, towers.embed_image(pictures)).mean().item()
+    return F.cosine_similarity(wanted, towers.embed_image(pictures))
 
 
 def rebuilt(run_directory: Path, count: int) -> dict[str, float]:
@@ -203,10 +255,10 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     for name, system in all_systems().items():
         for way, how in system.ways.items() if name in only else ():
-            pictures, seconds = paint(options.run, system, how, cases)
+            pictures, seconds = best(options.run, system, how, cases, clip)
             row = told(cases, pictures) | {"image_s": seconds}
             if clip is not None:
-                row["clip"] = nearness(cases, pictures, clip)
+                row["clip"] = nearness(cases, pictures, clip).mean().item()
             table[f"{name}, {way}"] = row
             words = "  ".join(f"{key} {row[key]:.3g}" for key in COLUMNS if row.get(key) is not None)
             sys.stdout.write(f"{name}, {way}: {words}\n")
