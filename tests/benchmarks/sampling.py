@@ -1,6 +1,6 @@
 """Images per second of sampling: 20 guided DDIM steps, ours against a diffusers loop.
 
-    python -m tests.benchmarks.sampling [--rounds 5] [--one-thread] [--json FILE]
+    python -m tests.benchmarks.sampling [--rounds 5] [--compile] [--one-thread] [--json FILE]
 
 Both sides have the same network with the same weights (tests/benchmarks/train_step.py), start from
 the same noise and take the same steps with the same guidance; in float32 they paint the same image, to
@@ -60,11 +60,14 @@ def all_sigmas() -> Tensor:
 
 
 def in_mode(network: nn.Module, mode: str, device: str) -> nn.Module:
-    """The network on the device, in the mode's precision and memory layout."""
+    """The network on the device, in the mode's precision and memory layout, eager or compiled."""
     network = network.to(device).eval().requires_grad_(False)
     if "bf16" in mode:
         network = network.bfloat16()
-    return network.to(memory_format=torch.channels_last) if "channels_last" in mode else network
+    network = network.to(memory_format=torch.channels_last) if "channels_last" in mode else network
+    if "compiled" in mode:
+        network.compile()
+    return network
 
 
 def ours(mode: str, noise: Tensor, text: Tensor) -> Paint:
@@ -146,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--compile", action="store_true", help="compare the compiled networks instead")
     parser.add_argument("--modes", help="only these, joined by commas")
     parser.add_argument("--one-thread", action="store_true", help="CPU time of one thread, for a busy box")
     parser.add_argument("--json", type=Path)
@@ -153,13 +157,15 @@ def main() -> None:
     if options.one_thread:
         torch.set_num_threads(1)
     modes = modes_on("cuda" if torch.cuda.is_available() else "cpu")
+    if options.compile:  # the faster precision, in both layouts
+        modes = tuple(f"{mode} compiled" for mode in modes[-2:])
     if options.modes:
         modes = tuple(options.modes.split(","))
     found = [compare(int(size), options.rounds, modes) for size in options.batches.split(",")]
     for batch in found:
         for row in batch["rows"]:
             sys.stdout.write(
-                f"batch {batch['batch']}  {row['who']:8} {row['mode']:20}"
+                f"batch {batch['batch']}  {row['who']:8} {row['mode']:28}"
                 f" {row['images_per_s']:8.2f} images/s\n"
             )
         sys.stdout.write(f"batch {batch['batch']}  best mode of each {batch['ours / theirs']:25.2f} x\n")
