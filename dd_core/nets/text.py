@@ -19,6 +19,9 @@ from dd_core.nets.attention import attend
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.spec import Spec
 
+AMPLITUDE = 0.5
+"""Of tokens and places at the start: what a block adds is about as large, and would drown smaller ones."""
+
 
 class TextSpec(Spec):
     """Size of a text transformer; the defaults are GLIDE's published one."""
@@ -98,11 +101,11 @@ class TextTransformer(nn.Module):
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         self.tokens = nn.Embedding(spec.vocab_size, spec.width)
-        self.places = nn.Parameter(0.01 * torch.randn(spec.context_length, spec.width))
-        self.padding = nn.Parameter(0.01 * torch.randn(spec.context_length, spec.width))
+        self.places = nn.Parameter(AMPLITUDE * torch.randn(spec.context_length, spec.width))
+        self.padding = nn.Parameter(AMPLITUDE * torch.randn(spec.context_length, spec.width))
         self.blocks = nn.ModuleList(TextBlock(spec.width, spec.heads) for _ in range(spec.layers))
         self.norm = nn.LayerNorm(spec.width)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.tokens.weight, std=AMPLITUDE)
 
     def forward(self, tokens: Int[Tensor, " b l"], heard: Bool[Tensor, " b l"]) -> Float[Tensor, " b l d"]:
         x = torch.where(heard[:, :, None], self.tokens(tokens) + self.places, self.padding)

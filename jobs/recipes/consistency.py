@@ -64,7 +64,7 @@ def student_of_classes(teacher: TrainSpec) -> TrainSpec:
         stage=stage,
         parents={"base": teacher.name},
         optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=2e-3, warmup_steps=20, ema_images=1_500),
-        budget=Budget(steps=600, checkpoint_every=100, report_every=20, sample_every=150),
+        budget=Budget(steps=1_500, checkpoint_every=250, report_every=20, sample_every=500),
         samples=SamplesSpec(prompts=("",) * 8, how=JUMPS),
     )
 

@@ -51,16 +51,21 @@ def cascade(context_length: int, how: SamplingSpec) -> CascadeSpec:
 
 
 def base() -> TrainSpec:
-    """64 px, cosine schedule, hybrid loss, captions never dropped."""
+    """64 px, hybrid loss, captions never dropped; linear betas, the published model has cosine.
+
+    In pictures as plain as these all is to be seen below a noise level of 10, so that captions are needed
+    above it only.  There are 6 % of cosine's timesteps, and of 96,000 captions it learned nothing; of linear
+    betas it is a third.
+    """
     net = CaptionedSpec(
         unet=ddpm.UNET.but(text_width=128),
         text=TextSpec(width=128, layers=4, heads=4, context_length=demo.CONTEXT, vocab_size=49_408),
     )
     return TrainSpec(
         name="base",
-        stage=ChainSpec(net=net, schedule=COSINE, predicts=ddpm.PREDICTS, loss="hybrid", told_dropout=0.0),
+        stage=ChainSpec(net=net, schedule=LINEAR, predicts=ddpm.PREDICTS, loss="hybrid", told_dropout=0.0),
         optimizer=ddpm.OPTIMIZER,
-        budget=ddpm.BUDGET,
+        budget=ddpm.BUDGET.but(steps=3_000),
         batch_size=ddpm.BATCH,
         **WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL.but(num_steps=50, guidance_scale=1.0)),
@@ -75,7 +80,7 @@ def guided() -> TrainSpec:
         stage=before.stage.but(told_dropout=0.2),
         parents={"start": "base"},
         optimizer=ddpm.OPTIMIZER.but(learning_rate=3e-4),
-        budget=ddpm.BUDGET.but(steps=300, checkpoint_every=300, sample_every=150),
+        budget=ddpm.BUDGET.but(steps=600, checkpoint_every=300, sample_every=300),
         samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL.but(num_steps=50)),
     )
 

@@ -68,7 +68,7 @@ def base() -> TrainSpec:
         name="base",
         stage=stage,
         optimizer=ddpm.OPTIMIZER,
-        budget=ddpm.BUDGET,
+        budget=ddpm.BUDGET.but(steps=3_000),
         batch_size=ddpm.BATCH,
         **WORKER,
         samples=SamplesSpec(prompts=("",) * 4, how=ddpm.ANCESTRAL.but(num_steps=50)),

@@ -56,7 +56,7 @@ def base() -> TrainSpec:
         stage=stage,
         label=LABEL,
         optimizer=ddpm.OPTIMIZER,
-        budget=ddpm.BUDGET,
+        budget=ddpm.BUDGET.but(steps=3_000),
         batch_size=ddpm.BATCH,
         **WORKER,
         samples=SamplesSpec(prompts=("",) * len(LABEL.classes), how=SAMPLED.but(num_steps=50)),
@@ -71,7 +71,7 @@ def bound() -> RunSpec:
     """
     whole, trained = run(), base()
     assert isinstance(trained.stage, ChainSpec)
-    by_bound = trained.but(stage=trained.stage.but(loss="vlb", predicts="eps"))
+    by_bound = trained.but(stage=trained.stage.but(loss="vlb", predicts="eps"), budget=ddpm.BUDGET)
     cascaded = whole.cascade.but(name="improved_ddpm_bound")
     return whole.but(name="improved_ddpm_bound", stages=(by_bound,), cascade=cascaded)
 
@@ -88,4 +88,6 @@ def inpainting() -> RunSpec:
 
 def filling(before: TrainSpec) -> TrainSpec:
     """The base finetuned to fill holes, at a third of its rate."""
-    return ddpm.filling(before).but(optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3))
+    return ddpm.filling(before).but(
+        optimizer=ddpm.OPTIMIZER.but(learning_rate=1e-3), budget=ddpm.BUDGET.but(steps=1_500)
+    )

@@ -81,7 +81,7 @@ def base() -> TrainSpec:
         stage=stage,
         parents={"clip": "clip", "autoencoder": "autoencoder"},
         optimizer=ddpm.OPTIMIZER,
-        budget=ddpm.BUDGET.but(steps=600, checkpoint_every=300, sample_every=300),
+        budget=ddpm.BUDGET.but(steps=4_000),
         batch_size=ddpm.BATCH,
         **WORKER,
         samples=SamplesSpec(prompts=demo.PROMPTS, how=DDIM50.but(num_steps=20)),

@@ -136,6 +136,7 @@ def small_decoder(towers: ClipNetSpec) -> TrainSpec:
         name="decoder",
         stage=stage,
         parents={"clip": "clip"},
+        budget=ddpm.BUDGET.but(steps=4_000),
         samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL),
     )
 

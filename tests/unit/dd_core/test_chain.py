@@ -383,7 +383,7 @@ def beaten(spec: ChainSpec, steps: int) -> tuple[ChainStage, float, float]:
 def night_and_day() -> tuple[Trained, float, float]:
     unet = UNET.but(channel_mult=(1,), attention_at=(), text_width=16)
     spec = GLIDE.but(net=GLIDE.net.but(unet=unet), image_size=8, predicts="x0")  # type: ignore[union-attr]
-    stage, loss, baseline = beaten(spec, 100)
+    stage, loss, baseline = beaten(spec, 150)
     return Trained(spec, stage.model.state_dict()), loss, baseline
 
 
