@@ -184,7 +184,7 @@ def theirs(reader: Reader, first_step: int) -> Iterator[Leg]:
 
 
 def read_leg(order: feed.Order, share: feed.Share, wanted: feed.Wanted) -> Leg:
-    """The rows of one leg, in order, in Ray's object store."""
+    """The rows of one leg, in order, in Ray's object store; two legs together may use every CPU."""
     tasks = feed.tasks(order, share, wanted)
     readers = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
     dataset = ray.data.read_datasource(

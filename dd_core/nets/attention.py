@@ -37,7 +37,7 @@ def attend(
     """
     half = kind_of(q) == "cpu" and all(of.dtype == torch.bfloat16 for of in (q, k, v))
     trained = half and torch.is_grad_enabled()
-    if half and not trained and fits(q, k, mask) and not torch.compiler.is_compiling():
+    if half and not trained and not torch.compiler.is_compiling() and fits(q, k, mask):
         heard = None if mask is None else mask[:, 0, 0].expand(len(q), -1)
         found: Tensor = torch.ops.ddiff.attention(q, k, v, heard)
         return found
@@ -86,19 +86,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heard: Tensor | None) -> Tensor:
         q: Queries, `b h n d`, d a multiple of LANES.
         k: Keys, `b h m d`.
         v: Values, `b h m d`.
-        heard: False for keys that nothing looks at, `b m`; of every sample at least one is True.
+        heard: False for keys that nothing looks at, `b m`; where all are False the result is NaN.
 
     Raises:
-        ValueError: Sizes or dtypes do not match, so that the loop would read beyond its tensors.
+        ValueError: Sizes or dtypes do not match, so that the loop would read beyond its tensors, or a size is
+            0.
     """
     (batch, heads, _, width), keys = q.shape, k.shape[2]
     halves = all(of.dtype == torch.bfloat16 for of in (q, k, v))
     fit = k.shape == v.shape == (batch, heads, keys, width) and not width % LANES and halves
+    fit = fit and bool(q.numel() and k.numel())
     if not fit or (heard is not None and (heard.shape != (batch, keys) or heard.dtype != torch.bool)):
         raise ValueError(
             f"queries {tuple(q.shape)} in bfloat16, of a width that {LANES} divides, want keys and values of"
-            f" (b, h, m, d) and heard, bool, of (b, m); got {tuple(k.shape)}, {tuple(v.shape)} and"
-            f" {None if heard is None else tuple(heard.shape)}"
+            f" (b, h, m, d), none of them empty, and heard, bool, of (b, m); got {tuple(k.shape)},"
+            f" {tuple(v.shape)} and {None if heard is None else tuple(heard.shape)}"
         )
     loops = compiled(SOURCE)
     assert loops is not None

@@ -1,5 +1,6 @@
 """Attention, fused or written out, is softmax(q k / sqrt(d)) v over the keys that a mask lets it see."""
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -69,9 +70,46 @@ def test_the_loops_are_attention_to_the_rounding_of_weights(
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
     with torch.no_grad():
         found = attend(query, key, value, mask)
+        heard = None if mask is None else mask[:, 0, 0]
+        assert torch.equal(found, torch.ops.ddiff.attention(query, key, value, heard))
     assert found.shape == query.shape
     assert found.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(found.double(), exact, atol=6e-3, rtol=1e-2)
+
+
+@looped
+@torch.no_grad()
+def test_the_loops_read_tensors_however_they_lie_in_memory() -> None:
+    torch.manual_seed(0)
+    straight = sides_of_one(2, 3, 9, 20, 32)
+    one_mask = torch.rand(1, 1, 1, 20) < 0.5
+    plain = attend(*straight), attend(*straight, one_mask.expand(2, 1, 1, 20).contiguous())
+    turned = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in straight]
+    apart = [torch.stack([part, part], 3)[:, :, :, 0] for part in straight]
+    for parts in (straight, turned, apart):
+        assert torch.equal(attend(*parts), plain[0])
+        assert torch.equal(attend(*parts, one_mask), plain[1])
+    same = [part[:1].expand(2, 3, -1, 32) for part in straight]
+    assert torch.equal(attend(*same)[1], plain[0][0])
+
+
+@looped
+@torch.no_grad()
+def test_compiled_attention_is_one_graph() -> None:
+    query, key, value = sides_of_one(1, 2, 4, 5, 16)
+    unchecked = inspect.unwrap(attend)  # the checks of types that tests add cannot be compiled
+    found = torch.compile(unchecked, backend="eager", fullgraph=True)(query, key, value)
+    torch.testing.assert_close(found, attend(query, key, value), atol=0.02, rtol=0.02)
+
+
+@looped
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 2, 3), (1, 0, 3), (1, 2, 0)])
+def test_empty_tensors_are_left_to_pytorch(batch: int, queries: int, keys: int) -> None:
+    parts = sides_of_one(batch, 2, queries, keys, 16)
+    assert torch.equal(attend(*parts), F.scaled_dot_product_attention(*parts))
+    with pytest.raises(ValueError, match="none of them empty"):
+        torch.ops.ddiff.attention(*parts, None)
 
 
 @looped
@@ -114,7 +152,7 @@ def test_sizes_that_do_not_match_are_refused_before_the_loop_reads_beyond_its_te
         (query, key, value, heard[:, :4]),
         (query, key, value, heard.long()),
     ):
-        with pytest.raises(ValueError, match="want keys and values of"):
+        with pytest.raises(ValueError, match="want keys and values"):
             torch.ops.ddiff.attention(*wrong)
 
 
