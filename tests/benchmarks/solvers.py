@@ -1,7 +1,7 @@
 """Score over calls of the network: every solver on one base, and the consistency model distilled from it.
 
-    ddiff run --recipe consistency.classes
-    python -m tests.benchmarks.solvers runs/improved_ddpm [--pictures 32] [--plot FILE] [--json FILE]
+    ddiff run --recipe systems
+    python -m tests.benchmarks.solvers runs/demo [--pictures 32] [--plot FILE] [--json FILE]
         [--only DDPM,Heun] [--add FILE ...]
 
 For every solver picture i has seed i and class i modulo eight, a colour.  It is right if the oracle reads a
@@ -146,7 +146,7 @@ def main() -> None:
         told = json.loads(path.read_text())
         curves |= {name: [Score(**point) for point in points] for name, points in told.items()}
     if STUDENT in only:
-        hop = opened(options.run, "consistency")
+        hop = opened(options.run, "class_student")
         assert isinstance(hop, ConsistencyHop)
         few, jumps = possible_jumps(hop.spec), SamplingSpec(sampler="consistency", guidance_scale=1.0)
         ways = [(calls, jumps.but(num_steps=calls)) for calls in few or JUMPS]
@@ -159,7 +159,7 @@ def main() -> None:
                 for calls in CALLS
                 if calls <= options.most
             ]
-            curves[name] = measured(name, opened(options.run, "base"), ways, options)
+            curves[name] = measured(name, opened(options.run, "improved_ddpm"), ways, options)
     if options.plot:
         chart(curves, options.pictures).savefig(options.plot, dpi=110, metadata={"Software": None})
     if options.json:
