@@ -13,7 +13,7 @@ GUIDING = "guiding_clip"
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and twenty-two more, some two hours; two CPUs, no GPU, up to 8 GB."""
+    """The demo's seven stages and twenty-two more, some three hours; two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, *others()))
 
