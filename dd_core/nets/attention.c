@@ -10,7 +10,7 @@
 
 typedef struct {
     long batch, heads, queries, keys, width;     /* width: of a head, a multiple of 16 */
-    long of_q[3], of_k[3], of_v[3], of_out[3];   /* numbers between samples, heads, rows; even */
+    long of_q[3], of_k[3], of_v[3], of_out[3];   /* numbers between samples, heads, rows */
     float scale;
     int threads;
 } Task;
@@ -38,7 +38,8 @@ INLINE int pair_at(const Half *at) {
 /* 2^x for x <= 0; 0 for -inf.  Of the fraction in [-1/2, 1/2] by a polynomial, relative error 2e-7. */
 INLINE F power_of_two(F x) {
     x = _mm512_max_ps(_mm512_set1_ps(-150), x); /* in this order NaN stays NaN */
-    F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
+    F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    F part = _mm512_sub_ps(x, whole);
     F y = _mm512_set1_ps(1.5403530e-4f);
     y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.3333558e-3f));
     y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291e-3f));
@@ -51,8 +52,8 @@ INLINE F power_of_two(F x) {
 
 /* laid[p][j]: numbers 2 p and 2 p + 1 of key j, side by side. */
 static void lay_keys(const Half *k, long between, long keys, long room, long width, int *laid) {
-    __m512i step = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                      _mm512_set1_epi32((int)(between * sizeof(Half))));
+    __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i step = _mm512_mullo_epi32(place, _mm512_set1_epi32((int)(between * sizeof(Half))));
     for (long j = 0; j < room; j += LANES) {
         long left = keys - j;
         __mmask16 there = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
@@ -140,7 +141,8 @@ INLINE void seen(const Half *weight, const int *laid, const float *shares, long 
     for (int i = 0; i < rows; i++)
         for (int s = 0; s < lanes; s++) {
             F mean = _mm512_mul_ps(sum[i][s], _mm512_set1_ps(shares[i]));
-            _mm256_storeu_si256((void *)(out + i * between + c + s * LANES), (__m256i)_mm512_cvtneps_pbh(mean));
+            void *to = out + i * between + c + s * LANES;
+            _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(mean));
         }
 }
 
@@ -191,7 +193,8 @@ void attention(const Half *q, const Half *k, const Half *v, Half *out, const uin
     long each = ((task.queries + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
 #pragma omp parallel for num_threads(task.threads) schedule(static)
     for (long i = 0; i < whole * parts; i++) {
-        long b = i / parts / task.heads, h = i / parts % task.heads, begin = i % parts * each, end = begin + each;
+        long b = i / parts / task.heads, h = i / parts % task.heads;
+        long begin = i % parts * each, end = begin + each;
         if (end > task.queries) end = task.queries;
         if (begin < end)
             head(q + b * task.of_q[0] + h * task.of_q[1], k + b * task.of_k[0] + h * task.of_k[1],

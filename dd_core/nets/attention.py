@@ -50,7 +50,7 @@ def attend(
 
 
 def fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether attention.c can be called, here, for these sizes and for a mask that all queries share."""
+    """Whether attention.c can be called: here, for these sizes, with no mask or one for all queries."""
     sizes = not q.shape[-1] % LANES and 0 < k.shape[2] <= MANY and bool(q.numel())
     return sizes and (mask is None or mask.shape[2] == 1) and runs()
 
