@@ -1,12 +1,14 @@
 """A convolution that can add its output to features; on a CPU frozen weights are laid out only once.
 
-oneDNN wants weights in a layout of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and
-16 px takes as long as the convolution, and adding its output to something reads and writes it once more.
-Both can be avoided by oneDNN's operators, which torch.compile calls too.
+3 x 3 in bfloat16 is winograd.c's where that is the fastest; everything else is oneDNN's, which wants weights
+in a layout of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and 16 px takes as long as
+the convolution, and adding its output to something reads and writes it once more.  Both can be avoided by
+oneDNN's operators, which torch.compile calls too.
 """
 
 import platform
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dd_core.devices import kind_of
+from dd_core.nets import winograd
 from dd_core.precision import has_bf16
 
 
@@ -42,8 +45,8 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 class Conv(nn.Conv2d):
     """torch.nn.Conv2d with zero padding, whose output is added to `onto` if that is given.
 
-    Frozen weights are laid out for the input size of the first call, and again after they were changed in
-    place or replaced, but not if the change was hidden from autograd, through `weight.data`.
+    Frozen weights are laid out once (for oneDNN for the input size of the first call), and again after they
+    were changed in place or replaced, but not if the change was hidden from autograd, through `weight.data`.
     """
 
     _laid_out: tuple[tuple[object, ...], Tensor] | None = None
@@ -51,29 +54,43 @@ class Conv(nn.Conv2d):
     def forward(
         self, x: Float[Tensor, " b i h w"], onto: Float[Tensor, " b o h2 w2"] | None = None
     ) -> Float[Tensor, " b o h2 w2"]:
-        if not by_onednn(x, self.weight):
-            out = super().forward(x)
-            return out if onto is None else onto + out
-        learns = self.weight.requires_grad or self.weight.is_inference()  # inference: no version counter
-        weight = self.weight if learns else self.laid_out(x)
-        where: tuple[Any, ...] = (self.bias, self.padding, self.stride, self.dilation, self.groups)
+        if winograd.suits(self, x):
+            return self.with_fewer_products(x.bfloat16(), onto)
+        if by_onednn(x, self.weight):
+            return self.directly(x, onto)
+        out = super().forward(x)
+        return out if onto is None else onto + out
+
+    def with_fewer_products(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        """The convolution by winograd.c, in bfloat16, and added to `onto`."""
+        kernels = None if self.learns() else self.laid_out("winograd", partial(winograd.laid, self.weight))
+        inside = onto is not None and onto.dtype == torch.bfloat16
+        out = winograd.convolve(x, self.weight, self.bias, onto if inside else None, kernels)
+        return out if onto is None or inside else onto + out
+
+    def directly(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        """The convolution by oneDNN's operators, added to `onto`."""
+        weight = self.weight
+        where: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
+        if not self.learns():
+            lay = partial(torch.ops.mkldnn._reorder_convolution_weight, weight, *where, list(x.shape))
+            weight = self.laid_out("onednn", lay)
         if onto is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, *where, "none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *where, "none", [], "")
         onto = onto.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, onto, weight, *where, "add", 1.0, None, [], None
+            x, onto, weight, self.bias, *where, "add", 1.0, None, [], None
         )
 
-    def laid_out(self, x: Tensor) -> Tensor:
-        """The weights in oneDNN's layout, converted again if they have changed."""
-        made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+    def learns(self) -> bool:
+        """Whether the weights may change without a trace; those made in inference mode count no versions."""
+        return self.weight.requires_grad or self.weight.is_inference()
+
+    def laid_out(self, algorithm: str, lay: Callable[[], Tensor]) -> Tensor:
+        """Frozen weights as an algorithm wants them, laid out again if they have changed."""
+        made_of = (algorithm, self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._laid_out is None or self._laid_out[0] != made_of:
-            self._laid_out = (
-                made_of,
-                torch.ops.mkldnn._reorder_convolution_weight(
-                    self.weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
-                ),
-            )
+            self._laid_out = (made_of, lay())
         return self._laid_out[1]
 
     def __getstate__(self) -> dict[str, Any]:
