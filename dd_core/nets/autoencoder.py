@@ -19,6 +19,8 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dd_core.nets.conv import Conv
+from dd_core.nets.norm import Norm
 from dd_core.nets.quantiser import Quantiser
 from dd_core.spec import Spec
 
@@ -84,9 +86,16 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
+class NoNorm(nn.Module):
+    """In place of a norm: SiLU if it follows, nothing else."""
+
+    def forward(self, x: Float[Tensor, " b c h w"], *, silu: bool = True) -> Float[Tensor, " b c h w"]:
+        return F.silu(x) if silu else x
+
+
 def norm(channels: int, groups: int) -> nn.Module:
-    """GroupNorm, or nothing for no groups."""
-    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
+    """Normalisation in groups; none for no groups."""
+    return Norm(channels, groups, epsilon=1e-6) if groups else NoNorm()
 
 
 class ResBlock(nn.Module):
@@ -95,15 +104,14 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = norm(channels_in, groups)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = Conv(channels_in, channels, 3, padding=1)
         self.norm2 = norm(channels, groups)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv(channels, channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, " b c h w"]) -> Float[Tensor, " b d h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(self.norm1(x))
+        return self.conv2(self.norm2(h), onto=self.nin_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -116,7 +124,7 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Float[Tensor, " b c h w"]) -> Float[Tensor, " b c h w"]:
-        normed = self.norm(x)
+        normed = self.norm(x, silu=False)
         q, k, v = (layer(normed).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))
         read = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(read.mT.reshape(x.shape))
@@ -138,7 +146,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, " b c h w"]) -> Float[Tensor, " b c i j"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -182,7 +190,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [spec.width * mult for mult in spec.channel_mult]
         self.stem = nn.PixelUnshuffle(spec.stem)
-        self.conv_in = nn.Conv2d(3 * spec.stem**2, spec.width, 3, padding=1)
+        self.conv_in = Conv(3 * spec.stem**2, spec.width, 3, padding=1)
         self.down = nn.ModuleList()
         for index, (before, width) in enumerate(zip([spec.width, *widths], widths, strict=False)):
             attends = index in spec.attention_levels
@@ -192,13 +200,13 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.norm_groups)
         self.norm_out = norm(widths[-1], spec.norm_groups)
-        self.conv_out = nn.Conv2d(widths[-1], spec.encoded_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], spec.encoded_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, " b 3 h w"]) -> Float[Tensor, " b z2 i j"]:
         x = self.conv_in(self.stem(image))
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -207,7 +215,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: AutoencoderNetSpec) -> None:
         super().__init__()
         widths = [spec.width * mult for mult in spec.channel_mult]
-        self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv(spec.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], attends=spec.mid_attention, groups=spec.norm_groups)
         self.up = nn.ModuleList()
         for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
@@ -217,14 +225,14 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             self.up.append(level)
         self.norm_out = norm(spec.width * spec.channel_mult[0], spec.norm_groups)
-        self.conv_out = nn.Conv2d(spec.width * spec.channel_mult[0], 3 * spec.stem**2, 3, padding=1)
+        self.conv_out = Conv(spec.width * spec.channel_mult[0], 3 * spec.stem**2, 3, padding=1)
         self.stem = nn.PixelShuffle(spec.stem)
 
     def forward(self, latent: Float[Tensor, " b z i j"]) -> Float[Tensor, " b 3 h w"]:
         x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
-        return self.stem(self.conv_out(F.silu(self.norm_out(x))))
+        return self.stem(self.conv_out(self.norm_out(x)))
 
 
 class Autoencoder(nn.Module):

@@ -20,7 +20,7 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 16, MOST_LANES = 3, POINTS = 16, TILES = 8, STRIPE = 32, APART = 32 };
+enum { LANES = 16, MOST_LANES = 3, POINTS = 16, TILES = 8, STRIPE = 64, APART = 32 };
 /* TILES x MOST_LANES: sums held in registers.  STRIPE: most tiles transformed at a time.  APART: numbers
    between points beyond their tiles, so that the points of a tile do not fall into one set of the cache. */
 
@@ -33,6 +33,13 @@ INLINE F half(const void *at) {
 
 INLINE void round_to(Half *at, F value) {
     _mm256_storeu_si256((void *)at, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+/* As one half of pairs: the first, whose partner is zero until it is known, or the second. */
+INLINE void round_into_pairs(Half *at, F value, int second) {
+    __m512i halves = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
+    if (second) halves = _mm512_or_si512(_mm512_loadu_si512(at), _mm512_slli_epi32(halves, 16));
+    _mm512_storeu_si512(at, halves);
 }
 
 /* Registers of output channels that are worked on together: as even a share as MOST_LANES allows. */
@@ -63,7 +70,7 @@ INLINE void kernel_points(const F *tap, F *point) {
 }
 
 /* Lays kernels out as `winograd` reads them: by share of outputs, point, pair of inputs, output, input of the
-   pair.  `strides`: numbers between outputs, inputs, rows and columns of `w`. */
+   pair.  `strides`: numbers between outputs, inputs, rows and columns of `w`; the latter two may be negative. */
 void winograd_lay(const float *w, const long *strides, long from, long to, int threads, Half *laid) {
     __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i step = _mm512_mullo_epi32(place, _mm512_set1_epi32((int)strides[0]));
@@ -115,8 +122,10 @@ INLINE void column(const Half *const *row, long x, const Task *t, F *point) {
     point[3] = _mm512_sub_ps(pixel[1], pixel[3]);
 }
 
-/* B' d B: the points of `count` tiles from `begin` on, a point `between` numbers after the last. */
-static void lay_inputs(const Half *x, long begin, long count, long between, Half *laid, const Task *t) {
+/* B' d B: the points of `count` tiles from `begin` on, a point `between` numbers after the last.  By tile, or
+   by pair of tiles, whose numbers lie side by side. */
+INLINE void lay_inputs(const Half *x, long begin, long count, long between, Half *laid, int paired,
+                       const Task *t) {
     for (long n = 0, run; n < count; n += run) {
         Place at = place_of(begin + n, t);
         run = t->width / 2 - at.across < count - n ? t->width / 2 - at.across : count - n;
@@ -131,14 +140,22 @@ static void lay_inputs(const Half *x, long begin, long count, long between, Half
             column(row, 2 * at.across - 1, t, point[0]);
             column(row, 2 * at.across, t, point[1]);
             for (long r = 0; r < run; r++) {
-                Half *to = laid + (n + r) * t->from + c;
+                long tile = n + r;
+                Half *to = laid + (paired ? tile / 2 * 2 * t->from + 2 * c : tile * t->from + c);
                 column(row, 2 * (at.across + r) + 1, t, point[2]);
                 column(row, 2 * (at.across + r) + 2, t, point[3]);
                 for (int y = 0; y < 4; y++) {
-                    round_to(to + (4 * y + 0) * between, _mm512_sub_ps(point[0][y], point[2][y]));
-                    round_to(to + (4 * y + 1) * between, _mm512_add_ps(point[1][y], point[2][y]));
-                    round_to(to + (4 * y + 2) * between, _mm512_sub_ps(point[2][y], point[1][y]));
-                    round_to(to + (4 * y + 3) * between, _mm512_sub_ps(point[1][y], point[3][y]));
+                    F across[4] = {
+                        _mm512_sub_ps(point[0][y], point[2][y]),
+                        _mm512_add_ps(point[1][y], point[2][y]),
+                        _mm512_sub_ps(point[2][y], point[1][y]),
+                        _mm512_sub_ps(point[1][y], point[3][y]),
+                    };
+                    for (int k = 0; k < 4; k++)
+                        if (paired)
+                            round_into_pairs(to + (4 * y + k) * between, across[k], tile % 2);
+                        else
+                            round_to(to + (4 * y + k) * between, across[k]);
                     point[0][y] = point[2][y];
                     point[1][y] = point[3][y];
                 }
@@ -236,7 +253,7 @@ void winograd(const Half *x, const Half *laid, const void *bias, const Half *ont
 #pragma omp for schedule(static)
         for (long begin = 0; begin < tiles; begin += each) {
             long count = tiles - begin < each ? tiles - begin : each;
-            lay_inputs(x, begin, count, between, input, t);
+            lay_inputs(x, begin, count, between, input, 0, t);
             for (long done = 0, lanes; done < t->to / LANES; done += lanes) {
                 const int *kernel = (const int *)laid + POINTS * (t->from / 2) * done * LANES;
                 long c = done * LANES;
@@ -251,6 +268,136 @@ void winograd(const Half *x, const Half *laid, const void *bias, const Half *ont
         }
         free(made);
     }
+}
+
+/* A dy A': the points of gradients of `count` tiles, by pair of tiles; adds the gradients to `sums`. */
+INLINE void lay_gradients(const Half *grad, long begin, long count, long between, Half *laid, float *sums,
+                          const Task *t) {
+    for (long n = 0; n < count; n++) {
+        Place at = place_of(begin + n, t);
+        const Half *first = grad + ((at.sample * t->height + 2 * at.down) * t->width + 2 * at.across) * t->to;
+        for (long c = 0; c < t->to; c += LANES) {
+            Half *to = laid + n / 2 * 2 * t->to + 2 * c;
+            F down[4][2];
+            for (int x = 0; x < 2; x++) {
+                F upper = half(first + x * t->to + c), lower = half(first + (t->width + x) * t->to + c);
+                down[0][x] = upper;
+                down[1][x] = _mm512_add_ps(upper, lower);
+                down[2][x] = _mm512_sub_ps(upper, lower);
+                down[3][x] = _mm512_sub_ps(_mm512_setzero_ps(), lower);
+            }
+            for (int y = 0; y < 4; y++) {
+                F across[4] = {
+                    down[y][0],
+                    _mm512_add_ps(down[y][0], down[y][1]),
+                    _mm512_sub_ps(down[y][0], down[y][1]),
+                    _mm512_sub_ps(_mm512_setzero_ps(), down[y][1]),
+                };
+                for (int k = 0; k < 4; k++)
+                    round_into_pairs(to + (4 * y + k) * between, across[k], n % 2);
+                if (y == 1) _mm512_storeu_ps(sums + c, _mm512_add_ps(_mm512_loadu_ps(sums + c), across[1]));
+            }
+        }
+    }
+}
+
+/* At one point, adds to `sum` TILES input channels times a share of output channels, over pairs of tiles. */
+INLINE void meetings(const int *input, const int *grad, long pairs, int lanes, float *sum, const Task *t) {
+    F own[TILES][MOST_LANES];
+    for (int i = 0; i < TILES; i++)
+        for (int s = 0; s < lanes; s++) own[i][s] = _mm512_loadu_ps(sum + i * t->to + s * LANES);
+    for (long p = 0; p < pairs; p++) {
+        __m512bh both[MOST_LANES];
+        for (int s = 0; s < lanes; s++) both[s] = (__m512bh)_mm512_loadu_si512(grad + p * t->to + s * LANES);
+        for (int i = 0; i < TILES; i++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(input[p * t->from + i]);
+            for (int s = 0; s < lanes; s++) own[i][s] = _mm512_dpbf16_ps(own[i][s], pair, both[s]);
+        }
+    }
+    for (int i = 0; i < TILES; i++)
+        for (int s = 0; s < lanes; s++) _mm512_storeu_ps(sum + i * t->to + s * LANES, own[i][s]);
+}
+
+/* G' m G: the nine taps of a register of kernels, from their 16 points. */
+INLINE void kernel_taps(const F *point, F *tap) {
+    F half_of = _mm512_set1_ps(.5f), down[3][4];
+    for (int x = 0; x < 4; x++) {
+        F plus = _mm512_mul_ps(half_of, _mm512_add_ps(point[4 + x], point[8 + x]));
+        down[0][x] = _mm512_add_ps(point[x], plus);
+        down[1][x] = _mm512_mul_ps(half_of, _mm512_sub_ps(point[4 + x], point[8 + x]));
+        down[2][x] = _mm512_add_ps(plus, point[12 + x]);
+    }
+    for (int y = 0; y < 3; y++) {
+        F plus = _mm512_mul_ps(half_of, _mm512_add_ps(down[y][1], down[y][2]));
+        tap[3 * y] = _mm512_add_ps(down[y][0], plus);
+        tap[3 * y + 1] = _mm512_mul_ps(half_of, _mm512_sub_ps(down[y][1], down[y][2]));
+        tap[3 * y + 2] = _mm512_add_ps(plus, down[y][3]);
+    }
+}
+
+/* The gradients of kernels and bias.  x, grad: `b h w c`; d_w: `to from 3 3`, contiguous; d_bias: `to`. */
+void winograd_gradients(const Half *x, const Half *grad, float *d_w, float *d_bias, Task task) {
+    const Task *t = &task;
+    long tiles = t->batch * (t->height / 2) * (t->width / 2), of_sums = POINTS * t->from * t->to + t->to;
+    long to_input = STRIPE * t->from + APART, to_grad = STRIPE * t->to + APART;
+    size_t of_points = POINTS * (to_input + to_grad) * sizeof(Half);
+    float *sums = aligned_alloc(64, t->threads * of_sums * sizeof(float));
+    if (!sums) abort();
+#pragma omp parallel num_threads(t->threads)
+    {
+        Half *input = aligned_alloc(64, of_points), *output = input + POINTS * to_input;
+        if (!input) abort();
+#pragma omp for schedule(static)
+        for (int thread = 0; thread < t->threads; thread++) {
+            float *own = sums + thread * of_sums;
+            long stripes = (tiles + STRIPE - 1) / STRIPE;
+            long last = stripes * (thread + 1) / t->threads;
+            memset(own, 0, of_sums * sizeof(float));
+            for (long stripe = stripes * thread / t->threads; stripe < last; stripe++) {
+                long begin = stripe * STRIPE, count = tiles - begin < STRIPE ? tiles - begin : STRIPE;
+                lay_inputs(x, begin, count, to_input, input, 1, t);
+                lay_gradients(grad, begin, count, to_grad, output, own + POINTS * t->from * t->to, t);
+                for (int k = 0; k < POINTS; k++)
+                    for (long i = 0; i < t->from; i += TILES)
+                        for (long done = 0, lanes; done < t->to / LANES; done += lanes) {
+                            const int *of_x = (const int *)(input + k * to_input) + i;
+                            const int *of_y = (const int *)(output + k * to_grad) + done * LANES;
+                            float *sum = own + (k * t->from + i) * t->to + done * LANES;
+                            lanes = share(t->to / LANES - done);
+                            if (lanes == 3)
+                                meetings(of_x, of_y, (count + 1) / 2, 3, sum, t);
+                            else if (lanes == 2)
+                                meetings(of_x, of_y, (count + 1) / 2, 2, sum, t);
+                            else
+                                meetings(of_x, of_y, (count + 1) / 2, 1, sum, t);
+                        }
+            }
+        }
+        free(input);
+#pragma omp for schedule(static)
+        for (long i = 0; i < t->from; i++)
+            for (long c = 0; c < t->to; c += LANES) {
+                F point[POINTS], tap[9];
+                float lane[9][LANES];
+                for (int k = 0; k < POINTS; k++) {
+                    point[k] = _mm512_setzero_ps();
+                    for (int thread = 0; thread < t->threads; thread++) {
+                        const float *at = sums + thread * of_sums + (k * t->from + i) * t->to + c;
+                        point[k] = _mm512_add_ps(point[k], _mm512_loadu_ps(at));
+                    }
+                }
+                kernel_taps(point, tap);
+                for (int k = 0; k < 9; k++) _mm512_storeu_ps(lane[k], tap[k]);
+                for (int s = 0; s < LANES; s++)
+                    for (int k = 0; k < 9; k++) d_w[((c + s) * t->from + i) * 9 + k] = lane[k][s];
+            }
+    }
+    for (long c = 0; c < t->to; c++) {
+        d_bias[c] = 0;
+        for (int thread = 0; thread < t->threads; thread++)
+            d_bias[c] += sums[thread * of_sums + POINTS * t->from * t->to + c];
+    }
+    free(sums);
 }
 
 #else

@@ -63,15 +63,22 @@ def laid(weight: Float[Tensor, " o i 3 3"], *, turned: bool = False) -> BFloat16
         turned: Those that take gradients of the output to gradients of the input.
     """
     weight = weight.detach().float()
+    out, into, down, across = weight.stride()
+    first = weight.data_ptr()
+    strides, sizes = (out, into, down, across), weight.shape[1::-1]
     if turned:
-        weight = weight.flip(2, 3).transpose(0, 1)
-    out, into = weight.shape[:2]
-    made = torch.empty(POINTS * out * into, dtype=torch.bfloat16)
+        first += 4 * 2 * (down + across)  # the last tap
+        strides, sizes = (into, out, -down, -across), weight.shape[:2]
+    made = torch.empty(POINTS * weight.shape[0] * weight.shape[1], dtype=torch.bfloat16)
     loops = compiled(SOURCE)
     assert loops is not None
-    strides = (ctypes.c_long * 4)(*weight.stride())
-    sizes = (ctypes.c_long(size) for size in (into, out))
-    loops.winograd_lay(*pointers(weight), strides, *sizes, torch.get_num_threads(), *pointers(made))
+    loops.winograd_lay(
+        ctypes.c_void_p(first),
+        (ctypes.c_long * 4)(*strides),
+        *(ctypes.c_long(size) for size in sizes),
+        torch.get_num_threads(),
+        *pointers(made),
+    )
     return made
 
 
@@ -151,8 +158,38 @@ def convolution(
     return out
 
 
+def room_of_gradients(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty tensors for the gradients of kernels and bias."""
+    out = grad.shape[1]
+    sizes = (out, x.shape[1], 3, 3), (out,)
+    kernels, bias = (x.new_empty(size, dtype=torch.float32) for size in sizes)
+    return kernels, bias
+
+
+def gradients(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of kernels `o i 3 3` and of the bias `o`, in float32, from that of the output.
+
+    Raises:
+        ValueError: Sizes or dtypes do not match, so that the loop would read beyond its tensors.
+    """
+    (batch, into, height, width), channels = x.shape, grad.shape[1]
+    fits = grad.shape == (batch, channels, height, width) and x.dtype == grad.dtype == torch.bfloat16
+    if not fits or into % LANES or channels % LANES or height % 2 or width % 2:
+        raise ValueError(
+            f"features and gradients in bfloat16, of one size, of even sides, channels a multiple of {LANES};"
+            f" got {tuple(x.shape)} and {tuple(grad.shape)}, {x.dtype} and {grad.dtype}"
+        )
+    x, grad = (of.contiguous(memory_format=torch.channels_last) for of in (x, grad))
+    made = room_of_gradients(x, grad)
+    task = Task(batch, height, width, into, channels, torch.get_num_threads(), False)
+    loops = compiled(SOURCE)
+    assert loops is not None
+    loops.winograd_gradients(*pointers(x, grad, *made), task)
+    return made
+
+
 class _Convolution(torch.autograd.Function):
-    """`convolve`; the gradient of the kernels is oneDNN's."""
+    """`convolve`, with its gradients by the same algorithm."""
 
     @staticmethod
     def forward(
@@ -174,17 +211,12 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         of_x, of_weight, of_bias, of_onto, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad = grad.contiguous(memory_format=torch.channels_last)
         d_x = d_weight = d_bias = None
         if of_x:
             turned = laid(weight, turned=True)
             d_x = torch.ops.ddiff.convolution(grad, turned, x.shape[1], None, None)
         if of_weight or of_bias:
-            where = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-            wanted = [False, of_weight, of_bias]
-            _, d_weight, d_bias = torch.ops.aten.convolution_backward(
-                grad, x, weight.to(x.dtype), [len(weight)], *where, wanted
-            )
+            d_weight, d_bias = torch.ops.ddiff.convolution_gradients(x, grad)
             d_weight = d_weight.to(weight.dtype) if of_weight else None
             d_bias = d_bias.to(ctx.of_bias) if of_bias else None  # type: ignore[attr-defined]
         return d_x, d_weight, d_bias, grad if of_onto else None, None
@@ -194,3 +226,6 @@ OPERATIONS = torch.library.Library("ddiff", "FRAGMENT")
 OPERATIONS.define("convolution(Tensor x, Tensor kernels, int channels, Tensor? bias, Tensor? onto) -> Tensor")
 OPERATIONS.impl("convolution", convolution, "CPU")
 torch.library.register_fake("ddiff::convolution", room, lib=OPERATIONS)
+OPERATIONS.define("convolution_gradients(Tensor x, Tensor grad) -> (Tensor, Tensor)")
+OPERATIONS.impl("convolution_gradients", gradients, "CPU")
+torch.library.register_fake("ddiff::convolution_gradients", room_of_gradients, lib=OPERATIONS)

@@ -7,9 +7,10 @@ diffusers' UNet2DConditionModel with exactly our blocks and our weights, whose l
 ours to 1e-5 (checked before anything is timed), and `default`, the same class with the blocks it
 has unless told otherwise (a transformer block of self-attention, attention to the caption and a
 gated layer, plain convolutions to halve and double), of equal width and number.  All contestants
-alternate in one process; medians of their rounds are compared, each with its best mode.  Needs
-neither Ray nor pytest; on a GPU when there is one.  With --one-thread the CPU time of a single
-thread counts, which other processes on a busy box disturb less than the wall clock.
+alternate in one process, which keeps freed memory as our workers do; medians of their rounds are
+compared, each with its best mode.  Needs neither Ray nor pytest; on a GPU when there is one.  With
+--one-thread the CPU time of a single thread counts, which other processes on a busy box disturb
+less than the wall clock.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dd_core.denoiser import Conditioning
+from dd_core.memory import keep_freed
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.precision import has_bf16
 from tests.parity.diffusers_unet import as_ours, peer
@@ -201,6 +203,7 @@ def modes_on(device: str) -> tuple[str, ...]:
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """The whole comparison, as it is written to the file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_freed()
     batch = batch_of(options.batch, device)
     difference = same_loss(batch)
     whom = options.who.split(",")

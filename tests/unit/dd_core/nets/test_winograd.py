@@ -172,6 +172,9 @@ def test_sizes_that_do_not_match_are_refused_before_the_loop_reads_beyond_its_te
     ):
         with pytest.raises(ValueError, match="numbers of kernels"):
             torch.ops.ddiff.convolution(*wrong)
+    for pair in ((x.float(), onto), (x[:1], onto), (x[:, :8], onto), (x, onto[:, :24]), (x, onto[:, :, :2])):
+        with pytest.raises(ValueError, match="features and gradients"):
+            torch.ops.ddiff.convolution_gradients(*pair)
 
 
 @looped
@@ -179,10 +182,27 @@ def test_sizes_that_do_not_match_are_refused_before_the_loop_reads_beyond_its_te
 def test_the_size_of_the_result_is_known_without_data() -> None:
     x, kernels = features(2, 16, 4, 4).bfloat16(), winograd.laid(drawn(32, 16, 3, 3))
     found = torch.ops.ddiff.convolution(x, kernels, 32, None, None)
+    grads = torch.ops.ddiff.convolution_gradients(x, found)
     with FakeTensorMode() as mode:
-        inside = (mode.from_tensor(part) for part in (x, kernels))
-        imagined_out = torch.ops.ddiff.convolution(*inside, 32, None, None)
-    assert (imagined_out.shape, imagined_out.stride()) == (found.shape, found.stride())
+        inside = [mode.from_tensor(part) for part in (x, kernels)]
+        planned = torch.ops.ddiff.convolution(*inside, 32, None, None)
+        planned_grads = torch.ops.ddiff.convolution_gradients(inside[0], planned)
+    for one, other in zip((planned, *planned_grads), (found, *grads), strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+@looped
+def test_gradients_of_a_batch_are_the_sums_of_those_of_its_samples_whatever_the_threads() -> None:
+    x, grad = features(5, 48, 18, 22).bfloat16(), features(5, 64, 18, 22, seed=2).bfloat16()
+    torch.set_num_threads(1)
+    each = [torch.ops.ddiff.convolution_gradients(x[i : i + 1], grad[i : i + 1]) for i in range(5)]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        whole = torch.ops.ddiff.convolution_gradients(x, grad)
+        for found, *parts in zip(whole, *each, strict=True):
+            torch.testing.assert_close(found, torch.stack(parts).sum(0), atol=2e-3, rtol=1e-5)
+        again = torch.ops.ddiff.convolution_gradients(x, grad)
+        assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
 
 
 @looped
