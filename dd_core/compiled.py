@@ -23,10 +23,11 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 
 @cache
-def compiled(source: Path) -> ctypes.CDLL | None:
+def compiled(source: Path, *defined: str) -> ctypes.CDLL | None:
     """The library compiled from a C file; None, logged once, if there is no gcc on Linux or it fails.
 
-    OpenMP's threads are PyTorch's own: on Linux both ask for libgomp.so.1, which PyTorch has loaded.
+    `defined` are names for the preprocessor, of files that hold a loop for several dtypes.  OpenMP's threads
+    are PyTorch's own: on Linux both ask for libgomp.so.1, which PyTorch has loaded.
     """
     gcc = shutil.which("gcc")
     if gcc is None or sys.platform != "linux":
@@ -35,7 +36,7 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(library(gcc, source)))
+        return ctypes.CDLL(str(library(gcc, source, defined)))
     except subprocess.CalledProcessError as error:
         log.warning("%s did not compile, slower without: %s", source.name, error.stderr.decode().strip())
     except OSError as error:
@@ -43,20 +44,21 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     return None
 
 
-def library(gcc: str, source: Path) -> Path:
-    """The compiled file for this source, these flags and this processor, made unless it exists.
+def library(gcc: str, source: Path, defined: tuple[str, ...] = ()) -> Path:
+    """The compiled file for this source, these flags and names, and this processor, made unless it exists.
 
     Raises:
         subprocess.CalledProcessError: gcc fails.
         OSError: The directory it is kept in cannot be used.
     """
     processor = repr(sorted(torch.cpu.get_capabilities().items()))
-    key = hashlib.sha256("\0".join([source.read_text(), *FLAGS, processor]).encode()).hexdigest()[:16]
+    flags = (*FLAGS, *(f"-D{name}" for name in defined))
+    key = hashlib.sha256("\0".join([source.read_text(), *flags, processor]).encode()).hexdigest()[:16]
     made = scratch_directory("compiled") / f"{source.stem}-{key}.so"
     if not made.exists():
         draft = made.with_suffix(f".{uuid.uuid4().hex}")  # several processes may compile; the last one wins
         subprocess.run(  # noqa: S603 our own source
-            [gcc, *FLAGS, source, "-o", draft, "-lm"], check=True, capture_output=True
+            [gcc, *flags, source, "-o", draft, "-lm"], check=True, capture_output=True
         )
         draft.rename(made)
     return made

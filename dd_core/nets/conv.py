@@ -1,8 +1,8 @@
 """A convolution that can add its output to features; on a CPU frozen weights are laid out only once.
 
-3 x 3 in bfloat16 is winograd.c's where that is the fastest; everything else is oneDNN's, which wants weights
-in a layout of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and 16 px takes as long as
-the convolution, and adding its output to something reads and writes it once more.  Both can be avoided by
+3 x 3 is winograd.c's where it can be compiled; everything else is oneDNN's, which wants weights in a layout
+of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and 16 px takes as long as the
+convolution, and adding its output to something reads and writes it once more.  Both can be avoided by
 oneDNN's operators, which torch.compile calls too.
 """
 
@@ -54,17 +54,19 @@ class Conv(nn.Conv2d):
     def forward(
         self, x: Float[Tensor, " b i h w"], onto: Float[Tensor, " b o h2 w2"] | None = None
     ) -> Float[Tensor, " b o h2 w2"]:
-        if winograd.suits(self, x):
-            return self.with_fewer_products(x.bfloat16(), onto)
+        dtype = winograd.suited(self, x)
+        if dtype is not None:
+            return self.with_fewer_products(x.to(dtype), onto)
         if by_onednn(x, self.weight):
             return self.directly(x, onto)
         out = super().forward(x)
         return out if onto is None else onto + out
 
     def with_fewer_products(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        """The convolution by winograd.c, in bfloat16, and added to `onto`."""
-        kernels = None if self.learns() else self.laid_out("winograd", partial(winograd.laid, self.weight))
-        inside = onto is not None and onto.dtype == torch.bfloat16
+        """The convolution by winograd.c, added to `onto`."""
+        lay = partial(winograd.laid, self.weight, x.dtype)
+        kernels = None if self.learns() else self.laid_out(f"winograd in {x.dtype}", lay)
+        inside = onto is not None and onto.dtype == x.dtype
         out = winograd.convolve(x, self.weight, self.bias, onto if inside else None, kernels)
         return out if onto is None or inside else onto + out
 

@@ -1,8 +1,9 @@
-"""3 x 3 convolution in bfloat16 by Winograd's algorithm, on CPUs that have its products but no matrix unit.
+"""3 x 3 convolution by Winograd's algorithm, in float32 and bfloat16, on CPUs.
 
 Where oneDNN convolves at the highest speed of the processor's products, only fewer products help: 16 for
-every 36.  Their factors are sums of pixels and of taps, rounded to bfloat16: the deviation of an output is
-.0044 of its size, where the definition's is .0017, the rounding of the output alone.
+every 36.  Their factors are sums of pixels and of taps.  In float32 that costs nothing: the error is that of
+oneDNN.  In bfloat16, to which the sums are rounded, the deviation of an output is .0043 of its size, where
+the definition's is .0017, the rounding of the output alone.
 """
 
 import ctypes
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dd_core.compiled import compiled
 from dd_core.devices import kind_of
 
+DTYPES = (torch.float32, torch.bfloat16)
 LANES = 16
-"""Numbers in a register of winograd.c, which channels have to be a multiple of."""
+"""Channels have to be a multiple of this: of the numbers in the largest register of winograd.c."""
 POINTS = 16
 """Of a transformed kernel, 3 x 3 before."""
 SOURCE = Path(__file__).with_name("winograd.c")
@@ -34,32 +36,42 @@ PLAIN: dict[str, Any] = {
 """The convolutions that this is an algorithm for."""
 
 
+def loops(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """winograd.c for one of DTYPES."""
+    return compiled(SOURCE, *(["HALF"] if dtype == torch.bfloat16 else []))
+
+
 @cache
-def runs() -> bool:
+def runs(dtype: torch.dtype) -> bool:
     """Whether winograd.c can be compiled here, and the processor has its instructions."""
-    loops = compiled(SOURCE)
-    return loops is not None and bool(loops.winograd_runs())
+    found = loops(dtype)
+    return found is not None and bool(found.winograd_runs())
 
 
-def suits(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `convolve` can take a layer's place: on a CPU, in bfloat16 or autocast to it, even sides."""
+def suited(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
+    """The dtype in which `convolve` takes a layer's place; None: it does not.
+
+    It does on CPUs, for the kernels that this is an algorithm for, of many channels, and for even sides.
+    """
     if type(x) is not Tensor or kind_of(x) != "cpu" or torch.compiler.is_compiling():  # a FakeTensor is empty
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu") == torch.bfloat16
-    else:
-        half = x.dtype == conv.weight.dtype == torch.bfloat16
+        return None
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
     height, width = x.shape[2:]
     sizes = not (conv.in_channels % LANES or conv.out_channels % LANES or height % 2 or width % 2)
     plain = all(getattr(conv, name) == value for name, value in PLAIN.items())
-    return half and sizes and plain and x.numel() > 0 and runs()
+    fits = sizes and plain and x.numel() > 0 and dtype in DTYPES and (cast or conv.weight.dtype == dtype)
+    return dtype if fits and runs(dtype) else None
 
 
-def laid(weight: Float[Tensor, " o i 3 3"], *, turned: bool = False) -> BFloat16[Tensor, " n"]:
+def laid(
+    weight: Float[Tensor, " o i 3 3"], dtype: torch.dtype, *, turned: bool = False
+) -> Float[Tensor, " n"]:
     """Kernels at their points, as winograd.c reads them; n = POINTS o i.
 
     Args:
         weight: Kernels.
+        dtype: Of the features they are for.
         turned: Those that take gradients of the output to gradients of the input.
     """
     weight = weight.detach().float()
@@ -69,10 +81,10 @@ def laid(weight: Float[Tensor, " o i 3 3"], *, turned: bool = False) -> BFloat16
     if turned:
         first += 4 * 2 * (down + across)  # the last tap
         strides, sizes = (into, out, -down, -across), weight.shape[:2]
-    made = torch.empty(POINTS * weight.shape[0] * weight.shape[1], dtype=torch.bfloat16)
-    loops = compiled(SOURCE)
-    assert loops is not None
-    loops.winograd_lay(
+    made = torch.empty(POINTS * weight.shape[0] * weight.shape[1], dtype=dtype)
+    found = loops(dtype)
+    assert found is not None
+    found.winograd_lay(
         ctypes.c_void_p(first),
         (ctypes.c_long * 4)(*strides),
         *(ctypes.c_long(size) for size in sizes),
@@ -83,24 +95,24 @@ def laid(weight: Float[Tensor, " o i 3 3"], *, turned: bool = False) -> BFloat16
 
 
 def convolve(
-    x: BFloat16[Tensor, " b i h w"],
+    x: Float[Tensor, " b i h w"],
     weight: Float[Tensor, " o i 3 3"],
     bias: Float[Tensor, " o"] | None,
-    onto: BFloat16[Tensor, " b o h w"] | None,
-    kernels: BFloat16[Tensor, " n"] | None = None,
-) -> BFloat16[Tensor, " b o h w"]:
-    """The convolution of a layer that `suits`, in channels_last, which can be differentiated once.
+    onto: Float[Tensor, " b o h w"] | None,
+    kernels: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, " b o h w"]:
+    """The convolution of a layer that it is `suited` to, in channels_last; it can be differentiated once.
 
     Args:
-        x: Features.
+        x: Features, in the dtype that `suited` names.
         weight: Kernels.
         bias: Of each output channel.
-        onto: What the result is added to.
-        kernels: `laid(weight)`, if that is at hand.
+        onto: What the result is added to, in the dtype of x.
+        kernels: `laid(weight, x.dtype)`, if that is at hand.
     """
     if torch.is_grad_enabled():
         return _Convolution.apply(x, weight, bias, onto, kernels)
-    kernels = laid(weight) if kernels is None else kernels
+    kernels = laid(weight, x.dtype) if kernels is None else kernels
     found: Tensor = torch.ops.ddiff.convolution(x, kernels, len(weight), bias, onto)
     return found
 
@@ -135,26 +147,27 @@ def convolution(
     """
     out = room(x, kernels, channels, bias, onto)
     batch, into, height, width = x.shape
-    fits = x.dtype == kernels.dtype == torch.bfloat16 and kernels.shape == (POINTS * into * channels,)
+    fits = x.dtype == kernels.dtype and x.dtype in DTYPES and kernels.shape == (POINTS * into * channels,)
     fits = fits and not (into % LANES or channels % LANES or height % 2 or width % 2)
     fits = fits and (bias is None or bias.shape == (channels,))
     if not fits or (onto is not None and (onto.shape, onto.dtype) != (out.shape, out.dtype)):
         raise ValueError(
-            f"features {tuple(x.shape)} in bfloat16, of even sides, to {channels} channels, all a multiple of"
-            f" {LANES}, want {POINTS * into * channels} numbers of kernels, a bias of ({channels},) and to be"
-            f" added to {tuple(out.shape)} in bfloat16; got {tuple(kernels.shape)},"
-            f" {None if bias is None else tuple(bias.shape)}, {None if onto is None else tuple(onto.shape)}"
+            f"features {tuple(x.shape)} in float32 or bfloat16, of even sides, to {channels} channels, all a"
+            f" multiple of {LANES}, want {POINTS * into * channels} numbers of kernels in the same, a bias of"
+            f" ({channels},) and to be added to {tuple(out.shape)} in the same; got {x.dtype},"
+            f" {tuple(kernels.shape)} in {kernels.dtype}, {None if bias is None else tuple(bias.shape)},"
+            f" {None if onto is None else (tuple(onto.shape), onto.dtype)}"
         )
     x = x.contiguous(memory_format=torch.channels_last)
+    half = bias is not None and bias.dtype == x.dtype == torch.bfloat16
     if bias is not None:
-        bias = (bias if bias.dtype == torch.bfloat16 else bias.float()).contiguous()
+        bias = (bias if half else bias.float()).contiguous()
     if onto is not None:
         onto = onto.contiguous(memory_format=torch.channels_last)
-    half = bias is not None and bias.dtype == torch.bfloat16
     task = Task(batch, height, width, into, channels, torch.get_num_threads(), half)
-    loops = compiled(SOURCE)
-    assert loops is not None
-    loops.winograd(*pointers(x, kernels.contiguous(), bias, onto, out), task)
+    found = loops(x.dtype)
+    assert found is not None
+    found.winograd(*pointers(x, kernels.contiguous(), bias, onto, out), task)
     return out
 
 
@@ -173,18 +186,18 @@ def gradients(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: Sizes or dtypes do not match, so that the loop would read beyond its tensors.
     """
     (batch, into, height, width), channels = x.shape, grad.shape[1]
-    fits = grad.shape == (batch, channels, height, width) and x.dtype == grad.dtype == torch.bfloat16
+    fits = grad.shape == (batch, channels, height, width) and x.dtype == grad.dtype and x.dtype in DTYPES
     if not fits or into % LANES or channels % LANES or height % 2 or width % 2:
         raise ValueError(
-            f"features and gradients in bfloat16, of one size, of even sides, channels a multiple of {LANES};"
-            f" got {tuple(x.shape)} and {tuple(grad.shape)}, {x.dtype} and {grad.dtype}"
+            f"features and gradients of one size and dtype, float32 or bfloat16, of even sides, channels a"
+            f" multiple of {LANES}; got {tuple(x.shape)} and {tuple(grad.shape)}, {x.dtype} and {grad.dtype}"
         )
     x, grad = (of.contiguous(memory_format=torch.channels_last) for of in (x, grad))
     made = room_of_gradients(x, grad)
     task = Task(batch, height, width, into, channels, torch.get_num_threads(), False)
-    loops = compiled(SOURCE)
-    assert loops is not None
-    loops.winograd_gradients(*pointers(x, grad, *made), task)
+    found = loops(x.dtype)
+    assert found is not None
+    found.winograd_gradients(*pointers(x, grad, *made), task)
     return made
 
 
@@ -202,7 +215,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.of_bias = None if bias is None else bias.dtype  # type: ignore[attr-defined]
-        kernels = laid(weight) if kernels is None else kernels
+        kernels = laid(weight, x.dtype) if kernels is None else kernels
         found: Tensor = torch.ops.ddiff.convolution(x, kernels, len(weight), bias, onto)
         return found
 
@@ -213,7 +226,7 @@ class _Convolution(torch.autograd.Function):
         of_x, of_weight, of_bias, of_onto, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
         d_x = d_weight = d_bias = None
         if of_x:
-            turned = laid(weight, turned=True)
+            turned = laid(weight, x.dtype, turned=True)
             d_x = torch.ops.ddiff.convolution(grad, turned, x.shape[1], None, None)
         if of_weight or of_bias:
             d_weight, d_bias = torch.ops.ddiff.convolution_gradients(x, grad)
