@@ -25,6 +25,7 @@ typedef struct {
 
 #ifdef RUNS
 #include <immintrin.h>
+#include <omp.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -308,9 +309,10 @@ void winograd(const Number *x, const Number *laid, const void *bias, const Numbe
     }
 }
 
-/* A dy A': the points of gradients of `count` tiles, by as many tiles as words hold; adds them to `sums`. */
+/* A dy A': the points of gradients of `count` tiles, by as many tiles as words hold; their sums to `sums`. */
 INLINE void lay_gradients(const Number *grad, long begin, long count, long between, Number *laid, float *sums,
                           const Task *t) {
+    memset(sums, 0, t->to * sizeof(float));
     for (long n = 0; n < count; n++) {
         Place at = place_of(begin + n, t);
         const Number *first = grad;
@@ -335,19 +337,55 @@ INLINE void lay_gradients(const Number *grad, long begin, long count, long betwe
     }
 }
 
-/* At one point, adds to `sum` TILES input channels times a share of output channels, over words of tiles. */
-INLINE void meetings(const int *input, const int *grad, long words, int lanes, float *sum, const Task *t) {
+/* Some stripes of tiles, laid out to be met at every point. */
+typedef struct {
+    const Number *laid;
+    long count, each;       /* stripes; numbers of one */
+    long to_input, to_grad; /* numbers between its points of inputs, of gradients */
+    long size, tiles;       /* tiles of a stripe, of all stripes: the last may be shorter */
+} Stripes;
+
+/* At point `k`, TILES input channels from `i` on times a share of output channels from `c` on, over all tiles
+   of some stripes; added to `sum` unless these are the first. */
+INLINE void meetings(const Stripes *all, int k, long i, long c, int lanes, int first, float *sum,
+                     const Task *t) {
     F own[TILES][MOST_LANES];
-    for (int i = 0; i < TILES; i++)
-        for (int s = 0; s < lanes; s++) own[i][s] = floats(sum + i * t->to + s * LANES);
-    for (long p = 0; p < words; p++) {
-        Words both[MOST_LANES];
-        for (int s = 0; s < lanes; s++) both[s] = words_at(grad + p * t->to + s * LANES);
-        for (int i = 0; i < TILES; i++)
-            for (int s = 0; s < lanes; s++) own[i][s] = product(own[i][s], input[p * t->from + i], both[s]);
+    for (int j = 0; j < TILES; j++)
+        for (int s = 0; s < lanes; s++) own[j][s] = first ? (F){} : floats(sum + j * t->to + s * LANES);
+    for (long n = 0; n < all->count; n++) {
+        const Number *stripe = all->laid + n * all->each;
+        const int *input = (const int *)(stripe + k * all->to_input) + i;
+        const int *grad = (const int *)(stripe + POINTS * all->to_input + k * all->to_grad) + c;
+        long left = all->tiles - n * all->size, there = left < all->size ? left : all->size;
+        for (long p = 0; p < (there + IN_WORD - 1) / IN_WORD; p++) {
+            Words both[MOST_LANES];
+            for (int s = 0; s < lanes; s++) both[s] = words_at(grad + p * t->to + s * LANES);
+            for (int j = 0; j < TILES; j++)
+                for (int s = 0; s < lanes; s++)
+                    own[j][s] = product(own[j][s], input[p * t->from + j], both[s]);
+        }
     }
-    for (int i = 0; i < TILES; i++)
-        for (int s = 0; s < lanes; s++) put(sum + i * t->to + s * LANES, own[i][s]);
+    for (int j = 0; j < TILES; j++)
+        for (int s = 0; s < lanes; s++) put(sum + j * t->to + s * LANES, own[j][s]);
+}
+
+/* At every point all channels, of which this member of a team takes its share. */
+static void meet(const Stripes *all, int first, float *sums, int member, int members, const Task *t) {
+    long parts = POINTS * (t->from / TILES);
+    for (long part = parts * member / members; part < parts * (member + 1) / members; part++) {
+        long k = part / (t->from / TILES), i = part % (t->from / TILES) * TILES;
+        for (long done = 0, lanes; done < t->to / LANES; done += lanes) {
+            long c = done * LANES;
+            float *sum = sums + (k * t->from + i) * t->to + c;
+            lanes = share(t->to / LANES - done);
+            if (lanes == 3)
+                meetings(all, k, i, c, 3, first, sum, t);
+            else if (lanes == 2)
+                meetings(all, k, i, c, 2, first, sum, t);
+            else
+                meetings(all, k, i, c, 1, first, sum, t);
+        }
+    }
 }
 
 /* G' m G: the nine taps of a register of kernels, from their 16 points. */
@@ -367,45 +405,48 @@ INLINE void kernel_taps(const F *point, F *tap) {
     }
 }
 
-/* The gradients of kernels and bias.  x, grad: `b h w c`; d_w: `to from 3 3`, contiguous; d_bias: `to`. */
+/* The gradients of kernels and bias.  x, grad: `b h w c`; d_w: `to from 3 3`, contiguous; d_bias: `to`.
+
+   Of many tiles every thread makes a sum; of few, where that would be the most to write, all threads are one
+   team, whose members lay out a stripe each and then share out points and input channels. */
 void winograd_gradients(const Number *x, const Number *grad, float *d_w, float *d_bias, Task task) {
     const Task *t = &task;
-    long tiles = t->batch * (t->height / 2) * (t->width / 2), of_sums = POINTS * t->from * t->to + t->to;
-    long to_input = STRIPE * t->from + APART, to_grad = STRIPE * t->to + APART;
-    float *sums = aligned_alloc(64, t->threads * of_sums * sizeof(float));
-    if (!sums) abort();
+    long tiles = t->batch * (t->height / 2) * (t->width / 2), size = STRIPE;
+    int few = tiles < 2 * t->threads * t->from * t->to / (t->from + t->to);
+    if (few && tiles < STRIPE * t->threads) size = (tiles / t->threads + IN_WORD) / IN_WORD * IN_WORD;
+    long stripes = (tiles + size - 1) / size, of_sums = POINTS * t->from * t->to;
+    long to_input = size * t->from + APART, to_grad = size * t->to + APART;
+    long each = POINTS * (to_input + to_grad);
+    float *sums = aligned_alloc(64, ((few ? 1 : t->threads) * of_sums + stripes * t->to) * sizeof(float));
+    Number *laid = aligned_alloc(64, t->threads * each * sizeof(Number));
+    if (!sums || !laid) abort();
+    float *of_stripes = sums + (few ? 1 : t->threads) * of_sums;
 #pragma omp parallel num_threads(t->threads)
     {
-        Number *input = aligned_alloc(64, POINTS * (to_input + to_grad) * sizeof(Number));
-        if (!input) abort();
-        Number *output = input + POINTS * to_input;
-#pragma omp for schedule(static)
-        for (int thread = 0; thread < t->threads; thread++) {
-            float *own = sums + thread * of_sums;
-            long stripes = (tiles + STRIPE - 1) / STRIPE, last = stripes * (thread + 1) / t->threads;
-            memset(own, 0, of_sums * sizeof(float));
-            for (long stripe = stripes * thread / t->threads; stripe < last; stripe++) {
-                long begin = stripe * STRIPE, count = tiles - begin < STRIPE ? tiles - begin : STRIPE;
-                long words = (count + IN_WORD - 1) / IN_WORD;
-                lay_inputs(x, begin, count, to_input, input, 1, t);
-                lay_gradients(grad, begin, count, to_grad, output, own + POINTS * t->from * t->to, t);
-                for (int k = 0; k < POINTS; k++)
-                    for (long i = 0; i < t->from; i += TILES)
-                        for (long done = 0, lanes; done < t->to / LANES; done += lanes) {
-                            const int *of_x = (const int *)(input + k * to_input) + i;
-                            const int *of_y = (const int *)(output + k * to_grad) + done * LANES;
-                            float *sum = own + (k * t->from + i) * t->to + done * LANES;
-                            lanes = share(t->to / LANES - done);
-                            if (lanes == 3)
-                                meetings(of_x, of_y, words, 3, sum, t);
-                            else if (lanes == 2)
-                                meetings(of_x, of_y, words, 2, sum, t);
-                            else
-                                meetings(of_x, of_y, words, 1, sum, t);
-                        }
+        int threads = omp_get_num_threads(), members = few ? threads : 1, teams = threads / members;
+        int team = omp_get_thread_num() / members, member = omp_get_thread_num() % members;
+        long begin = stripes * team / teams, end = stripes * (team + 1) / teams;
+        float *own = sums + team * of_sums;
+        Number *of_team = laid + team * members * each;
+        if (begin == end) memset(own, 0, of_sums * sizeof(float));
+        for (long n = begin; n < end; n += members) {
+            long count = end - n < members ? end - n : members, tile = (n + member) * size;
+            if (member < count) {
+                Number *input = of_team + member * each, *output = input + POINTS * to_input;
+                long there = tiles - tile < size ? tiles - tile : size;
+                lay_inputs(x, tile, there, to_input, input, 1, t);
+                lay_gradients(grad, tile, there, to_grad, output, of_stripes + (n + member) * t->to, t);
+            }
+            Stripes all = {of_team, count, each, to_input, to_grad, size, tiles - n * size};
+            if (few) {
+#pragma omp barrier
+            }
+            meet(&all, n == begin, own, member, members, t);
+            if (few) {
+#pragma omp barrier
             }
         }
-        free(input);
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (long i = 0; i < t->from; i++)
             for (long c = 0; c < t->to; c += LANES) {
@@ -413,8 +454,8 @@ void winograd_gradients(const Number *x, const Number *grad, float *d_w, float *
                 float lane[9][LANES];
                 for (int k = 0; k < POINTS; k++) {
                     point[k] = (F){};
-                    for (int thread = 0; thread < t->threads; thread++)
-                        point[k] += floats(sums + thread * of_sums + (k * t->from + i) * t->to + c);
+                    for (int one = 0; one < teams; one++)
+                        point[k] += floats(sums + one * of_sums + (k * t->from + i) * t->to + c);
                 }
                 kernel_taps(point, tap);
                 for (int k = 0; k < 9; k++) put(lane[k], tap[k]);
@@ -422,11 +463,10 @@ void winograd_gradients(const Number *x, const Number *grad, float *d_w, float *
                     for (int k = 0; k < 9; k++) d_w[((c + s) * t->from + i) * 9 + k] = lane[k][s];
             }
     }
-    for (long c = 0; c < t->to; c++) {
-        d_bias[c] = 0;
-        for (int thread = 0; thread < t->threads; thread++)
-            d_bias[c] += sums[thread * of_sums + POINTS * t->from * t->to + c];
-    }
+    memset(d_bias, 0, t->to * sizeof(float));
+    for (long n = 0; n < stripes; n++)
+        for (long c = 0; c < t->to; c++) d_bias[c] += of_stripes[n * t->to + c];
+    free(laid);
     free(sums);
 }
 
