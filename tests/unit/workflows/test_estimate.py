@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dd_core import bundle, precision, sealed
-from dd_core.nets.network import PlainSpec
 from dd_core.nets import winograd
+from dd_core.nets.network import PlainSpec
 from dd_core.nets.perceptual import PatchGanSpec
 from dd_core.nets.prior import CausalPriorSpec
 from dd_core.nets.text import CaptionedSpec
