@@ -1,7 +1,6 @@
 """Scaled dot-product attention, by whichever implementation is fast on the device."""
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ def attend(
     """
     half = kind_of(q) == "cpu" and all(of.dtype == torch.bfloat16 for of in (q, k, v))
     trained = half and torch.is_grad_enabled()
-    if half and not trained and not torch.compiler.is_compiling() and fits(q, k, mask):
+    if half and not trained and fits(q, k, mask):
         heard = None if mask is None else mask[:, 0, 0].expand(len(q), -1)
         found: Tensor = torch.ops.ddiff.attention(q, k, v, heard)
         return found
@@ -55,7 +54,7 @@ def fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     return sizes and (mask is None or mask.shape[2] == 1) and runs()
 
 
-@cache
+@torch.compiler.assume_constant_result
 def runs() -> bool:
     """Whether attention.c can be compiled here, and the processor has its instructions."""
     loops = compiled(SOURCE)

@@ -65,7 +65,8 @@ class Conv(nn.Conv2d):
     def with_fewer_products(self, x: Tensor, onto: Tensor | None) -> Tensor:
         """The convolution by winograd.c, added to `onto`."""
         lay = partial(winograd.laid, self.weight, x.dtype)
-        kernels = None if self.learns() else self.laid_out(f"winograd in {x.dtype}", lay)
+        fleeting = torch.compiler.is_compiling() or self.learns()
+        kernels = None if fleeting else self.laid_out(f"winograd in {x.dtype}", lay)
         inside = onto is not None and onto.dtype == x.dtype
         out = winograd.convolve(x, self.weight, self.bias, onto if inside else None, kernels)
         return out if onto is None or inside else onto + out

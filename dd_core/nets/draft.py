@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dd_core.nets.conv import Conv
 from dd_core.nets.whitening import Whitening
 
 FOLD = 8
@@ -51,9 +52,9 @@ class Draft(nn.Module):
         )
         self.colours = nn.Linear(hidden, 3 * layers)
         self.project = nn.Linear(hidden, self.grid**2 * width)
-        self.coarse = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.fine = nn.Conv2d(width // 2, width // 2, 3, padding=1)
-        self.out = nn.Conv2d(width // 2, (layers + 3) * 4**2, 3, padding=1)
+        self.coarse = Conv(width, 2 * width, 3, padding=1)
+        self.fine = Conv(width // 2, width // 2, 3, padding=1)
+        self.out = Conv(width // 2, (layers + 3) * 4**2, 3, padding=1)
 
     def forward(self, embedding: Float[Tensor, " b d"]) -> Float[Tensor, " b 3 h w"]:
         return self.unfolded(self.whitening(embedding))

@@ -2,7 +2,7 @@
 
 A CPU runs two loops of our own (norm.c), because PyTorch's GroupNorm takes 28 times as long backwards with
 channels innermost as with pixels innermost, while convolutions want channels innermost, and because a pass
-over memory costs a CPU as much as a convolution.  Elsewhere, and compiled, PyTorch's calls are best.
+over memory costs a CPU as much as a convolution.  Elsewhere PyTorch's calls are best.
 """
 
 import ctypes
@@ -68,8 +68,7 @@ def modulated_norm(  # noqa: PLR0913 - the terms of its formula
     Source: Wu & He 2018 (arXiv:1803.08494); scale and shift as in Dhariwal & Nichol 2021
     (arXiv:2105.05233), section 3, "AdaGN".
     """
-    plainly = kind_of(x) != "cpu" or x.dtype not in KINDS or not x.numel()
-    if plainly or torch.compiler.is_compiling():
+    if kind_of(x) != "cpu" or x.dtype not in KINDS or not x.numel():
         return plain_modulated_norm(x, weight, bias, told, groups=groups, silu=silu, epsilon=epsilon)
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, told = known(weight), known(bias), None if told is None else known(told)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dd_core.nets.clip import Clip
+from dd_core.nets.conv import Conv
 from dd_core.spec import Spec
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -56,7 +57,7 @@ class Lpips(nn.Module):
         for index, widths in enumerate(VGG16):
             layers: list[nn.Module] = [pool(2)] if index else []
             for width in widths:
-                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                layers += [Conv(before, width, 3, padding=1), nn.ReLU()]
                 before = width
             self.stages.append(nn.Sequential(*layers))
         self.weights = nn.ParameterList(torch.zeros(widths[-1]) for widths in VGG16)

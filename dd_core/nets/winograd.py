@@ -7,7 +7,6 @@ the definition's is .0017, the rounding of the output alone.
 """
 
 import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def loops(dtype: torch.dtype) -> ctypes.CDLL | None:
     return compiled(SOURCE, *(["HALF"] if dtype == torch.bfloat16 else []))
 
 
-@cache
+@torch.compiler.assume_constant_result
 def runs(dtype: torch.dtype) -> bool:
     """Whether winograd.c can be compiled here, and the processor has its instructions."""
     found = loops(dtype)
@@ -53,7 +52,7 @@ def suited(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
 
     It does on CPUs, for the kernels that this is an algorithm for, of many channels, and for even sides.
     """
-    if type(x) is not Tensor or kind_of(x) != "cpu" or torch.compiler.is_compiling():  # a FakeTensor is empty
+    if type(x) is not Tensor or kind_of(x) != "cpu":  # a FakeTensor is empty
         return None
     cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
@@ -74,23 +73,7 @@ def laid(
         dtype: Of the features they are for.
         turned: Those that take gradients of the output to gradients of the input.
     """
-    weight = weight.detach().float()
-    out, into, down, across = weight.stride()
-    first = weight.data_ptr()
-    strides, sizes = (out, into, down, across), weight.shape[1::-1]
-    if turned:
-        first += 4 * 2 * (down + across)  # the last tap
-        strides, sizes = (into, out, -down, -across), weight.shape[:2]
-    made = torch.empty(POINTS * weight.shape[0] * weight.shape[1], dtype=dtype)
-    found = loops(dtype)
-    assert found is not None
-    found.winograd_lay(
-        ctypes.c_void_p(first),
-        (ctypes.c_long * 4)(*strides),
-        *(ctypes.c_long(size) for size in sizes),
-        torch.get_num_threads(),
-        *pointers(made),
-    )
+    made: Tensor = torch.ops.ddiff.winograd_kernels(weight.detach(), dtype, turned)
     return made
 
 
@@ -129,6 +112,47 @@ class Task(ctypes.Structure):
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     """The address of each tensor's data; a null pointer for None."""
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def room_of_kernels(weight: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
+    """An empty tensor for kernels at their points."""
+    return weight.new_empty(POINTS * weight.shape[0] * weight.shape[1], dtype=dtype)
+
+
+def kernels_at_points(weight: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
+    """`laid` by winograd.c.
+
+    Raises:
+        ValueError: Sizes or dtypes do not match, so that the loop would read beyond its tensors.
+    """
+    made = room_of_kernels(weight, dtype, turned)
+    if (
+        weight.shape[2:] != (3, 3)
+        or weight.shape[0] % LANES
+        or weight.shape[1] % LANES
+        or dtype not in DTYPES
+    ):
+        raise ValueError(
+            f"kernels of 3 x 3, channels a multiple of {LANES}, for float32 or bfloat16; got"
+            f" {tuple(weight.shape)} for {dtype}"
+        )
+    weight = weight.float()
+    out, into, down, across = weight.stride()
+    first = weight.data_ptr()
+    strides, sizes = (out, into, down, across), weight.shape[1::-1]
+    if turned:
+        first += 4 * 2 * (down + across)  # the last tap
+        strides, sizes = (into, out, -down, -across), weight.shape[:2]
+    found = loops(dtype)
+    assert found is not None
+    found.winograd_lay(
+        ctypes.c_void_p(first),
+        (ctypes.c_long * 4)(*strides),
+        *(ctypes.c_long(size) for size in sizes),
+        torch.get_num_threads(),
+        *pointers(made),
+    )
+    return made
 
 
 def room(x: Tensor, kernels: Tensor, channels: int, bias: Tensor | None, onto: Tensor | None) -> Tensor:
@@ -236,6 +260,9 @@ class _Convolution(torch.autograd.Function):
 
 
 OPERATIONS = torch.library.Library("ddiff", "FRAGMENT")
+OPERATIONS.define("winograd_kernels(Tensor weight, ScalarType dtype, bool turned) -> Tensor")
+OPERATIONS.impl("winograd_kernels", kernels_at_points, "CPU")
+torch.library.register_fake("ddiff::winograd_kernels", room_of_kernels, lib=OPERATIONS)
 OPERATIONS.define("convolution(Tensor x, Tensor kernels, int channels, Tensor? bias, Tensor? onto) -> Tensor")
 OPERATIONS.impl("convolution", convolution, "CPU")
 torch.library.register_fake("ddiff::convolution", room, lib=OPERATIONS)
