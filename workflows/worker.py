@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core import bundle, checkpoint, sealed
-from dd_core.memory import keep_freed
 from dd_core.precision import round_products
 from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
@@ -116,7 +115,6 @@ def trained_to_the_end(job: Job) -> Outcome:
         # than CPUs libgomp sleeps where it would spin: steps took half as long again (torch 2.15)
     round_products(device, spec.optimizer.precision)
     if device.type == "cpu":
-        keep_freed()
         torch.set_num_threads(threads(context.get_local_world_size(), job.at_once))
     parents = {role: bundle.load(home.fetched()).trained for role, home in job.parents.items()}
     if who.rank == 0:

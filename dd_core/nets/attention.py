@@ -54,7 +54,7 @@ def fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     return sizes and (mask is None or mask.shape[2] == 1) and runs()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def runs() -> bool:
     """Whether attention.c can be compiled here, and the processor has its instructions."""
     loops = compiled(SOURCE)

@@ -45,15 +45,19 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 class Conv(nn.Conv2d):
     """torch.nn.Conv2d with zero padding, whose output is added to `onto` if that is given.
 
-    Frozen weights are laid out once (for oneDNN for the input size of the first call), and again after they
-    were changed in place or replaced, but not if the change was hidden from autograd, through `weight.data`.
+    Without gradients frozen weights are laid out once (for oneDNN for the input size of the first call), and
+    again after they were changed in place or replaced, but not if the change was hidden from autograd, in
+    `weight.data`.
     """
 
-    _laid_out: tuple[tuple[object, ...], Tensor] | None = None
+    _laid_out: tuple[tuple[object, ...], Tensor, Tensor] | None = None
+    """What it was made of; those weights, so that no others get their address; the result."""
 
     def forward(
         self, x: Float[Tensor, " b i h w"], onto: Float[Tensor, " b o h2 w2"] | None = None
     ) -> Float[Tensor, " b o h2 w2"]:
+        if self.weight.requires_grad:
+            self._laid_out = None  # a fused optimizer counts no change of what was frozen before
         dtype = winograd.suited(self, x)
         if dtype is not None:
             return self.with_fewer_products(x.to(dtype), onto)
@@ -65,9 +69,10 @@ class Conv(nn.Conv2d):
     def with_fewer_products(self, x: Tensor, onto: Tensor | None) -> Tensor:
         """The convolution by winograd.c, added to `onto`."""
         lay = partial(winograd.laid, self.weight, x.dtype)
-        fleeting = torch.compiler.is_compiling() or self.learns()
-        kernels = None if fleeting else self.laid_out(f"winograd in {x.dtype}", lay)
-        inside = onto is not None and onto.dtype == x.dtype
+        passing = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.learns()
+        kernels = lay() if passing else self.laid_out(f"winograd in {x.dtype}", lay)
+        size = (len(x), self.out_channels, *x.shape[2:])
+        inside = onto is not None and onto.dtype == x.dtype and onto.shape == size
         out = winograd.convolve(x, self.weight, self.bias, onto if inside else None, kernels)
         return out if onto is None or inside else onto + out
 
@@ -91,10 +96,11 @@ class Conv(nn.Conv2d):
 
     def laid_out(self, algorithm: str, lay: Callable[[], Tensor]) -> Tensor:
         """Frozen weights as an algorithm wants them, laid out again if they have changed."""
-        made_of = (algorithm, self.weight.data_ptr(), self.weight._version, self.weight.dtype)
-        if self._laid_out is None or self._laid_out[0] != made_of:
-            self._laid_out = (made_of, lay())
-        return self._laid_out[1]
+        weight, found = self.weight, self._laid_out
+        made_of = (algorithm, weight.data_ptr(), weight._version, weight.dtype)
+        if found is None or found[0] != made_of:
+            self._laid_out = found = (made_of, weight.detach(), lay())
+        return found[2]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the laid-out weights, which cannot be copied but can be made again."""

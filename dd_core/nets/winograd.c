@@ -339,7 +339,7 @@ INLINE void lay_gradients(const Number *grad, long begin, long count, long betwe
 
 /* Some stripes of tiles, laid out to be met at every point. */
 typedef struct {
-    const Number *laid;
+    const Number *first;
     long count, each;       /* stripes; numbers of one */
     long to_input, to_grad; /* numbers between its points of inputs, of gradients */
     long size, tiles;       /* tiles of a stripe, of all stripes: the last may be shorter */
@@ -347,22 +347,24 @@ typedef struct {
 
 /* At point `k`, TILES input channels from `i` on times a share of output channels from `c` on, over all tiles
    of some stripes; added to `sum` unless these are the first. */
-INLINE void meetings(const Stripes *all, int k, long i, long c, int lanes, int first, float *sum,
+INLINE void meetings(const Stripes *laid, int k, long i, long c, int lanes, int first, float *sum,
                      const Task *t) {
     F own[TILES][MOST_LANES];
     for (int j = 0; j < TILES; j++)
         for (int s = 0; s < lanes; s++) own[j][s] = first ? (F){} : floats(sum + j * t->to + s * LANES);
-    for (long n = 0; n < all->count; n++) {
-        const Number *stripe = all->laid + n * all->each;
-        const int *input = (const int *)(stripe + k * all->to_input) + i;
-        const int *grad = (const int *)(stripe + POINTS * all->to_input + k * all->to_grad) + c;
-        long left = all->tiles - n * all->size, there = left < all->size ? left : all->size;
+    for (long n = 0; n < laid->count; n++) {
+        const Number *stripe = laid->first + n * laid->each;
+        const int *input = (const int *)(stripe + k * laid->to_input) + i;
+        const int *grad = (const int *)(stripe + POINTS * laid->to_input + k * laid->to_grad) + c;
+        long left = laid->tiles - n * laid->size, there = left < laid->size ? left : laid->size;
         for (long p = 0; p < (there + IN_WORD - 1) / IN_WORD; p++) {
             Words both[MOST_LANES];
             for (int s = 0; s < lanes; s++) both[s] = words_at(grad + p * t->to + s * LANES);
-            for (int j = 0; j < TILES; j++)
-                for (int s = 0; s < lanes; s++)
-                    own[j][s] = product(own[j][s], input[p * t->from + j], both[s]);
+            for (int j = 0; j < TILES; j++) {
+                int word;
+                memcpy(&word, input + p * t->from + j, sizeof word);
+                for (int s = 0; s < lanes; s++) own[j][s] = product(own[j][s], word, both[s]);
+            }
         }
     }
     for (int j = 0; j < TILES; j++)
@@ -370,7 +372,7 @@ INLINE void meetings(const Stripes *all, int k, long i, long c, int lanes, int f
 }
 
 /* At every point all channels, of which this member of a team takes its share. */
-static void meet(const Stripes *all, int first, float *sums, int member, int members, const Task *t) {
+static void meet(const Stripes *laid, int first, float *sums, int member, int members, const Task *t) {
     long parts = POINTS * (t->from / TILES);
     for (long part = parts * member / members; part < parts * (member + 1) / members; part++) {
         long k = part / (t->from / TILES), i = part % (t->from / TILES) * TILES;
@@ -379,11 +381,11 @@ static void meet(const Stripes *all, int first, float *sums, int member, int mem
             float *sum = sums + (k * t->from + i) * t->to + c;
             lanes = share(t->to / LANES - done);
             if (lanes == 3)
-                meetings(all, k, i, c, 3, first, sum, t);
+                meetings(laid, k, i, c, 3, first, sum, t);
             else if (lanes == 2)
-                meetings(all, k, i, c, 2, first, sum, t);
+                meetings(laid, k, i, c, 2, first, sum, t);
             else
-                meetings(all, k, i, c, 1, first, sum, t);
+                meetings(laid, k, i, c, 1, first, sum, t);
         }
     }
 }
@@ -437,11 +439,11 @@ void winograd_gradients(const Number *x, const Number *grad, float *d_w, float *
                 lay_inputs(x, tile, there, to_input, input, 1, t);
                 lay_gradients(grad, tile, there, to_grad, output, of_stripes + (n + member) * t->to, t);
             }
-            Stripes all = {of_team, count, each, to_input, to_grad, size, tiles - n * size};
+            Stripes stripes_laid = {of_team, count, each, to_input, to_grad, size, tiles - n * size};
             if (few) {
 #pragma omp barrier
             }
-            meet(&all, n == begin, own, member, members, t);
+            meet(&stripes_laid, n == begin, own, member, members, t);
             if (few) {
 #pragma omp barrier
             }

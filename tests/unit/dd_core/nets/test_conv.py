@@ -95,6 +95,39 @@ def test_changed_weights_are_heard() -> None:
     near(layer(x), plainly(layer, x), torch.float32)
 
 
+@pytest.mark.parametrize("channels", [6, 16])  # of oneDNN's convolution, of winograd.c's
+@torch.no_grad()
+def test_weights_at_an_address_that_others_had_are_heard(channels: int) -> None:
+    torch.manual_seed(0)
+    layer, x = Conv(channels, channels, 3, padding=1).requires_grad_(False), features(1, channels, 8, 8)
+    for scale in range(20):
+        other = {"weight": layer.weight * scale, "bias": layer.bias}
+        found = torch.func.functional_call(layer, other, (x,))
+        near(found, F.conv2d(x, other["weight"], layer.bias, padding=1), torch.float32)
+    for _ in range(10):
+        layer.bfloat16()
+        layer.float()
+        with torch.no_grad():
+            layer.weight.data = torch.randn_like(layer.weight)
+        near(layer(x), plainly(layer, x), torch.float32)
+
+
+@pytest.mark.parametrize("channels", [6, 16])
+def test_weights_that_a_fused_optimizer_steps_are_heard(channels: int) -> None:
+    """It counts no change."""
+    torch.manual_seed(0)
+    layer, x = Conv(channels, channels, 3, padding=1), features(1, channels, 8, 8)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        layer.requires_grad_(False)
+        with torch.no_grad():
+            near(layer(x), plainly(layer, x), torch.float32)
+        near(layer(x), plainly(layer, x), torch.float32)
+        layer.requires_grad_()
+        layer(x).square().sum().backward()
+        optimizer.step()
+
+
 def test_weights_that_count_no_changes_are_never_laid_out() -> None:
     with torch.inference_mode():
         layer, x = conv(), features(1, 6, 8, 8)

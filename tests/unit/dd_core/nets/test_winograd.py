@@ -206,6 +206,10 @@ def test_sizes_that_do_not_match_are_refused_before_the_loop_reads_beyond_its_te
     ):
         with pytest.raises(ValueError, match="numbers of kernels"):
             torch.ops.ddiff.convolution(*wrong)
+    assert not torch.ops.ddiff.convolution(x[:0], kernels, 32, None, None).numel()
+    apart = torch.stack([kernels, kernels], 1)[:, 0]
+    whole = torch.ops.ddiff.convolution(x, kernels, 32, bias, onto)
+    assert torch.equal(torch.ops.ddiff.convolution(x, apart, 32, bias, onto), whole)
     for weight in (drawn(32, 16, 1, 1), drawn(32, 8, 3, 3), drawn(24, 16, 3, 3)):
         with pytest.raises(ValueError, match="kernels of 3 x 3"):
             torch.ops.ddiff.winograd_kernels(weight, dtype, False)
@@ -250,8 +254,9 @@ def test_everything_else_is_left_to_others() -> None:
     assert suited(conv, x.bfloat16()) is None
     assert suited(conv.to(torch.float64), x.double()) is None
     conv.float()
-    for other in (x[:, :, :3], x[:, :, :, :3], x[:0], x.to("meta")):
+    for other in (x[:, :, :3], x[:, :, :, :3], x[:0], x.to("meta"), x[0]):
         assert suited(conv, other) is None
+    assert suited(layer(16, 16).to("meta"), x) is None
     assert suited(layer(16, 24), x) is None
     assert suited(layer(24, 16), features(1, 24, 4, 4)) is None
     for how in (
@@ -268,3 +273,5 @@ def test_everything_else_is_left_to_others() -> None:
         assert suited(conv, x) is None
     with torch.autocast("cpu", torch.float16):
         assert suited(conv, x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert suited(conv, x.double()) is None
