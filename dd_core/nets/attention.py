@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dd_core.compiled import compiled
+from dd_core.compiled import compiled, constant
 from dd_core.devices import kind_of
 
 FEW = 512
@@ -54,7 +54,7 @@ def fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     return sizes and (mask is None or mask.shape[2] == 1) and runs()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def runs() -> bool:
     """Whether attention.c can be compiled here, and the processor has its instructions."""
     loops = compiled(SOURCE)

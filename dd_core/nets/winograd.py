@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dd_core.compiled import compiled
+from dd_core.compiled import compiled, constant
 from dd_core.devices import kind_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +40,7 @@ def loops(dtype: torch.dtype) -> ctypes.CDLL | None:
     return compiled(SOURCE, *(["HALF"] if dtype == torch.bfloat16 else []))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def runs(dtype: torch.dtype) -> bool:
     """Whether winograd.c can be compiled here, and the processor has its instructions."""
     found = loops(dtype)
