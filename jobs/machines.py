@@ -71,10 +71,10 @@ def gpu() -> Iterator[Finding]:
         if compiled(norm.SOURCE):
             yield Finding("gpu", "ok", says)
         elif sys.platform != "linux":  # as dd_core.compiled has it
-            yield Finding("gpu", "ok", f"{says}, where training takes nearly twice as long as on Linux")
+            yield Finding("gpu", "ok", f"{says}, where training takes half as long again as on Linux")
         else:
             fix = "apt-get install gcc libc6-dev"
-            yield Finding("gpu", "warn", f"{says}, where training takes nearly twice as long without gcc", fix)
+            yield Finding("gpu", "warn", f"{says}, where training takes half as long again without gcc", fix)
         return
     driver = DRIVER.read_text().splitlines()[0].split("  ")
     version = next((part.strip() for part in driver[1:] if part.strip()), "?")

@@ -73,7 +73,7 @@ def test_where_no_compiler_would_help_none_is_asked_for(
     monkeypatch.setattr("dd_core.compiled.compiled", lambda source: None)
     (found,) = gpu()
     assert (found.state, found.fix) == ("ok", "")
-    assert "takes nearly twice as long as on Linux" in found.says
+    assert "takes half as long again as on Linux" in found.says
 
 
 def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
