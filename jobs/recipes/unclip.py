@@ -120,13 +120,16 @@ def small_causal() -> RunSpec:
 
 
 def small_decoder(towers: ClipNetSpec) -> TrainSpec:
-    """64 px, told captions and embeddings by a CLIP with these towers; dropouts as published."""
+    """64 px, told captions and embeddings by a CLIP with these towers; dropouts as published.
+
+    Linear betas, the published decoder has cosine: see glide.base.
+    """
     unet = ddpm.UNET.but(
         text_width=128, text_at_level=False, level_told=True, embedding_width=towers.embedding_width
     )
     stage = ChainSpec(
         net=UnclipSpec(unet=unet, states_width=towers.text_width),
-        schedule=COSINE,
+        schedule=ScheduleSpec(),
         predicts=ddpm.PREDICTS,
         loss="hybrid",
         told_dropout=0.5,

@@ -13,6 +13,7 @@ higher the better:
     style           minus the distance of Gram matrices to those of the reference
     structure       minus the distance of feature maps to those of the reference
                     (both by the noised CLIP at its lowest noise level, over the value without guidance)
+    sum             of caption and style, by the score of either
 
 `ground` is 1 if the oracle finds the reference's background.  References are scenes of a seed of their own.
 """
@@ -58,8 +59,11 @@ WEIGHTS: Mapping[str, tuple[float, ...]] = {
     "image": (0, 3, 10, 30),
     "style": (0, 1e5, 1e6, 1e7),
     "structure": (0, 1e2, 1e3, 1e4),
+    "sum": (0, 1, 3),
 }
 """Of each guidance; of `free` the classifier-free scale: 0 ignores the class, 1 is the conditional base."""
+SUMMED = {"caption": 10.0, "style": 1e6}
+"""Weights of what `sum` adds up, at weight 1."""
 
 
 class Asked(NamedTuple):
@@ -96,7 +100,8 @@ def way(guidance: str, weight: float, steps: int) -> SamplingSpec:
     plain = SamplingSpec(sampler="ddpm", variance="fixed_small", num_steps=steps, spacing="trailing")
     if guidance == "free":
         return plain.but(guidance_scale=weight)
-    gradient = GradientSpec(**{guidance: weight}) if weight else None
+    parts = SUMMED if guidance == "sum" else {guidance: 1.0}
+    gradient = GradientSpec(**{name: weight * each for name, each in parts.items()}) if weight else None
     return plain.but(guidance_scale=0.0 if guidance == "classes" else 1.0, gradient=gradient)
 
 
@@ -173,18 +178,20 @@ def raised(now: Tensor, before: Tensor) -> tuple[float, float]:
 
 def measured(guidance: str, options: argparse.Namespace, judges: Judges) -> list[dict[str, float]]:
     """One guidance at all its weights, printed as it goes."""
-    wanted, rows, before = asked(options.pictures), [], torch.zeros(0)
+    wanted, rows, before = asked(options.pictures), [], dict[str, Tensor]()
     for weight in WEIGHTS[guidance]:
         pictures = painted(options.run, wanted, guidance, way(guidance, weight, options.steps))
-        now = score(guidance, pictures, wanted, judges)
-        before = now if weight == WEIGHTS[guidance][0] else before
-        unit = before.mean().abs().item() if guidance in ("style", "structure") else 1.0
-        change, give = raised(now / unit, before / unit)
-        row = {"weight": weight, "score": now.mean().item() / unit, "change": change, "give": give}
-        rows.append(row | {"ground": same_ground(pictures, wanted)})
-        words = "  ".join(f"{key} {value:.3g}" for key, value in rows[-1].items())
-        sys.stdout.write(f"{guidance}: {words}\n")
-        sys.stdout.flush()
+        ground = same_ground(pictures, wanted)
+        for judged in SUMMED if guidance == "sum" else (guidance,):
+            now = score(judged, pictures, wanted, judges)
+            first = before.setdefault(judged, now)
+            unit = first.mean().abs().item() if judged in ("style", "structure") else 1.0
+            change, give = raised(now / unit, first / unit)
+            row = {"weight": weight, "score": now.mean().item() / unit, "change": change, "give": give}
+            rows.append(row | {"ground": ground})
+            words = "  ".join(f"{key} {value:.3g}" for key, value in rows[-1].items())
+            sys.stdout.write(f"{guidance}, by {judged}: {words}\n")
+            sys.stdout.flush()
         if options.sheets:
             options.sheets.mkdir(parents=True, exist_ok=True)
             shown = torch.cat([wanted.reference[:8], pictures[:16]])
