@@ -409,8 +409,9 @@ INLINE void kernel_taps(const F *point, F *tap) {
 
 /* The gradients of kernels and bias.  x, grad: `b h w c`; d_w: `to from 3 3`, contiguous; d_bias: `to`.
 
-   Of many tiles every thread makes a sum; of few, where that would be the most to write, all threads are one
-   team, whose members lay out a stripe each and then share out points and input channels. */
+   Of many tiles every thread makes a sum.  A sum has 16 from to numbers, a tile's points 16 (from + to): of
+   few tiles a sum for each thread would be the most to write, and all threads are one team, whose members lay
+   out a stripe each and then share out points and input channels.  Where few ends is measured. */
 void winograd_gradients(const Number *x, const Number *grad, float *d_w, float *d_bias, Task task) {
     const Task *t = &task;
     long tiles = t->batch * (t->height / 2) * (t->width / 2), size = STRIPE;
