@@ -56,6 +56,11 @@ def constant(asked: Asked) -> Asked:
     return asked
 
 
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """The address of each tensor's data, as a loop is told it; a null pointer for None."""
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
 def library(gcc: str, source: Path, defined: tuple[str, ...] = ()) -> Path:
     """The compiled file for this source, these flags and names, and this processor, made unless it exists.
 

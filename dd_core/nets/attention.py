@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dd_core.compiled import compiled, constant
+from dd_core.compiled import compiled, constant, pointers
 from dd_core.devices import kind_of
 
 FEW = 512
@@ -107,8 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heard: Tensor | None) -> Tensor:
     out, heard = room(q, k, v, heard), None if heard is None else heard.contiguous()
     strides = ((ctypes.c_long * 3)(*of.stride()[:3]) for of in (q, k, v, out))
     task = Task(*q.shape[:3], keys, width, *strides, width**-0.5, torch.get_num_threads())
-    there = (None if of is None else of.data_ptr() for of in (q, k, v, out, heard))
-    loops.attention(*map(ctypes.c_void_p, there), task)
+    loops.attention(*pointers(q, k, v, out, heard), task)
     return out
 
 

@@ -1,8 +1,8 @@
 """A convolution that can add its output to features; on a CPU frozen weights are laid out only once.
 
-3 x 3 is winograd.c's where it can be compiled; everything else is oneDNN's, which wants weights in a layout
-of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and 16 px takes as long as the
-convolution, and adding its output to something reads and writes it once more.  Both can be avoided by
+3 x 3 is winograd.c's where that runs (`winograd.suited`); everything else is oneDNN's, which wants weights in
+a layout of its own.  PyTorch's `conv2d` converts them at every call, which at 8 and 16 px takes as long as
+the convolution, and adding its output to something reads and writes it once more.  Both can be avoided by
 oneDNN's operators, which torch.compile calls too.
 """
 
@@ -69,7 +69,8 @@ class Conv(nn.Conv2d):
     def with_fewer_products(self, x: Tensor, onto: Tensor | None) -> Tensor:
         """The convolution by winograd.c, added to `onto`."""
         lay = partial(winograd.laid, self.weight, x.dtype)
-        passing = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.learns()
+        imagined = torch.compiler.is_compiling() or type(x) is not Tensor  # a FakeTensor has no address
+        passing = torch.is_grad_enabled() or imagined or self.learns()
         kernels = lay() if passing else self.laid_out(f"winograd in {x.dtype}", lay)
         size = (len(x), self.out_channels, *x.shape[2:])
         inside = onto is not None and onto.dtype == x.dtype and onto.shape == size

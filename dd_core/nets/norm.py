@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dd_core.compiled import compiled
+from dd_core.compiled import compiled, pointers
 from dd_core.devices import kind_of
 
 EPSILON = 1e-5
@@ -205,11 +205,6 @@ def task_of(x: Tensor, weight: Tensor | None, told: Tensor | None, groups: int, 
     half = [tensor is not None and tensor.dtype == torch.bfloat16 for tensor in (x, weight, told)]
     batch, channels, *sides = x.shape
     return Task(batch, math.prod(sides), channels, groups, torch.get_num_threads(), silu, *half)
-
-
-def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """The address of each tensor's data; a null pointer for None."""
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
 def rows_of(x: Tensor) -> Tensor:

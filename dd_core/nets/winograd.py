@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dd_core.compiled import compiled, constant
+from dd_core.compiled import compiled, constant, pointers
 from dd_core.devices import kind_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,8 +52,7 @@ def suited(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
 
     It does on CPUs, for the kernels that this is an algorithm for, channels in LANES and even sides.
     """
-    plain = type(x) is Tensor and x.dim() == 4 and kind_of(x) == "cpu"  # a FakeTensor has no content
-    if not plain or conv.weight.device != x.device:
+    if x.dim() != 4 or kind_of(x) != "cpu" or x.device.type != "cpu" or conv.weight.device != x.device:
         return None
     cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
@@ -108,11 +107,6 @@ class Task(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("batch", "height", "width", "from", "to")),
         *((name, ctypes.c_int) for name in ("threads", "half_bias")),
     )
-
-
-def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """The address of each tensor's data; a null pointer for None."""
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
 def room_of_kernels(weight: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
