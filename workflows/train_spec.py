@@ -14,6 +14,7 @@ from dd_core.stages import StageSpec
 from dd_core.stages.chain_hop import refuse
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
+from dd_core.stages.consistency import ConsistencySpec
 from workflows import feed
 from workflows.labels import LabelSpec
 
@@ -122,6 +123,21 @@ class TrainSpec(Spec):
                     f"parents lack {role!r}: this {self.stage.kind} stands on one; name it there"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _what_is_frozen_has_begun(self) -> "TrainSpec":
+        match self.stage:
+            case ChainSpec(text_frozen=True) if "start" not in self.parents:
+                raise ValueError(
+                    "stage.text_frozen would keep random weights; name a parent 'start', a CLIP or another "
+                    "chain, or leave text_frozen out"
+                )
+            case ConsistencySpec(base=ChainSpec(text_frozen=True), teacher=None):
+                raise ValueError(
+                    "stage.base.text_frozen would keep random weights, as there is no teacher; leave it out"
+                )
+            case _:
+                return self
 
     @model_validator(mode="after")
     def _can_be_sampled(self) -> "TrainSpec":

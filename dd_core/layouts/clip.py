@@ -68,6 +68,22 @@ def clip_moves(net: Clip) -> Iterator[Move]:
         yield tensor(name.removeprefix("towers."), name)
 
 
+def words_moves(layers: int) -> Iterator[Move]:
+    """The text tower of `Clip` as a text transformer of ours, whose vectors for padding CLIP has not."""
+    yield tensor("towers.token_embedding.weight", "tokens.weight")
+    yield tensor("towers.positional_embedding", "places")
+    yield from layer("towers.ln_final", "norm")
+    for number in range(layers):
+        theirs, ours = f"towers.transformer.resblocks.{number}", f"blocks.{number}"
+        for part in ("weight", "bias"):
+            yield tensor(f"{theirs}.attn.in_proj_{part}", f"{ours}.qkv.{part}")
+        yield from layer(f"{theirs}.attn.out_proj", f"{ours}.out")
+        yield from layer(f"{theirs}.ln_1", f"{ours}.norm_attention")
+        yield from layer(f"{theirs}.ln_2", f"{ours}.norm_alone")
+        yield from layer(f"{theirs}.mlp.c_fc", f"{ours}.alone_in")
+        yield from layer(f"{theirs}.mlp.c_proj", f"{ours}.alone_out")
+
+
 def transformers_moves(net: Clip) -> Iterator[Move]:
     """The text tower as transformers names it: `CLIPTextModel`, in the files of Stable Diffusion 1."""
     yield tensor("embeddings.token_embedding.weight", "token_embedding.weight")

@@ -22,7 +22,7 @@ from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
 from dd_core.nets.network import PlainSpec
-from dd_core.nets.text import UnclipSpec
+from dd_core.nets.text import CaptionedUNet, UnclipSpec
 from dd_core.ranks import gathered
 from dd_core.schedules import LogNormalSpec
 from dd_core.stage import Example, Losses, PairBatch, Stage, Trained
@@ -42,7 +42,7 @@ class ChainStage(Stage):
         spec: What to train.
         parents: "clip" and "autoencoder" where the spec needs them; "start", if given, supplies the initial
             weights: a chain or a published network that has no image inputs beyond this chain's (weights of
-            inputs that it lacks start at zero).
+            inputs that it lacks start at zero); or, those of its text transformer alone, a CLIP.
 
     Raises:
         ValueError: A parent is missing, or does not fit.
@@ -60,6 +60,9 @@ class ChainStage(Stage):
         if "start" in parents:
             reader = None if clip is None else clip.spec
             self.model.load_state_dict(begun(spec, parents["start"], self.model.state_dict(), reader))
+        if spec.text_frozen:
+            assert isinstance(self.model.network, CaptionedUNet)
+            self.model.network.text.requires_grad_(False).padding.requires_grad_(True)
         timed = None if isinstance(spec.schedule, LogNormalSpec) else schedules.sigmas(spec.schedule)
         self.register_buffer("table", timed, persistent=False)
         self.timesteps: likelihood.TimestepSampler | None = None

@@ -74,6 +74,9 @@ class ChainSpec(LearnedSpec):
     told_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of captions and classes dropped, for classifier-free guidance; unCLIP: 0.5, GLIDE: 0.2.  If above
     0, the last of the network's labels is the null class."""
+    text_frozen: bool = False
+    """Whether the network's own text transformer keeps the weights that it began with, the vectors for
+    padding aside; for one that begins as the text tower of a CLIP and sees few pictures."""
     embedding_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of image embeddings dropped, independently."""
 
@@ -181,6 +184,10 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
         (
             spec.mask_of != "known" and not spec.inpaints,
             f"mask_of {spec.mask_of} is for a model that is told holes; set inpaints, or leave it out",
+        ),
+        (
+            spec.text_frozen and not spec.context_length,
+            f"text_frozen is for a net of kind captioned, this one is {net.kind}; leave it out",
         ),
         *cropping(spec),
     ]

@@ -197,7 +197,7 @@ class ConsistencyStage(Stage):
 
     def players(self, phase: str) -> list[nn.Parameter]:
         """Those of the model; the target follows it (`after_step`)."""
-        return list(self.model.parameters())
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dd_core.layouts.clip import words_moves
+from dd_core.layouts.moves import inward
 from dd_core.layouts.published import Process, published
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.prior import CausalPriorSpec
-from dd_core.nets.text import CaptionedSpec, UnclipSpec
+from dd_core.nets.text import CaptionedSpec, TextSpec, UnclipSpec
 from dd_core.schedules import LogNormalSpec, ScheduleSpec
 from dd_core.spec import Spec
 from dd_core.stage import Trained
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import ClipSpec
 from dd_core.stages.network import NetworkSpec
+from dd_core.text import END
 
 FREE = ("image_channels", "in_channels", "out_channels", "dropout")
 """Fields of a network that the shapes of weights show, or that no weight depends on."""
@@ -38,7 +42,8 @@ def begun(
 
     Args:
         spec: The chain.
-        start: The other model: a chain, or a published network.
+        start: The other model: a chain, or a published network; or a CLIP, whose text tower the transformer
+            of a chain that reads captions itself begins with.
         now: The state to be filled.
         clip: The CLIP that reads captions for the chain, if it does not read them itself.
 
@@ -46,6 +51,9 @@ def begun(
         ValueError: The other model is another network, has other inputs or outputs, was told CLIP features
             that are not unit vectors or captions read in another way, or takes holes in other channels.
     """
+    if isinstance(start.spec, ClipSpec) and isinstance(spec.net, CaptionedSpec):
+        words = words_of(spec.net.text, start.spec.net, start.weights)
+        return dict(now) | {f"network.text.{name}": weight for name, weight in words.items()}
     refuse_features(spec.kind, start)
     refuse_holes(spec, start)
     mine, theirs = asked_of(spec), asked_of(start.spec)
@@ -54,6 +62,39 @@ def begun(
     refuse_other(spec.kind, mine, theirs)
     refuse_readers(spec.kind, start, clip)
     return widened(start, now, spec.channels / (spec.channels + spec.told_channels))
+
+
+def words_of(text: TextSpec, clip: ClipNetSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a text transformer from the text tower of a CLIP, which knows the words already.
+
+    The vectors that stand for padding, which a CLIP has not, begin as END at their places: what END hears, it
+    sums up.
+
+    Raises:
+        ValueError: The two differ in size or activation; the field is named, with both values.
+    """
+    if clip.quick_gelu:
+        raise ValueError(
+            "chain: the text tower of the parent 'start' computes quick GELU, net.text computes GELU; "
+            "leave start out"
+        )
+    heads = clip.text_heads or clip.text_width // clip.head_width
+    for name, mine, theirs in (
+        ("width", text.width, clip.text_width),
+        ("layers", text.layers, clip.text_layers),
+        ("heads", text.heads, heads),
+        ("context_length", text.context_length, clip.context_length),
+        ("vocab_size", text.vocab_size, clip.vocab_size),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"chain: net.text.{name} is {mine}, the text tower of the parent 'start' has {theirs}; "
+                "make them equal, or leave start out"
+            )
+    moves = list(words_moves(text.layers))
+    named = {name for move in moves for name in move.theirs}
+    found = inward({name: weight for name, weight in weights.items() if name in named}, moves)
+    return found | {"padding": found["tokens.weight"][END] + found["places"]}
 
 
 def refuse_features(kind: str, start: Trained) -> None:

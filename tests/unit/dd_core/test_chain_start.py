@@ -1,18 +1,25 @@
 """What a chain may begin its training from: weights told no more than it is, and asked alike."""
 
+import itertools
+
 import pytest
 import torch
 
 from dd_core.cascade import run
 from dd_core.denoiser import Conditioning
 from dd_core.layouts.published import Process
-from dd_core.stage import Stage, Trained
+from dd_core.nets.clip import Clip
+from dd_core.stage import Budget, OptimizerSpec, PairBatch, Stage, Trained
 from dd_core.stages import build_stage, load_hop
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.clip import clip_of
 from dd_core.stages.network import NetworkSpec
+from dd_core.text import END
+from dd_core.training import TrainState, train
 from dd_core.vocabulary import ByteVocabulary
 from tests.unit.dd_core.test_chain import (
     BOUND,
+    CLIP,
     DDPM,
     EDM,
     ENLARGING,
@@ -22,6 +29,7 @@ from tests.unit.dd_core.test_chain import (
     INPAINTING,
     LATENT,
     LATENT_INPAINTING,
+    LENGTH,
     PARENTS,
     SMALL,
     TRANSFORMER,
@@ -29,6 +37,7 @@ from tests.unit.dd_core.test_chain import (
     asked,
     how_of,
     plain,
+    told,
     trained,
 )
 
@@ -154,3 +163,81 @@ def test_a_published_decoder_of_embeddings_that_are_no_unit_vectors_is_no_start(
     ):
         build_stage(UNCLIP, PARENTS | {"start": start})
     build_stage(UNCLIP, PARENTS | {"start": trained(UNCLIP)})
+
+
+def test_a_transformer_that_reads_captions_begins_as_the_text_tower_of_a_clip() -> None:
+    """Under that tower's mask it gives the states of the CLIP; the picture's network begins anew."""
+    words = CLIP.but(net=CLIP.net.but(text_layers=2))
+    torch.manual_seed(1)
+    clip = Trained(words, dict(Clip(words.net).state_dict()))
+    spec = GLIDE.but(net=GLIDE.net.but(text=GLIDE.net.text.but(layers=2)))  # type: ignore[union-attr]
+    network = build_stage(spec, {"start": clip}).model.network
+    tokens = torch.randint(1, 400, (2, LENGTH))
+    with torch.no_grad():
+        x = network.text.tokens(tokens) + network.text.places
+        for block in network.text.blocks:
+            x = block(x, torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
+        torch.testing.assert_close(network.text.norm(x), clip_of(clip).read(tokens).states)
+    torch.manual_seed(2)
+    plainly = build_stage(spec, {}).model.state_dict()
+    torch.manual_seed(2)
+    begun = build_stage(spec, {"start": clip}).model.state_dict()
+    kept = {name for name in begun if torch.equal(begun[name], plainly[name])}
+    assert {name for name in begun if not name.startswith("network.text.")} <= kept
+    ended = network.text.tokens.weight[END] + network.text.places
+    torch.testing.assert_close(network.text.padding, ended)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        ({"text_width": 32}, r"net\.text\.width is 16, the text tower of the parent 'start' has 32"),
+        ({"text_layers": 3}, r"net\.text\.layers is 1, .* has 3"),
+        ({"text_heads": 4}, r"net\.text\.heads is 2, .* has 4"),
+        ({"context_length": LENGTH + 1}, r"net\.text\.context_length is \d+, .* has \d+; make them equal"),
+        ({"vocab_size": 50000}, r"net\.text\.vocab_size is 49408, .* has 50000"),
+        ({"quick_gelu": True}, "computes quick GELU, net.text computes GELU; leave start out"),
+    ],
+)
+def test_a_clip_whose_text_tower_is_another_transformer_is_no_start(
+    net: dict[str, object], said: str
+) -> None:
+    spec = CLIP.but(net=CLIP.net.but(**net))
+    with pytest.raises(ValueError, match=said):
+        build_stage(GLIDE, {"start": Trained(spec, {})})
+
+
+def test_a_clip_is_no_start_of_a_network_that_reads_no_captions_itself() -> None:
+    with pytest.raises(ValueError, match="is neither a chain nor a published network"):
+        build_stage(DDPM, {"start": PARENTS["clip"]})
+
+
+def test_a_frozen_transformer_keeps_its_weights_and_its_padding_is_trained() -> None:
+    """Also over a restart, whose optimizers know nothing of what is frozen."""
+    how = OptimizerSpec(algorithm="muon_unet", learning_rate=1e-2, weight_decay=0.1, warmup_steps=0)
+    pairs = [
+        PairBatch(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), told("a star", "")) for _ in "12"
+    ]
+
+    def begun() -> TrainState:
+        torch.manual_seed(0)
+        return TrainState(build_stage(GLIDE.but(text_frozen=True), {"start": PARENTS["clip"]}), how)
+
+    def train_upto(state: TrainState, steps: int) -> dict[str, torch.Tensor]:
+        budget = Budget(steps=2, checkpoint_every=1)
+        run_of = train(state, pairs[state.step :], optimizer=how, budget=budget)
+        list(itertools.islice(run_of, steps - state.step))
+        return {name: weight.clone() for name, weight in state.tensors().items()}
+
+    first, whole, cut, second = begun(), begun(), begun(), begun()
+    after = train_upto(whole, 2)
+    kept = {name for name, weight in first.tensors().items() if torch.equal(weight, after[name])}
+    frozen = {name for name in after if ".network.text." in name and ".padding" not in name}
+    assert len(frozen) == 2 * (
+        len(whole.stage.model.network.text.state_dict()) - 1
+    )  # the weights and their averages, no optimizer's
+    assert frozen <= kept
+    assert "model.model.network.text.padding" in after.keys() - kept
+    halfway = train_upto(cut, 1)
+    second.restored(halfway, step=1, images=2)
+    assert all(torch.equal(after[name], weight) for name, weight in train_upto(second, 2).items())
