@@ -26,6 +26,15 @@ SMALL = ANCESTRAL.but(variance=ddpm.ANCESTRAL.variance)
 FAST27 = SamplingSpec(sampler="ddim", num_steps=27, spacing="fast27", guidance_scale=1.0, temperature=0.997)
 COSINE, LINEAR = ScheduleSpec(betas="cosine"), ScheduleSpec()
 
+WORDS = TextSpec(
+    width=demo.TOWERS.text_width,
+    layers=demo.TOWERS.text_layers,
+    heads=demo.TOWERS.text_width // demo.TOWERS.head_width,
+    context_length=demo.CONTEXT,
+    vocab_size=demo.TOWERS.vocab_size,
+)
+"""A text transformer that can begin as the text tower of the demo's CLIP."""
+
 
 def run() -> RunSpec:
     """The demo's pairs; CLIP, base, its finetuning for guidance, upsampler.  Two CPUs, no GPU, up to 8 GB."""
@@ -61,17 +70,7 @@ def base() -> TrainSpec:
     that begins with nothing learned the words for backgrounds, and one that begins as CLIP's and is trained
     forgot most of what it knew.
     """
-    towers, width = demo.TOWERS, demo.TOWERS.text_width
-    net = CaptionedSpec(
-        unet=ddpm.UNET.but(text_width=width),
-        text=TextSpec(
-            width=width,
-            layers=towers.text_layers,
-            heads=width // towers.head_width,
-            context_length=demo.CONTEXT,
-            vocab_size=towers.vocab_size,
-        ),
-    )
+    net = CaptionedSpec(unet=ddpm.UNET.but(text_width=WORDS.width), text=WORDS)
     stage = ChainSpec(net=net, schedule=LINEAR, predicts=ddpm.PREDICTS, loss="hybrid", told_dropout=0.0)
     return TrainSpec(
         name="base",

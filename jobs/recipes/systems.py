@@ -13,7 +13,7 @@ GUIDING = "guiding_clip"
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and twenty-two more, some three hours; two CPUs, no GPU, up to 8 GB."""
+    """The demo's seven stages and twenty-three more, some three hours; two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, *others()))
 
@@ -23,7 +23,7 @@ def others() -> tuple[TrainSpec, ...]:
     teacher = improved_ddpm.base().but(name="improved_ddpm")
     talking = glide.guided().but(name="glide", parents={"start": "glide_base"})
     enlarger = glide.upsampler().but(name="glide_upsampler")
-    told = latent.base().but(name="latent")
+    told, reading = latent.base().but(name="latent"), latent.reading().but(name="latent_reading")
     book = {"clip": "clip", "autoencoder": "vq_autoencoder"}
     return (
         consistency.consistency(),
@@ -44,7 +44,8 @@ def others() -> tuple[TrainSpec, ...]:
         ddpm.filling(talking, "glide_filling"),
         glide.filling_upsampler(enlarger).but(name="glide_filling_upsampler"),
         latent.filling(told).but(name="latent_filling"),
-        latent.joint().stage("base").but(name="latent_joint"),
+        reading,
+        latent.jointly(reading).but(name="latent_joint"),
         told.but(name="latent_vq", parents=book),
         unclip.enlarging("blur").but(name="blurred_upsampler"),
         unclip.enlarging("bsr").but(name="bsr_upsampler"),

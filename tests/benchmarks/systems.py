@@ -114,8 +114,8 @@ def all_systems() -> dict[str, System]:
             scaled(1, 3),
         ),
         "latent": System(renamed(latents, base="latent"), "latent", scaled(1, 3)),
-        "latent.vq": System(renamed(latents, base="latent_vq"), "latent_vq", scaled(3)),
-        "latent.joint": System(renamed(latents, base="latent_joint"), "latent_joint", scaled(3)),
+        "latent.vq": System(renamed(latents, base="latent_vq"), "latent_vq", scaled(1, 3)),
+        "latent.joint": System(renamed(latents, base="latent_joint"), "latent_joint", scaled(1, 3)),
         "guided": System((led_hop,), "untold", led("caption", 3, 30)),
         "guided.classes": System(
             renamed(classes, base="untold"), "untold", led("classes", 3, 10), labels=True

@@ -46,7 +46,7 @@ TRAINED = {
     "guided": ("noised_clip",),
     "glide.inpainting": ("guided", "upsampler", "filling", "filling_upsampler"),
     "latent.vq": ("autoencoder",),
-    "latent.joint": ("base",),
+    "latent.joint": ("base", "joint"),
     "unclip.small_causal": ("causal_prior", "decoder", "upsampler"),
 }
 """Recipe -> those of its stages that differ from all above."""
@@ -87,7 +87,7 @@ HOPS: dict[str, tuple[str, str, Changes, tuple[str, ...]]] = {
     ),
     "chain of latents": ("latent", "base", {"num_steps": 2}, ()),
     "chain of latents, hole": ("latent.inpainting", "filling", {"num_steps": 2}, ("known", "hole")),
-    "chain with its own reader": ("latent.joint", "base", {"num_steps": 2}, ()),
+    "chain with its own reader": ("latent.joint", "joint", {"num_steps": 2}, ()),
     "led by a classifier": ("guided.classes", "base", {}, ("label",)),
     "led by a noised CLIP": (
         "guided",

@@ -107,6 +107,18 @@ def test_the_model_alone_is_trained_and_the_target_follows_it(
     assert set(state.average) == set(parents["base"].weights)
 
 
+def test_a_student_keeps_the_text_transformer_that_its_teacher_kept() -> None:
+    net = chains.GLIDE.net.but(out_channels=3)
+    base = chains.GLIDE.but(net=net, loss="simple", told_dropout=0.0, text_frozen=True)
+    teacher = Trained(base, {k: v.clone() for k, v in random_weights(build_stage(base, {}).model).items()})
+    stage = made(SPEC.but(base=base, teacher=TeacherSpec(guidance_scale=1.0)), {"base": teacher})
+    state, budget = TrainState(stage, OPTIMIZER), Budget(steps=1, checkpoint_every=9)
+    list(train(state, squares(), optimizer=OPTIMIZER, budget=budget))
+    changed = {k for k, v in stage.model.state_dict().items() if not torch.equal(v, teacher.weights[k])}
+    assert {k for k in changed if k.startswith("network.text.")} == {"network.text.padding"}
+    assert any(k.startswith("network.unet.") for k in changed)
+
+
 @pytest.mark.parametrize("predicts", ["eps", "v", "edm"])
 def test_a_teacher_may_predict_what_it_likes(predicts: Parameterization, parents: dict[str, Trained]) -> None:
     """The last step of its path is its own estimate: there a student that starts as it has no gap."""
