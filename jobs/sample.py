@@ -21,8 +21,11 @@ from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, r
 from dd_core.devices import nearest
 from dd_core.precision import Precision
 from dd_core.samplers import SamplingSpec
+from dd_core.stage import LearnsEmbeddings
+from dd_core.stages import StageSpec
 from dd_core.stages.asking import hears_negative, led_away
 from dd_core.stages.chain_hop import ChainHop
+from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency_hop import ConsistencyHop
 from dd_core.text import too_long
@@ -228,6 +231,11 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
             "--reference",
             "weigh image, style or structure in the gradient of one",
         ),
+        (
+            order.training_free and all(fills_holes(stage) for _, stage, _ in work),
+            "--training-free",
+            "take one with a hop that was not trained to fill holes",
+        ),
     )
     for wrong, option, remedy in unheard:
         if wrong:
@@ -243,6 +251,11 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
             hop.refuse(begun, chosen)
         except ValueError as error:
             raise ValueError(f"hop {spec.stage}: {error}") from None
+
+
+def fills_holes(stage: StageSpec) -> bool:
+    """Whether a stage was trained to fill holes, or paints nothing."""
+    return isinstance(stage, LearnsEmbeddings) or (isinstance(stage, ChainSpec) and stage.inpaints)
 
 
 def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:

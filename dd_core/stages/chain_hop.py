@@ -101,10 +101,10 @@ class ChainHop:
         if spec.factor == 1 and (given := given_noise(state, x)) is not None:
             x = given
         if edit is not None:
-            known = encoded(edit.known, self.autoencoder)
             if edit.hole is None or how.strength < 1:
-                x = known + first * eps
+                x = encoded(edit.known, self.autoencoder) + first * eps
             if edit.hole is not None and spec.mask_of == "known":  # Stable Diffusion is told, not corrected
+                known = encoded(edits.bared(edit.known, edit.hole), self.autoencoder)  # it sees past a hole
                 fill = edits.inpaint(known, covering(edit.hole, known))
         elif (kept := known_of(state, spec.image_size, self.device)) is not None:
             fill = kept.edit

@@ -543,6 +543,21 @@ def test_holes_are_rectangles_and_some_hide_everything() -> None:
     assert 0.08 < hole.all(2).all(1).float().mean() < 0.25
 
 
+@pytest.mark.parametrize("spec", [INPAINTING, LATENT, LATENT_INPAINTING], ids=["pixels", "latents", "told"])
+def test_what_a_hole_hides_has_no_part_in_the_picture(spec: ChainSpec) -> None:
+    """Nor in the latents around it, which an autoencoder would see through their edge."""
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hole[..., 8:] = True
+    how = how_of(spec, inpainting="model" if spec.inpaints else "projection")
+    hidden = [
+        drawn(
+            spec, asked([1], "a star", known=torch.zeros(1, 3, 16, 16).masked_fill(hole, v), hole=hole), how
+        )
+        for v in (-1, 1)
+    ]
+    assert torch.equal(*hidden)
+
+
 def test_an_enlarging_model_that_fills_hears_what_glides_weights_hear_in_their_order() -> None:
     known, small = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 4, 4), -0.25)
     hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)

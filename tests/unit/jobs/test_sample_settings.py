@@ -15,6 +15,7 @@ from dd_core.consistency import FixedLevels
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.consistency import ConsistencySpec
 from jobs.cli import main
+from tests.unit.dd_core.test_chain import INPAINTING, trained
 from tests.unit.serve.tiny import STAGES, tiny_cascade
 
 
@@ -177,3 +178,18 @@ def test_a_grey_picture_is_colourised_and_a_small_one_enlarged_by_a_consistency_
         done = ddiff(place, "jumps", tmp_path / "none", "a star", *words)
         assert done.exit_code == 2
         assert said in done.stderr
+
+
+def test_a_way_of_filling_holes_that_no_hop_needs_is_refused(tmp_path: Path) -> None:
+    bundle.save(tmp_path / "base", INPAINTING, trained(INPAINTING).weights, parents={}, facts={})
+    hop = HopSpec(stage="base", how=SamplingSpec(sampler="ddim", num_steps=2, guidance_scale=1.0))
+    spec = CascadeSpec(name="filling", hops=(hop,), context_length=12, image_size=16)
+    bundle.save_cascade(tmp_path / "filling", spec, {"base": tmp_path / "base"}, card="")
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "black.png")
+    Image.fromarray(pixels[:, :, 0] + 255).save(tmp_path / "all.png")
+    words = ("a star", "--image", "black.png", "--mask", "all.png")
+    assert ddiff(tmp_path, "filling", tmp_path / "out", *words).exit_code == 0
+    done = ddiff(tmp_path, "filling", tmp_path / "none", *words, "--training-free")
+    assert done.exit_code == 2
+    assert "no hop uses --training-free; leave it out, or take one with a hop that was not" in done.stderr
