@@ -73,12 +73,23 @@ def code_of(error: BaseException) -> Code:
             return Code.CONFIGURATION if isinstance(error, AbsentError) else Code.CHECKPOINT
         case MissingShardError() | DamagedError():
             return Code.DATA
-        case PortTakenError() | ValueError() | FileNotFoundError() | NotADirectoryError() if not away(error):
+        case PortTakenError() | ValueError() | OSError() if mistaken(error):
             return Code.CONFIGURATION
         case ValueError() | OSError():
             return Code.INTERNAL
         case _:
             return error.code if isinstance(error, JobFailedError) else code_of_training(error)
+
+
+def mistaken(error: Exception) -> bool:
+    """Whether what was asked for is wrong: also a place that is not there, is of another kind, or is shut."""
+    named = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError
+    return not away(error) and (not isinstance(error, OSError) or isinstance(error, named) or shut(error))
+
+
+def shut(error: OSError) -> bool:
+    """Whether the place must not be written to, or read, by this account."""
+    return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
 def code_of_training(error: BaseException) -> Code:
@@ -108,7 +119,8 @@ def line_of(error: BaseException) -> str:
             large = " for a file so large (`ulimit -f`)" if error.errno == errno.EFBIG else ""
             return no_space(f"{error.filename or DISK}{large}")
         case OSError() if error.filename:
-            return redacted(f"{error.filename}: {error.strerror}")
+            remedy = "; name another place, or let this account write there" if shut(error) else ""
+            return redacted(f"{error.filename}: {error.strerror}{remedy}")
     text = redacted(" ".join(words_of(error).split())) or type(error).__name__
     if isinstance(error, JobFailedError) or away(error) or code_of(error) is not Code.INTERNAL:
         return text

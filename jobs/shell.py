@@ -28,6 +28,15 @@ def host(name: str) -> str:
     return name
 
 
+class Directory(click.Path):
+    """A directory on this machine, as a Path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value} is an address, and this takes a directory on this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Sealed(click.Path):
     """A sealed directory, as a Path, or the address of one in a store, as it was given; see `fetched`."""
 
@@ -49,7 +58,7 @@ def fetched(place: Path | str) -> Path:
     return Home.of(place).fetched()
 
 
-DIRECTORY = click.Path(file_okay=False, path_type=Path)
+DIRECTORY = Directory(file_okay=False, path_type=Path)
 SEALED = Sealed(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 PORT = click.IntRange(1, 65535)

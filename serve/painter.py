@@ -182,6 +182,21 @@ class Painter:
         """
         return [chosen(hop, order, self.stages.get(hop.stage)) for hop in self.cascade.hops]
 
+    def blamed(self, order: Order) -> str | None:
+        """The parameter of a request without which a hop could do what an order asks; None: no single one."""
+        without = {
+            "num_inference_steps": order._replace(steps=None),
+            "guidance_scale": order._replace(scale=None),
+            "quality": order._replace(effort=1),
+        }
+        for name, other in without.items():
+            try:
+                self.plan(other)
+            except ValueError:
+                continue
+            return name
+        return None
+
     def paced(self, order: Order) -> bool:
         """Whether another effort would change the steps of a hop."""
         usual, *others = (self.plan(order._replace(steps=None, effort=effort)) for effort in (1, 0.5, 4))

@@ -86,12 +86,8 @@ def run_pipeline(spec: RunSpec, *, run: Home | Path, tracked: Tracked) -> RunRes
     """
     run = opened(run)
     check_parents(spec, run)
-    tracked.journal.params(spec.model_dump(mode="json", exclude={"stages"}))
     with timed(run, TOTAL):
-        with timed(run, "data"):
-            prepared = prepared_data(spec, run)
-        tracked.journal.artifact(prepared.home.at(sealed.MANIFEST).address)
-        tracked.journal.dataset(spec.name, prepared.home.address, prepared.digest)
+        prepared = tracked_data(spec, run, tracked)
         bundles = all_made(spec, run, prepared, tracked)
         with timed(run, "cascade"):
             digest = cascade_of(spec, run, bundles)
@@ -138,10 +134,21 @@ def run_stage(spec: RunSpec, name: str, *, run: Home | Path, tracked: Tracked) -
     for role in stage.parents:
         parent_home(stage, role, run)
     with timed(run, TOTAL):
-        with timed(run, "data"):
-            prepared = prepared_data(spec, run)
+        prepared = tracked_data(spec, run, tracked)
         with stopped_by_signals() as stopping, StepBars() as bars:
             return made(stage, Making(run, prepared, tracked, spec.at_once, stopping, bars))
+
+
+def tracked_data(spec: RunSpec, run: Home, tracked: Tracked) -> Prepared:
+    """The prepared data of a run, which is told, with its settings, to the journal of the run."""
+    tracked.journal.params(spec.model_dump(mode="json", exclude={"stages"}))
+    with timed(run, "data"):
+        prepared = prepared_data(spec, run)
+    tracked.journal.artifact(prepared.home.at(sealed.MANIFEST).address)
+    tracked.journal.dataset(spec.name, prepared.home.address, prepared.digest)
+    census = {f"data/{name}": prepared.facts[name] for name in ("kept", "rejected")}
+    tracked.journal.log(census, step=0)
+    return prepared
 
 
 def check_parents(spec: RunSpec, run: Home | Path) -> None:

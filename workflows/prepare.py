@@ -78,7 +78,7 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
     source, home = located_or_done(spec), Home.of(spec.destination)
     if isinstance(source, Prepared):
         log.warning("the raw shards of %s are not to be found; what was made of them is used", home.address)
-        judge(spec, source.facts)
+        judge(spec, source.facts, sealed.MANIFEST)
         return source
     facts = facts_of(spec, source)
     if done := finished(home, facts["source"]):
@@ -86,7 +86,7 @@ def prepare_pairs(spec: PairsSpec, *, progress: bool = True) -> Prepared:
             with claimed(home):
                 home.drop(REFUSED)
                 tidied(home, done.facts["files"])
-        judge(spec, done.facts)
+        judge(spec, done.facts, sealed.MANIFEST)
         return done
     with claimed(home):
         return made(spec, home, source, facts, progress=progress)
@@ -267,8 +267,14 @@ class Rot:
         return many and all(self.sizes) and self.bad_bytes > 2 * self.allowed * sum(self.sizes)
 
 
-def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
-    """Raises TooManyRejectsError if the census is worse than the spec allows; logs losses it cannot count."""
+def judge(spec: PairsSpec, facts: dict[str, Any], named_in: str = REFUSED) -> None:
+    """Raises TooManyRejectsError if the census is worse than the spec allows; logs losses it cannot count.
+
+    Args:
+        spec: What is allowed.
+        facts: What was found.
+        named_in: File of the destination that names the rejects.
+    """
     broken = [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
     if broken:
         log.warning(
@@ -280,7 +286,7 @@ def judge(spec: PairsSpec, facts: dict[str, Any]) -> None:
         )
     done, every = len(facts["parts"]), len(facts.get("shards", facts["parts"]))
     after = f"found after {done:,} of {every:,} shards; " if done < every else ""
-    way_out = f"{after}see {spec.destination}/{REFUSED}, then mend the shards or raise max_reject_fraction"
+    way_out = f"{after}see {spec.destination}/{named_in}, then mend the shards or raise max_reject_fraction"
     check_census(spec, census_of(facts), way_out=way_out)
 
 

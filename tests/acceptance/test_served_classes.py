@@ -55,7 +55,7 @@ def test_a_request_that_the_model_cannot_serve_is_told_what_to_ask_instead(clien
     assert nameless.value.body == {
         "message": "hop base: it paints by class, and the request names none; give a label",
         "type": "invalid_request_error",
-        "param": None,
+        "param": "label",
         "code": "unsupported_value",
     }
     with pytest.raises(openai.BadRequestError, match=r"label \[3\]: classes are 0 to 2"):

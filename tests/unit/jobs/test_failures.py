@@ -44,6 +44,11 @@ CODES = [
     (DestinationError("x"), 2),
     (PortTakenError("x"), 2),
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2),
+    (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
+    (FileExistsError(errno.EEXIST, "File exists", "x"), 2),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2),
+    (OSError(errno.EROFS, "Read-only file system", "x"), 2),
+    (OSError(errno.EIO, "Input/output error", "x"), 70),
     (MissingShardError("x"), 3),
     (DamagedError("x"), 3),
     (TooManyRejectsError("x"), 3),
@@ -97,6 +102,11 @@ def test_no_line_names_the_password_of_an_address() -> None:
     cut = line_of(RuntimeError("x" * 285 + " http://me:hunter2@mlflow"))
     assert "hunter2" not in cut
     assert "http://mlf" in cut
+
+
+def test_a_place_that_is_shut_is_said_with_what_to_do() -> None:
+    line = line_of(PermissionError(errno.EACCES, "Permission denied", "/data/out"))
+    assert line == "/data/out: Permission denied; name another place, or let this account write there"
 
 
 def test_neither_does_a_traceback_or_a_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:

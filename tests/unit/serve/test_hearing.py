@@ -41,7 +41,7 @@ def test_a_class_reaches_every_hop_and_the_file_and_is_refused_where_none_hears_
         assert Image.open(io.BytesIO(file)).text["label"] == "2"
         assert [link.labels for link in one.links.values()] == [[torch.tensor([2])]] * 2
         one.links["base"].failing = RefusedError("it paints by class; give a label")
-        assert refused(one.post(), 400) == "it paints by class; give a label"
+        assert refused(one.post(), 400, "label") == "it paints by class; give a label"
         refused(one.post(label=-1), 400, "label")
 
 
@@ -96,12 +96,20 @@ def test_steps_that_a_hop_cannot_take_are_refused_before_any_hop_is_asked() -> N
     hops = (HopSpec(stage="upsampler", how=LAST), HopSpec(stage="base", how=how, follows_request=True))
     one = Served(cascade=CASCADE.but(hops=hops), stages={"base": CHAIN})
     with one.client:
-        told = refused(one.post(num_inference_steps=30), 400)
+        told = refused(one.post(num_inference_steps=30), 400, "num_inference_steps")
         assert told == "hop base: ldm_plus_one needs num_steps below 1000 that divides it, got 30"
         assert [link.hows for link in one.links.values()] == [[], []]
 
 
 UNTOLD = ChainSpec(net=PlainSpec(unet=ddpm.UNET), told_dropout=0.0)
+
+
+def test_a_guidance_that_a_hop_has_not_learned_is_refused_by_its_name() -> None:
+    one = Served(stages={hop.stage: UNTOLD for hop in CASCADE.hops})
+    with one.client:
+        assert "told_dropout" in refused(one.post(guidance_scale=3), 400, "guidance_scale")
+        assert [link.hows for link in one.links.values()] == [[], []]
+
 
 BY_CLASS = ChainSpec(
     net=PlainSpec(unet=ddpm.UNET.but(labels=4, image_channels=3)), image_size=256, factor=4, told_dropout=0.0
@@ -136,8 +144,8 @@ def test_a_class_that_a_later_hop_lacks_or_does_not_know_is_refused_before_any_h
     cascade = CASCADE.but(hops=(CASCADE.hops[0], second))
     one = Served(cascade=cascade, by_class=True, stages=stages | {"base": UNTOLD})
     with one.client:
-        assert refused(one.post(), 400) == lacking
-        assert refused(one.post(label=8), 400) == unknown
+        assert refused(one.post(), 400, "label") == lacking
+        assert refused(one.post(label=8), 400, "label") == unknown
         assert [link.hows for link in one.links.values()] == [[], []]
         assert len(pngs(one.post(label=3))) == 1
 
