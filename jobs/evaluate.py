@@ -7,6 +7,7 @@ cannot be compared with each other.
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -121,6 +122,16 @@ def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str,
     if way.own is None:
         raise ValueError(NO_JUDGE)
     return evaluate_own(url, way.spec, way.own, keep=keep)
+
+
+def judge_and_keep(url: str, way: Way, home: Home, place: str) -> dict[str, Any]:
+    """`judge_endpoint`; pictures and verdicts replace those in a directory of the run once all are there."""
+    fresh = home.here / f"{place}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    scores = judge_endpoint(url, way, keep=fresh)
+    home.drop(place)
+    fresh.rename(home.here / place)
+    return scores
 
 
 def whole(scores: Mapping[str, Any]) -> bool:

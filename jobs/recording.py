@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from jobs import environment
-from jobs.evaluate import Way, judge_endpoint, score_tags, verdict_of, way_in, whole
+from jobs.evaluate import Way, judge_and_keep, judge_endpoint, score_tags, verdict_of, way_in, whole
 from workflows.evaluation import EndpointError, client_of
 from workflows.registry import Registry, Version
 from workflows.storage import Home
@@ -48,7 +48,7 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
     facts = home.facts("summary.json") if home else {}
     own = (facts.get("digest"), facts.get("evaluation")) == (digest, way.fingerprint())
     place = "evaluation" if own else f"evaluation-{way.fingerprint()[:8]}"
-    scores = judge_endpoint(url, way, keep=home.here / place if home else None)
+    scores = judge_and_keep(url, way, home, place) if home else judge_endpoint(url, way)
     if home:
         home.write(f"{place}/scores.json", json.dumps(scores, indent=2))
         home.send(place)

@@ -7,7 +7,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from jobs.environment import (
 )
 from jobs.evaluate import (
     Way,
-    judge_endpoint,
+    judge_and_keep,
     look_ahead,
     refuse_parts,
     score_tags,
@@ -276,11 +275,7 @@ def judged(home: Home, url: str, way: Way) -> dict[str, Any]:
     """The scores of the cascade served there; the pictures stay in the run directory."""
     log.info("judging %d pictures painted by %s", way.spec.captions, url)
     with timed(home, "evaluation", "total"):
-        fresh = home.here / "evaluation.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        scores = judge_endpoint(url, way, keep=fresh)
-        home.drop("evaluation")  # of an earlier cascade
-        fresh.rename(home.here / "evaluation")
+        scores = judge_and_keep(url, way, home, "evaluation")
     home.send("evaluation")
     return scores
 

@@ -96,6 +96,28 @@ def refused(words: list[str], said: str, asked: list[str]) -> None:
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "shapes", "--out", "s3://bucket/raw"],
+        ["toy", "--out", "s3://bucket/toy"],
+        ["sample", "a star", "--cascade", "cascade", "--out", "s3://bucket/samples"],
+        ["eval", "--out", "s3://bucket/pictures"],
+        ["report", "s3://bucket/run"],
+        ["bits", "s3://bucket/run"],
+        ["import", "adm", "file.pt", "--out", "s3://bucket/adm"],
+        ["export", "s3://bucket/cascade", "--out", "folders"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_address_is_not_taken_for_a_directory(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(words, "is an address, and this takes a directory on this machine", silent)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("case", SAMPLE)
 def test_an_order_that_cannot_be_painted_ends_before_a_network_is_asked(
     case: str, place: Path, tmp_path: Path, silent: list[str]

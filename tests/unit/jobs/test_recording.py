@@ -9,7 +9,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from jobs import recording
+from jobs import evaluate, recording
 from jobs.cli import main
 from jobs.evaluate import Way, score_tags
 from jobs.recording import judge_and_record, suited
@@ -58,12 +58,14 @@ def summary(run: Path, **facts: Any) -> Path:
 
 
 def judging(monkeypatch: pytest.MonkeyPatch, scores: dict[str, Any]) -> None:
-    def judged(url: str, way: Way, *, keep: Path | None) -> dict[str, Any]:
+    def judged(url: str, way: Way, *, keep: Path | None = None) -> dict[str, Any]:
         if keep:
             keep.mkdir(parents=True)
+            (keep / "verdicts.jsonl").write_text(str(scores))
         return scores
 
-    monkeypatch.setattr(recording, "judge_endpoint", judged)
+    for module in (recording, evaluate):
+        monkeypatch.setattr(module, "judge_endpoint", judged)
 
 
 def test_scores_of_what_the_run_asks_are_the_runs_and_those_of_other_questions_lie_beside(
@@ -84,6 +86,28 @@ def test_scores_of_what_the_run_asks_are_the_runs_and_those_of_other_questions_l
     judge_and_record("http://x", other)
     assert json.loads(path.read_text())["oracle"] == {}
     assert (tmp_path / f"run/evaluation-{other.fingerprint()[:8]}/scores.json").exists()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_judging_that_is_cut_leaves_what_was_judged_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary(tmp_path / "run", evaluation=ASKED.fingerprint())
+    kept = tmp_path / "run" / "evaluation" / "verdicts.jsonl"
+
+    def cut(url: str, way: Way, *, keep: Path) -> dict[str, Any]:
+        keep.mkdir(parents=True)
+        (keep / "00000.png").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    for scores in (GOOD, GOOD | {"n": 7}):
+        judging(monkeypatch, scores)
+        judge_and_record("http://x", ASKED)
+        monkeypatch.setattr(evaluate, "judge_endpoint", cut)
+        with pytest.raises(KeyboardInterrupt):
+            judge_and_record("http://x", ASKED)
+        assert kept.read_text() == str(scores)
+        assert {path.name for path in kept.parent.iterdir()} == {"scores.json", "verdicts.jsonl"}
 
 
 def test_scores_that_lack_pictures_are_no_scores_of_a_version(

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -35,6 +36,7 @@ from workflows.pipeline import (
     timed,
     watched,
 )
+from workflows.prepare import Prepared
 from workflows.progress import StepBars
 from workflows.run_spec import RunSpec, in_order
 from workflows.storage import Home
@@ -42,7 +44,6 @@ from workflows.train_spec import TrainSpec, cpu_share
 from workflows.worker import threads
 
 if TYPE_CHECKING:
-    from workflows.prepare import Prepared
     from workflows.stopping import Stopping
     from workflows.tracking import Tracked
 
@@ -152,6 +153,29 @@ def test_what_a_parent_from_elsewhere_stands_on_is_wanted_before_any_work(tmp_pa
     run.mkdir()
     (other / "clip").rename(run / "clip")
     check_parents(lacking, run)  # its own stage is that clip
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["a stage alone", "the whole run"])
+def test_a_run_is_told_its_settings_its_data_and_what_of_them_was_rejected(
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Prepared(Home.of(tmp_path / "prepared"), (), {"kept": 5, "rejected": 1}, "abc")
+    monkeypatch.setattr(pipeline, "prepared_data", lambda *_: data)
+    monkeypatch.setattr(pipeline, "made", lambda spec, _: tmp_path / spec.name)
+    monkeypatch.setattr(pipeline, "cascade_of", lambda *_: "digest")
+    journal = Journal(tmp_path / JOURNAL)
+    tracked = cast("Tracked", SimpleNamespace(journal=journal))
+    spec = run_spec(stage("a"))
+    if alone:
+        assert pipeline.run_stage(spec, "a", run=tmp_path, tracked=tracked) == tmp_path / "a"
+    else:
+        pipeline.run_pipeline(spec, run=tmp_path, tracked=tracked)
+    lines = [json.loads(line)[:3] for line in journal.path.read_text().splitlines()]
+    assert lines[0][2]["pairs.context_length"] == "8"
+    assert ["artifact", "manifest.json", str(tmp_path / "prepared" / "manifest.json")] in lines
+    assert ["dataset", "r", {"source": str(tmp_path / "prepared"), "digest": "abc"}] in lines
+    assert ["metric", "data/kept", 5] in lines
+    assert ["metric", "data/rejected", 1] in lines
 
 
 def test_a_report_whose_last_lines_are_not_written_yet_does_not_end_the_telling(

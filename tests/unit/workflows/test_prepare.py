@@ -299,7 +299,7 @@ def test_the_job_makes_each_part_once_and_seals_them(local_ray: None, tmp_path: 
     assert (allowed.facts["kept"], allowed.facts["rejected"]) == (12, 6)
     assert sealed.verify(out).digest == allowed.digest
     assert len(list(out.glob("part-*"))) == 3
-    with pytest.raises(TooManyRejectsError):
+    with pytest.raises(TooManyRejectsError, match=r"see .*/out/manifest\.json, then mend the shards"):
         prepare_pairs(spec, progress=False)
 
 
