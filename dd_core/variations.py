@@ -24,8 +24,8 @@ class Code(NamedTuple):
 
     embedding: Float[Tensor, " b d"] | None
     """None where no embedding is told."""
-    noise: Float[Tensor, " b c h w"]
-    """`CascadeState.noise` of its hop."""
+    noise: Float[Tensor, " b c h w"] | None
+    """`CascadeState.noise` of its hop; None: drawn anew from the seeds of a request."""
 
 
 @runtime_checkable
@@ -87,11 +87,16 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
 def between(a: Code, b: Code, share: float) -> Code:
     """A code on the way from one picture to another, embedding and noise each on its great circle.
 
+    What one of them lacks, the result lacks: without noise all that is between two pictures begins with the
+    same noise, drawn from the seed, the second way of the paper.
+
     Source: section 3.2.
     """
-    if a.embedding is None or b.embedding is None:
-        return Code(None, slerp(a.noise, b.noise, share))
-    return Code(slerp(a.embedding, b.embedding, share), slerp(a.noise, b.noise, share))
+
+    def way(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if one is None or other is None else slerp(one, other, share)
+
+    return Code(way(a.embedding, b.embedding), way(a.noise, b.noise))
 
 
 def turned(

@@ -54,6 +54,7 @@ CASCADE = click.option("--cascade", required=True, type=SEALED, help="A cascade,
 @click.option(
     "--between", type=click.FloatRange(0, 1), help="Paint what lies between two --image, from 0 to 1."
 )
+@click.option("--fresh-noise", is_flag=True, help="Of --between: begin with the noise of --seed.")
 @click.option("--instead-of", help="What --image shows; it is turned to PROMPT.")
 @click.option(
     "--by", default=0.35, show_default=True, type=click.FloatRange(0, 1), help="How far --instead-of turns."
@@ -80,6 +81,7 @@ def sample(
     reference: Path | None,
     vary: float | None,
     between: float | None,
+    fresh_noise: bool,
     instead_of: str | None,
     by: float,
     precision: Precision,
@@ -112,6 +114,7 @@ def sample(
         other=other,
         vary=vary,
         between=between,
+        fresh_noise=fresh_noise,
         instead_of=instead_of,
         by=by,
         negative=negative,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from jobs.sample import Order
 
-EDITS = ("vary", "between", "instead_of", "by", "colourise", "enlarge")
+EDITS = ("vary", "between", "fresh_noise", "instead_of", "by", "colourise", "enlarge")
 """Fields of an order that say what is done to given pictures."""
 PICTURES = ("image", "other", "mask", "reference")
 """Fields of an order that are pictures."""

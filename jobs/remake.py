@@ -67,6 +67,10 @@ def refuse(order: Order) -> None:
             order.other is not None and order.between is None,
             "two pictures are for --between, which paints what lies between them; add --between 0.5",
         ),
+        (
+            order.fresh_noise and order.between is None,
+            "--fresh-noise is for --between, whose pictures have noise of their own; leave it out",
+        ),
     )
     for wrong, remedy in remedies:
         if wrong:
@@ -125,15 +129,21 @@ def way(
     hop = cascade.hops[first]
     assert isinstance(hop, Encoder)
     clip = hop.embedder()
-    if order.instead_of is not None and clip is None:
+    if clip is None and (order.instead_of is not None or order.fresh_noise):
+        what, instead = "--instead-of changes nothing", "use --image with --strength"
+        if order.fresh_noise:
+            what, instead = "nothing of the pictures would be left with --fresh-noise", "leave it out"
         raise ValueError(
             f"cascade {cascade.spec.name}: {cascade.spec.hops[first].stage} is told no image embedding, so "
-            "--instead-of changes nothing; use --image with --strength"
+            f"{what}; {instead}"
         )
     state = asked._replace(seeds=[0])  # so that a code is the picture's alone
     eta = order.vary or 0.0
     if order.between is not None:
-        one, two = (encode(hop, state._replace(known=known), how[first]) for known in (state.known, other))
+        pictures = [state._replace(known=known) for known in (state.known, other)]
+        one, two = (
+            embedded(hop, each) if order.fresh_noise else encode(hop, each, how[first]) for each in pictures
+        )
         code = between(one, two, order.between)
     elif order.instead_of is not None:
         assert clip is not None
@@ -143,6 +153,12 @@ def way(
     else:
         code = encode(hop, state, how[first])
     return Way(first, begun(state, code), [walked(how[first], eta), *how[first + 1 :]])
+
+
+def embedded(hop: Encoder, state: CascadeState) -> Code:
+    """The code of a picture without its noise."""
+    assert state.known is not None
+    return Code(hop.embedded(state.known).float().cpu(), None)
 
 
 def begun(state: CascadeState, code: Code) -> CascadeState:

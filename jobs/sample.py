@@ -70,6 +70,8 @@ class Order(NamedTuple):
     """Paint the picture anew from its own embedding and noise; share of the noise that is drawn freshly."""
     between: float | None = None
     """Paint what lies between picture and other: 0 is the picture, 1 the other."""
+    fresh_noise: bool = False
+    """All that is between them begins with the noise of its seed, not with what lies between their noises."""
     instead_of: str | None = None
     """Caption of the picture; its embedding is turned from this caption towards the prompt."""
     by: float = 0.35

@@ -72,6 +72,25 @@ def test_between_two_pictures_each_end_is_that_picture_alone(place: Path, tmp_pa
     assert made["a"] != made["b"]
 
 
+def test_between_two_pictures_the_noise_may_be_that_of_the_seed(place: Path, tmp_path: Path) -> None:
+    """At an end the picture then has that picture's embedding, and not its noise."""
+    pair = ("--image", "a.png", "--image", "b.png", "--fresh-noise", "--between")
+    made: dict[tuple[str, str], bytes] = {}
+    for share in ("0", "0.5"):
+        for seed in ("0", "1"):
+            out = tmp_path / f"{share}-{seed}"
+            done = ddiff(place, out, "a red circle", *pair, share, "--seed", seed)
+            assert done.exit_code == 0, done.output
+            (file,) = out.iterdir()
+            made[share, seed] = pixels(file)
+    assert len(set(made.values())) == 4
+    done = ddiff(place, tmp_path / "own", "a red circle", "--image", "a.png", "--vary", "0")
+    assert pixels(tmp_path / "own" / "00000000.png") != made["0", "0"]
+    swapped = ("--image", "b.png", "--image", "a.png", "--fresh-noise", "--between", "1")
+    assert ddiff(place, tmp_path / "swapped", "a red circle", *swapped).exit_code == 0
+    assert pixels(tmp_path / "swapped" / "00000000.png") == made["0", "0"]
+
+
 def test_a_picture_is_turned_from_one_caption_to_another(place: Path, tmp_path: Path) -> None:
     words = ("a blue star", "--image", "a.png", "--instead-of", "a red circle", "--by")
     made = []
@@ -88,6 +107,7 @@ def test_a_picture_is_turned_from_one_caption_to_another(place: Path, tmp_path: 
         (("x", "--vary", "0.5"), "--vary needs the picture; give it with --image"),
         (("x", "--image", "a.png", "--between", "0.5"), "give --image twice"),
         (("x", "--image", "a.png", "--image", "b.png"), "add --between 0.5"),
+        (("x", "--image", "a.png", "--vary", "1", "--fresh-noise"), "--fresh-noise is for --between"),
         (("x", "--image", "a.png", "--vary", "1", "--instead-of", "y"), "are different things"),
         (
             ("x", "--image", "a.png", "--vary", "1", "--mask", "mask.png"),

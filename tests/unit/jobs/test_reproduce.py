@@ -74,6 +74,7 @@ GIVEN = {"--image", "--mask", "--reference"}
         ("cascade", ("a star", "--image", "a.png", "--mask", "mask.png", "--training-free")),
         ("cascade", ("", "--image", "a.png", "--vary", "0.7")),
         ("cascade", ("", "--image", "a.png", "--image", "b.png", "--between", "0.4")),
+        ("cascade", ("", "--image", "a.png", "--image", "b.png", "--between", "0.4", "--fresh-noise")),
         ("cascade", ("a box", "--image", "a.png", "--instead-of", "a star", "--by", "0.3")),
         ("classes", ("no caption", "--label", "2", "--guidance", "1.5")),
         ("cascade", ("a star", "--precision", "bf16")),
