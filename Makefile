@@ -49,8 +49,13 @@ lint: $(TESTS)  ## ruff, formatting, mypy --strict, import contracts
 bench: $(TESTS)  ## measure data path, training step, sampling, submission and a whole run; most figures in runs/bench
 	mkdir -p runs/bench
 	$(BIN)/python -m tests.benchmarks.data --json runs/bench/data.json
-	$(BIN)/python -m tests.benchmarks.train_step --json runs/bench/train_step.json
+	for batch in 16 8 1; do \
+		$(BIN)/python -m tests.benchmarks.train_step --batch $$batch --json runs/bench/train_step_$$batch.json || exit 1; done
+	for batch in 8 1; do \
+		$(BIN)/python -m tests.benchmarks.train_step --batch $$batch --compile \
+			--json runs/bench/train_step_compiled_$$batch.json || exit 1; done
 	$(BIN)/python -m tests.benchmarks.sampling --json runs/bench/sampling.json
+	$(BIN)/python -m tests.benchmarks.sampling --compile --json runs/bench/sampling_compiled.json
 	$(BIN)/python -m tests.benchmarks.submission
 	$(BIN)/python -m tests.benchmarks.whole --recipe smoke --json runs/bench/whole.json
 

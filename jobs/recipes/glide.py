@@ -1,7 +1,8 @@
 """GLIDE: a text transformer trained with the model, classifier-free guidance, an upsampler.
 
-`run` is the system at the size of the demo, `paper` the published one; `inpainting` and `paper_inpainting`
-finetune both their models to fill holes, with four more input channels that begin at zero.
+`run` is the system at the size of the demo, `clip_guided` the same guided by a noised CLIP, `paper` the
+published one; `inpainting` and `paper_inpainting` finetune both their models to fill holes, with four more
+input channels that begin at zero.
 Source: Nichol et al. 2022 (arXiv:2112.10741).
 """
 
@@ -12,8 +13,10 @@ from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.steering import GradientSpec
 from jobs.recipes import ddpm, demo
 from jobs.recipes._hardware import PAPER_WORKERS, any_node, gpus_80gb
+from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
@@ -95,6 +98,29 @@ def guided() -> TrainSpec:
         budget=ddpm.BUDGET.but(steps=600, checkpoint_every=300, sample_every=300),
         samples=SamplesSpec(prompts=demo.PROMPTS, how=SMALL.but(num_steps=50)),
     )
+
+
+def clip_guided() -> RunSpec:
+    """The base before it is finetuned, guided by a noised CLIP instead (section 2.4).
+
+    Two CPUs, no GPU, up to 8 GB.
+    """
+    whole = run()
+    led = SMALL.but(guidance_scale=1.0, gradient=GradientSpec(caption=10.0))
+    guides = {"noised_clip": "noised_clip", "clip": "clip"}
+    hop = HopSpec(stage="base", how=led, guides=guides, follows_request=True)
+    return whole.but(
+        name="glide_clip_guided",
+        stages=(demo.clip(), base(), noised_clip(), upsampler()),
+        cascade=whole.cascade.but(name="glide_clip_guided", hops=(hop, whole.cascade.hops[1])),
+        evaluation=EvaluationSpec(captions=64),
+    )
+
+
+def noised_clip() -> TrainSpec:
+    """The demo's noised CLIP, trained at the noise levels of the base."""
+    before = demo.noised_clip()
+    return before.but(stage=before.stage.but(schedule=LINEAR))
 
 
 def inpainting() -> RunSpec:

@@ -13,7 +13,7 @@ GUIDING = "guiding_clip"
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and twenty-three more, some three hours; two CPUs, no GPU, up to 8 GB."""
+    """The demo's seven stages and twenty-four more, some three hours; two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, *others()))
 
@@ -34,6 +34,7 @@ def others() -> tuple[TrainSpec, ...]:
         guided.noised_clip().but(name=GUIDING),
         guided.classifier(),
         glide.base().but(name="glide_base"),
+        glide.noised_clip().but(name="glide_guide"),
         told,
         latent.vq().stage("autoencoder").but(name="vq_autoencoder"),
         talking,

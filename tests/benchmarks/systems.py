@@ -99,6 +99,8 @@ def all_systems() -> dict[str, System]:
     one_draw = {"one draw": {"draws": 1}}
     classes = guided.classes().cascade.hops
     (led_hop,) = renamed(guided.run().cascade.hops, base="untold")
+    glide_led, _ = renamed(glide.clip_guided().cascade.hops, base="glide_base")
+    glide_led = glide_led.but(guides=glide_led.guides | {"noised_clip": "glide_guide"})
     led_hop = led_hop.but(guides=led_hop.guides | {"noised_clip": systems.GUIDING})
     return {
         "demo": System(demo.cascade().hops, "base", {"15 steps": {}}),
@@ -112,6 +114,11 @@ def all_systems() -> dict[str, System]:
             renamed(glide.run().cascade.hops, guided="glide", upsampler="glide_upsampler"),
             "glide",
             scaled(1, 3),
+        ),
+        "glide.clip_guided": System(
+            (glide_led, *renamed(glide.run().cascade.hops[1:], upsampler="glide_upsampler")),
+            "glide_base",
+            led("caption", 3, 10, 30),
         ),
         "latent": System(renamed(latents, base="latent"), "latent", scaled(1, 3)),
         "latent.vq": System(renamed(latents, base="latent_vq"), "latent_vq", scaled(1, 3)),

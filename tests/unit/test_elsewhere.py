@@ -44,6 +44,7 @@ TRAINED = {
     "improved_ddpm.inpainting": ("base", "filling"),
     "guided.classes": ("classifier",),
     "guided": ("noised_clip",),
+    "glide.clip_guided": ("noised_clip",),
     "glide.inpainting": ("guided", "upsampler", "filling", "filling_upsampler"),
     "latent.vq": ("autoencoder",),
     "latent.joint": ("base", "joint"),

@@ -346,6 +346,7 @@ def test_the_published_consistency_model_is_planned_at_any_size_of_its_unet() ->
         "consistency.alone",
         "consistency.edm",
         "ddpm",
+        "glide.clip_guided",
         "glide.inpainting",
         "guided",
         "improved_ddpm",
