@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dd_core.layouts import clip, glide, karlo, ldm
+from dd_core.layouts import clip, ddpm, glide, karlo, ldm
 from dd_core.layouts.adm import AdmLayout, classifier_moves, unet_moves
 from dd_core.layouts.moves import LayoutError, Move, fitted, inward
 from dd_core.layouts.published import Layout, Published
@@ -152,6 +152,8 @@ def moves_of(net: nn.Module, layout: Layout) -> Iterator[Move]:
 def unet_layout(net: UNet, layout: Layout) -> Iterator[Move]:
     """The moves of a plain UNet, which is published in several layouts."""
     match layout:
+        case "ddpm":
+            yield from ddpm.unet_moves(net)
         case "adm-new":
             yield from unet_moves(net, AdmLayout(order="new"))
         case "consistency":

@@ -1,6 +1,7 @@
 """The published networks: under which name each is declared, its size, its layout, how it was trained.
 
-Sources: the READMEs, model cards and configurations beside the published code of ADM (arXiv:2105.05233),
+Sources: the READMEs, model cards and configurations beside the published code of DDIM (arXiv:2010.02502),
+which has the networks of DDPM (arXiv:2006.11239), Improved DDPM (arXiv:2102.09672), ADM (arXiv:2105.05233),
 GLIDE (arXiv:2112.10741), latent diffusion (arXiv:2112.10752), Stable Diffusion, Karlo and consistency
 models (arXiv:2303.01469).  The ADM upsampler to 512 px is said to attend at 32, 16 and 8 px in the paper
 and at 32 and 16 px in its README; its lowest map has 16 px, so that both say the same.
@@ -22,7 +23,7 @@ from dd_core.nets.unet import UNetSpec
 from dd_core.spec import Spec
 
 Layout = Literal[
-    "adm", "adm-new", "consistency", "glide", "glide-clip", "ldm", "ldm-linear",
+    "ddpm", "adm", "adm-new", "consistency", "glide", "glide-clip", "ldm", "ldm-linear",
     "karlo-decoder", "karlo-prior", "karlo-sr", "karlo-sr-last",
 ]  # fmt: skip
 
@@ -146,6 +147,29 @@ AUTOENCODERS: dict[str, AutoencoderNetSpec] = {
     "ldm-vq-f16": VQ_F16,
 }
 """First stages that were published by themselves."""
+
+
+def of_ddpm() -> dict[str, Published]:
+    """The networks of DDPM; one size for bedrooms, cats, churches and the faces of CelebA-HQ."""
+    small = UNetSpec(
+        width=128,
+        channel_mult=(1, 2, 2, 2),
+        attention_at=(2,),
+        heads=1,
+        resample="conv",
+        pads="after",
+        scale_shift=False,
+        epsilon=1e-6,
+        level_scale=1.0,
+        sine_first=True,
+        freq_shift=1,
+        dropout=0.1,
+    )
+    large = small.but(channel_mult=LADDERS[256], attention_at=(16,), dropout=0.0)
+    return {
+        "ddpm-cifar10": Published(PlainSpec(unet=small), "ddpm", Process(image_size=32)),
+        "ddpm-lsun256": Published(PlainSpec(unet=large), "ddpm", Process(image_size=256)),
+    }
 
 
 def of_adm() -> dict[str, Published]:
@@ -291,4 +315,4 @@ def of_ldm() -> dict[str, Published]:
 
 def published() -> dict[str, Published]:
     """All of them, by the names under which they are declared."""
-    return of_adm() | of_improved() | of_glide() | of_karlo() | of_ldm()
+    return of_ddpm() | of_adm() | of_improved() | of_glide() | of_karlo() | of_ldm()

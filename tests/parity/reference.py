@@ -61,6 +61,26 @@ def importing(
                 del sys.modules[name]
 
 
+def settings_of_ddpm(side: int, **changes: object) -> types.SimpleNamespace:
+    """The configuration from which the code of DDIM makes a network of DDPM; that of CIFAR-10, changed."""
+    model = {
+        "type": "simple",
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 2, 2],
+        "num_res_blocks": 2,
+        "attn_resolutions": [16],
+        "dropout": 0.0,
+        "resamp_with_conv": True,
+    }
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(**model | changes),
+        data=types.SimpleNamespace(image_size=side),
+        diffusion=types.SimpleNamespace(num_diffusion_timesteps=1000),
+    )
+
+
 def randomised(module: nn.Module) -> nn.Module:
     """Weights that are all awake: none is zero, signals keep about their size."""
     torch.manual_seed(0)

@@ -8,11 +8,20 @@ import torch
 from torch import nn
 
 from dd_core.denoiser import Conditioning
-from dd_core.layouts import ldm
+from dd_core.layouts import ddpm, ldm
 from dd_core.layouts.adm import AdmLayout, classifier_moves, unet_moves
+from dd_core.layouts.published import published
 from dd_core.nets.classifier import Classifier, ClassifierSpec
 from dd_core.nets.unet import UNet, UNetSpec
-from tests.parity.reference import SHIMS, agree, checkout, differences, importing, randomised
+from tests.parity.reference import (
+    SHIMS,
+    agree,
+    checkout,
+    differences,
+    importing,
+    randomised,
+    settings_of_ddpm,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -64,6 +73,24 @@ def test_adm(changes: dict[str, Any], theirs: dict[str, Any]) -> None:
             unet_moves(net, AdmLayout(order=order)),
             lambda theirs: theirs(image(), TIMES, **told),
             ours,
+        )
+
+
+@pytest.mark.parametrize("at", [16, 8])
+def test_ddpm(at: int) -> None:
+    path = checkout("ermongroup/ddim", "models/diffusion.py")
+    unet = published()["ddpm-cifar10"].net.unet  # type: ignore[union-attr]
+    small = unet.but(width=32, channel_mult=(1, 2, 3), attention_at=(32 // at,), dropout=0.0)
+    config = settings_of_ddpm(32, ch=32, ch_mult=[1, 2, 3], attn_resolutions=[at])
+    with importing(path) as load:
+        their_net = randomised(load("models.diffusion").Model(config))
+        net = UNet(small, in_channels=3, out_channels=3)
+        agree(
+            their_net,
+            net,
+            ddpm.unet_moves(net),
+            lambda theirs: theirs(image().to(next(theirs.parameters())), TIMES),
+            lambda net: net(image().to(next(net.parameters())), TIMES, Conditioning()),
         )
 
 

@@ -22,7 +22,7 @@ from dd_core.layouts.published import AUTOENCODERS, published
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.network import build
 from dd_core.towers import open_clip
-from tests.parity.reference import SHIMS, checkout, importing
+from tests.parity.reference import SHIMS, checkout, importing, settings_of_ddpm
 
 pytestmark = pytest.mark.parity
 
@@ -86,6 +86,16 @@ def test_classifiers_of_guided_diffusion(size: int, depth: int) -> None:
         flags = code.classifier_defaults() | {"image_size": size, "classifier_depth": depth}
         theirs = of_arguments(code.create_classifier, flags, {})
     assert_read(f"adm-classifier{size}", theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "mult"), [("ddpm-cifar10", 32, [1, 2, 2, 2]), ("ddpm-lsun256", 256, [1, 1, 2, 2, 4, 4])]
+)
+def test_ddpm(name: str, side: int, mult: list[int]) -> None:
+    path = checkout("ermongroup/ddim", "models/diffusion.py")
+    with importing(path) as load, torch.device("meta"):
+        theirs = load("models.diffusion").Model(settings_of_ddpm(side, ch_mult=mult))
+    assert_read(name, theirs.state_dict())
 
 
 @pytest.mark.parametrize(

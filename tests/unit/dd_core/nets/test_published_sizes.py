@@ -27,6 +27,8 @@ WEIGHTS = {
     "edm-lsun256": (526_304_771, 566),
     "consistency-imagenet64": (295_899_267, 541),
     "consistency-lsun256": (526_304_771, 566),
+    "ddpm-cifar10": (35_746_307, 328),
+    "ddpm-lsun256": (113_673_219, 450),
     "improved-imagenet64": (121_063_942, 450),
     "improved-imagenet64-cond": (273_049_350, 451),
     "improved-cifar10": (52_546_438, 446),
