@@ -244,25 +244,44 @@ def test_a_cascade_with_a_missing_file_is_neither_sampled_nor_served(run: Finish
     assert not (tmp_path / "out").exists()
 
 
+def training_on(here: Path, stage: Path) -> subprocess.Popen[bytes]:
+    """A run whose prior trains for long, once it has saved a step that it had not before."""
+    words = [*DDIFF, *RUN, "--set", "stages.prior.budget.steps=100000"]
+    before = saved_steps(stage)
+    with (here / "stopped.log").open("w") as log:
+        process = subprocess.Popen(words, cwd=here, env=ENVIRONMENT, stdout=log, stderr=log)
+    while not saved_steps(stage) - before:
+        assert process.poll() is None, (here / "stopped.log").read_text()
+        time.sleep(0.1)
+    return process
+
+
+def saved_steps(stage: Path) -> set[str]:
+    """Names of the checkpoints of a stage that are whole."""
+    return {path.parent.name for path in (stage / "checkpoints").glob(f"step-*/{sealed.MANIFEST}")}
+
+
 @pytest.mark.fault
-def test_a_run_that_is_told_to_stop_saves_itself_ends_with_code_6_and_leaves_no_process(
+def test_a_run_whose_driver_is_killed_alone_goes_on_and_one_told_to_stop_saves_itself_and_ends_with_code_6(
     run: Finished,
 ) -> None:
+    """Neither leaves a process, and no worker of the killed one writes into what goes on."""
     stage = run.directory / "prior"
     shutil.rmtree(stage)
-    words = [*DDIFF, *RUN, "--set", "stages.prior.budget.steps=100000"]
-    with (run.here / "stopped.log").open("w") as log:
-        process = subprocess.Popen(words, cwd=run.here, env=ENVIRONMENT, stdout=log, stderr=log)
-    while not curves(stage / "metrics.jsonl").get("train/loss"):
-        assert process.poll() is None, (run.here / "stopped.log").read_text()
-        time.sleep(0.1)
-    started = family(process.pid)
+    process = training_on(run.here, stage)
+    orphans = family(process.pid)
+    process.kill()
+    process.wait()
+    process = training_on(run.here, stage)
+    started = orphans + family(process.pid)
     process.send_signal(signal.SIGTERM)
     try:
         assert process.wait(900) == 6
     finally:
         process.kill()
         process.wait()
+    steps = list(curves(stage / "metrics.jsonl")["train/loss"])
+    assert steps == list(range(steps[0], steps[-1] + 1, steps[0]))
     said = (run.here / "stopped.log").read_text()
     assert "Traceback" not in said
     (line,) = (line for line in said.splitlines() if line.startswith("ddiff: "))
