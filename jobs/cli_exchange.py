@@ -62,11 +62,11 @@ def bring_in(
     karlo-prior, openai-clip:ViT-L-14 or diffusers; a wrong one is refused, with the names of the others.
     PATHS are its files, or the folder of a pipeline or of one component of diffusers.
 
-    What paints from noise, told no more than a class (ADM, Improved DDPM, EDM, consistency models, latent
-    diffusion of faces, bedrooms and churches), becomes a cascade; so does Stable Diffusion (sd1, sd2-base,
-    sd2, and to fill holes sd1-inpaint, sd2-inpaint: the one file of UNet, autoencoder and text tower),
-    and a pipeline of diffusers with these parts; sources glide and glide-inpaint, base and upsampler, too,
-    with their --tokenizer.
+    What paints from noise, told no more than a class (DDPM, Improved DDPM, ADM, EDM, consistency models,
+    latent diffusion of faces, bedrooms and churches), becomes a cascade; so does Stable Diffusion (sd1,
+    sd2-base, sd2, and to fill holes sd1-inpaint, sd2-inpaint: the one file of UNet, autoencoder and text
+    tower), and a pipeline of diffusers with these parts; sources glide and glide-inpaint, base and upsampler,
+    too, with their --tokenizer.
     """
     from jobs.exchange import More, import_weights
 

@@ -125,7 +125,7 @@ def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str,
 
 
 def judge_and_keep(url: str, way: Way, home: Home, place: str) -> dict[str, Any]:
-    """`judge_endpoint`; pictures and verdicts replace those in a directory of the run once all are there."""
+    """`judge_endpoint`; pictures and verdicts replace those in a directory of the run once it has ended."""
     fresh = home.here / f"{place}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     scores = judge_endpoint(url, way, keep=fresh)

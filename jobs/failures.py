@@ -119,7 +119,7 @@ def line_of(error: BaseException) -> str:
             large = " for a file so large (`ulimit -f`)" if error.errno == errno.EFBIG else ""
             return no_space(f"{error.filename or DISK}{large}")
         case OSError() if error.filename:
-            remedy = "; name another place, or let this account write there" if shut(error) else ""
+            remedy = "; name another place, or let this account use it" if shut(error) else ""
             return redacted(f"{error.filename}: {error.strerror}{remedy}")
     text = redacted(" ".join(words_of(error).split())) or type(error).__name__
     if isinstance(error, JobFailedError) or away(error) or code_of(error) is not Code.INTERNAL:

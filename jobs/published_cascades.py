@@ -1,8 +1,9 @@
 """How published models are sampled: the cascade of a source that paints, as its authors sampled it.
 
-Sources: Dhariwal & Nichol 2021 (arXiv:2105.05233, table 14 and appendix H), Nichol & Dhariwal 2021
-(arXiv:2102.09672, section 4), Karras et al. 2022 (arXiv:2206.00364), Song et al. 2023 (arXiv:2303.01469),
-Rombach et al. 2022 (arXiv:2112.10752, appendix); the READMEs beside their published code.
+Sources: Song et al. 2021 (arXiv:2010.02502), Dhariwal & Nichol 2021 (arXiv:2105.05233, table 14 and appendix
+H), Nichol & Dhariwal 2021 (arXiv:2102.09672, section 4), Karras et al. 2022 (arXiv:2206.00364), Song et al.
+2023 (arXiv:2303.01469), Rombach et al. 2022 (arXiv:2112.10752, appendix); the READMEs beside their published
+code.
 """
 
 from dd_core.cascade import CascadeSpec, HopSpec, Role
@@ -20,6 +21,11 @@ LATENT = SamplingSpec(sampler="ddim", num_steps=200, eta=1.0, spacing="ldm_plus_
 """For bedrooms and the faces of FFHQ; the model of CelebA-HQ was sampled with eta 0."""
 CHURCHES = LATENT.but(num_steps=500, eta=0.0)
 """Published as 400 steps, for which its code takes every second of the 1000 timesteps."""
+DDPM = {
+    "ddpm-cifar10": ANCESTRAL.but(num_steps=1000, variance="fixed_large"),
+    "ddpm-lsun256": ANCESTRAL.but(num_steps=1000, variance="fixed_small"),
+}
+"""All timesteps; their variance as in the configurations beside the code of DDIM."""
 DDIM50 = SamplingSpec(sampler="ddim", num_steps=50, spacing="ddim_leading", guidance_scale=1.0)
 """As the pipelines of diffusers for DDPM and DDIM."""
 
@@ -86,7 +92,7 @@ def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec
     if stage.predicts == "edm":
         return EULER_HEUN
     if not stage.learns_variance:
-        return DDIM50
+        return DDPM.get(source, DDIM50)
     return ROOMS if source == "adm-lsun256" else ANCESTRAL
 
 

@@ -27,6 +27,7 @@ from dd_core.stages.asking import hears_negative, led_away
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
+from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import ConsistencyHop
 from dd_core.text import too_long
 from jobs import remake
@@ -236,7 +237,7 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
         (
             order.training_free and all(fills_holes(stage) for _, stage, _ in work),
             "--training-free",
-            "take one with a hop that was not trained to fill holes",
+            "take one with a base, an upsampler, or a chain without mask channels",
         ),
     )
     for wrong, option, remedy in unheard:
@@ -256,8 +257,9 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
 
 
 def fills_holes(stage: StageSpec) -> bool:
-    """Whether a stage was trained to fill holes, or paints nothing."""
-    return isinstance(stage, LearnsEmbeddings) or (isinstance(stage, ChainSpec) and stage.inpaints)
+    """Whether a stage fills holes in one way alone, whatever `inpainting` says, or paints nothing."""
+    in_one_way = isinstance(stage, LearnsEmbeddings | ConsistencySpec)
+    return in_one_way or (isinstance(stage, ChainSpec) and stage.inpaints)
 
 
 def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:

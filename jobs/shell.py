@@ -33,7 +33,12 @@ class Directory(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if "://" in str(value):
-            self.fail(f"{value} is an address, and this takes a directory on this machine", param, ctx)
+            from workflows.addresses import redacted
+
+            where = redacted(str(value))
+            self.fail(
+                f"{where} is an address, and this takes a directory; name one on this machine", param, ctx
+            )
         return super().convert(value, param, ctx)
 
 

@@ -187,7 +187,6 @@ class Painter:
         without = {
             "num_inference_steps": order._replace(steps=None),
             "guidance_scale": order._replace(scale=None),
-            "quality": order._replace(effort=1),
         }
         for name, other in without.items():
             try:

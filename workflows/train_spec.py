@@ -132,9 +132,12 @@ class TrainSpec(Spec):
                     "stage.text_frozen would keep random weights; name a parent 'start', a CLIP or another "
                     "chain, or leave text_frozen out"
                 )
-            case ConsistencySpec(base=ChainSpec(text_frozen=True), teacher=None):
+            case ConsistencySpec(base=ChainSpec(text_frozen=True), teacher=None) if (
+                "start" not in self.parents
+            ):
                 raise ValueError(
-                    "stage.base.text_frozen would keep random weights, as there is no teacher; leave it out"
+                    "stage.base.text_frozen would keep random weights, as there is no teacher; name a parent "
+                    "'start', or leave it out"
                 )
             case _:
                 return self

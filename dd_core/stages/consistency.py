@@ -256,7 +256,7 @@ def refuse_other(spec: ConsistencySpec, teacher: Trained) -> None:
         raise ValueError(
             f"the parent 'base' is a {type(teacher.spec).__name__}, it must be a base or a chain"
         )
-    mine, its = undropped(spec.base), undropped(teacher.spec)
+    mine, its = lasting(spec.base), lasting(teacher.spec)
     if mine != its:
         field = next(name for name in its if mine.get(name) != its[name])
         raise ValueError(
@@ -265,9 +265,12 @@ def refuse_other(spec: ConsistencySpec, teacher: Trained) -> None:
         )
 
 
-def undropped(spec: BaseSpec | ChainSpec) -> dict[str, Any]:
-    """All that a spec says but the dropout of its UNet: consistency models are published without."""
-    fields = spec.model_dump()
+def lasting(spec: BaseSpec | ChainSpec) -> dict[str, Any]:
+    """All that a spec says but what is of its training alone: its UNet's dropout, and what stays frozen.
+
+    Consistency models are published without dropout.
+    """
+    fields = spec.model_dump(exclude={"text_frozen"})
     fields["net"].get("unet", {}).pop("dropout", None)
     return fields
 

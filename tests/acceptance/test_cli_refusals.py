@@ -103,7 +103,7 @@ def refused(words: list[str], said: str, asked: list[str]) -> None:
         ["toy", "--out", "s3://bucket/toy"],
         ["sample", "a star", "--cascade", "cascade", "--out", "s3://bucket/samples"],
         ["eval", "--out", "s3://bucket/pictures"],
-        ["report", "s3://bucket/run"],
+        ["report", "s3://me:hunter2@bucket/run"],
         ["bits", "s3://bucket/run"],
         ["import", "adm", "file.pt", "--out", "s3://bucket/adm"],
         ["export", "s3://bucket/cascade", "--out", "folders"],
@@ -114,7 +114,10 @@ def test_an_address_is_not_taken_for_a_directory(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(words, "is an address, and this takes a directory on this machine", silent)
+    refused(words, "bucket", silent)
+    done = CliRunner().invoke(main, words)
+    assert "is an address, and this takes a directory; name one on this machine" in done.stderr
+    assert "hunter2" not in done.output
     assert not [*tmp_path.iterdir()]
 
 

@@ -106,7 +106,7 @@ def test_no_line_names_the_password_of_an_address() -> None:
 
 def test_a_place_that_is_shut_is_said_with_what_to_do() -> None:
     line = line_of(PermissionError(errno.EACCES, "Permission denied", "/data/out"))
-    assert line == "/data/out: Permission denied; name another place, or let this account write there"
+    assert line == "/data/out: Permission denied; name another place, or let this account use it"
 
 
 def test_neither_does_a_traceback_or_a_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,7 @@ SIDES = {
     "adm-classifier64": 16,
     "adm-upsampler-64-256": 64,
     "adm-lsun256": 16,
+    "ddpm-cifar10": 16,
     "improved-imagenet64": 16,
     "edm-imagenet64": 16,
     "consistency-imagenet64": 16,
@@ -118,8 +119,9 @@ def asked(**told: Any) -> CascadeState:
 def painted(cascade: Cascade, state: CascadeState, *, steps: int = 2) -> CascadeState:
     """Through all hops, in few steps."""
     for hop, spec in zip(cascade.hops, cascade.spec.hops, strict=True):
-        spacing = {"spacing": "linspace", "sections": ()} if spec.how.sampler == "ddpm" else {}
-        state = run(hop, state, spec.how.but(num_steps=steps, **spacing))
+        few = {"spacing": "linspace", "sections": ()} if spec.how.sampler == "ddpm" else {}
+        few |= {"variance": "fixed_small"} if spec.how.variance == "fixed_large" else {}
+        state = run(hop, state, spec.how.but(num_steps=steps, **few))
     return state
 
 
@@ -138,6 +140,7 @@ LABEL, X = torch.tensor([0, 2]), torch.randn(2, 3, 16, 16, generator=torch.Gener
     [
         ("adm-imagenet64", COSINE, 1),
         ("adm-lsun256", ScheduleSpec(), 1),
+        ("ddpm-cifar10", ScheduleSpec(), 1),
         ("improved-imagenet64", COSINE.but(num_timesteps=4000), 0.25),
     ],
 )
@@ -159,7 +162,7 @@ def test_a_network_of_timesteps_is_asked_as_published(
     image = painted(cascade, asked(label=LABEL if hop.spec.labels else None)).image
     assert image is not None
     assert image.shape == (2, 3, 16, 16)
-    assert cascade.spec.hops[0].how.num_steps == 250
+    assert cascade.spec.hops[0].how.num_steps == (1000 if source == "ddpm-cifar10" else 250)
     with pytest.raises(ValueError, match="guidance_scale 3, but the model has not learned to paint both"):
         hop.refuse(asked(label=LABEL), cascade.spec.hops[0].how.but(guidance_scale=3.0))
 

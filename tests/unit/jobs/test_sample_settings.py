@@ -192,4 +192,4 @@ def test_a_way_of_filling_holes_that_no_hop_needs_is_refused(tmp_path: Path) -> 
     assert ddiff(tmp_path, "filling", tmp_path / "out", *words).exit_code == 0
     done = ddiff(tmp_path, "filling", tmp_path / "none", *words, "--training-free")
     assert done.exit_code == 2
-    assert "no hop uses --training-free; leave it out, or take one with a hop that was not" in done.stderr
+    assert "no hop uses --training-free; leave it out, or take one with a base, an ups" in done.stderr
