@@ -11,6 +11,7 @@ import sys
 import torch
 
 from dd_core.denoiser import Conditioning
+from dd_core.nets import winograd
 from dd_core.nets.unet import UNet, UNetSpec
 
 torch.manual_seed(0)
@@ -32,8 +33,11 @@ for call in (network, compiled):
     loss = out.float().square().mean()
     found.append([out, *(torch.autograd.grad(loss, network.parameters()) if learns else [])])
 eager, graph = found
+# where oneDNN convolves in bfloat16, it adds in the same call outside of graphs, and rounds once less
+once_less = not learns and not winograd.runs(half)
+near = {"rtol": 0.016, "atol": 2**-7 * eager[0].abs().max().item()} if once_less else {}
 for one, other in zip(eager, graph, strict=True):
-    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(one, other, **near)
 """
 
 
