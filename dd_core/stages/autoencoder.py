@@ -151,7 +151,8 @@ class AutoencoderStage(Stage):
         """An image through the Gaussian or the codebook."""
         if self.model.quantiser is None:
             posterior = self.model.posterior(image)
-            latent, values = posterior.draw(torch.randn_like(posterior.mean)), image[0].numel()
+            noise = torch.randn_like(posterior.mean, memory_format=torch.contiguous_format)  # on all machines
+            latent, values = posterior.draw(noise), image[0].numel()
             kl = losses.kl_to_normal(posterior.mean, posterior.logvar).mean() / values
             cost = self.spec.kl_weight * kl
             return Squeezed(latent, cost, {"kl": kl.detach() * values}, posterior.mean)

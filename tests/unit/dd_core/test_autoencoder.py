@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dd_core import bundle, checkpoint, images, losses
-from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
+from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec, Posterior
 from dd_core.nets.perceptual import PatchGanSpec
 from dd_core.nets.quantiser import Quantiser
 from dd_core.stage import Budget, OptimizerSpec, PairBatch
@@ -130,7 +130,7 @@ def published_loss(stage: AutoencoderStage, batch: PairBatch) -> Tensor:
     model = stage.model
     if model.quantiser is None:
         posterior, values = model.posterior(image), image[0].numel()
-        latent = posterior.draw(torch.randn_like(posterior.mean))
+        latent = posterior.draw(torch.randn(posterior.mean.shape))
         cost = SPEC.kl_weight * losses.kl_to_normal(posterior.mean, posterior.logvar).mean()
     else:
         z, values = model.unquantised(image), 1
@@ -334,3 +334,21 @@ def test_what_does_not_fit_is_refused_with_its_numbers(changes: dict[str, object
 def test_the_clip_distance_needs_its_parent() -> None:
     with pytest.raises(ValueError, match="needs the parent 'clip'"):
         build_stage(SPEC.but(perceptual="clip"), {})
+
+
+def test_the_noise_of_a_latent_does_not_depend_on_how_features_lie_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some convolutions give channels last, some do not: that depends on the machine."""
+    stage = AutoencoderStage(SPEC)
+    image, found, posterior = torch.rand(2, 3, 16, 16) * 2 - 1, [], stage.model.posterior
+    for lie in (torch.contiguous_format, torch.channels_last):
+
+        def lying(image: Tensor, lie: torch.memory_format = lie) -> Posterior:
+            mean, logvar = posterior(image)
+            return Posterior(mean.contiguous(memory_format=lie), logvar.contiguous(memory_format=lie))
+
+        monkeypatch.setattr(stage.model, "posterior", lying)
+        torch.manual_seed(0)
+        found.append(stage.bottleneck(image).latent)
+    torch.testing.assert_close(*found)
