@@ -16,6 +16,7 @@ from dd_core.layouts.moves import (
     Move,
     both,
     layer,
+    layers,
     regrouped,
     tensor,
     unfolded,
@@ -111,8 +112,7 @@ def residual_moves(block: ResBlock, theirs: str, ours: str) -> Iterator[Move]:
     }
     if isinstance(block.shortcut, nn.Conv2d):
         names["skip_connection"] = "shortcut"
-    for theirs_part, ours_part in names.items():
-        yield from layer(f"{theirs}.{theirs_part}", f"{ours}.{ours_part}")
+    yield from layers(names, f"{theirs}.", f"{ours}.")
 
 
 def resizing_moves(module: nn.Module, theirs: str, ours: str) -> Iterator[Move]:

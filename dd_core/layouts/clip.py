@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd_core.layouts.moves import SAME, LayoutError, Move, fitted, inward, layer, tensor, within
+from dd_core.layouts.moves import SAME, LayoutError, Move, fitted, inward, layer, layers, tensor, within
 from dd_core.nets.clip import Clip, ClipNetSpec
 from dd_core.towers import open_clip
 
@@ -68,20 +68,23 @@ def clip_moves(net: Clip) -> Iterator[Move]:
         yield tensor(name.removeprefix("towers."), name)
 
 
-def words_moves(layers: int) -> Iterator[Move]:
+def words_moves(blocks: int) -> Iterator[Move]:
     """The text tower of `Clip` as a text transformer of ours, whose vectors for padding CLIP has not."""
     yield tensor("towers.token_embedding.weight", "tokens.weight")
     yield tensor("towers.positional_embedding", "places")
     yield from layer("towers.ln_final", "norm")
-    for number in range(layers):
-        theirs, ours = f"towers.transformer.resblocks.{number}", f"blocks.{number}"
+    names = {
+        "attn.out_proj": "out",
+        "ln_1": "norm_attention",
+        "ln_2": "norm_alone",
+        "mlp.c_fc": "alone_in",
+        "mlp.c_proj": "alone_out",
+    }
+    for number in range(blocks):
+        theirs, ours = f"towers.transformer.resblocks.{number}.", f"blocks.{number}."
         for part in ("weight", "bias"):
-            yield tensor(f"{theirs}.attn.in_proj_{part}", f"{ours}.qkv.{part}")
-        yield from layer(f"{theirs}.attn.out_proj", f"{ours}.out")
-        yield from layer(f"{theirs}.ln_1", f"{ours}.norm_attention")
-        yield from layer(f"{theirs}.ln_2", f"{ours}.norm_alone")
-        yield from layer(f"{theirs}.mlp.c_fc", f"{ours}.alone_in")
-        yield from layer(f"{theirs}.mlp.c_proj", f"{ours}.alone_out")
+            yield tensor(f"{theirs}attn.in_proj_{part}", f"{ours}qkv.{part}")
+        yield from layers(names, theirs, ours)
 
 
 def transformers_moves(net: Clip) -> Iterator[Move]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from dd_core.layouts.moves import Move, layer, unfolded, within
+from dd_core.layouts.moves import Move, layer, layers, unfolded, within
 from dd_core.nets.layers import Attention, ResBlock, Resized
 from dd_core.nets.unet import Block, Down, UNet, Up
 
@@ -16,8 +16,7 @@ def unet_moves(net: UNet) -> Iterator[Move]:
     """All of a UNet; levels are numbered by their size on both ways, ours in the order of the way."""
     names = {"conv_in": "stem", "norm_out": "norm", "conv_out": "out"}
     names |= {"temb.dense.0": "hearing.level_in", "temb.dense.1": "hearing.level_out"}
-    for theirs, ours in names.items():
-        yield from layer(theirs, ours)
+    yield from layers(names)
     last = len(net.down) - 1
     for place, (down, up) in enumerate(zip(net.down, net.up, strict=True)):
         assert isinstance(down, Down)
@@ -60,5 +59,4 @@ def residual_moves(block: ResBlock, theirs: str, ours: str) -> Iterator[Move]:
     }
     if isinstance(block.shortcut, nn.Conv2d):
         names["nin_shortcut"] = "shortcut"
-    for theirs_part, ours_part in names.items():
-        yield from layer(f"{theirs}.{theirs_part}", f"{ours}.{ours_part}")
+    yield from layers(names, f"{theirs}.", f"{ours}.")

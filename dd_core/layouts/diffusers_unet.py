@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from dd_core.layouts.adm import transformer_layer_moves
-from dd_core.layouts.moves import SAME, Move, layer, unfolded, weight, within
+from dd_core.layouts.moves import SAME, Move, layer, layers, unfolded, weight, within
 from dd_core.nets.cross import CrossTransformer
 from dd_core.nets.layers import Attention, ResBlock
 from dd_core.nets.unet import Block, Down, UNet, Up
@@ -18,8 +18,7 @@ def unet_moves(net: UNet, *, linear: bool) -> Iterator[Move]:
     if net.spec.embedding_width:
         names |= {"class_embedding.linear_1": "hearing.embedding.0"}
         names |= {"class_embedding.linear_2": "hearing.embedding.2"}
-    for theirs, ours in names.items():
-        yield from layer(theirs, ours)
+    yield from layers(names)
     if net.spec.labels:
         yield weight("class_embedding", "hearing.label")
     for place, level in enumerate((*net.down, *net.up)):
@@ -106,5 +105,4 @@ def residual_moves(block: ResBlock, theirs: str, ours: str) -> Iterator[Move]:
     }
     if isinstance(block.shortcut, nn.Conv2d):
         names["conv_shortcut"] = "shortcut"
-    for theirs_part, ours_part in names.items():
-        yield from layer(f"{theirs}.{theirs_part}", f"{ours}.{ours_part}")
+    yield from layers(names, f"{theirs}.", f"{ours}.")

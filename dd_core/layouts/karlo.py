@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dd_core.layouts.adm import AdmLayout, unet_moves
 from dd_core.layouts.glide import text_block_moves
-from dd_core.layouts.moves import Move, layer, regrouped, tensor, within
+from dd_core.layouts.moves import Move, layer, layers, regrouped, tensor, within
 from dd_core.nets.prior import CausalPrior
 from dd_core.nets.text import TextBlock, UnclipUNet
 from dd_core.nets.unet import UNet
@@ -37,8 +37,7 @@ def prior_moves(net: CausalPrior) -> Iterator[Move]:
         "final_ln": "norm",
         "out_proj": "out",
     }
-    for theirs, ours in names.items():
-        yield from layer(f"model.{theirs}", ours)
+    yield from layers(names, "model.")
     yield tensor("model.prd_emb", "query")
     yield tensor("model.positional_embedding", "places")
     for index, block in enumerate(net.blocks):

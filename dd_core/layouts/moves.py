@@ -83,6 +83,12 @@ def layer(theirs: str | tuple[str, ...], ours: str, change: Change = SAME) -> It
         yield Move(tuple(f"{name}.{part}" for name in names), f"{ours}.{part}", change)
 
 
+def layers(names: Mapping[str, str], theirs: str = "", ours: str = "") -> Iterator[Move]:
+    """Weights and biases of several layers, their names -> ours, within parts with these prefixes."""
+    for their_name, our_name in names.items():
+        yield from layer(theirs + their_name, ours + our_name)
+
+
 def weight(theirs: str, ours: str, change: Change = SAME) -> Move:
     """The weight of a layer without bias."""
     return tensor(f"{theirs}.weight", f"{ours}.weight", change)
