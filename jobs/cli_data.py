@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from jobs.shell import DIRECTORY, FILE, Group, answer, verbose
+from jobs.shell import DIRECTORY, FILE, Directory, Group, answer, verbose
 
 SHARDS = click.option("--shards", multiple=True, help="Tars: paths, globs, {000..099}, s3://, http://.")
 MAX_REJECTED = click.option("--max-rejected", default=0.05, show_default=True, type=click.FloatRange(0, 1))
@@ -32,6 +32,25 @@ def shapes(out: Path, pairs: int, seed: int, image_format: Literal["png", "jpg"]
     from jobs.prepare import write_shapes
 
     answer(write_shapes(out, pairs=pairs, seed=seed, image_format=image_format))
+
+
+@data.command(short_help="Write tars of a folder of pictures and captions.")
+@click.argument("folder", type=Directory(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=DIRECTORY, help="Where the tars go.")
+@click.option(
+    "--captions", "table", type=FILE, help="A .jsonl or .csv.  [default: FOLDER/metadata.jsonl or .csv]"
+)
+@click.option("--caption-column", default="text", show_default=True, help="Of the table.")
+@click.option("--samples-per-shard", default=1000, show_default=True, type=click.IntRange(1))
+def pack(folder: Path, out: Path, table: Path | None, caption_column: str, samples_per_shard: int) -> None:
+    """Write tars of the pictures in FOLDER and its subfolders.
+
+    Captions are cat.txt beside cat.jpg, or the rows of a table whose `file_name` names the picture, as in
+    Hugging Face's imagefolder.  Pictures without a caption are packed too: `ddiff data prepare` counts them.
+    """
+    from workflows.packing import pack as packed
+
+    answer(packed(folder, out, table=table, column=caption_column, samples_per_shard=samples_per_shard))
 
 
 @data.command(short_help="Verify, crop, resize and tokenise image-text tars.")

@@ -8,8 +8,6 @@
 import contextlib
 import json
 import multiprocessing
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
@@ -25,6 +23,7 @@ from workflows import cpus
 from workflows.claim import TakenError, claim
 from workflows.grammar import training_caption
 from workflows.shapes import drawn, facts_of, scene_rng
+from workflows.shard_writing import write_tar
 from workflows.storage import Home
 
 WORLD = 2
@@ -151,24 +150,8 @@ def written(spec: ShapesSpec, directory: Path, shards: Sequence[int]) -> Iterato
 
 def write_shard(spec: ShapesSpec, directory: Path, shard: int) -> Path:
     """One tar of the world, made under another name and renamed when whole."""
-    import webdataset  # noqa: PLC0415 it takes seconds to import, and most who import this only want the spec
-
     path = directory / name_of(shard)
-    draft = directory / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with draft.open("wb") as file:
-            with webdataset.TarWriter(file, mtime=0) as tar:
-                for number in numbers(spec, shard):
-                    key, members = pair(spec, number)
-                    tar.write({"__key__": key} | members)
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the bytes
-        draft.rename(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not say where
-        raise
-    finally:
-        draft.unlink(missing_ok=True)
+    write_tar(path, (pair(spec, number) for number in numbers(spec, shard)))
     return path
 
 

@@ -1,0 +1,193 @@
+"""A folder of pictures becomes tars in which nothing is missing, whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.cli import main
+from tests.conftest import jpg
+from workflows import packing
+from workflows.packing import Source, pack, sample
+from workflows.pairs import PairsSpec, RejectedError, pair_of
+from workflows.shards import Limits, samples, split
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures, one of them without a caption, a bitmap, a caption without a picture, hidden files."""
+    home = tmp_path / "pictures"
+    (home / "cats").mkdir(parents=True)
+    (home / ".hidden").mkdir()
+    for number, name in enumerate(("a.v2.jpg", "b.JPG", "c.jpeg", "cats/a.v2.jpg", "cats/d.jpg")):
+        (home / name).write_bytes(jpg(40, 40, number))
+        caption = Path(name).with_suffix(".TXT" if name == "c.jpeg" else ".txt")
+        if name != "cats/d.jpg":
+            (home / caption).write_text(f"caption of {name}")
+    (home / "b.json").write_text('{"label": 7}')
+    for name in ("x.bmp", "LICENSE", "cats/nothing.txt", ".hidden/e.jpg", ".f.jpg"):
+        (home / name).write_bytes(b"-")
+    return home
+
+
+def read(out: Path) -> dict[str, tuple[str | None, bytes, str]]:
+    """Caption, picture and json of each sample by the path without number; reads all tars, strictly."""
+    found = {}
+    for tar in sorted(out.iterdir()):
+        for one in samples(str(tar), Limits()):
+            assert not one.reject
+            assert not one.others
+            parts = dict(one.parts)
+            texts = [parts.pop(kind, b"").decode() for kind in ("txt", "json")]
+            (picture,) = parts.values()
+            path, _, name = one.key.rpartition("/")
+            found[f"{path}/{name.partition('_')[2]}".strip("/")] = (texts[0] or None, picture, texts[1])
+    return found
+
+
+def test_every_picture_goes_in_with_what_lies_beside_it(folder: Path, tmp_path: Path) -> None:
+    facts = pack(folder, tmp_path / "tars", samples_per_shard=2)
+    found = read(tmp_path / "tars")
+    assert {name: caption for name, (caption, _, _) in found.items()} == {
+        "a_v2": "caption of a.v2.jpg",
+        "b": "caption of b.JPG",
+        "c": "caption of c.jpeg",
+        "cats/a_v2": "caption of cats/a.v2.jpg",
+        "cats/d": None,
+    }
+    assert all(found[name][1] == jpg(40, 40, n) for n, name in enumerate(found_in_order(found)))
+    assert found["b"][2] == '{"label": 7}'
+    assert facts == {
+        "samples": 5,
+        "without_caption": 1,
+        "without_picture": 0,
+        "left_out": {".bmp": 1, "LICENSE": 1, ".txt": 1} | facts["left_out"],
+        "shards": 3,
+        "bytes": sum(tar.stat().st_size for tar in (tmp_path / "tars").iterdir()),
+        "out": str(tmp_path / "tars"),
+    }
+    assert sum(facts["left_out"].values()) == 3
+
+
+def found_in_order(found: dict[str, object]) -> list[str]:
+    """The names in the order in which the fixture made their pictures."""
+    return sorted(found, key=["a_v2", "b", "c", "cats/a_v2", "cats/d"].index)
+
+
+def test_a_table_names_captions_and_its_rows_travel_as_json(folder: Path, tmp_path: Path) -> None:
+    lines = [
+        {"file_name": "b.JPG", "text": "first", "author": "me"},
+        {"file_name": "b.JPG", "text": "second"},
+        {"file_name": "gone.jpg", "text": "third"},
+        {"file_name": "c.jpeg", "text": None},
+    ]
+    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    facts = pack(folder, tmp_path / "tars")
+    assert (facts["samples"], facts["without_caption"], facts["without_picture"]) == (7, 4, 1)
+    kept = list(samples(str(tmp_path / "tars" / "00000.tar"), Limits()))
+    told = {one.parts["txt"].decode(): json.loads(one.parts["json"]) for one in kept if "txt" in one.parts}
+    assert told == {row["text"]: row for row in lines[:3]}
+    spec, good = PairsSpec(shards=("-",), destination="-"), []
+    for one in kept:
+        try:
+            good.append(pair_of(one, spec).caption)
+        except RejectedError as error:
+            assert str(error).startswith(("caption-missing", "image-missing"))  # noqa: PT017
+    assert sorted(good) == ["first", "second"]
+
+
+def test_a_csv_with_another_column_is_as_good(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text('\ufefffile_name,prompt\npictures/b.JPG,"a, b"\n')
+    pack(folder, tmp_path / "tars", table=table, column="prompt")
+    assert read(tmp_path / "tars")["pictures/b"][0] == "a, b"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.jsonl", '{"file_name": "b.JPG"}', r"no 'text', only 'file_name'.*--caption-column"),
+        ("t.csv", "image,text\nb.JPG,x\n", "no 'file_name', only 'image', 'text'"),
+        ("t.jsonl", '{"file_name": "b.JPG", "text": "x"}\n[1]', "row 2: .* is not an object"),
+        ("t.jsonl", "{", "row 1: not JSON"),
+        ("t.parquet", "", "a .jsonl or a .csv"),
+        ("t.csv", b"file_name,text\nb.JPG,\xff\n", "t.csv is not UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_and_writes_nothing(
+    name: str, text: str | bytes, message: str, folder: Path, tmp_path: Path
+) -> None:
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ValueError, match=message):
+        pack(folder, tmp_path / "tars", table=folder / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_the_same_folder_gives_the_same_bytes_in_an_order_that_mixes_its_parts(tmp_path: Path) -> None:
+    for number in range(40):
+        path = tmp_path / "in" / ("cats" if number < 20 else "dogs") / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"%d" % number)
+    for out in ("one", "two"):
+        pack(tmp_path / "in", tmp_path / out)
+    tars = [(tmp_path / out / "00000.tar").read_bytes() for out in ("one", "two")]
+    assert tars[0] == tars[1]
+    kinds = [one.key[:4] for one in samples(str(tmp_path / "one" / "00000.tar"), Limits())]
+    assert kinds.count("cats") == 20
+    assert 5 < kinds[:20].count("cats") < 15
+
+
+def test_what_stands_at_the_destination_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tars"
+    out.mkdir()
+    (out / "old.tar").write_bytes(b"old")
+    with pytest.raises(ValueError, match="holds files already"):
+        pack(folder, out)
+    assert [path.name for path in out.iterdir()] == ["old.tar"]
+
+
+def test_a_pack_that_fails_or_was_killed_leaves_nothing_and_can_be_repeated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / ".tars.packing"
+    killed.mkdir()
+    (killed / "00000.tar").write_bytes(b"half")
+    with monkeypatch.context() as patched:
+
+        def failing(number: int, source: Source) -> tuple[str, dict[str, bytes]]:
+            if number == 3:
+                raise OSError(28, "No space left on device")
+            return sample(number, source)
+
+        patched.setattr(packing, "sample", failing)
+        with pytest.raises(OSError, match="No space"):
+            pack(folder, tmp_path / "tars")
+        assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    assert pack(folder, tmp_path / "tars")["samples"] == 5
+    assert len(read(tmp_path / "tars")) == 5
+
+
+@pytest.mark.parametrize("name", ["x.bmp", None])
+def test_a_folder_without_pictures_says_what_it_has(name: str | None, tmp_path: Path) -> None:
+    home = tmp_path / "in"
+    home.mkdir()
+    if name:
+        (home / name).write_bytes(b"-")
+    said = CliRunner().invoke(main, ["data", "pack", str(home), "--out", str(tmp_path / "tars")])
+    assert said.exit_code == 2
+    assert f"holds no picture (jpg, jpeg, png, webp); it has {'1 .bmp' if name else 'no file'}" in said.output
+
+
+NAME = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
+
+
+@given(st.lists(NAME, min_size=1, max_size=4), st.integers(0, 10**8 - 1))
+def test_a_key_comes_back_from_the_tar_whatever_the_name(parts: list[str], number: int) -> None:
+    path = Path("/".join(part for part in parts if part not in (".", "..")) or "a")
+    key, members = sample(number, Source(path, {"jpg": "x"}))
+    assert split(f"{key}.jpg") == (key, "jpg")
+    assert members == {"jpg": b"x"}
+    assert key.rpartition("/")[2].startswith(f"{number:08d}_")
