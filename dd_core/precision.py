@@ -1,5 +1,7 @@
 """The precision that networks compute in: bfloat16 where the device multiplies it, float32 elsewhere."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -27,13 +29,26 @@ def dtype_of(device: torch.device, precision: Precision) -> torch.dtype:
 
 
 def round_products(device: torch.device, precision: Precision = "auto") -> None:
-    """From now on GPUs round the factors of float32 products to 11 bits (TF32), unless float32 is asked for.
+    """From now on GPUs round the factors of float32 products and convolutions to 11 bits (TF32), or do not.
 
-    As PyTorch lets their convolutions; without it what stays float32 beside bfloat16, such as the features of
-    a perceptual distance, would not use the tensor cores, which are some seven times as fast.
+    They do not where float32 is asked for; PyTorch by itself rounds those of convolutions alone.  What stays
+    float32 beside bfloat16, such as a prior or the features of a perceptual distance, would else not use the
+    tensor cores, which are some seven times as fast.
     """
-    if device.type == "cuda" and precision != "fp32":
-        torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, GPUs round no factors of float32 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -16,6 +16,7 @@ from dd_core.cascade import CascadeSpec, CascadeState
 from dd_core.devices import nearest
 from dd_core.likelihood import Bits
 from dd_core.noise import Variance
+from dd_core.precision import round_products
 from dd_core.stage import PairBatch
 from dd_core.stages import load_hop
 from dd_core.stages.chain_bits import bits_of, refuse_bits, refuse_variance, table_of
@@ -132,6 +133,7 @@ def chain_in(path: Path, stage: str | None) -> Found:
             it.
         sealed.SealError: Something is damaged.
     """
+    round_products(nearest(), "fp32")
     if not (path / "cascade.json").exists() and (path / "cascade" / "cascade.json").exists():
         path = path / "cascade"
     if (path / "cascade.json").exists():

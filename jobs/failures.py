@@ -29,7 +29,7 @@ class Code(IntEnum):
 OF_TRAINING = {
     ("dd_core.training", "DivergedError"): Code.NOT_FINITE,
     ("dd_core.training", "DataEndedError"): Code.DATA,
-    ("workflows.feed", "DataError"): Code.DATA,
+    ("workflows.row_groups", "DataError"): Code.DATA,
     ("workflows.pairs", "TooManyRejectsError"): Code.DATA,
     ("workflows.training", "PreemptedError"): Code.PREEMPTED,
 }

@@ -19,7 +19,7 @@ from dd_core import bundle, images
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, requested, run
 from dd_core.devices import nearest
-from dd_core.precision import Precision
+from dd_core.precision import Precision, round_products
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import LearnsEmbeddings
 from dd_core.stages import StageSpec
@@ -140,6 +140,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
     refuse_order(order)
     if order.precision == "auto" and remake.asked_for(order):
         order = order._replace(precision="fp32")  # the noise of a picture is found by exact inversion
+    round_products(nearest(), order.precision)
     opened = bundle.load_cascade(cascade, device=nearest(), precision=order.precision)
     specs = changed(remake.specs_of(opened, order), order.changes)
     how = [how_of(hop, order) for hop in specs]

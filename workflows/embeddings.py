@@ -32,7 +32,7 @@ from dd_core.nets.clip import Clip
 from dd_core.precision import round_products
 from dd_core.stages.clip import ClipSpec, clip_of
 from workflows import feed
-from workflows.feed import EMBEDDING, DataError
+from workflows.feed import EMBEDDING
 from workflows.files import one_line
 from workflows.parts import (
     SOURCE,
@@ -47,6 +47,7 @@ from workflows.parts import (
     write_json,
 )
 from workflows.progress import LINE_EVERY_S, clock
+from workflows.row_groups import PREPARE, DataError, first_line, parquet_of, patiently, row_group
 from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
@@ -331,16 +332,16 @@ def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], N
     column = f"image{image_size}"
 
     def look() -> int:
-        with feed.parquet_of(url) as parquet:
+        with parquet_of(url) as parquet:
             feed.check_columns(url, parquet, (column, "reject"))
             return int(parquet.num_row_groups)
 
     try:
-        groups = feed.patiently(look, url)
+        groups = patiently(look, url)
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{url}: {feed.first_line(error)}; {feed.PREPARE}") from None
+        raise DataError(f"{url}: {first_line(error)}; {PREPARE}") from None
     for group in range(groups):
-        table = feed.row_group(url, group, [column, "reject"], feed.PREPARE)
+        table = row_group(url, group, [column, "reject"], PREPARE)
         usable = pc.equal(table["reject"], "").combine_chunks().to_numpy(zero_copy_only=False)
         data = table[column].filter(pa.array(usable)).to_pylist()
         yield feed.decoded(data, image_size), usable

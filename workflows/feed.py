@@ -10,16 +10,15 @@ number of workers, reads exactly the rest.
 Imports neither Ray nor torch, so that read processes start fast.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import cv2
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,11 +26,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dd_core import sealed
-from workflows.files import GONE, insistently
 from workflows.labels import LabelSpec, label_of
-from workflows.storage import Home
+from workflows.row_groups import (
+    PREPARE,
+    REMAKE,
+    DataError,
+    first_line,
+    groups_of,
+    parquet_of,
+    patiently,
+    row_group,
+)
+from workflows.storage import Home, is_address
 
-T = TypeVar("T")
 GROUPS_PER_MIX = 8
 """At most: one task reads a whole mix."""
 TABLE_BYTES = 32 * 2**20
@@ -40,17 +47,12 @@ TABLE_ROWS = 16_384
 """Of one table at most: the arguments of a task list its rows, and Ray 2.60 fails on a task of a megabyte."""
 TASK_TABLES = 4
 """Of one task at most, unless a single row group has more: Ray makes one block of all of them."""
-
+AT_ONCE = 8
+"""Row groups that a task fetches at once from a store, where each takes several requests."""
 EMBEDDINGS = 1
 """Changes when the same images and the same CLIP would give other embeddings (workflows.embeddings)."""
 EMBEDDING = "embedding"
 """Column of the sidecars."""
-PREPARE = "delete it, if it is there, and prepare the data again (`ddiff run` does): it is made anew"
-REMAKE = "delete it, if it is there, and run the same command again: it is made anew"
-
-
-class DataError(RuntimeError):
-    """The prepared data cannot be used; the message names the file and what to do."""
 
 
 class Wanted(NamedTuple):
@@ -195,11 +197,6 @@ def shape_of(url: str) -> tuple[pa.DataType, list[int]]:
         return parquet.schema_arrow.field(EMBEDDING).type, groups_of(parquet)
 
 
-def groups_of(parquet: pq.ParquetFile) -> list[int]:
-    """Rows of each row group."""
-    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-
-
 class Order:
     """The order of a whole run.
 
@@ -266,14 +263,17 @@ def read(picks: Sequence[Pick], wanted: Wanted) -> Iterator[pa.Table]:
 
     That is image (bytes of uint8 [3, s, s]), embedding (float32 [d]), label.
     """
-    rows = pa.concat_tables([picked(pick, wanted) for pick in picks])
+    groups = [group for pick in picks for group in pick.groups]
+    with ThreadPoolExecutor(AT_ONCE if is_address(groups[0][0]) else 1) as pool:
+        stored = pool.map(lambda place: usable(place[0], place[1], wanted), groups)
+        rows = pa.concat_tables([picked(pick, stored) for pick in picks])
     for start in range(0, len(rows), table_rows(wanted)):
         yield ready(rows.slice(start, table_rows(wanted)), wanted)
 
 
-def picked(pick: Pick, wanted: Wanted) -> pa.Table:
-    """Some rows of one mix, as they are stored, each with its position."""
-    table = pa.concat_tables([usable(url, group, wanted) for url, group in pick.groups])
+def picked(pick: Pick, stored: Iterator[pa.Table]) -> pa.Table:
+    """Some rows of one mix, whose groups come next, as they are stored, each with its position."""
+    table = pa.concat_tables(itertools.islice(stored, len(pick.groups)))
     permutation = np.random.default_rng(pick.seed).permutation(len(table))
     rows = table.take(pa.array(permutation[pick.rows]))
     return rows.append_column("position", pa.array(pick.positions))
@@ -319,57 +319,6 @@ def numbers_of(table: pa.Table) -> NDArray[np.float32]:
     """
     found: NDArray[np.float32] = table[EMBEDDING].combine_chunks().flatten().to_numpy()
     return found.reshape(len(table), table.schema.field(EMBEDDING).type.list_size)
-
-
-def row_group(url: str, group: int, columns: Sequence[str], remedy: str) -> pa.Table:
-    """Some columns of a row group, its pages checked.
-
-    Raises:
-        DataError: The file is gone, cut or changed; the message ends with the remedy.
-        StorageError: The store is away, or denies access.
-    """
-
-    def look() -> pa.Table:
-        with parquet_of(url) as parquet:
-            return parquet.read_row_group(group, columns=list(columns))
-
-    try:
-        return patiently(look, url)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{url}, row group {group}: {first_line(error)}; {remedy}") from None
-
-
-@contextmanager
-def parquet_of(url: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of ours, opened to check the pages that are read and to fetch only the bytes asked for.
-
-    By default fsspec reads ahead: 50 MiB from S3 for a row group of a few.
-    """
-    fs, path = fsspec.url_to_fs(url)
-    with fs.open(path, "rb", cache_type="none") as file:
-        yield pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
-
-
-def patiently(look: Callable[[], T], url: str) -> T:
-    """What `look` finds in a file; tried again while it is the store that fails.
-
-    Raises:
-        StorageError: The store failed at every attempt, or denies access.
-        The errors of `look` that are about the file itself.
-    """
-    return insistently(look, f"{url} cannot be read", final=tells_of_the_file)
-
-
-def tells_of_the_file(error: Exception) -> bool:
-    """Whether a file is gone, or damaged by pyarrow's error; stores raise other types, or set an errno."""
-    if isinstance(error, (*GONE, pa.ArrowException, DataError, KeyError, MemoryError)):
-        return True
-    return type(error) is OSError and error.errno is None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def decoded(files: Sequence[bytes], side: int) -> NDArray[np.uint8]:

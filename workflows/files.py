@@ -102,9 +102,8 @@ def matched(name: str) -> list[Found]:
     try:
         if any(sign in path for sign in "*?["):
             return files_of(fs, path)
-        if not is_web(fs) and fs.isdir(path):
-            return files_of(fs, f"{path.rstrip('/')}/*.tar")
-        return [found_in(fs, path)]
+        found, kind = told_of(fs, path)
+        return files_of(fs, f"{path.rstrip('/')}/*.tar") if kind == "directory" else [found]
     except FileNotFoundError:
         return []
     except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)

@@ -37,6 +37,9 @@ KEEPS_MEMORY = {
 }
 """Settings of glibc in the workers: memory that one step frees is kept for the next one, instead of going
 back to the kernel and being faulted in again, page by page."""
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Hides the GPUs of a node from workers that asked for none: Ray leaves them in sight, where torch and its
+checkpoints would take memory on the first one."""
 TOO_LATE, NOT_STARTED = "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"
 """Ray Train's errors (ray.train.v2._internal.exceptions): no room for all workers within its timeout, which
 others may still free; and a worker that died before it trained, of its node, of memory, of a library."""
@@ -114,16 +117,17 @@ def attempt(spec: TrainSpec, job: Job) -> Outcome:
     if WATCHER not in FROM_OUTSIDE and (job.drainable or WATCHER not in os.environ):
         os.environ[WATCHER] = str(int(job.drainable))  # never off again: stages beside this one may need it
     shutil.rmtree(job.home.here / "ray", ignore_errors=True)  # left by a driver that was killed
+    resources = scaling(spec, job.at_once)
     trainer = Trainer(
         partial(work, job),  # not train_loop_config: that is unpickled, with torch, in Ray's controller too
         torch_config=ProcessGroup(),
-        scaling_config=scaling(spec, job.at_once),
+        scaling_config=resources,
         run_config=ray.train.RunConfig(
             name=f"{spec.name}-{uuid.uuid4().hex[:8]}",  # so that Ray never resumes from its own snapshot
             storage_path=str(job.home.here / "ray"),  # on the machine of the controller; nothing of ours
             # Ray counts failures over the whole run, and does not hear a stop while it waits for workers
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
-            worker_runtime_env={"env_vars": KEEPS_MEMORY},
+            worker_runtime_env={"env_vars": KEEPS_MEMORY | ({} if resources.use_gpu else WITHOUT_GPU)},
         ),
     )
     try:

@@ -12,6 +12,7 @@ from dd_core.stage import PairBatch
 from workflows import feed
 from workflows.labels import LabelSpec
 from workflows.pairs import HELD_OUT
+from workflows.row_groups import PREPARE, DataError, parquet_of, patiently, row_group
 from workflows.storage import Home
 
 
@@ -44,7 +45,7 @@ def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | Non
     tables: list[pa.Table] = []
     for url, group, names in backwards(reversed(feed.prepared_files(data))):
         if lacking := [name for name in wanted.columns if name not in names]:
-            raise feed.DataError(f"{url} has no {lacking[0]}; prepare the data with that")
+            raise DataError(f"{url} has no {lacking[0]}; prepare the data with that")
         columns = [*wanted.columns, *(["caption"] if "caption" in names else [])]
         tables.insert(0, marked(url, group, columns, HELD_OUT if held_out else ""))
         if sum(map(len, tables)) >= count:
@@ -52,7 +53,7 @@ def pairs_to_measure_by(data: str, side: int, count: int, label: LabelSpec | Non
     rows = pa.concat_tables(tables)
     rows = rows.slice(max(0, len(rows) - count))
     if not len(rows):
-        raise feed.DataError(f"{data} has no usable row; see `ddiff data stats`")
+        raise DataError(f"{data} has no usable row; see `ddiff data stats`")
     captions = rows["caption"].to_pylist() if "caption" in rows.column_names else [""] * len(rows)
     ready = feed.ready(rows.append_column("position", pa.array(range(len(rows)), pa.int64())), wanted)
     return Yardstick(paired(ready, side), captions, held_out)
@@ -73,15 +74,15 @@ def layout(url: str) -> tuple[int, list[str]]:
     """How many row groups a file has, and which columns."""
 
     def look() -> tuple[int, list[str]]:
-        with feed.parquet_of(url) as parquet:
+        with parquet_of(url) as parquet:
             return parquet.num_row_groups, parquet.schema_arrow.names
 
-    return feed.patiently(look, url)
+    return patiently(look, url)
 
 
 def marked(url: str, group: int, columns: list[str], mark: str) -> pa.Table:
     """The rows of a row group whose column `reject` holds this mark."""
-    table = feed.row_group(url, group, [*columns, "reject"], feed.PREPARE)
+    table = row_group(url, group, [*columns, "reject"], PREPARE)
     kept = [reject == mark for reject in table["reject"].to_pylist()]
     return table.filter(pa.array(kept, pa.bool_())).drop_columns("reject")
 

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dd_core.sealed import SealError
 from dd_core.training import DivergedError
-from workflows.feed import DataError, first_line
 from workflows.parts import FULL
+from workflows.row_groups import DataError, first_line
 from workflows.storage import StorageError
 from workflows.train_spec import TrainSpec
 

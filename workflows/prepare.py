@@ -143,12 +143,15 @@ def located_or_done(spec: PairsSpec) -> list[Found] | Prepared:
 
 def are_of(shards: Sequence[str], names: Sequence[str]) -> bool:
     """Whether each of these shards is meant by one of the names: files, globs and directories."""
+    places = {addresses.redacted(Home.of(name).address) for name in names}
+    globs = [place for place in places if any(sign in place for sign in "*?[")]
 
-    def means(name: str, url: str) -> bool:
-        name = addresses.redacted(Home.of(name).address)
-        return url == name or fnmatch(url, name) or fnmatch(url, f"{name}/*.tar")
+    def meant(url: str) -> bool:
+        inside, _, name = url.rpartition("/")
+        named = url in places or (inside in places and name.endswith(".tar"))
+        return named or any(fnmatch(url, pattern) for pattern in globs)
 
-    return all(any(means(name, url) for name in names) for url in shards)
+    return all(map(meant, shards))
 
 
 def prepared(directory: Home | Path | str) -> Prepared:

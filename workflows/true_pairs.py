@@ -16,6 +16,7 @@ from dd_core.labels import UNLABELLED
 from workflows import feed
 from workflows.labels import LabelSpec, label_of
 from workflows.pairs import HELD_OUT
+from workflows.row_groups import PREPARE, DataError, row_group
 from workflows.storage import Home
 
 LOOKS = 4
@@ -78,7 +79,7 @@ def chosen(data: Home, count: int, *, seed: int, label: LabelSpec | None = None)
         if len(found) >= count:
             break
     if len(found) < 2:
-        raise feed.DataError(f"{data.address} has no two captions that differ: nothing can be judged by them")
+        raise DataError(f"{data.address} has no two captions that differ: nothing can be judged by them")
     return Chosen(tuple(found.values())[:count], groups.mark == HELD_OUT)
 
 
@@ -111,7 +112,7 @@ def places(
     def look(group: int) -> list[Place]:
         url, which = groups.files[group], groups.group[group]
         columns = ["caption", "reject", *(["meta"] if label else [])]
-        table = feed.row_group(url, which, columns, feed.PREPARE).to_pylist()
+        table = row_group(url, which, columns, PREPARE).to_pylist()
         return [
             Place(line["caption"], url, which, row, label_of(line.get("meta"), label))
             for row, line in enumerate(table)
@@ -139,7 +140,7 @@ def true_pictures(data: Home, wanted: Sequence[Place], side: int) -> list[bytes]
         groups.setdefault((place.url, place.group), []).append(place)
 
     def look(group: tuple[str, int]) -> dict[Place, bytes]:
-        images = feed.row_group(*group, [column], feed.PREPARE)[column]
+        images = row_group(*group, [column], PREPARE)[column]
         return {place: images[place.row].as_py() for place in groups[group]}
 
     with ThreadPoolExecutor(READERS) as pool:

@@ -10,8 +10,9 @@ import resource
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from workflows.journal import JOURNAL, Journal, curves
 from workflows.outcome import TOGETHER, DecidedError, Outcome, decided, told_by_ray
 from workflows.periodic import Periodically, Sending
 from workflows.reading import Reader, batches, paired
+from workflows.row_groups import first_line
 from workflows.stopping import StopSign
 from workflows.storage import AddressError, Home, StorageError
 from workflows.train_spec import TrainSpec
@@ -69,6 +71,8 @@ class Position(NamedTuple):
 
     rank: int
     ranks: int
+    local: int = 0
+    """Rank among the workers of its node."""
 
 
 def work(job: Job) -> tuple[str, str]:
@@ -108,7 +112,7 @@ def trained_to_the_end(job: Job) -> Outcome:
     """The loop: log, draw, save; stop when told to."""
     spec, began = job.spec, time.monotonic()
     context = ray.train.get_context()
-    who = Position(context.get_world_rank(), context.get_world_size())
+    who = Position(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     device = ray.train.torch.get_device()
     if who.ranks == 1 and dist.is_initialized():
         dist.destroy_process_group()  # gloo's threads have OpenMP pools of their own, and with more threads
@@ -116,7 +120,7 @@ def trained_to_the_end(job: Job) -> Outcome:
     round_products(device, spec.optimizer.precision)
     if device.type == "cpu":
         torch.set_num_threads(threads(context.get_local_world_size(), job.at_once))
-    parents = {role: bundle.load(home.fetched()).trained for role, home in job.parents.items()}
+    parents = {role: bundle.load(path).trained for role, path in brought(job.parents, who).items()}
     if who.rank == 0:
         job.home.rejoin(JOURNAL)
     state, seconds = started(job, who, parents)
@@ -181,13 +185,30 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     if not name:
         return state, 0.0
     tensors = state.tensors()
-    facts = checkpoint.read(job.home.at(name).fetched(), tensors)
+    (found,) = brought({name: job.home.at(name)}, who, by_rank_0=True).values()
+    facts = checkpoint.read(found, tensors)
     step = facts["step"]
     images = step * spec.batch_size  # older checkpoints counted those of one rank
     state.restored(tensors, step=step, images=images, skipped=facts.get("skipped", 0))
     if who.rank == 0:
         log.info("%s: continues at step %d", spec.name, state.step)
     return state, facts["seconds"]
+
+
+def brought(homes: Mapping[str, Home], who: Position, *, by_rank_0: bool = False) -> dict[str, Path]:
+    """Sealed directories on this node: one worker of each fetches and verifies them, the others wait.
+
+    Args:
+        homes: Name -> directory.
+        who: This worker; all of them call this.
+        by_rank_0: Whether it has done so already.
+    """
+    if who.local == 0 and not (by_rank_0 and who.rank == 0):
+        for home in homes.values():
+            home.fetched()
+    if who.ranks > 1:
+        dist.barrier()
+    return {name: home.here for name, home in homes.items()}
 
 
 def accumulation(spec: TrainSpec) -> int:
@@ -302,7 +323,7 @@ class Recorder:
         except torch.OutOfMemoryError:
             log.warning("%s: no %s: out of memory; %s", self.spec.name, name, FEWER)
         except Exception as error:  # it would fail again at this step after every restart
-            log.warning("%s: no %s: %s", self.spec.name, name, feed.first_line(error))
+            log.warning("%s: no %s: %s", self.spec.name, name, first_line(error))
             log.debug("%s", name, exc_info=True)
         else:
             self.journal.picture("samples", name, step)

@@ -125,8 +125,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, " b c h w"]) -> Float[Tensor, " b c h w"]:
         normed = self.norm(x, silu=False)
-        q, k, v = (layer(normed).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))
-        read = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (layer(normed).flatten(2).mT.contiguous()[:, None] for layer in (self.q, self.k, self.v))
+        read = F.scaled_dot_product_attention(q, k, v)[:, 0]  # without the axis of heads not fused on GPUs
         return x + self.proj_out(read.mT.reshape(x.shape))
 
 

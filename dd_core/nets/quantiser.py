@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dd_core.precision import exact_products
+
 
 class Quantised(NamedTuple):
     """Quantised latents."""
@@ -39,7 +41,7 @@ class Quantiser(nn.Module):
         self.vectors.weight.copy_(rows[spread // len(self.vectors.weight)])
 
     def forward(self, latent: Float[Tensor, " b z h w"]) -> Quantised:
-        with torch.no_grad(), torch.autocast(latent.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(latent.device.type, enabled=False), exact_products():
             rows, book = latent.movedim(1, -1).flatten(0, -2), self.vectors.weight.to(latent)
             apart = book.square().sum(1) - 2 * rows @ book.T  # without the row's square, equal for all
             codes = apart.argmin(1).view(len(latent), *latent.shape[2:])

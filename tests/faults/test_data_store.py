@@ -16,9 +16,9 @@ from dd_core import sealed
 from tests.conftest import write_shard
 from tests.faults.flaky_store import flaky_store
 from tests.s3 import s3_server
-from workflows import feed
 from workflows.files import DamagedError, MissingShardError, ShardFile, fingerprint, located
 from workflows.parts import SOURCE, UNFINISHED, plain_writer, resumed
+from workflows.row_groups import row_group
 from workflows.shards import Limits, Sample, samples
 from workflows.storage import Home, StorageError
 
@@ -196,8 +196,8 @@ def test_of_prepared_data_in_a_store_only_what_is_wanted_is_fetched(
     with s3_server() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        feed.fsspec.url_to_fs("s3://bucket")[0].put(str(tmp_path / "part.parquet"), "bucket/part.parquet")
+        fsspec.url_to_fs("s3://bucket")[0].put(str(tmp_path / "part.parquet"), "bucket/part.parquet")
         monkeypatch.setattr(S3File, "_fetch_range", counted)
-        table = feed.row_group("s3://bucket/part.parquet", 5, ["b"], "")
+        table = row_group("s3://bucket/part.parquet", 5, ["b"], "")
     assert table.nbytes >= size
     assert sum(fetched) < size + 2**17  # the end of the file says where the group is

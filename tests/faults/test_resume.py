@@ -21,9 +21,9 @@ from tests.unit.workflows.test_embeddings import NET
 from tests.unit.workflows.tiny_run import saved
 from tests.when import when
 from workflows.embeddings import embed
-from workflows.feed import DataError
 from workflows.fit import RAY_TRAIN
 from workflows.journal import curves
+from workflows.row_groups import DataError
 from workflows.storage import Home
 from workflows.train_spec import ResourcesSpec, TrainSpec
 from workflows.training import PreemptedError, embeddings_of, inputs, train_stage

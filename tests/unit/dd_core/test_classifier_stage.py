@@ -18,8 +18,9 @@ from dd_core.stage import Budget, OptimizerSpec, PairBatch
 from dd_core.stages import build_stage
 from dd_core.stages.classifier import ClassifierSpec, NoisedClassifier
 from tests.prepared import write_prepared
-from workflows.feed import DataError, Wanted, prepared_files, survey
+from workflows.feed import Wanted, prepared_files, survey
 from workflows.labels import LabelSpec
+from workflows.row_groups import DataError
 from workflows.train_spec import TrainSpec
 from workflows.training import refuse_unlabelled, train_stage
 

@@ -10,6 +10,7 @@ from torch import nn
 from dd_core.denoiser import Conditioning
 from dd_core.nets.dit import DiT, DiTSpec
 from dd_core.nets.prior import CausalPrior, CausalPriorSpec, PriorNet, PriorNetSpec
+from dd_core.nets.quantiser import Quantiser
 from dd_core.nets.unet import UNet, UNetSpec
 from dd_core.precision import Precision, autocast, has_bf16, round_products
 from tests.parity.reference import randomised
@@ -37,8 +38,30 @@ def test_products_are_rounded_on_gpus_unless_float32_is_asked_for(
     try:
         round_products(torch.device(device), precision)
         assert torch.get_float32_matmul_precision() == found
+        assert torch.backends.cudnn.allow_tf32 == (device == "cpu" or precision != "fp32")
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def test_the_nearest_vector_of_a_codebook_is_found_with_whole_factors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside = list[str]()
+    argmin = torch.Tensor.argmin
+
+    def noted(self: torch.Tensor, dim: int) -> torch.Tensor:
+        inside.append(torch.get_float32_matmul_precision())
+        return argmin(self, dim)
+
+    monkeypatch.setattr(torch.Tensor, "argmin", noted)
+    torch.set_float32_matmul_precision("high")
+    try:
+        Quantiser(8, 4)(torch.randn(1, 4, 2, 2))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert inside == ["highest"]
 
 
 def test_what_is_asked_for_is_done() -> None:

@@ -29,12 +29,12 @@ from jobs.failures import (
 from jobs.shell import Manner, listen
 from workflows.decode import carefully_decoded
 from workflows.evaluation_spec import EvaluationSpec
-from workflows.feed import DataError
 from workflows.files import DamagedError, MissingShardError, ShardFile, insistently
 from workflows.fit import TrainingError
 from workflows.pairs import TooManyRejectsError
 from workflows.prepare import DestinationError
 from workflows.registry import Registry
+from workflows.row_groups import DataError
 from workflows.storage import AddressError, StorageError, said
 from workflows.training import PreemptedError
 

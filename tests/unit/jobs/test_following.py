@@ -112,9 +112,9 @@ def test_a_traceback_ends_where_it_ends() -> None:
         "ray.exceptions.RayTaskError(DataError): ray::Reading.next() (pid=8, ip=10.0.0.3)",
         '  File "/tmp/ray/_ray_pkg_1/workflows/feed.py", line 9, in read',
         "    raise DataError(place)",
-        "workflows.feed.DataError: a.tar is cut",
+        "workflows.row_groups.DataError: a.tar is cut",
     ]
-    assert first_error("\n".join(remote))[0] == "workflows.feed.DataError: a.tar is cut"
+    assert first_error("\n".join(remote))[0] == "workflows.row_groups.DataError: a.tar is cut"
 
 
 def test_what_a_worker_refuses_is_shown_where_it_arose(

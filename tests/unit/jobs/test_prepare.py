@@ -1,17 +1,21 @@
 """`ddiff data check` judges as a preparation with the same options would."""
 
 import json
+import multiprocessing
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs.cli import main
-from jobs.prepare import COUNTED
+from jobs.prepare import COUNTED, check_shards, middle
 from tests.conftest import jpg, write_shard
 from workflows.files import located
 from workflows.pairs import PairsSpec, TooManyRejectsError
-from workflows.parts import Part, write_part
+from workflows.parts import Part, looked_at, write_part
 from workflows.prepare import judge, totals
 from workflows.storage import Home
 
@@ -123,3 +127,22 @@ def test_a_check_may_be_told_where_captions_stand_and_how_small_is_too_small(tmp
     assert "4 caption-missing" in check(*where, "--min-side", "16", "--caption", "json:title").stderr
     assert check(*where, "--caption", "xml").exit_code == 2
     assert "name --shards" in check().stderr
+
+
+def test_processes_find_in_shards_what_one_finds(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = check_shards([shards], max_rejected=0.5)
+    monkeypatch.setattr("jobs.prepare.PROCESS_BYTES", 1)
+    monkeypatch.setattr("workflows.cpus.available", lambda: 2)
+    monkeypatch.setattr("jobs.prepare.looked_at", in_another_process)
+    assert check_shards([shards], max_rejected=0.5) == alone
+
+
+def in_another_process(number: int, url: str, spec: PairsSpec) -> Part:
+    """`looked_at`, refused in the process of the test."""
+    assert multiprocessing.parent_process() is not None
+    return looked_at(number, url, spec)
+
+
+@given(st.lists(st.integers(0, 9), max_size=20))
+def test_the_middle_of_counted_numbers_is_that_of_the_numbers(numbers: list[int]) -> None:
+    assert middle(Counter(numbers)) == (sorted(numbers)[len(numbers) // 2] if numbers else 0)

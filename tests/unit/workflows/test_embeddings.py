@@ -31,9 +31,10 @@ from tests.prepared import png, write_prepared
 from tests.unit.workflows.tiny_run import saved
 from workflows import embeddings, feed, training
 from workflows.embeddings import Embeddings, at_once, embed, home_of, require, write_sidecar
-from workflows.feed import DataError, Order, Wanted
+from workflows.feed import Order, Wanted
 from workflows.parts import UNFINISHED, DestinationError
 from workflows.reading import paired
+from workflows.row_groups import DataError, groups_of
 from workflows.storage import Home
 from workflows.train_spec import SamplesSpec, TrainSpec
 from workflows.worker import Job, Position, Recorder
@@ -115,7 +116,7 @@ def test_every_row_has_the_embedding_of_its_image_and_rejected_ones_none(
     for file in range(FILES):
         prepared = pq.ParquetFile(inputs.data / f"part-{file:05d}.parquet")
         beside = pq.ParquetFile(home.here / f"part-{file:05d}.parquet", page_checksum_verification=True)
-        assert feed.groups_of(beside) == feed.groups_of(prepared) == [16, 16, 8]
+        assert groups_of(beside) == groups_of(prepared) == [16, 16, 8]
         assert beside.schema_arrow == pa.schema([SCHEMA])
         rows = beside.read()["embedding"].to_pylist()
         assert rows[:REJECTED] == [[0.0] * WIDTH] * REJECTED

@@ -1,19 +1,22 @@
 """What a run reads is a function of data, seed and step: of nothing that happens to the run."""
 
 import io
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from dd_core.labels import UNLABELLED
 from tests.prepared import png, write_prepared
-from workflows import feed, files
-from workflows.feed import DataError, Order, Share, Wanted
+from workflows import feed, files, row_groups
+from workflows.feed import Order, Share, Wanted
 from workflows.labels import LabelSpec, label_of
+from workflows.row_groups import DataError, row_group
 from workflows.storage import StorageError
 
 BATCH = 12
@@ -179,35 +182,59 @@ class AwayError(Exception):
 def test_a_store_that_is_away_is_asked_again_and_is_no_damage(
     data: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], times: int
 ) -> None:
-    real, failures, pauses = feed.fsspec.url_to_fs, iter([kind("the store is away")] * times), list[float]()
+    real, failures, pauses = (
+        row_groups.fsspec.url_to_fs,
+        iter([kind("the store is away")] * times),
+        list[float](),
+    )
 
     def flaky(*args: Any, **options: Any) -> Any:
         for failure in failures:
             raise failure
         return real(*args, **options)
 
-    monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
+    monkeypatch.setattr("workflows.row_groups.fsspec.url_to_fs", flaky)
     monkeypatch.setattr("workflows.files.time.sleep", pauses.append)
     url = str(data / "part-00000.parquet")
     if times < files.ATTEMPTS:
-        assert len(feed.row_group(url, 0, ["reject"], "")) == 16
+        assert len(row_group(url, 0, ["reject"], "")) == 16
     else:
         with pytest.raises(StorageError, match=r"part-00000\.parquet cannot be read: the store is away; run"):
-            feed.row_group(url, 0, ["reject"], "")
+            row_group(url, 0, ["reject"], "")
     assert pauses == sorted(pauses)
     assert len(pauses) == times
 
 
+def test_the_row_groups_of_a_task_are_fetched_from_a_store_at_the_same_time_and_stay_in_order(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_of(data)
+    here = captions(order, Share(0, order.rows, 1, 0, 1))
+    there = fsspec.filesystem("memory")
+    for file in order.pieces.files:
+        there.pipe(f"/feed/{Path(file).name}", Path(file).read_bytes())
+    stored = order.pieces._replace(files=tuple(f"memory://feed/{Path(f).name}" for f in order.pieces.files))
+    real, together, firsts = feed.row_group, threading.Barrier(2, timeout=30), iter(range(2))
+
+    def met(url: str, group: int, columns: Any, remedy: str) -> Any:
+        if next(firsts, None) is not None:
+            together.wait()  # for another request
+        return real(url, group, columns, remedy)
+
+    monkeypatch.setattr(feed, "row_group", met)
+    assert captions(Order(stored, 3, WANTED), Share(0, order.rows, 1, 0, 1)) == here
+
+
 def test_a_stage_begins_though_the_store_stumbles(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = feed.survey(feed.prepared_files(data), WANTED)
-    real, failures = feed.fsspec.url_to_fs, iter([AwayError("the store is away")] * 5)
+    real, failures = row_groups.fsspec.url_to_fs, iter([AwayError("the store is away")] * 5)
 
     def flaky(*args: Any, **options: Any) -> Any:
         for failure in failures:
             raise failure
         return real(*args, **options)
 
-    monkeypatch.setattr("workflows.feed.fsspec.url_to_fs", flaky)
+    monkeypatch.setattr("workflows.row_groups.fsspec.url_to_fs", flaky)
     monkeypatch.setattr("workflows.files.time.sleep", lambda _: None)
     assert feed.survey(feed.prepared_files(data), WANTED).rows.tolist() == whole.rows.tolist()
     with pytest.raises(DataError, match=r"part-00009.parquet: .*prepare the data again"):

@@ -23,9 +23,9 @@ from jobs.failures import Code, code_of, line_of
 from tests.conftest import warnings_in
 from tests.unit.dd_core.test_checkpoint_ranks import NET
 from workflows import fit
-from workflows.feed import DataError
 from workflows.fit import UNUSED, Trainer, TrainingError
 from workflows.outcome import DecidedError, Outcome, decided, told_by_ray
+from workflows.row_groups import DataError
 from workflows.stopping import Stopping
 from workflows.storage import Home, StorageError
 from workflows.train_spec import TrainSpec
@@ -197,3 +197,24 @@ def test_a_node_is_listened_to_where_one_may_be_lost(
     monkeypatch.setattr("ray.nodes", lambda: [{}] * nodes)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus} if cpus else {})
     assert may_lose_nodes() is may
+
+
+@pytest.mark.parametrize(("gpus", "hidden"), [(0, True), (1, False)])
+def test_workers_without_a_gpu_of_their_own_see_none(
+    gpus: int, hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = dict[str, str]()
+
+    class Noting:
+        def __init__(self, *_: object, run_config: ray.train.RunConfig, **__: object) -> None:
+            told.update(run_config.worker_runtime_env["env_vars"])
+
+        def fit(self) -> SimpleNamespace:
+            return SimpleNamespace(return_value=("done", ""))
+
+    monkeypatch.setattr(fit, "Trainer", Noting)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": float(gpus)})
+    job = cast("Job", SimpleNamespace(home=Home.of(tmp_path), drainable=False, at_once=1))
+    assert fit.attempt(SPEC, job) == Outcome("done")
+    assert (told.get("CUDA_VISIBLE_DEVICES") == "") is hidden
+    assert told.items() >= fit.KEEPS_MEMORY.items()

@@ -535,3 +535,32 @@ def test_data_in_a_store_are_counted_as_those_in_a_directory(tmp_path: Path) -> 
     assert stats_of(stored) == here
     assert (here["kept"], here["distinct_captions"], here["files"]) == (10, 10, 2)
     assert here["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (["s3://b/t/0.tar", "s3://b/t/1.tar"], True),
+        (["s3://b/t/0.tar"], False),
+        (["s3://b/t"], True),
+        (["s3://b/t/"], True),
+        (["s3://b"], False),
+        (["s3://b/t/?.tar"], True),
+        (["s3://b/t/[0]*.tar"], False),
+        (["s3://b/t/0.tar", "s3://b/*/1.tar"], True),
+    ],
+)
+def test_finished_data_are_of_a_source_that_names_all_their_shards(names: list[str], meant: bool) -> None:
+    assert prepare.are_of(["s3://b/t/0.tar", "s3://b/t/1.tar"], names) is meant
+
+
+def test_a_source_of_many_named_shards_is_compared_name_by_name_only_where_there_are_globs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(prepare, "fnmatch", lambda url, pattern: bool(asked.append(pattern)))
+    names = [f"s3://b/{number:05d}.tar" for number in range(200)]
+    assert prepare.are_of(names, names)
+    assert not asked
+    assert not prepare.are_of([*names, "s3://c/x.tar"], [*names, "s3://d/*.tar"])
+    assert asked == ["s3://d/*.tar"]

@@ -34,6 +34,7 @@ from workflows import feed, pictures, report
 from workflows.journal import Journal
 from workflows.pairs import HELD_OUT, PairsSpec
 from workflows.report import write_report
+from workflows.row_groups import DataError, row_group
 
 HOSTILE = '<script>alert("x")</script> & a "red" circle'
 
@@ -112,7 +113,6 @@ def test_of_prepared_data_no_more_is_read_than_is_shown_and_what_is_read_is_chec
         read.append(group)
         return row_group(url, group, columns, remedy)
 
-    row_group = feed.row_group
     monkeypatch.setattr(feed, "row_group", counted)
     found, captions = pictures.prepared_images(data, 16, 6)
     assert read == [4]
@@ -128,7 +128,7 @@ def test_of_prepared_data_no_more_is_read_than_is_shown_and_what_is_read_is_chec
         byte = damaged.read(1)[0]
         damaged.seek(-1, 1)
         damaged.write(bytes([byte ^ 1]))
-    with pytest.raises(feed.DataError, match=r"row group 4.*prepare the data again"):
+    with pytest.raises(DataError, match=r"row group 4.*prepare the data again"):
         pictures.prepared_images(data, 16, 6)
 
 

@@ -20,8 +20,8 @@ from tests.conftest import room_for, warnings_in
 from tests.unit.workflows.test_outcome import SPEC
 from workflows import stopping, storage, training, worker
 from workflows.checkpoints import STEPPED_BACK, newest
-from workflows.feed import DataError
 from workflows.journal import JOURNAL, entries
+from workflows.row_groups import DataError
 from workflows.storage import Home, StorageError
 
 WEIGHTS = {"w": torch.zeros(4)}
@@ -278,3 +278,39 @@ def test_what_is_to_be_sent_and_is_gone_is_an_error(run: Home) -> None:
         run.send("a")
     run.send("a", missing_ok=True)
     assert run.names() == []
+
+
+def test_one_worker_of_each_node_hashes_a_checkpoint_and_the_others_wait_for_it(
+    run: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, hashed, waited = saved_in(run, 10), list[Path](), list[int]()
+    real = sealed.sha256
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(sealed, "sha256", counted)
+    monkeypatch.setattr(worker.dist, "barrier", lambda: waited.append(len(hashed)))
+    files = len(json.loads((home.here / sealed.MANIFEST).read_text())["files"])
+    for rank in range(4):  # of two nodes
+        found = worker.brought({"it": home}, worker.Position(rank, 4, rank % 2))
+        assert found == {"it": home.here}
+    assert len(hashed) == 2 * files
+    assert waited == [files, files, 2 * files, 2 * files]
+    assert newest(run) == "checkpoints/step-00000010"
+    assert len(hashed) == 3 * files
+    worker.brought({"it": home}, worker.Position(0, 4), by_rank_0=True)
+    assert len(hashed) == 3 * files
+    worker.brought({"it": home}, worker.Position(2, 4), by_rank_0=True)
+    assert len(hashed) == 4 * files
+
+
+def test_a_checkpoint_on_a_directory_of_all_machines_is_verified_once_when_it_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Home.of(tmp_path / "stage")
+    saved_in(stage, 10)
+    damaged(next((stage.here / "checkpoints/step-00000010").glob("*.safetensors")))
+    with pytest.raises(sealed.SealError, match="none of the 1 checkpoints"):
+        newest(stage)

@@ -15,6 +15,7 @@ from workflows import feed
 from workflows.labels import LabelSpec
 from workflows.pairs import HELD_OUT, PairsSpec, is_held_out
 from workflows.prepare import how
+from workflows.row_groups import DataError
 from workflows.storage import Home
 from workflows.true_pairs import chosen, true_pictures
 
@@ -103,7 +104,7 @@ def test_where_none_are_held_out_it_says_so(tmp_path: Path) -> None:
     found = chosen(own_data(tmp_path / "seen"), 1_000, seed=0)
     assert not found.held_out
     assert {place.caption for place in found.places} == set(map(caption, range(80)))
-    with pytest.raises(feed.DataError, match="no two captions that differ"):
+    with pytest.raises(DataError, match="no two captions that differ"):
         chosen(own_data(tmp_path / "one", pairs=1, shards=1), 10, seed=0)
 
 
