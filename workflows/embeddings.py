@@ -47,6 +47,7 @@ from workflows.parts import (
     write_json,
 )
 from workflows.progress import LINE_EVERY_S, clock
+from workflows.reading import ahead
 from workflows.row_groups import PREPARE, DataError, first_line, parquet_of, patiently, row_group
 from workflows.storage import Home, StorageError
 
@@ -55,6 +56,8 @@ PROCESS_BYTES = 1_500_000_000
 """Memory of a task before it loads a model: Python, torch, Ray."""
 PROCESS_IMAGES = 1_000
 """A process takes some ten seconds to start; fewer images than this are embedded in less time."""
+AHEAD = 4
+"""Row groups that are read and decoded while one is embedded: a GPU would wait for each."""
 SMALL = 100_000_000
 """A CLIP of fewer bytes may be loaded in this process: no process has to end to free its memory."""
 
@@ -304,7 +307,7 @@ def write_sidecar(
     rows = kept = 0
     try:
         with plain_writer(draft, schema) as writer:
-            for pixels, usable in row_groups(url, what.image_size):
+            for pixels, usable in images_of(url, what.image_size):
                 values = np.zeros((len(usable), width), np.float32)
                 if usable.any():
                     values[usable] = told(pixels)
@@ -327,8 +330,8 @@ def write_sidecar(
     return part
 
 
-def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
-    """For each row group: the images of its usable rows, uint8 [b, 3, s, s], and the mask of these rows."""
+def images_of(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+    """For each row group, read and decoded ahead: its usable images, uint8 [b, 3, s, s], and their mask."""
     column = f"image{image_size}"
 
     def look() -> int:
@@ -340,8 +343,11 @@ def row_groups(url: str, image_size: int) -> Iterator[tuple[NDArray[np.uint8], N
         groups = patiently(look, url)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{url}: {first_line(error)}; {PREPARE}") from None
-    for group in range(groups):
+
+    def read(group: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         table = row_group(url, group, [column, "reject"], PREPARE)
         usable = pc.equal(table["reject"], "").combine_chunks().to_numpy(zero_copy_only=False)
         data = table[column].filter(pa.array(usable)).to_pylist()
-        yield feed.decoded(data, image_size), usable
+        return feed.decoded(data, image_size), usable
+
+    yield from ahead((partial(read, group) for group in range(groups)), "row-group", AHEAD)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -375,3 +376,24 @@ def test_few_images_are_not_worth_many_processes(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "memory": 1e12})
     assert at_once(written.what._replace(images=count), gpus=0) == tasks
+
+
+def test_row_groups_are_decoded_while_one_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_prepared(tmp_path / "prepared", files=1, rows=40, rejected=3)
+    (url,) = feed.prepared_files(data)
+    real, read = embeddings.row_group, threading.Semaphore(0)
+
+    def noted(*args: Any) -> Any:
+        read.release()
+        return real(*args)
+
+    monkeypatch.setattr(embeddings, "row_group", noted)
+    groups = embeddings.images_of(url, SIZE)
+    images = [next(groups)]
+    for _ in range(3):  # all of the file's, though only the first was asked for
+        assert read.acquire(timeout=30)
+    images += groups
+    assert [len(usable) for _, usable in images] == [16, 16, 8]
+    assert [int(usable.sum()) for _, usable in images] == [len(pixels) for pixels, _ in images] == [13, 16, 8]
