@@ -38,7 +38,7 @@ def shapes(out: Path, pairs: int, seed: int, image_format: Literal["png", "jpg"]
 @click.argument("folder", type=Directory(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", required=True, type=DIRECTORY, help="Where the tars go.")
 @click.option(
-    "--captions", "table", type=FILE, help="A .jsonl or .csv.  [default: FOLDER/metadata.jsonl or .csv]"
+    "--captions", "table", type=FILE, help="A .jsonl or .csv.  [default: every metadata.jsonl or .csv]"
 )
 @click.option("--caption-column", default="text", show_default=True, help="Of the table.")
 @click.option("--samples-per-shard", default=1000, show_default=True, type=click.IntRange(1))
@@ -46,7 +46,8 @@ def pack(folder: Path, out: Path, table: Path | None, caption_column: str, sampl
     """Write tars of the pictures in FOLDER and its subfolders.
 
     Captions are cat.txt beside cat.jpg, or the rows of a table whose `file_name` names the picture, as in
-    Hugging Face's imagefolder.  Pictures without a caption are packed too: `ddiff data prepare` counts them.
+    Hugging Face's imagefolder: relative to the table or, if that lies elsewhere, to FOLDER.  Pictures without
+    a caption are packed too: `ddiff data prepare` counts them.
     """
     from workflows.packing import pack as packed
 

@@ -1,6 +1,6 @@
 """A folder of pictures and captions as WebDataset tars.
 
-Captions lie beside their pictures (`cat.jpg`, `cat.txt`, perhaps `cat.json`), or in one table with a row for
+Captions lie beside their pictures (`cat.jpg`, `cat.txt`, perhaps `cat.json`), or in tables with a row for
 each sample, as `metadata.jsonl` and `metadata.csv` in Hugging Face's imagefolder.  Every picture goes into a
 tar, also one without a caption: what cannot be trained on, `ddiff data prepare` counts, with its reason.
 """
@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from workflows.pairs import IMAGE_SUFFIXES
 from workflows.shard_writing import write_tar
 
 TABLES = ("metadata.jsonl", "metadata.csv")
-"""Found in a folder without being named: the first one that is there."""
+"""Found without being named, in any folder: the first one that is there."""
 FILE_NAME = "file_name"
-"""The column of a table that names a picture, relative to the table."""
+"""The column of a table that names a picture."""
 BESIDE = ("txt", "json")
 """Suffixes of the files that may lie beside a picture."""
 
@@ -30,9 +30,19 @@ class Source(NamedTuple):
     """A sample before its files are read."""
 
     name: Path
-    """Of its picture, relative to the folder or the table."""
+    """Of its picture, relative to the folder."""
     parts: Mapping[str, Path | str]
     """Suffix -> file, or text."""
+
+
+class Table(NamedTuple):
+    """Captions of pictures."""
+
+    path: Path
+    home: Path
+    """The folder to which the names in it are relative."""
+    column: str
+    """With the captions."""
 
 
 def pack(
@@ -45,23 +55,28 @@ def pack(
     Args:
         folder: Names in it that begin with a dot are passed over.
         out: A directory that is not there, or empty; it appears when all tars are whole.
-        table: Captions, .jsonl or .csv; None: one of TABLES in the folder, else files beside the pictures.
-        column: Of the table, with the captions.
+        table: Captions, .jsonl or .csv, of pictures relative to it or, if it lies elsewhere, to the folder;
+            None: all TABLES in the folder.  Pictures in no table have the files beside them.
+        column: Of a table, with the captions.
         samples_per_shard: In a tar.
 
     Returns:
         Counts: samples, those without caption or picture, files left out by suffix, shards, bytes.
 
     Raises:
-        ValueError: There is no picture, `out` holds something, or the table cannot be used.
+        ValueError: There is no picture, `out` holds something, or a table cannot be used.
         OSError: A file cannot be read, or there is no room; `out` is as before.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds files already; name a directory that is empty or not there")
+    folder, out = folder.resolve(), out.resolve()  # links to them stay
+    if out.exists() and (os.path.ismount(out) or any(out.iterdir())):
+        raise ValueError(f"{out} holds files already, or a file system; name a directory that is not there")
     files = list(files_in(folder))
-    table = table or next((folder / name for name in TABLES if folder / name in files), None)
-    sources = beside(folder, files) if table is None else listed(folder, files, table, column)
-    used = {part for source in sources for part in source.parts.values()} | {table}
+    paths = list(tables_in(files)) if table is None else [table.resolve()]
+    tables = [Table(path, path.parent if folder in path.parents else folder, column) for path in paths]
+    rows = [source for one in tables for source in listed(folder, one)]
+    named = {part for source in rows for part in source.parts.values()}
+    sources = rows + beside(folder, files, named)
+    used = {part for source in sources for part in source.parts.values()} | {one.path for one in tables}
     left_out = Counter(path.suffix.lower() or path.name for path in files if path not in used)
     if not any(pictured(source) for source in sources):
         there = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5)) or "no file"
@@ -79,8 +94,17 @@ def pack(
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file below, in the order of their names, without names that begin with a dot."""
-    for directory, inner, names in os.walk(folder):
+    """Every file below, in the order of their names, without names that begin with a dot; links are followed.
+
+    A folder that is reached twice is looked into once.
+    """
+    seen = set[tuple[int, int]]()
+    for directory, inner, names in os.walk(folder, followlinks=True):
+        about = Path(directory).stat()
+        if (about.st_dev, about.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield from (Path(directory, name) for name in sorted(names) if not name.startswith("."))
 
@@ -90,70 +114,86 @@ def suffix_of(path: Path) -> str:
     return path.suffix[1:].lower()
 
 
+def is_picture(path: Path) -> bool:
+    """Whether it is a file, not a link to nothing or a pipe, with the name of a picture."""
+    return suffix_of(path) in IMAGE_SUFFIXES and path.is_file()
+
+
 def pictured(source: Source) -> bool:
     """Whether it has a picture."""
     return any(suffix in source.parts for suffix in IMAGE_SUFFIXES)
 
 
-def beside(folder: Path, files: Sequence[Path]) -> list[Source]:
-    """A sample for each picture, with the files beside it."""
+def beside(folder: Path, files: Sequence[Path], named: Iterable[Path | str]) -> list[Source]:
+    """A sample for each picture that no table names, with the files beside it."""
     others = {path.with_suffix(f".{kind}"): path for path in files if (kind := suffix_of(path)) in BESIDE}
-    found = []
+    found, listed_already = [], set(named)
     for picture in files:
-        if (suffix := suffix_of(picture)) in IMAGE_SUFFIXES:
+        if is_picture(picture) and picture not in listed_already:
             near = {kind: others.get(picture.with_suffix(f".{kind}")) for kind in BESIDE}
-            parts = {suffix: picture} | {kind: path for kind, path in near.items() if path}
+            parts = {suffix_of(picture): picture} | {kind: path for kind, path in near.items() if path}
             found.append(Source(picture.relative_to(folder), parts))
     return found
 
 
-def listed(folder: Path, files: Sequence[Path], table: Path, column: str) -> list[Source]:
-    """A sample for each row of a table, its other columns as json; then the pictures it does not name."""
-    found, named = [], set[Path]()
-    try:
-        every = list(rows(table))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not UTF-8: {error}") from None
-    for row in every:
-        for needed in (FILE_NAME, column):
+def tables_in(files: Sequence[Path]) -> Iterator[Path]:
+    """The table of each folder that has one."""
+    there = set(files)
+    for home in dict.fromkeys(path.parent for path in files):
+        yield from [home / name for name in TABLES if home / name in there][:1]
+
+
+def listed(folder: Path, table: Table) -> Iterator[Source]:
+    """A sample for each row, with all its columns as json.
+
+    Raises:
+        ValueError: A row names no picture, or lacks a caption that is a text.
+    """
+    for number, row in enumerate(rows_of(table.path), 1):
+        where = f"{table.path}, row {number}"
+        for needed in (FILE_NAME, table.column):
             if needed not in row:
+                there = ", ".join(map(repr, row))
                 raise ValueError(
-                    f"{table}: a row has no {needed!r}, only {', '.join(map(repr, row))}; {FILE_NAME!r} names"
-                    " the picture, --caption-column the column of the caption"
+                    f"{where}: there is no {needed!r}, only {there}; {FILE_NAME!r} names the picture,"
+                    " --caption-column the column of the caption"
                 )
-        picture, caption = table.parent / str(row[FILE_NAME]), row[column]
+        name, caption = row[FILE_NAME], row[table.column]
+        if not isinstance(name, str) or not Path(name).name:
+            raise ValueError(f"{where}: {FILE_NAME!r} is {name!r:.40}, not the path of a picture")
+        if not isinstance(caption, str | None):
+            raise ValueError(f"{where}: {table.column!r} is {caption!r:.40}; a caption is a text, or null")
+        picture = Path(os.path.normpath(table.home / name))
         parts: dict[str, Path | str] = {"json": json.dumps(row)}
-        if picture.is_file():
-            parts |= {suffix_of(picture): picture}
-        if caption is not None:
-            parts |= {"txt": str(caption)}
-        named.add(picture)
-        found.append(Source(Path(str(row[FILE_NAME])), parts))
-    pictures = (path for path in files if suffix_of(path) in IMAGE_SUFFIXES and path not in named)
-    return found + [Source(path.relative_to(folder), {suffix_of(path): path}) for path in pictures]
+        parts |= {suffix_of(picture): picture} if is_picture(picture) else {}
+        parts |= {} if caption is None else {"txt": caption}
+        yield Source(Path(os.path.relpath(picture, folder)), parts)
 
 
-def rows(table: Path) -> Iterator[dict[str, Any]]:
+def rows_of(table: Path) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl or .csv.
 
     Raises:
-        ValueError: It is of another kind, or a line is no object.
+        ValueError: It is of another kind, or cannot be read.
     """
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        match suffix_of(table):
-            case "csv":
-                yield from csv.DictReader(file)
-            case "jsonl":
-                for number, line in enumerate(filter(str.strip, file), 1):
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{table}, row {number}: not JSON: {error}") from None
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{table}, row {number}: {line.strip()!r:.40} is not an object")
-                    yield row
-            case _:
-                raise ValueError(f"{table}: a table of captions is a .jsonl or a .csv")
+    count = 0
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            match suffix_of(table):
+                case "csv":
+                    csv.field_size_limit(2**31 - 1)
+                    every: Iterable[Any] = csv.DictReader(file)
+                case "jsonl":
+                    every = map(json.loads, filter(str.strip, file))
+                case _:
+                    raise ValueError("a table of captions is a .jsonl or a .csv")
+            for row in every:
+                if not isinstance(row, dict):
+                    raise ValueError(f"{row!r:.40} is not an object")
+                yield row
+                count += 1
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{table}, after {count:,} rows: {error}") from None
 
 
 def written(sources: Sequence[Source], out: Path, samples_per_shard: int) -> tuple[int, int]:
@@ -178,7 +218,7 @@ def written(sources: Sequence[Source], out: Path, samples_per_shard: int) -> tup
 def sample(number: int, source: Source) -> tuple[str, dict[str, bytes]]:
     """Its key and its members."""
     *folders, name = source.name.parts
-    inside = [part for part in folders if part not in ("/", "..")]
+    inside = [part for part in folders if part != ".."]
     key = "/".join([*inside, f"{number:08d}_{Path(name).stem.replace('.', '_')}"])
     read = {
         suffix: of.read_bytes() if isinstance(of, Path) else of.encode(errors="surrogatepass")
