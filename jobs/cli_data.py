@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import click
+from click.core import ParameterSource
 
 from jobs.shell import DIRECTORY, FILE, Directory, Group, answer, verbose
 
@@ -87,6 +88,7 @@ def prepare(
     from workflows.pairs import PairsSpec
 
     if file is not None:
+        refuse_beside_config()
         facts = prepare_shards(pairs_spec(file), verbose=verbose())
         answer(facts, told(facts))
         return
@@ -104,6 +106,19 @@ def prepare(
     )
     facts = prepare_shards(spec, verbose=verbose())
     answer(facts, told(facts))
+
+
+def refuse_beside_config() -> None:
+    """Refuse options that --config would silently overrule."""
+    context = click.get_current_context()
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in ("file", "as_json", "verbose", "quiet")
+        and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"the file of --config says all; leave out {', '.join(given)}")
 
 
 @data.command(short_help="Read tars without writing: what is usable, and why not.")

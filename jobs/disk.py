@@ -6,18 +6,31 @@ from workflows.run_spec import RunSpec
 from workflows.shape_shards import ShapesSpec, pair
 from workflows.train_spec import TrainSpec
 
-PREPARED_SHARE = 0.43
-"""Prepared bytes per byte of the embedded world's tars; measured: 0.43 for 400 pairs."""
+PREPARED_SHARE, PREPARED_PIXELS = 0.43, 64**2 + 256**2
+"""Prepared bytes per byte of the embedded world's tars, and the pixels of an image at the sizes then;
+measured: 0.43 for 400 pairs."""
 
 
-def data_bytes(spec: ShapesSpec) -> int:
+def data_on_disk(spec: RunSpec) -> dict[str, int]:
+    """What -> bytes of the data of a run, for a plan; empty if they are its user's, of unknown size."""
+    if spec.shapes is None:
+        return {}
+    return {
+        "data": data_bytes(spec.shapes, spec.pairs.sizes),
+        "embeddings": embedding_bytes(spec.stages, spec.shapes.pairs),
+    }
+
+
+def data_bytes(spec: ShapesSpec, sizes: Sequence[int]) -> int:
     """Bytes of the embedded world's tars and of the data prepared from them, estimated from eight pairs.
 
+    Prepared images are taken to need bytes as they have pixels.
     A tar rounds each member up to 512 bytes and gives it a header as long.
     """
+    share = PREPARED_SHARE * sum(size**2 for size in sizes) / PREPARED_PIXELS
     some = [pair(spec, number)[1] for number in range(min(8, spec.pairs))]
     padded = [sum(512 + -(-len(data) // 512) * 512 for data in members.values()) for members in some]
-    return round(spec.pairs * sum(padded) / len(padded) * (1 + PREPARED_SHARE))
+    return round(spec.pairs * sum(padded) / len(padded) * (1 + share))
 
 
 def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:

@@ -5,7 +5,7 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jobs.disk import data_bytes, embedding_bytes, written
+from jobs.disk import data_on_disk, written
 from jobs.nodes import Node, Room, amount, free_disk, has_labels, left_on, node_text, places, taken
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
@@ -108,6 +108,8 @@ class Plan(NamedTuple):
     """How far each stage is; empty if that was not looked up."""
     rooms: tuple[Room, ...] = ()
     """For files of a run in a store, on the machines that are up; empty if they were not asked."""
+    source: str = ""
+    """What it trains on."""
 
     @property
     def left(self) -> tuple[StagePlan, ...]:
@@ -135,6 +137,7 @@ class Plan(NamedTuple):
         """For programs."""
         return {
             "run": self.run,
+            "source": self.source,
             "nodes": [{**node._asdict(), "labels": dict(node.labels)} for node in self.nodes],
             "stages": {
                 plan.spec.name: stage_facts(plan) | standing_facts(self.standing.get(plan.spec.name))
@@ -168,16 +171,14 @@ def plan_of(
     stages = tuple(
         stage_plan(stage, needed[stage.name], nodes, at_once=spec.at_once) for stage in in_order(spec.stages)
     )
-    disk = {
-        "data": data_bytes(spec.shapes) if spec.shapes else 0,
-        "embeddings": embedding_bytes(spec.stages, spec.shapes.pairs) if spec.shapes else 0,
+    disk = data_on_disk(spec) | {
         "checkpoints": sum(plan.checkpoints * plan.need.state for plan in stages),
         "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
     }
     standing = standing or {}
     stays = {name for name, now in standing.items() if now.word == "again"}
     free = None if home.stored else free_disk(home.here) + taken(home.here, written(spec, stays))
-    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free, standing)
+    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free, standing, source=spec.source)
 
 
 def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
@@ -365,6 +366,7 @@ def told(plan: Plan) -> str:
             f"plan of {plan.run}",
             *(line.rstrip() for line in table),
             *(f"{name}: {now.text}" for name, now in plan.standing.items()),
+            f"data:  {plan.source}{'' if 'data' in plan.disk else ', its size is not known'}",
             f"disk:  {amount(total)} ({parts}), {free}{each}",
             *together_told(plan),
             f"nodes: {'; '.join(map(node_text, plan.nodes[:4]))}{more}",

@@ -45,6 +45,7 @@ from workflows.journal import JOURNAL, Journal, entries
 from workflows.pairs import HELD_OUT
 from workflows.pictures import SHOWN, last_parts
 from workflows.pipeline import RunResult, run_pipeline, seconds_of, timed
+from workflows.prepare import located_or_done
 from workflows.registry import CURRENT
 from workflows.report import SHEETS, write_report
 from workflows.run_spec import RunSpec
@@ -229,8 +230,11 @@ def rehearsed(spec: RunSpec, stage: str = "") -> Plan:
 
     Raises:
         ValueError: A parent is missing, or there is no such stage.
+        MissingShardError: Shards are missing, and so is what would be prepared from them.
     """
     spec = only(spec, stage) if stage else spec
+    if spec.shapes is None:
+        located_or_done(spec.pairs)
     plan = judged_plan(spec, nodes_of())
     return plan if joins_cluster() else with_rooms(plan, spec)  # no cluster is given anything to do
 

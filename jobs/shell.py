@@ -70,9 +70,7 @@ PORT = click.IntRange(1, 65535)
 HOST = click.option(
     "--host", default="127.0.0.1", show_default=True, type=host, help="Where the endpoint listens."
 )
-RECIPE = click.option(
-    "--recipe", help="A recipe: demo, smoke or one of README's tables; a name like none of them lists all."
-)
+RECIPE = click.option("--recipe", help="A recipe, such as demo; `ddiff config recipes` lists all.")
 CONFIG = click.option("--config", "file", type=FILE, help="YAML as `ddiff config show` prints it.")
 CHANGES = click.option(
     "--set", "changes", multiple=True, metavar="A.B=C", help="Change one value; may be repeated."

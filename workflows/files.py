@@ -73,17 +73,20 @@ def located(shards: Sequence[str]) -> list[Found]:
 
     Raises:
         MissingShardError: If a name matches nothing or a named file does not exist.
+        StorageError: The store does not answer, or not to us.
     """
     names = [name for pattern in shards for name in braces(pattern)]
-    if not names:
-        raise MissingShardError("no shards are named; name at least one, such as 'data/{00000..00099}.tar'")
+    if not all(names) or not names:
+        raise MissingShardError(
+            "no shards are named, or one by nothing; name at least one, such as 'data/{00000..00099}.tar'"
+        )
     with ThreadPoolExecutor(16) as pool:
         groups = list(pool.map(matched, names))
     missing = [name for name, group in zip(names, groups, strict=True) if not group]
     if missing:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise MissingShardError(
-            f"{redacted(missing[0])} does not exist or matches no file{more}; check the shards' address"
+            f"{redacted(missing[0])} does not exist, or no tar is there{more}; check the shards' address"
         )
     return list({found.url: found for group in groups for found in group}.values())
 
@@ -104,10 +107,21 @@ def matched(name: str) -> list[Found]:
             return files_of(fs, path)
         found, kind = told_of(fs, path)
         return files_of(fs, f"{path.rstrip('/')}/*.tar") if kind == "directory" else [found]
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec's http says "not found" also where nobody answers
+        if isinstance(cause, OSError) and not isinstance(cause, GONE):
+            raise StorageError(not_looked_up(name, cause)) from error
         return []
     except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)
-        raise MissingShardError(f"{redacted(name)} cannot be looked up: {one_line(error)}") from error
+        raise StorageError(not_looked_up(name, error)) from error
+
+
+def not_looked_up(name: str, error: BaseException) -> str:
+    """The message for a store that does not answer, or not to us."""
+    return (
+        f"{redacted(name)} cannot be looked up: {one_line(error)}; check the address and, for s3://,"
+        " AWS_ENDPOINT_URL and the credentials"
+    )
 
 
 def files_of(fs: Any, pattern: str) -> list[Found]:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from dd_core import bundle, sealed
 from dd_core.stages.clip import ClipSpec, published
 from workflows import training
-from workflows.addresses import redacted
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, curves, entries
 from workflows.parents import parent_home
@@ -292,7 +291,6 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
             f"| {name} | {facts['step']:,} | {facts['images']:,} | {facts['seconds']:.0f} | `{digest[:12]}` |"
         )
     hops = " -> ".join(hop.stage for hop in spec.cascade.hops)
-    source = "the embedded world of shapes" if spec.shapes else redacted(", ".join(spec.pairs.shards))
     return "\n".join(
         [
             "---",
@@ -301,7 +299,7 @@ def card(spec: RunSpec, stages: Mapping[str, Path]) -> str:
             f"# {spec.cascade.name}",
             "",
             f"A text-to-image cascade trained by ddiff, {spec.cascade.image_size} px: {hops}.",
-            f"Trained on {source}.",
+            f"Trained on {spec.source}.",
             "",
             "| stage | steps | images seen | seconds | bundle |",
             "|---|---|---|---|---|",

@@ -13,6 +13,7 @@ from dd_core.stages.asking import refuse_cascade, refuse_guides, refuse_sampling
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
+from workflows.addresses import redacted
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec
 from workflows.pairs import PairsSpec
@@ -26,6 +27,8 @@ TAKEN = (
     *("embeddings", "report", "total"),
 )
 """Names of other things in the directory of a run or a cascade; the last three are keys of seconds.json."""
+MADE_HERE = ("raw/*.tar",)
+"""Stands for the shards in a run that makes its own (`shapes`)."""
 RECORDED = "evaluation-"
 """Prefix of the names of the evaluations that `ddiff eval --record` keeps."""
 
@@ -36,7 +39,7 @@ class RunSpec(Spec):
     kind: Literal["run"] = "run"
     name: SafeName
     shapes: ShapesSpec | None = None
-    """The embedded world to write first; pairs.shards and pairs.destination are then set by the run."""
+    """The embedded world to write first; the run then knows its shards, and sets pairs.destination."""
     pairs: PairsSpec
     stages: tuple[TrainSpec, ...]
     """In any order; each is trained after its parents."""
@@ -49,6 +52,12 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunSpec":
+        if self.shapes is not None and self.pairs.shards != MADE_HERE:
+            named = redacted(", ".join(self.pairs.shards))
+            raise ValueError(
+                f"pairs.shards is {named}, but this run trains on data of its own making (shapes); to train"
+                " on yours set shapes=null and pairs.destination"
+            )
         names = [stage.name for stage in self.stages]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two stages are named {min(twice)!r}")
@@ -74,6 +83,11 @@ class RunSpec(Spec):
             )
         in_order(self.stages)
         return self
+
+    @property
+    def source(self) -> str:
+        """What it trains on, for people."""
+        return "the embedded world of shapes" if self.shapes else redacted(", ".join(self.pairs.shards))
 
     def check_sizes(self, stage: TrainSpec) -> None:
         """Check that the data holds the images that a stage sees, and those whose embeddings it is told.

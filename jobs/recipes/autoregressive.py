@@ -15,7 +15,7 @@ from workflows.train_spec import TrainSpec
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and one more; 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo and an autoregressive prior in place of its own.  Two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, prior()), cascade=cascade())
 

@@ -29,7 +29,7 @@ JUMPS = SamplingSpec(sampler="consistency", num_steps=4, guidance_scale=1.0)
 
 
 def run() -> RunSpec:
-    """The demo's seven stages and one more; 320 captions judged over HTTP.  Two CPUs, no GPU, up to 8 GB."""
+    """The demo and a student of its base, which paints in four jumps.  Two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return before.but(stages=(*before.stages, consistency()), cascade=cascade())
 

@@ -53,7 +53,7 @@ wrong their estimate still is, and pictures drown in noise of that size."""
 
 
 def run() -> RunSpec:
-    """The demo's pairs, one stage.  Two CPUs, no GPU, up to 8 GB."""
+    """DDPM, unconditional, on the demo's pairs.  Two CPUs, no GPU, up to 8 GB."""
     before = demo.run()
     return RunSpec(
         name="ddpm",

@@ -19,7 +19,7 @@ from dd_core.stages.upsampler import UpsamplerSpec
 from jobs.recipes._hardware import any_node
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.pairs import PairsSpec
-from workflows.run_spec import RunSpec
+from workflows.run_spec import MADE_HERE, RunSpec
 from workflows.shape_shards import ShapesSpec
 from workflows.train_spec import SamplesSpec, TrainSpec
 
@@ -50,7 +50,7 @@ def run() -> RunSpec:
     return RunSpec(
         name="demo",
         shapes=ShapesSpec(pairs=50_000),
-        pairs=PairsSpec(shards=("raw/*.tar",), destination="prepared", context_length=CONTEXT),
+        pairs=PairsSpec(shards=MADE_HERE, destination="prepared", context_length=CONTEXT),
         stages=(clip(), upsampler(), prior(), draft(), base(), autoencoder(), noised_clip()),
         at_once=2,
         cascade=cascade(),

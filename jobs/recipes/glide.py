@@ -101,7 +101,7 @@ def guided() -> TrainSpec:
 
 
 def clip_guided() -> RunSpec:
-    """The base before it is finetuned, guided by a noised CLIP instead (section 2.4).
+    """GLIDE's base before it is finetuned, guided by a noised CLIP instead (section 2.4).
 
     Two CPUs, no GPU, up to 8 GB.
     """

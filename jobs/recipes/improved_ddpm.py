@@ -25,7 +25,7 @@ SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=3.0)
 
 
 def run() -> RunSpec:
-    """The demo's pairs, one stage.  Two CPUs, no GPU, up to 8 GB."""
+    """Cosine betas, learned variance, classes, on the demo's pairs.  Two CPUs, no GPU, up to 8 GB."""
     whole = ddpm.run()
     return whole.but(
         name="improved_ddpm",

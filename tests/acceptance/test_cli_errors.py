@@ -274,7 +274,7 @@ def test_the_list_of_commands_says_what_each_is_for_to_the_end(group: list[str])
 def test_a_recipe_that_there_is_not_is_answered_as_help_says() -> None:
     for command in (["run"], ["train"], ["submit"], ["doctor"], ["manifest"], ["config", "show"]):
         said = " ".join(ddiff(*command, "--help").stdout.split())
-        assert "a name like none of them lists all" in said
+        assert "`ddiff config recipes` lists all" in said
     refused(ddiff("run", "--recipe", "?"), 2, *(path.stem for path in RECIPES.glob("[a-z]*.py")))
 
 

@@ -22,6 +22,7 @@ from serve.code import PACKAGES, ROOT
 from workflows.run_spec import RunSpec
 
 CANARY = "canary-0123456789"
+OWN = ("shapes=null", "pairs.destination=s3://b/prepared")
 
 
 def test_words_become_a_command_there() -> None:
@@ -91,7 +92,7 @@ def test_the_pack_is_our_code_and_the_whole_configuration(
 
 def test_a_secret_in_the_configuration_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", CANARY)
-    order = order_of(("smoke",), None, None, (f"pairs.shards=['https://x/{CANARY}.tar']",))
+    order = order_of(("smoke",), None, None, (*OWN, f"pairs.shards=['https://x/{CANARY}.tar']"))
     assert refused(order) == (
         "the value of SOME_API_KEY is in pairs.shards.0; take it out: the nodes have it"
     )
@@ -105,7 +106,7 @@ def test_a_short_secret_is_known_as_a_word_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setenv("DB_PASS", "smok")
     with packed(order_of(("smoke",), None, None, ()), {}):
         pass
-    named = order_of(("smoke",), None, None, ("pairs.shards=['https://x/smok.tar']",))
+    named = order_of(("smoke",), None, None, (*OWN, "pairs.shards=['https://x/smok.tar']"))
     assert refused(named).startswith("the value of DB_PASS is in pairs.shards.0; ")
 
 
@@ -114,7 +115,7 @@ def test_a_secret_that_yaml_writes_otherwise_or_that_is_long_is_known(
     secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_API_KEY", secret + "\n")
-    spec = smoke.run()
+    spec = smoke.run().but(shapes=None)
     shards = spec.pairs.but(shards=(f"x/{secret}.tar",))
     assert "SOME_API_KEY is in pairs.shards.0;" in refused(
         Order(("run",), "smoke", spec.but(pairs=shards), "")
@@ -130,10 +131,12 @@ def test_a_password_in_an_address_stays_here() -> None:
     served = order_of(("deploy", "demo@production"), None, None, ("cascade=s3://me:hunter2@host/x",))
     assert refused(served).startswith("the command holds a password, ")
     shards = order_of(
-        ("smoke",), None, None, ("pairs.shards=['x.tar', 'https://me:hunter2@host/{0..9}.tar']",)
+        ("smoke",), None, None, (*OWN, "pairs.shards=['s3://b/x.tar', 'https://me:hunter2@host/{0..9}.tar']")
     )
     assert refused(shards).startswith("pairs.shards.1 holds a password, ")
-    signed = order_of(("smoke",), None, None, ("pairs.shards=['https://h/a.tar?X-Amz-Signature=hunter2']",))
+    signed = order_of(
+        ("smoke",), None, None, (*OWN, "pairs.shards=['https://h/a.tar?X-Amz-Signature=hunter2']")
+    )
     assert refused(signed).startswith("pairs.shards.0 holds a password, or an address that gives its reader ")
 
 
