@@ -1,5 +1,6 @@
 """A store that fails, cuts and swaps gives the same samples as one that does not, or says why not."""
 
+import socket
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.core import S3File
 
 from dd_core import sealed
+from jobs.failures import Code, code_of
 from tests.conftest import write_shard
 from tests.faults.flaky_store import flaky_store
 from tests.s3 import s3_server
@@ -110,6 +112,7 @@ def test_names_expand_to_every_shard_once(tmp_path: Path) -> None:
         (["{tmp}/*.tar"], r"\*.tar does not exist, or no tar"),
         (["{tmp}"], "no tar is there"),
         ([], "no shards are named"),
+        ([""], "no shards are named, or one by nothing"),
         (["{tmp}/{0..2.tar"], "unclosed brace"),
         (["nowhere://a.tar"], "cannot be opened: "),
     ],
@@ -119,6 +122,15 @@ def test_a_name_that_leads_nowhere_is_refused_before_work_starts(
 ) -> None:
     with pytest.raises(MissingShardError, match=error):
         located([name.replace("{tmp}", str(tmp_path)) for name in names])
+
+
+def test_a_server_that_is_not_there_is_not_taken_for_shards_that_are_not() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        name = f"http://127.0.0.1:{taken.getsockname()[1]}/a.tar"
+        with pytest.raises(StorageError, match=r"a.tar cannot be looked up: .*; check the address") as error:
+            located([name])
+    assert code_of(error.value) is Code.INTERNAL
 
 
 def test_the_fingerprint_of_a_source_changes_when_a_shard_does(shard: Path) -> None:

@@ -269,3 +269,15 @@ def test_nobody_else_takes_settings_from_the_environment() -> None:
                 node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
             }
             assert path == Path(environment.__file__) or not names & {"environ", "getenv"}, path
+
+
+@pytest.mark.parametrize("place", ["s3//bucket/runs", "s3:/", "/data//runs", "runs"])
+def test_an_address_without_its_colon_is_no_folder(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", place)
+    if place == "s3//bucket/runs":
+        with pytest.raises(
+            ValueError, match="DDIFF_STORAGE=s3//bucket/runs is no path; write an address as s3://"
+        ):
+            environment.runs()
+    else:
+        assert environment.runs() == place.rstrip("/")
