@@ -93,7 +93,10 @@ def plain_modulated_norm(  # noqa: PLR0913 - the terms of its formula
     silu: bool,
     epsilon: float = EPSILON,
 ) -> Float[Tensor, " b c h w"]:
-    """`modulated_norm` by PyTorch's calls, as its formula reads."""
+    """`modulated_norm` by PyTorch's calls, as its formula reads.
+
+    On a GPU PyTorch keeps the statistics for the backward pass in the dtype of x.
+    """
     gain, offset = gain_and_offset(weight, bias, told)
     with torch.autocast("cuda", enabled=False):  # autocast would output the norm in float32
         unit = F.group_norm(x, groups, eps=epsilon)

@@ -5,6 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dd_core.cascade import CascadeState
+from dd_core.devices import carry
 from dd_core.text import null_tokens
 
 
@@ -23,4 +24,4 @@ def away_from(state: CascadeState, *, silent: bool) -> Int[Tensor, " b l"]:
 
 def null_like(tokens: Int[Tensor, " b l"]) -> Int[Tensor, " b l"]:
     """The empty caption, once per row."""
-    return torch.tensor(null_tokens(tokens.shape[1]), device=tokens.device).expand_as(tokens)
+    return carry(torch.tensor(null_tokens(tokens.shape[1])), tokens.device).expand_as(tokens)
