@@ -72,6 +72,7 @@ def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
         DataError: The data are missing, damaged, or have no usable row.
         sealed.SealError: The bundle or the cascade is damaged.
     """
+    round_products(nearest(), "fp32")
     found = chain_in(path, asked.stage)
     spec = found.hop.spec
     variance = asked.variance or ("learned" if spec.learns_variance else "fixed_large")
@@ -133,7 +134,6 @@ def chain_in(path: Path, stage: str | None) -> Found:
             it.
         sealed.SealError: Something is damaged.
     """
-    round_products(nearest(), "fp32")
     if not (path / "cascade.json").exists() and (path / "cascade" / "cascade.json").exists():
         path = path / "cascade"
     if (path / "cascade.json").exists():

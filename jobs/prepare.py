@@ -33,6 +33,8 @@ from workflows.shape_shards import ShapesSpec, write_shards
 
 COUNTED = ("kept", "rejected", "rejects", "first_rejects", "damaged_shards")
 """Facts of a source that both a check and a preparation report."""
+FILES_AT_ONCE = 16
+"""Prepared files whose captions are in memory."""
 PROCESS_BYTES = 64 * 2**20
 """Of shards that are decoded while a process starts."""
 
@@ -122,8 +124,9 @@ def stats_of(directory: str) -> dict[str, Any]:
     """
     done = prepared(directory)
     words, lengths, digests = Counter[str](), Counter[int](), [np.empty(0, np.uint64)]
-    with ThreadPoolExecutor(16) as pool:
-        for captions in pool.map(captions_of, done.files):
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        groups = (done.files[at : at + FILES_AT_ONCE] for at in range(0, len(done.files), FILES_AT_ONCE))
+        for captions in itertools.chain.from_iterable(pool.map(captions_of, group) for group in groups):
             words.update(itertools.chain.from_iterable(caption.lower().split() for caption in captions))
             lengths.update(map(len, captions))
             digests.append(np.array([digest_of(caption) for caption in captions], np.uint64))

@@ -108,12 +108,16 @@ def matched(name: str) -> list[Found]:
         found, kind = told_of(fs, path)
         return files_of(fs, f"{path.rstrip('/')}/*.tar") if kind == "directory" else [found]
     except FileNotFoundError as error:
-        cause = error.__cause__  # fsspec's http says "not found" also where nobody answers
-        if isinstance(cause, OSError) and not isinstance(cause, GONE):
-            raise StorageError(not_looked_up(name, cause)) from error
+        if is_web(fs) and not is_gone(error.__cause__):
+            raise StorageError(not_looked_up(name, error.__cause__ or error)) from error
         return []
     except Exception as error:  # each store has its own kinds (aiohttp's, botocore's)
         raise StorageError(not_looked_up(name, error)) from error
+
+
+def is_gone(cause: BaseException | None) -> bool:
+    """Whether a web server said that there is no such file: fsspec says so for whatever it answers."""
+    return cause is None or isinstance(cause, GONE) or getattr(cause, "status", None) in (404, 410)
 
 
 def not_looked_up(name: str, error: BaseException) -> str:

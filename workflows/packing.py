@@ -5,18 +5,21 @@ each sample, as `metadata.jsonl` and `metadata.csv` in Hugging Face's imagefolde
 tar, also one without a caption: what cannot be trained on, `ddiff data prepare` counts, with its reason.
 """
 
+import contextlib
 import csv
 import json
 import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from workflows.claim import TakenError, claim
 from workflows.pairs import IMAGE_SUFFIXES
 from workflows.shard_writing import write_tar
+from workflows.storage import Home
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 """Found without being named, in any folder: the first one that is there."""
@@ -65,6 +68,7 @@ def pack(
 
     Raises:
         ValueError: There is no picture, `out` holds something, or a table cannot be used.
+        TakenError: Another process packs into `out`.
         OSError: A file cannot be read, or there is no room; `out` is as before.
     """
     folder, out = folder.resolve(), out.resolve()  # links to them stay
@@ -74,7 +78,7 @@ def pack(
     paths = list(tables_in(files)) if table is None else [table.resolve()]
     tables = [Table(path, path.parent if folder in path.parents else folder, column) for path in paths]
     rows = [source for one in tables for source in listed(folder, one)]
-    named = {part for source in rows for part in source.parts.values()}
+    named = {part.resolve() for source in rows for part in source.parts.values() if isinstance(part, Path)}
     sources = rows + beside(folder, files, named)
     used = {part for source in sources for part in source.parts.values()} | {one.path for one in tables}
     left_out = Counter(path.suffix.lower() or path.name for path in files if path not in used)
@@ -99,7 +103,7 @@ def files_in(folder: Path) -> Iterator[Path]:
     A folder that is reached twice is looked into once.
     """
     seen = set[tuple[int, int]]()
-    for directory, inner, names in os.walk(folder, followlinks=True):
+    for directory, inner, names in os.walk(folder, onerror=raised, followlinks=True):
         about = Path(directory).stat()
         if (about.st_dev, about.st_ino) in seen:
             inner.clear()
@@ -107,6 +111,11 @@ def files_in(folder: Path) -> Iterator[Path]:
         seen.add((about.st_dev, about.st_ino))
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield from (Path(directory, name) for name in sorted(names) if not name.startswith("."))
+
+
+def raised(error: OSError) -> None:
+    """For os.walk, which passes over what it cannot look into unless told otherwise."""
+    raise error
 
 
 def suffix_of(path: Path) -> str:
@@ -124,12 +133,12 @@ def pictured(source: Source) -> bool:
     return any(suffix in source.parts for suffix in IMAGE_SUFFIXES)
 
 
-def beside(folder: Path, files: Sequence[Path], named: Iterable[Path | str]) -> list[Source]:
-    """A sample for each picture that no table names, with the files beside it."""
-    others = {path.with_suffix(f".{kind}"): path for path in files if (kind := suffix_of(path)) in BESIDE}
-    found, listed_already = [], set(named)
+def beside(folder: Path, files: Sequence[Path], named: Set[Path]) -> list[Source]:
+    """A sample for each picture that no table names (by its resolved path), with the files beside it."""
+    texts = [path for path in files if suffix_of(path) in BESIDE and path.is_file()]
+    others, found = {path.with_suffix(f".{suffix_of(path)}"): path for path in texts}, []
     for picture in files:
-        if is_picture(picture) and picture not in listed_already:
+        if is_picture(picture) and picture.resolve() not in named:
             near = {kind: others.get(picture.with_suffix(f".{kind}")) for kind in BESIDE}
             parts = {suffix_of(picture): picture} | {kind: path for kind, path in near.items() if path}
             found.append(Source(picture.relative_to(folder), parts))
@@ -151,6 +160,8 @@ def listed(folder: Path, table: Table) -> Iterator[Source]:
     """
     for number, row in enumerate(rows_of(table.path), 1):
         where = f"{table.path}, row {number}"
+        if None in row:
+            raise ValueError(f"{where} has more fields than the first line; quote a caption with commas")
         for needed in (FILE_NAME, table.column):
             if needed not in row:
                 there = ", ".join(map(repr, row))
@@ -170,7 +181,7 @@ def listed(folder: Path, table: Table) -> Iterator[Source]:
         yield Source(Path(os.path.relpath(picture, folder)), parts)
 
 
-def rows_of(table: Path) -> Iterator[dict[str, Any]]:
+def rows_of(table: Path) -> Iterator[dict[str | None, Any]]:
     """The rows of a .jsonl or .csv.
 
     Raises:
@@ -199,20 +210,40 @@ def rows_of(table: Path) -> Iterator[dict[str, Any]]:
 def written(sources: Sequence[Source], out: Path, samples_per_shard: int) -> tuple[int, int]:
     """Write the tars beside `out` and rename the directory; how many there are, and their bytes."""
     draft = out.with_name(f".{out.name}.packing")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-    draft.mkdir(parents=True)
     order = list(range(len(sources)))
     random.Random(0).shuffle(order)  # noqa: S311 neighbours in a folder are alike, and in training must not be
     shards = range(0, len(order), samples_per_shard)
-    try:
-        for shard, first in enumerate(shards):
-            some = order[first : first + samples_per_shard]
-            write_tar(draft / f"{shard:05d}.tar", (sample(number, sources[number]) for number in some))
-        size = sum(path.stat().st_size for path in draft.iterdir())
-        draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with claimed(out):
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        draft.mkdir()
+        try:
+            for shard, first in enumerate(shards):
+                some = order[first : first + samples_per_shard]
+                write_tar(draft / f"{shard:05d}.tar", (sample(number, sources[number]) for number in some))
+            size = sum(path.stat().st_size for path in draft.iterdir())
+            draft.rename(out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return len(shards), size
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """While inside, be the only process that packs into a directory.
+
+    Raises:
+        TakenError: Another does.
+    """
+    lock = out.with_name(f".{out.name}.packing.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with claim(Home.of(lock.parent), lock.name):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except TakenError as error:
+        raise TakenError(f"{out} is being packed by {error}; wait until that has ended, or stop it") from None
 
 
 def sample(number: int, source: Source) -> tuple[str, dict[str, bytes]]:
@@ -220,8 +251,15 @@ def sample(number: int, source: Source) -> tuple[str, dict[str, bytes]]:
     *folders, name = source.name.parts
     inside = [part for part in folders if part != ".."]
     key = "/".join([*inside, f"{number:08d}_{Path(name).stem.replace('.', '_')}"])
-    read = {
-        suffix: of.read_bytes() if isinstance(of, Path) else of.encode(errors="surrogatepass")
-        for suffix, of in source.parts.items()
-    }
-    return key, read
+    return key, {suffix: content(of) for suffix, of in source.parts.items()}
+
+
+def content(of: Path | str) -> bytes:
+    """The bytes of a file, or of a text."""
+    if isinstance(of, str):
+        return of.encode(errors="surrogatepass")
+    try:
+        return of.read_bytes()
+    except OSError as error:
+        error.filename = error.filename or str(of)  # a disk that fails does not say where
+        raise

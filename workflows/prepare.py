@@ -123,14 +123,15 @@ def made(
 
 
 def located_or_done(spec: PairsSpec) -> list[Found] | Prepared:
-    """The raw shards; if they are gone, the finished data that was made from them by the same spec.
+    """The raw shards; if they are gone or away, the finished data that was made from them by the same spec.
 
     Raises:
         MissingShardError: Neither is there.
+        StorageError: The store of the shards does not answer, or not to us, and there is no such data.
     """
     try:
         return located(spec.shards)
-    except MissingShardError:
+    except (MissingShardError, StorageError):
         try:
             done = prepared(spec.destination)
         except DestinationError:

@@ -196,12 +196,18 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
 
 
 def brought(homes: Mapping[str, Home], who: Position, *, by_rank_0: bool = False) -> dict[str, Path]:
-    """Sealed directories on this node: one worker of each fetches and verifies them, the others wait.
+    """Sealed directories on this node: one worker fetches and verifies those of a store, the others wait.
+
+    What all machines see stays as it is, unverified.
 
     Args:
         homes: Name -> directory.
         who: This worker; all of them call this.
         by_rank_0: Whether it has done so already.
+
+    Raises:
+        sealed.SealError: No copy is whole.
+        StorageError: The store is away.
     """
     if who.local == 0 and not (by_rank_0 and who.rank == 0):
         for home in homes.values():

@@ -2,6 +2,7 @@
 
 import socket
 from collections import Counter
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from s3fs.core import S3File
 
 from dd_core import sealed
 from jobs.failures import Code, code_of
+from tests.answering import answering
 from tests.conftest import write_shard
 from tests.faults.flaky_store import flaky_store
 from tests.s3 import s3_server
@@ -131,6 +133,26 @@ def test_a_server_that_is_not_there_is_not_taken_for_shards_that_are_not() -> No
         with pytest.raises(StorageError, match=r"a.tar cannot be looked up: .*; check the address") as error:
             located([name])
     assert code_of(error.value) is Code.INTERNAL
+
+
+@pytest.mark.parametrize(("status", "missing"), [(404, True), (410, True), (403, False), (503, False)])
+def test_a_server_that_denies_or_fails_is_away_and_one_that_knows_of_none_has_none(
+    status: int, missing: bool
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with (
+        answering(Handler) as url,
+        pytest.raises(MissingShardError if missing else StorageError, match=r"a\.tar"),
+    ):
+        located([f"{url}/a.tar"])
 
 
 def test_the_fingerprint_of_a_source_changes_when_a_shard_does(shard: Path) -> None:

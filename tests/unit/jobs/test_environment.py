@@ -271,13 +271,14 @@ def test_nobody_else_takes_settings_from_the_environment() -> None:
             assert path == Path(environment.__file__) or not names & {"environ", "getenv"}, path
 
 
-@pytest.mark.parametrize("place", ["s3//bucket/runs", "s3:/", "/data//runs", "runs"])
-def test_an_address_without_its_colon_is_no_folder(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["s3//bucket/runs", "s3:/bucket/runs", "gs//bucket"])
+def test_an_address_with_a_sign_missing_is_no_folder(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDIFF_STORAGE", place)
-    if place == "s3//bucket/runs":
-        with pytest.raises(
-            ValueError, match="DDIFF_STORAGE=s3//bucket/runs is no path; write an address as s3://"
-        ):
-            environment.runs()
-    else:
-        assert environment.runs() == place.rstrip("/")
+    with pytest.raises(ValueError, match=f"DDIFF_STORAGE={place} is no path; write an address as s3://"):
+        environment.runs()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/runs", "runs//mine", "/data//runs", "runs", "s3/runs"])
+def test_every_other_place_is_taken_as_it_is(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_STORAGE", place)
+    assert environment.runs() == place

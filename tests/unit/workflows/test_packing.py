@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -139,6 +142,49 @@ def test_links_are_followed_once_and_what_is_no_file_is_left_out(folder: Path, t
     assert facts["left_out"][".jpg"] == 2
 
 
+def test_a_picture_that_a_table_names_by_another_path_is_packed_once(folder: Path, tmp_path: Path) -> None:
+    (folder / "another").symlink_to(folder / "cats")
+    (folder / "metadata.csv").write_text("file_name,text\nanother/d.jpg,told\n")
+    pack(folder, tmp_path / "tars")
+    captions = {name: caption for name, (caption, _, _) in read(tmp_path / "tars").items()}
+    assert captions.pop("another/d") == "told"
+    assert len(captions) == 4  # of five pictures
+    assert "cats/d" not in captions
+
+
+def test_what_lies_beside_a_picture_counts_only_if_it_is_a_file(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(folder / "cats" / "d.txt")
+    (folder / "c.json").symlink_to(folder / "gone.json")
+    facts = pack(folder, tmp_path / "tars")
+    assert facts["without_caption"] == 1
+    assert facts["left_out"] == {".bmp": 1, "LICENSE": 1, ".txt": 2, ".json": 1}
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def shut(path: Any) -> Any:
+        if str(path).endswith("cats"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    with pytest.raises(PermissionError, match="cats"):
+        pack(folder, tmp_path / "tars")
+
+
+def test_two_do_not_pack_into_one_directory_at_once(folder: Path, tmp_path: Path) -> None:
+    code = "import sys, pathlib, workflows.packing as p; p.pack(*map(pathlib.Path, sys.argv[1:]))"
+    with packing.claimed(tmp_path / "tars"):
+        words = [sys.executable, "-c", code, str(folder), str(tmp_path / "tars")]
+        said = subprocess.run(words, check=False, capture_output=True, text=True)
+        assert "is being packed by process" in said.stderr
+        assert not (tmp_path / "tars").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+
+
 @pytest.mark.parametrize("kind", ["link", "here"])
 def test_tars_may_go_into_an_empty_directory_by_whatever_name(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,6 +218,11 @@ def test_tars_may_go_into_an_empty_directory_by_whatever_name(
             "t.jsonl",
             '{"file_name": "b.JPG", "text": "x"}\n[1]',
             r"after 1 rows: \[1\] is not an object",
+        ),
+        (
+            "t.csv",
+            "file_name,text\nb.JPG,x\nb.JPG,a red circle, big\n",
+            "row 2 has more fields than the first",
         ),
         ("t.jsonl", "{", "after 0 rows: Expecting property name"),
         ("t.parquet", "", "a .jsonl or a .csv"),

@@ -411,6 +411,22 @@ def test_prepared_data_outlives_the_shards_that_it_was_made_of(
                 prepare_pairs(other, progress=False)
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_finished_data_serve_where_the_store_of_their_shards_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(tars(tmp_path, 1), 1)
+    done = prepare_pairs(spec, progress=False)
+
+    def away(_: object) -> None:
+        raise StorageError("no answer")
+
+    monkeypatch.setattr(prepare, "located", away)
+    assert prepare_pairs(spec, progress=False) == done
+    with pytest.raises(StorageError, match="no answer"):
+        prepare_pairs(spec.but(sizes=(8,)), progress=False)
+
+
 def hold(out: Path, there: Connection) -> None:
     with claimed(Home.of(out)):
         there.send(os.getpid())
