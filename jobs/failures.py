@@ -158,7 +158,7 @@ def words_of(error: BaseException, fields: Any = None, within: str = "") -> str:
     told = []
     for one in error.errors():
         where = ".".join(filter(None, (within, place(fields, one["loc"]))))
-        why = one["msg"].removeprefix("Value error, ")
+        why = one["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
         told.append(f"{where}: {why}" if where else why)
     return "; ".join(dict.fromkeys(told))
 
