@@ -77,6 +77,11 @@ class AutoencoderSpec(LearnedSpec):
         return ("clip",) if self.perceptual == "clip" else ()
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """A parent CLIP may be named where another distance is used."""
+        return ("clip", "start")
+
+    @property
     def compares(self) -> bool:
         """True: the gradients of a forward balance the players, and `disc_start` counts forwards."""
         return True

@@ -114,6 +114,11 @@ class ConsistencySpec(LearnedSpec):
         return tuple(dict.fromkeys((*self.base.needs, *seeing, *(("base",) if self.teacher else ()))))
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """A CLIP or a teacher may be named where it is not used."""
+        return tuple(dict.fromkeys((*self.base.roles, "clip", "base")))
+
+    @property
     def dropout(self) -> str:
         """The field of its base that trains classifier-free guidance."""
         return "told_dropout" if isinstance(self.base, ChainSpec) else "caption_dropout"

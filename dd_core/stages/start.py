@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd_core.layouts.clip import words_moves
 from dd_core.layouts.moves import inward
@@ -22,6 +22,7 @@ from dd_core.spec import Spec
 from dd_core.stage import Trained
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
+from dd_core.stages.draft import DraftSpec
 from dd_core.stages.network import NetworkSpec
 from dd_core.text import END
 
@@ -185,6 +186,33 @@ def refuse_other(kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) 
                 f"{kind}: the parent 'start' {what}: {name} is {other!r} there and {mine[name]!r} here; "
                 "make them equal, or leave start out"
             )
+
+
+def begin_as(model: nn.Module, spec: Any, start: Trained) -> None:
+    """Begin a stage with the weights of another training of it, such as one on other data.
+
+    Args:
+        model: Of the stage; its weights are replaced.
+        spec: Of the stage.
+        start: The other training.
+
+    Raises:
+        ValueError: The other is of another kind, or has another network.
+    """
+    alike = type(start.spec) is type(spec)
+    refuse_other(spec.kind, fields_of(spec), fields_of(start.spec) if alike else {})
+    try:
+        model.load_state_dict(start.weights)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{spec.kind}: the parent 'start' has other weights: {why:.200}") from None
+
+
+def fields_of(spec: Any) -> dict[str, Any]:
+    """The fields of a stage's network, as `refuse_other` compares them."""
+    own = {"embedding_width", "width", "layers"}  # a draft's
+    fields = spec.model_dump(include=own) if isinstance(spec, DraftSpec) else spec.net.model_dump()
+    return {f"net.{name}": value for name, value in fields.items()}
 
 
 def asked_of(spec: Spec) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def stage(name: str, seed: int, **more: object) -> TrainSpec:
 SPEC = RunSpec(
     name="r",
     pairs=PairsSpec(shards=("x.tar",), destination="d", sizes=(32,), context_length=8),
-    stages=(stage("last", 3, parents={"any": "one"}), stage("one", 1), stage("other", 2)),
+    stages=(stage("last", 3, parents={"start": "one"}), stage("one", 1), stage("other", 2)),
     at_once=2,
     cascade=CascadeSpec(
         name="c", hops=(HopSpec(stage="last", how=UNGUIDED),), context_length=8, image_size=32
@@ -134,7 +134,7 @@ def test_two_stages_side_by_side_stopped_by_sigterm_and_continued_are_those_trai
     assert list(bundles) == ["one", "last", "other"]
     assert_same(run, alone)
     parents = sealed.verify(run / "last" / "bundle").facts["parents"]
-    assert parents == {"any": sealed.verify(run / "one" / "bundle").digest}
+    assert parents == {"start": sealed.verify(run / "one" / "bundle").digest}
     assert {"one", "other", "last", "total"} <= seconds_of(run).keys()
 
 
@@ -145,7 +145,7 @@ def test_a_gradient_that_stays_not_finite_reaches_no_checkpoint_and_stops_those_
     long = stage("other", 2, budget=often.but(checkpoint_every=10**6))
     heat = OptimizerSpec(learning_rate=1e20, grad_clip=1e20, precision="fp32")
     hot = stage("one", 1, optimizer=heat, budget=often)
-    spec = SPEC.but(stages=(hot, long, SPEC.stage("last").but(parents={"any": "other"})))
+    spec = SPEC.but(stages=(hot, long, SPEC.stage("last").but(parents={"start": "other"})))
     with pytest.raises(DivergedError, match=r"one: gradient not finite 4 times in a row.*lower"):
         all_made(spec, Home.of(run), data, tracking)
     for path in (run / "one" / "checkpoints").glob(f"*/{SHARD}"):

@@ -1,0 +1,55 @@
+"""Any stage may begin with the weights of another training of it, and of no other."""
+
+import pytest
+import torch
+
+from dd_core.nets.autoencoder import AutoencoderNetSpec
+from dd_core.stage import Trained
+from dd_core.stages import StageSpec, build_stage
+from dd_core.stages.autoencoder import AutoencoderSpec
+from tests.unit.dd_core.test_stages import BASE, CLIP, DRAFT, PRIOR, UPSAMPLER, parents
+
+AUTOENCODER = AutoencoderSpec(
+    net=AutoencoderNetSpec(width=8, channel_mult=(1, 2), blocks=1, groups=4),
+    image_size=16,
+    crop=16,
+    perceptual="none",
+)
+SPECS = (CLIP, AUTOENCODER, DRAFT, BASE, UPSAMPLER, PRIOR)
+
+
+def trained(spec: StageSpec) -> Trained:
+    """With weights that no new network has."""
+    torch.manual_seed(3)
+    state = build_stage(spec, parents(spec)).model.state_dict()
+    return Trained(
+        spec, {name: torch.randn_like(w) if w.is_floating_point() else w for name, w in state.items()}
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_a_stage_begins_with_the_weights_of_another_training_of_it(spec: StageSpec) -> None:
+    before = trained(spec)
+    begun = build_stage(spec, parents(spec) | {"start": before}).model.state_dict()
+    assert begun.keys() == before.weights.keys()
+    assert all(torch.equal(weight, before.weights[name]) for name, weight in begun.items())
+    assert "start" in spec.roles
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_what_is_of_another_kind_is_no_start(spec: StageSpec) -> None:
+    other = DRAFT if spec is not DRAFT else CLIP
+    with pytest.raises(ValueError, match=f"{spec.kind}: the parent 'start' is neither a {spec.kind} nor"):
+        build_stage(spec, parents(spec) | {"start": trained(other)})
+
+
+def test_another_network_is_no_start_and_its_field_is_named() -> None:
+    wider = UPSAMPLER.but(net=UPSAMPLER.net.but(width=16))
+    with pytest.raises(ValueError, match=r"'start' has another network: net\.width is 16 there and 8 here"):
+        build_stage(UPSAMPLER, {"start": trained(wider)})
+
+
+def test_weights_that_do_not_fit_are_no_start() -> None:
+    bare = BASE.but(from_draft=False)  # the same net, in no refiner
+    with pytest.raises(ValueError, match="base: the parent 'start' has other weights: "):
+        build_stage(BASE, parents(BASE) | {"start": trained(bare)})
