@@ -30,7 +30,7 @@ from tests.conftest import write_shard
 from tests.own_data import own_data
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.workflows.tiny_run import make_run, saved, write_parts
-from workflows import held_out, pictures, report
+from workflows import pictures, report
 from workflows.journal import Journal
 from workflows.pairs import HELD_OUT, PairsSpec
 from workflows.report import write_report
@@ -113,7 +113,7 @@ def test_of_prepared_data_no_more_is_read_than_is_shown_and_what_is_read_is_chec
         read.append(group)
         return row_group(url, group, columns, remedy)
 
-    monkeypatch.setattr(held_out, "row_group", counted)
+    monkeypatch.setattr("workflows.held_out.row_group", counted)
     found, captions = pictures.prepared_images(data, 16, 6)
     assert read == [4]
     assert captions == [row["caption"] for row in usable[-6:]]
