@@ -115,8 +115,10 @@ class ConsistencySpec(LearnedSpec):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """A CLIP or a teacher may be named where it is not used."""
-        return tuple(dict.fromkeys((*self.base.roles, "clip", "base")))
+        """A CLIP or a teacher may be named where it is not used; a student begins as its teacher."""
+        begins = self.teacher is None and isinstance(self.base, ChainSpec)
+        own = [role for role in self.base.roles if role != "start" or begins]
+        return tuple(dict.fromkeys((*own, "clip", "base")))
 
     @property
     def dropout(self) -> str:
