@@ -122,10 +122,6 @@ class TrainSpec(Spec):
                 raise ValueError(
                     f"parents lack {role!r}: this {self.stage.kind} stands on one; name it there"
                 )
-        for role in self.parents:
-            if role not in self.stage.roles:
-                there = ", ".join(self.stage.roles)
-                raise ValueError(f"parents name {role!r}, and {self.stage.kind} takes none but {there}")
         return self
 
     @model_validator(mode="after")
