@@ -246,13 +246,19 @@ def test_a_cascade_with_a_missing_file_is_neither_sampled_nor_served(run: Finish
 
 
 def training_on(here: Path, stage: Path) -> subprocess.Popen[bytes]:
-    """A run whose prior trains for long, once it has saved a step that it had not before."""
+    """A run whose prior trains for long, once it has saved a step that it had not before.
+
+    What is saved before it begins may be of workers whose driver was killed, and who are about to end.
+    """
     words = [*DDIFF, *RUN, "--set", "stages.prior.budget.steps=100000"]
-    before = saved_steps(stage)
-    with (here / "stopped.log").open("w") as log:
+    said = here / "stopped.log"
+    with said.open("w") as log:
         process = subprocess.Popen(words, cwd=here, env=ENVIRONMENT, stdout=log, stderr=log)
-    while not saved_steps(stage) - before:
-        assert process.poll() is None, (here / "stopped.log").read_text()
+    before = None
+    while before is None or not saved_steps(stage) - before:
+        assert process.poll() is None, said.read_text()
+        if before is None and "prior: 100,000 steps of" in said.read_text():
+            before = saved_steps(stage)
         time.sleep(0.1)
     return process
 
