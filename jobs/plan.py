@@ -109,7 +109,7 @@ class Plan(NamedTuple):
     rooms: tuple[Room, ...] = ()
     """For files of a run in a store, on the machines that are up; empty if they were not asked."""
     source: str = ""
-    """What it trains on."""
+    """What it trains on, and that its size is not in `disk` if it is not."""
 
     @property
     def left(self) -> tuple[StagePlan, ...]:
@@ -175,10 +175,11 @@ def plan_of(
         "checkpoints": sum(plan.checkpoints * plan.need.state for plan in stages),
         "bundles": 2 * sum(plan.need.bundle for plan in stages),  # of the stage, and in the cascade
     }
+    source = spec.source if spec.shapes else f"{spec.source}, of unknown size"
     standing = standing or {}
     stays = {name for name, now in standing.items() if now.word == "again"}
     free = None if home.stored else free_disk(home.here) + taken(home.here, written(spec, stays))
-    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free, standing, source=spec.source)
+    return Plan(run, stages, tuple(nodes), spec.at_once, disk, free, standing, source=source)
 
 
 def on(plan: Plan, nodes: Sequence[Node]) -> Plan:
@@ -366,7 +367,7 @@ def told(plan: Plan) -> str:
             f"plan of {plan.run}",
             *(line.rstrip() for line in table),
             *(f"{name}: {now.text}" for name, now in plan.standing.items()),
-            f"data:  {plan.source}{'' if 'data' in plan.disk else ', its size is not known'}",
+            f"data:  {plan.source}",
             f"disk:  {amount(total)} ({parts}), {free}{each}",
             *together_told(plan),
             f"nodes: {'; '.join(map(node_text, plan.nodes[:4]))}{more}",

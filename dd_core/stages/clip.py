@@ -41,6 +41,11 @@ class ClipSpec(LearnedSpec):
         return True
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """None where its weights come from elsewhere."""
+        return () if self.pretrained else ("start",)
+
+    @property
     def files(self) -> dict[str, str]:
         """The weights, if they come from a file; those that open_clip knows by name need none."""
         file = self.pretrained.partition(":")[2]

@@ -7,6 +7,9 @@ from dd_core.nets.autoencoder import AutoencoderNetSpec
 from dd_core.stage import Trained
 from dd_core.stages import StageSpec, build_stage
 from dd_core.stages.autoencoder import AutoencoderSpec
+from dd_core.stages.noised_clip import NoisedClipSpec
+from tests.unit.dd_core.test_autoregressive_prior import SPEC as CODES
+from tests.unit.dd_core.test_classifier_stage import SPEC as CLASSIFIER
 from tests.unit.dd_core.test_stages import BASE, CLIP, DRAFT, PRIOR, UPSAMPLER, parents
 
 AUTOENCODER = AutoencoderSpec(
@@ -15,7 +18,8 @@ AUTOENCODER = AutoencoderSpec(
     crop=16,
     perceptual="none",
 )
-SPECS = (CLIP, AUTOENCODER, DRAFT, BASE, UPSAMPLER, PRIOR)
+NOISED = NoisedClipSpec(net=CLIP.net)
+SPECS = (CLIP, AUTOENCODER, DRAFT, BASE, UPSAMPLER, PRIOR, CODES, NOISED, CLASSIFIER)
 
 
 def trained(spec: StageSpec) -> Trained:

@@ -73,6 +73,7 @@ def test_a_plan_says_parameters_memory_steps_images_checkpoints_and_disk(plan: P
     assert plan.disk["data"] > 240 * 1000
     assert plan.disk["embeddings"] == 240 * 32 * 4  # draft, base and prior read those of one CLIP and size
     text = told(plan)
+    assert "data:  the embedded world of shapes\n" in text
     assert text.startswith("plan of runs/smoke\n")
     for word in ("3,418,881", "1.5 GiB", "192", "roomy: 8 CPU, 64.0 GiB", amount(plan.disk["checkpoints"])):
         assert word in text

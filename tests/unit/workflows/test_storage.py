@@ -309,8 +309,11 @@ def test_one_worker_of_each_node_hashes_a_checkpoint_and_the_others_wait_for_it(
 def test_a_checkpoint_on_a_directory_of_all_machines_is_verified_once_when_it_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Home.of(tmp_path / "stage")
-    saved_in(stage, 10)
+    stage, hashed, real = Home.of(tmp_path / "stage"), list[Path](), sealed.sha256
+    files = json.loads((saved_in(stage, 10).here / sealed.MANIFEST).read_text())["files"]
+    monkeypatch.setattr(sealed, "sha256", lambda path: hashed.append(path) or real(path))
+    assert newest(stage) == "checkpoints/step-00000010"
+    assert len(hashed) == len(files)
     damaged(next((stage.here / "checkpoints/step-00000010").glob("*.safetensors")))
     with pytest.raises(sealed.SealError, match="none of the 1 checkpoints"):
         newest(stage)
