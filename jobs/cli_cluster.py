@@ -42,11 +42,13 @@ def deploy(
 
     if (cascade is None) == (file is None) or (file and changes):
         raise click.UsageError("name a cascade (demo@production, with --set) or a config (--config FILE)")
+    if publish and (dry_run or address):
+        raise click.UsageError("--publish goes without --dry-run and without a cluster's --address")
     where = "" if dry_run or publish else address or cluster_address()
     if where and not insecure and not in_a_job():  # a job was checked when it was submitted
         refuse_open(where)
     config = written_before(file) if file else resolved(str(cascade), changes, where)
-    if publish and not dry_run:
+    if publish:
         put_in_place(config)
     if dry_run or publish:
         return answer(config.fields, config.text().rstrip())
@@ -111,6 +113,10 @@ def manifest(
     where = read_cluster(settings)
     match kind:
         case "settings":
+            if recipe or file or changes:
+                raise click.UsageError(
+                    "settings follow --cluster FILE alone; leave out --recipe, --config, --set"
+                )
             return answer(where.model_dump(mode="json"), shown(where).rstrip())
         case "claim":
             if recipe or file or changes:

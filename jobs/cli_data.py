@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from click.core import ParameterSource
 
-from jobs.shell import DIRECTORY, FILE, Directory, Group, answer, verbose
+from jobs.shell import DIRECTORY, FILE, Directory, Group, answer, given, verbose
 
 SHARDS = click.option("--shards", multiple=True, help="Tars: paths, globs, {000..099}, s3://, http://.")
 MAX_REJECTED = click.option("--max-rejected", default=0.05, show_default=True, type=click.FloatRange(0, 1))
@@ -110,15 +109,9 @@ def prepare(
 
 def refuse_beside_config() -> None:
     """Refuse options that --config would silently overrule."""
-    context = click.get_current_context()
-    given = [
-        option.opts[0]
-        for option in context.command.params
-        if option.name not in ("file", "as_json", "verbose", "quiet")
-        and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise click.UsageError(f"the file of --config says all; leave out {', '.join(given)}")
+    own = {option.name or "" for option in click.get_current_context().command.params}
+    if others := given(*own - {"file", "as_json", "verbose", "quiet"}):
+        raise click.UsageError(f"the file of --config says all; leave out {', '.join(others)}")
 
 
 @data.command(short_help="Read tars without writing: what is usable, and why not.")

@@ -75,9 +75,9 @@ class StagePlan(NamedTuple):
     def checkpoints(self) -> int:
         """How many lie on disk at most, the one being written included."""
         budget, kept = self.spec.budget, self.spec.checkpoints_kept + 1
-        every = self.spec.keep_every
-        written = -(-budget.steps // budget.checkpoint_every)
-        return min(written, kept + (budget.steps // every if every else 0))
+        for_ever = budget.steps // self.spec.keep_every if self.spec.keep_every else 0
+        others = for_ever if self.spec.keep_every % budget.checkpoint_every else 0
+        return min(-(-budget.steps // budget.checkpoint_every) + others, kept + for_ever)
 
     def arithmetic(self) -> str:
         """What one worker's memory is made of."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -259,6 +260,16 @@ def answer(facts: Mapping[str, Any], text: str = "") -> None:
         say(json.dumps(dict(facts), indent=2, default=str))
     else:
         say(text or "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def given(*names: str) -> list[str]:
+    """Those of these parameters of the command that the user gave, as they are written: --out."""
+    context = click.get_current_context()
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def verbose() -> bool:

@@ -36,6 +36,7 @@ from serve.admission import Door
 from serve.fetching import in_a_store, on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
+from serve.metrics import RequestMetrics
 from serve.painter import Painter
 from serve.replicas import HopReplica
 from serve.spec import ReplicaSpec, ServeSpec
@@ -92,6 +93,7 @@ class Ingress:
             max_body_bytes=spec.max_body_bytes,
             body_s=spec.body_s,
         )
+        self.api.tally = RequestMetrics()
 
     async def drain(self) -> int:
         """Take in no more requests for images; returns how many images are in progress."""
@@ -236,10 +238,24 @@ def owner() -> tuple[bytes | None, float]:
 
 
 def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
-    """The spec with a share of a GPU for each replica that does not say what it wants; all of them fit."""
-    stages = {hop.stage for hop in cascade.hops}
-    most = sum(spec.hops.get(stage, spec.hop).most_replicas for stage in stages)
-    share = gpu_share(gpus, most + len(stages))
+    """The spec with a share of a GPU for each replica that does not say what it wants.
+
+    They fit into what is left by those that do.
+
+    Raises:
+        ServeError: That is nothing.
+    """
+    asked = [spec.hops.get(stage, spec.hop) for stage in {hop.stage for hop in cascade.hops}]
+    named = sum(hop.most_replicas * (hop.num_gpus or 0) for hop in asked)
+    sharing = [hop.most_replicas for hop in asked if hop.num_gpus is None]
+    if named and sharing and 0 < gpus <= named:
+        raise ServeError(
+            f"the hops that name num_gpus may take {named:g} of {gpus:g} GPUs; name it of the others, too: "
+            "0 for CPUs"
+        )
+    left, most = gpus - named, max(1, sum(sharing) + len(sharing))
+    part = named and 0 < left < 1  # of the one GPU that they have in part
+    share = math.floor(10_000 * left / most) / 10_000 if part else gpu_share(left, most)
 
     def placed(hop: ReplicaSpec) -> ReplicaSpec:
         return hop.but(num_gpus=share) if hop.num_gpus is None else hop
@@ -251,7 +267,7 @@ def gpu_share(gpus: float, replicas: int) -> float:
     """A replica's share of one GPU.
 
     Args:
-        gpus: Of the cluster; with less than a whole one there is no share.
+        gpus: With less than a whole one there is no share.
         replicas: That must fit: as many as autoscaling may start, and one of each hop that replaces another
             while that answers.
 
@@ -340,12 +356,14 @@ def await_ready(url: str, digest: str, spec: ServeSpec) -> None:
     """
     until, reason = time.monotonic() + spec.startup_s, ""
     while time.monotonic() < until:
-        if not (reason := missing(url, digest, spec.precision)):
-            return
         state = ray.serve.status().applications[APPLICATION]
+        reason = missing(url, digest, spec.precision)
+        if not reason and state.status == "RUNNING":  # else the former may answer, with other settings
+            return
         if state.status == "DEPLOY_FAILED":
             raise ServeError(f"the cascade cannot be served: {cause(state.message)}")
         time.sleep(0.2)
+    reason = reason or next(filter(None, (one.message for one in state.deployments.values())), state.status)
     raise ServeError(f"{url} is not ready after {spec.startup_s:g} s: {reason}; `serve status` says more")
 
 

@@ -43,10 +43,7 @@ class Guard:
             await send(message)
 
         try:
-            if headers.get("content-length", "0").isdecimal() and self.too_long(headers):
-                await too_large(self.max_body_bytes).response()(scope, receive, guarded_send)
-            else:
-                await self.app(scope, self.within_limits(receive), guarded_send)
+            await self.app(scope, self.within_limits(receive, headers), guarded_send)
         except Exception as error:
             frames = "".join(traceback.format_tb(error.__traceback__))
             log.error("request %r failed: %s\n%s", request_id[:64], type(error).__name__, frames)
@@ -54,17 +51,20 @@ class Guard:
                 raise
             await internal_error(request_id).response()(scope, receive, guarded_send)
 
-    def within_limits(self, receive: Receive) -> Receive:
+    def within_limits(self, receive: Receive, headers: Headers) -> Receive:
         """The messages of one request, as long as its body is within the limits.
 
         Raises:
             HTTPException: 413 or 408, out of the call that passes a limit.
         """
-        read = 0
+        read, announced = 0, headers.get("content-length", "0")
+        too_long = announced.isdecimal() and int(announced[:20]) > self.max_body_bytes
         until: float | None = asyncio.get_running_loop().time() + self.body_s
 
         async def limited() -> Message:
             nonlocal read, until
+            if too_long:
+                raise HTTPException(413)
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
@@ -78,10 +78,6 @@ class Guard:
             return message
 
         return limited
-
-    def too_long(self, headers: Headers) -> bool:
-        """Whether the announced body is too long."""
-        return int(headers.get("content-length", "0")[:20]) > self.max_body_bytes
 
 
 def too_large(limit: int) -> ApiError:

@@ -18,6 +18,8 @@ PAUSE_S = 1.0
 STRANGE_S, STRANGE_PAUSE_S = 5.0, 0.1
 """Time after which a request that has met only replicas of another cascade gives up (its own is not coming,
 but gone), and the pause between two of them: those refuse at once, so Serve prefers them to busy ones."""
+DEATHS = (RayActorError, DeviceLostError)
+"""What a request is told under which a replica or its device died."""
 READY_TRIES, READY_PAUSE_S = 5, 0.2
 """How often a hop is asked whether it is ready while failed replicas answer, and the pause in between."""
 
@@ -25,10 +27,10 @@ READY_TRIES, READY_PAUSE_S = 5, 0.2
 class ReplicaLink:
     """Any replica of the deployment of a hop.
 
-    A sampling is seeded, so it can be repeated: when a replica dies, its request is sent once more, to
-    another one.  Two deaths under one request are more likely than not its own fault.  A replica that had
-    failed before it was asked does not count, nor does a picture that was lost with its node on the way:
-    these requests are repeated until the deadline.
+    A sampling is seeded, so it can be repeated: when a replica dies, all its requests are sent once more, one
+    after the other: it was the fault of one of them at most, and a second death tells of which.  A replica
+    that had failed before it was asked does not count, nor does a picture that was lost with its node on the
+    way: these requests are repeated until the deadline.
 
     While a cascade is replaced by another one each hop changes at its own time, so each request names its
     cascade and its precision: no image is drawn half by the one and half by the other.
@@ -36,23 +38,38 @@ class ReplicaLink:
 
     def __init__(self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision) -> None:
         self.stage, self.handle, self.whose = stage, handle, (digest, precision)
+        self.suspects = asyncio.Lock()
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
-        clock = asyncio.get_running_loop().time
-        until, deaths, met = clock() + timeout_s, 0, math.inf
+        until = asyncio.get_running_loop().time() + timeout_s
+        try:
+            return await self.repeated(state, how, until)
+        except DEATHS:
+            async with self.suspects:
+                try:
+                    return await self.repeated(state, how, until)
+                except DEATHS as error:
+                    told = f"two replicas of {self.stage} died under this request"
+                    raise HopLostError(told, again=False) from error
+
+    async def repeated(self, state: CascadeState, how: SamplingSpec, until: float) -> CascadeState:
+        """The answer of a replica that did not fail before it was asked.
+
+        Raises:
+            RayActorError, DeviceLostError: It died under this request.
+            HopLostError: There is none until the deadline, which is on the loop's clock.
+        """
+        clock, met = asyncio.get_running_loop().time, math.inf
         while True:
             try:
                 return await self.asked(state, how, until - clock())
-            except (RayActorError, ObjectLostError, EngineDownError, OtherCascadeError) as error:
+            except DeviceLostError:
+                await asyncio.sleep(PAUSE_S)
+                raise
+            except (ObjectLostError, EngineDownError, OtherCascadeError) as error:
                 lost: Exception = error
-            deaths += isinstance(lost, RayActorError | DeviceLostError)
             strange = isinstance(lost, OtherCascadeError)
             met = min(met, clock()) if strange else math.inf
-            if deaths == 2:
-                told = f"two replicas of {self.stage} died under this request"
-                raise HopLostError(told, again=False) from lost
-            if isinstance(lost, RayActorError):
-                continue
             pause = STRANGE_PAUSE_S if strange else PAUSE_S
             if clock() - met >= STRANGE_S or clock() + pause > until:
                 raise HopLostError(f"a replica of {self.stage} is being replaced", again=True) from lost

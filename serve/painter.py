@@ -223,12 +223,18 @@ class Painter:
         return [name for name, text in texts.items() if too_long(text, self.cascade.context_length)]
 
     async def replacing(self, timeout_s: float) -> bool:
-        """Whether a replica that answers serves something else: until none does, that is not replaced."""
+        """Whether a replica serves something else: until none does, that is not replaced.
+
+        One that runs and does not answer in time has its hands full, with the work of another cascade.
+        """
         found = list((await self.served(timeout_s)).values())  # after that the replicas are known
         every = (link.all_ready(timeout_s) for link in self.links.values())
+        running: list[object] = []
         for told in await asyncio.gather(*every, return_exceptions=True):
-            found += told if isinstance(told, list) else []
-        return any(self.lacks(one) for one in found if not isinstance(one, BaseException))
+            running += told if isinstance(told, list) else [told]
+        if any(isinstance(one, TimeoutError) for one in running):
+            return True
+        return any(self.lacks(one) for one in found + running if not isinstance(one, BaseException))
 
     def unready(self, found: Mapping[str, object]) -> dict[str, str]:
         """Stage -> why it cannot serve now; empty when all can.  `found` comes from `served`."""

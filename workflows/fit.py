@@ -65,9 +65,12 @@ class TrainingError(RuntimeError):
 def fit(spec: TrainSpec, job: Job, told: Stopping) -> Outcome:
     """Run the workers to their common outcome; all are started again when some are lost.
 
+    Whether they have GPUs is decided once: those of a node that was lost are waited for.
+
     Raises:
         TrainingError: Lost more often than spec.restarts with no checkpoint made between.
     """
+    spec = spec.but(use_gpu=spec.on_gpu(ray.cluster_resources().get("GPU", 0)))
     lost, saved = 0, newest_seal(job.home)
     while True:
         try:

@@ -32,16 +32,30 @@ def parent_home(spec: TrainSpec, role: str, run: Home | Path) -> Home:
     """Where a parent's bundle lies: a stage of this run, or elsewhere.
 
     Raises:
-        ValueError: It is in neither place.
+        ValueError: It is in neither place; or it is the stage's own bundle, which would be moved away when
+            the stage is trained anew.
     """
     named, home = spec.parents[role], Home.of(run)
+    own = home.at(f"{spec.name}/bundle")
     for place in (home.at(f"{named}/bundle"), Home.of(named)):
         if place.has(sealed.MANIFEST):
+            if same_place(place, own):
+                raise ValueError(
+                    f"{spec.name}: its {role} {named!r} is its own bundle, which makes room for the new one; "
+                    f"add a stage under another name with start: {spec.name}, or copy the bundle elsewhere"
+                )
             return place
     raise ValueError(
         f"{spec.name}: its {role} {named!r} is neither a trained stage of {home.address} nor the path of a "
         f"bundle; train {named!r} first"
     )
+
+
+def same_place(one: Home, other: Home) -> bool:
+    """Whether two addresses mean the same directory."""
+    if one.stored or other.stored:
+        return one.address == other.address
+    return one.here.resolve() == other.here.resolve()
 
 
 def outline(home: Home) -> Trained:

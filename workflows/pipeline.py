@@ -154,28 +154,64 @@ def check_parents(spec: RunSpec, run: Home | Path) -> None:
     """Check, before any work, that every parent is a stage of the run or a bundle that is there.
 
     The parents of such a bundle belong to the cascade too, so they must be stages or parents here as well.
+    Those of a `start` do not, but what has measured the embeddings of one CLIP goes on with that one.
 
     Raises:
         ValueError: One is not.
     """
-    names, known, elsewhere = set[str](), set[str](), dict[tuple[str, str], dict[str, Any]]()
+    home, elsewhere = Home.of(run), dict[tuple[str, str], dict[str, Any]]()
+    known = {
+        stage.name: home.at(f"{stage.name}/bundle").facts(sealed.MANIFEST).get("digest", "")
+        for stage in spec.stages
+    }
+    names = set(known)
     for stage in spec.stages:
-        names.add(stage.name)
-        known.add(Home.of(run).at(f"{stage.name}/bundle").facts(sealed.MANIFEST).get("digest", ""))
-    for stage in spec.stages:
-        for role in (role for role, named in stage.parents.items() if named not in names):
-            facts = parent_home(stage, role, run).facts(sealed.MANIFEST)
-            if role != "start":
-                elsewhere[stage.name, role] = facts
-                known.add(facts.get("digest", ""))
+        for role, named in stage.parents.items():
+            if named not in names:
+                elsewhere[stage.name, role] = facts = parent_home(stage, role, run).facts(sealed.MANIFEST)
+                known |= {named: facts.get("digest", "")} if role != "start" else {}
     for (name, role), facts in elsewhere.items():
+        if role == "start":
+            refuse_other_clip(spec.stage(name), facts.get("parents", {}).get("clip", ""), known)
+            continue
         for theirs, digest in facts.get("parents", {}).items():
-            if theirs != "start" and digest not in known:
+            if theirs != "start" and digest not in known.values():
                 raise ValueError(
                     f"{name}: its {role} {spec.stage(name).parents[role]!r} was trained on {theirs} "
                     f"{digest[:12]}, which no stage of {spec.name} stands on; name the bundle of that "
                     f"{theirs} where stages here have a {theirs}, or train the {role} in this run"
                 )
+
+
+def refuse_other_clip(stage: TrainSpec, theirs: str, ours: Mapping[str, str]) -> None:
+    """Refuse a start that has measured the embeddings of another CLIP than the one that it would be told of.
+
+    What has measured nothing may learn to hear another one.
+
+    Args:
+        stage: It starts with the weights of another training.
+        theirs: Digest of the CLIP of that one; empty if it had none.
+        ours: Digests of the CLIPs that stages may name here, by how they name them.
+
+    Raises:
+        ValueError: The two differ.
+    """
+    named = stage.parents.get("clip", "")
+    if not theirs or not named or ours.get(named) == theirs:
+        return
+    if stage.stage.looks_at:
+        raise ValueError(
+            f"{stage.name}: its start {stage.parents['start']!r} has measured the embeddings of clip "
+            f"{theirs[:12]}, and {named!r} is another; name the bundle of that clip as its parent clip, or "
+            "leave start out"
+        )
+    log.warning(
+        "%s: its start was told what clip %s says, and %r is another, which it has to learn to hear; to go "
+        "on with that clip name its bundle as the parent clip of every stage",
+        stage.name,
+        theirs[:12],
+        named,
+    )
 
 
 def prepared_data(spec: RunSpec, run: Home) -> Prepared:

@@ -106,7 +106,11 @@ def made(
                 rot.count(part)
                 if rot.hopeless:
                     break
-    done = sorted(parts) if rot.hopeless else range(len(source))  # raises below if a shard is missing
+        if not rot.hopeless and len(parts) < len(source):  # Ray may drop the end of a task that it repeats
+            parts = resumed(home, facts["source"], keys)
+    done = sorted(parts) if rot.hopeless else range(len(source))
+    if lacking := [shard for shard in done if shard not in parts]:
+        raise DestinationError(f"{home.address} lacks the part of shard {lacking[0]}; prepare again")
     facts |= totals([parts[shard] for shard in done])
     try:
         judge(spec, facts)

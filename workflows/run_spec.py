@@ -51,13 +51,19 @@ class RunSpec(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
 
     @model_validator(mode="after")
-    def _fits(self) -> "RunSpec":
+    def _made_here(self) -> "RunSpec":
         if self.shapes is not None and self.pairs.shards != MADE_HERE:
             named = redacted(", ".join(self.pairs.shards))
             raise ValueError(
                 f"pairs.shards is {named}, but this run trains on data of its own making (shapes); to train"
                 " on yours set shapes=null and pairs.destination"
             )
+        if self.shapes is not None and self.evaluation.judge:
+            raise ValueError("evaluation.judge is for data of yours; a run's own is judged by the oracle")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunSpec":
         names = [stage.name for stage in self.stages]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two stages are named {min(twice)!r}")

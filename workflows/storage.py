@@ -118,7 +118,8 @@ class Home(NamedTuple):
                 found = store(self.root).ls(self.address, detail=False, refresh=True)
             except FileNotFoundError:
                 return []
-            return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found} - {""})
+            inside = {str(path).rstrip("/") for path in found} - {opened(self.address)[1].rstrip("/")}
+            return sorted({path.rpartition("/")[2] for path in inside} - {""})
 
     def text(self, name: str) -> str:
         """A small file; empty if it is not there.  Bytes that are damaged stand for no character."""

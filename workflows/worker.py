@@ -29,6 +29,7 @@ from dd_core.stage import PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.training import StepReport, TrainState, train, wrapping
 from workflows import cpus, feed, mailbox, samples
+from workflows.agreement import Agreement
 from workflows.checkpoints import newest, prune
 from workflows.files import INSISTED, insistently
 from workflows.journal import JOURNAL, Journal, curves
@@ -42,8 +43,6 @@ from workflows.train_spec import TrainSpec
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-AGREE_STEPS = 10
-"""Workers ask each other whether to stop at multiples of so many steps."""
 FEWER = "lower samples.pictures, name fewer samples.prompts, or set budget.sample_every=0"
 """What to do about a grid that is too large for the GPU beside the training."""
 
@@ -130,7 +129,8 @@ def trained_to_the_end(job: Job) -> Outcome:
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
     sending = Periodically(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ())))
     with StopSign(job.home, first=who.rank == 0) as sign, sending:
-        return stepped(job, who, steps, recorder, sign)
+        agreement = Agreement(sign, ranks=who.ranks, drainable=job.drainable)
+        return stepped(job, who, steps, recorder, agreement)
 
 
 def shared(who: Position) -> Any:
@@ -149,18 +149,19 @@ def threads(local_workers: int, at_once: int) -> int:
 
 
 def stepped(
-    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", sign: StopSign
+    job: Job, who: Position, steps: Iterator[StepReport], recorder: "Recorder", agreement: Agreement
 ) -> Outcome:
     """Take every step of the budget, or stop earlier if told to."""
     spec, warned = job.spec, False
+    saved_at = (spec.budget.checkpoint_every, spec.keep_every)
     for report in steps:
         recorder.note(report)
-        stop = told_to_stop(sign, report.step, who)
+        stop, node_will_go = agreement.after(report.step)
         last = report.step == spec.budget.steps
-        new_warning = not warned and node_will_go(job, report.step)
-        if stop or last or new_warning or report.step % spec.budget.checkpoint_every == 0:
+        due = any(every and report.step % every == 0 for every in saved_at)
+        if stop or last or due or (node_will_go and not warned):
             recorder.save()
-        warned |= new_warning
+        warned |= node_will_go
         if (every := spec.budget.sample_every) and report.step % every == 0 and who.rank == 0:
             recorder.draw(report.step)  # after the checkpoint, which is worth more
         if stop and not last:
@@ -179,7 +180,7 @@ def started(job: Job, who: Position, parents: dict[str, Trained]) -> tuple[Train
     stage = build_stage(spec.stage, parents)
     wrapped = ray.train.torch.prepare_model(stage, parallel_strategy_kwargs=dict(wrapping(stage)))
     state = TrainState(wrapped, spec.optimizer, seed=spec.seed, rank=who.rank, ranks=who.ranks)
-    name = newest(job.home) if who.rank == 0 else ""
+    name = insisted(partial(newest, job.home), job.home, "read") if who.rank == 0 else ""
     if who.ranks > 1:
         name = ray.train.collective.broadcast_from_rank_zero(name)
     if not name:
@@ -211,7 +212,7 @@ def brought(homes: Mapping[str, Home], who: Position, *, by_rank_0: bool = False
     """
     if who.local == 0 and not (by_rank_0 and who.rank == 0):
         for home in homes.values():
-            home.fetched()
+            insisted(home.fetched, home, "read")
     if who.ranks > 1:
         dist.barrier()
     return {name: home.here for name, home in homes.items()}
@@ -223,26 +224,7 @@ def accumulation(spec: TrainSpec) -> int:
     return own // (spec.micro_batch_size or own)
 
 
-def told_to_stop(sign: StopSign, step: int, who: Position) -> bool:
-    """Whether all workers are to save and stop now."""
-    if who.ranks == 1:
-        return sign.up()
-    if step % AGREE_STEPS:
-        return False
-    flag = torch.tensor(float(sign.up()), device=ray.train.torch.get_device())
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def node_will_go(job: Job, step: int) -> bool:
-    """Whether Ray has announced the loss of a node; the same answer on all workers.
-
-    They save and go on: when the node is gone, Ray starts them on those that are left.
-    """
-    return job.drainable and step % AGREE_STEPS == 0 and ray.train.get_preemption_info() is not None
-
-
-def insisted(ask: Callable[[], T], home: Home) -> T:
+def insisted(ask: Callable[[], T], home: Home, what: str = "written to") -> T:
     """What a store answers, asked with patience: giving up would lose all steps since the last checkpoint.
 
     Raises:
@@ -252,7 +234,7 @@ def insisted(ask: Callable[[], T], home: Home) -> T:
     def final(error: Exception) -> bool:
         return isinstance(error, AddressError) or not isinstance(error, StorageError)
 
-    return insistently(ask, f"{home.address} cannot be written to", final=final, attempts=INSISTED)
+    return insistently(ask, f"{home.address} cannot be {what}", final=final, attempts=INSISTED)
 
 
 class Recorder:

@@ -21,6 +21,9 @@ from dd_core.nets.places import grid_waves
 from dd_core.spec import Spec
 from dd_core.towers import open_clip
 
+MOST_LOG_SCALE = math.log(100)
+"""Training keeps the logarithm of what cosines are multiplied by at this or below, as published (CLIP)."""
+
 
 class ClipNetSpec(Spec):
     """Size of the two towers."""
@@ -211,5 +214,5 @@ class Clip(nn.Module):
         return PackedCaption(states, F.normalize((ends @ towers.text_projection).float(), dim=-1), found)
 
     def logit_scale(self) -> Float[Tensor, ""]:
-        """What cosines are multiplied by before the softmax; at most 100, as published."""
-        return self.towers.logit_scale.exp().clamp(max=100)
+        """What cosines are multiplied by before the softmax."""
+        return self.towers.logit_scale.exp()

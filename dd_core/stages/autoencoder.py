@@ -127,7 +127,11 @@ class AutoencoderStage(Stage):
         self.model = Autoencoder(spec.net)
         self.discriminator = PatchGan(spec.discriminator)
         self.register_buffer("batches", torch.tensor(0))
+        self.codes_begun = False
         self.freeze(perceptual_of(spec, clip))
+
+    def has_begun(self) -> None:
+        self.codes_begun = True
 
     def players(self, phase: str) -> list[nn.Parameter]:
         """The parameters that a phase trains."""
@@ -162,7 +166,7 @@ class AutoencoderStage(Stage):
             cost = self.spec.kl_weight * kl
             return Squeezed(latent, cost, {"kl": kl.detach() * values}, posterior.mean)
         z = self.model.unquantised(image)
-        if self.training and bool(self.batches == 0):
+        if self.training and not self.codes_begun and bool(self.batches == 0):
             self.model.quantiser.begin(gathered(z))
         vectors, codes = self.model.quantiser(z)
         commitment = losses.vq_commitment(z, vectors, form=self.spec.commitment).mean()

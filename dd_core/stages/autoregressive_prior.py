@@ -75,6 +75,9 @@ class AutoregressivePriorStage(Stage):
         self.register_buffer("count", torch.tensor(0))
         self.freeze(clip_of(clip))
 
+    def has_begun(self) -> None:
+        self.count.fill_(self.spec.measured_images)
+
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         clip = self.frozen[0]
         assert isinstance(clip, Clip)

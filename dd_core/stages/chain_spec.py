@@ -173,7 +173,10 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
     continuous = isinstance(spec.schedule, LogNormalSpec)
     found = [
         (continuous and spec.learns_variance, f"loss {spec.loss} counts the bits of timesteps; use simple"),
-        (continuous and spec.rescaled_time, "rescaled_time is for timesteps; leave it out"),
+        (
+            spec.rescaled_time and (continuous or spec.unet is None or spec.unet.level_scale != 1),
+            "rescaled_time is for networks that are told timesteps; leave it out",
+        ),
         (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
         (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
         (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from dd_core import images, losses
 from dd_core.layouts.clip import net_of
 from dd_core.nets.captioner import Captioner
-from dd_core.nets.clip import Clip, ClipNetSpec
+from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec
 from dd_core.ranks import gathered
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.towers import open_clip
@@ -63,6 +63,10 @@ class ClipStage(Stage):
         self.spec = spec
         self.model = Clip(spec.net)
         self.captioner = captioner_of(spec)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.model.towers.logit_scale.clamp_(max=MOST_LOG_SCALE)
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         image = self.model.embed_image(images.to_unit(batch.image))

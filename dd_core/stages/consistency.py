@@ -97,6 +97,11 @@ class ConsistencySpec(LearnedSpec):
             )
         scale = self.teacher.guidance_scale if self.teacher else 1.0
         refuse_unlearned(scale, self.base.guides_itself, self.dropout)
+        if self.ends_at_lowest and self.sigma_min not in (None, low := self.base.sigma_range[0]):
+            raise ValueError(
+                f"its network is the identity at its base's lowest noise level, {low:g}, not at sigma_min "
+                f"{self.sigma_min:g}; leave sigma_min out"
+            )
         if not isinstance(self.base, ChainSpec):
             return self
         if self.base.factor > 1:

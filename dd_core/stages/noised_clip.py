@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dd_core import images, losses
-from dd_core.nets.clip import Clip, ClipNetSpec, Convolutions
+from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec, Convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
 from dd_core.stage import EmbeddedBy, Losses, PairBatch, Stage, Trained
@@ -138,8 +138,8 @@ class NoisedClip(nn.Module):
         return begun
 
     def logit_scale(self) -> Float[Tensor, ""]:
-        """The factor that turns cosines into logits; at most 100, as published."""
-        return self.log_scale.exp().clamp(max=100)
+        """The factor that turns cosines into logits."""
+        return self.log_scale.exp()
 
 
 class NoisedClipStage(Stage):
@@ -179,6 +179,10 @@ class NoisedClipStage(Stage):
         hit = losses.found(image, target, same)
         parts = {"retrieval": hit.mean(), "retrieval_clear": hit[clear].sum() / clear.sum().clamp(min=1)}
         return Losses(loss, parts)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.model.log_scale.clamp_(max=MOST_LOG_SCALE)
 
     @torch.no_grad()
     def target(self, batch: PairBatch) -> Tensor:

@@ -178,7 +178,7 @@ def refuse_other(kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) 
         raise ValueError(
             f"{kind}: the parent 'start' is neither a {kind} nor a published network of one; name another"
         )
-    known = [name for name in mine if name.startswith("net.") or "predicts" in theirs]
+    known = [name for name in mine if name.startswith("net.") or "told" in theirs]
     for name in known:
         if (other := theirs.get(name)) != mine[name]:
             what = "has another network" if name.startswith("net.") else "was trained otherwise"
@@ -209,10 +209,17 @@ def begin_as(model: nn.Module, spec: Any, start: Trained) -> None:
 
 
 def fields_of(spec: Any) -> dict[str, Any]:
-    """The fields of a stage's network, as `refuse_other` compares them."""
+    """The fields of a stage's network, and what it predicts and is told, as `refuse_other` compares them."""
     own = {"embedding_width", "width", "layers"}  # a draft's
     fields = spec.model_dump(include=own) if isinstance(spec, DraftSpec) else spec.net.model_dump()
-    return {f"net.{name}": value for name, value in fields.items()}
+    found = {f"net.{name}": value for name, value in fields.items()}
+    match spec.kind:
+        case "base":
+            return found | {"told": "log sigma", "predicts": spec.predicts}
+        case "noised_classifier":
+            return found | told_level(spec.net, spec.schedule or LogNormalSpec(), rescaled=False)
+        case _:
+            return found
 
 
 def asked_of(spec: Spec) -> dict[str, Any]:

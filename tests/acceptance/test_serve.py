@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,34 @@ def offline(directory: Path, prompt: str, seed: int) -> np.ndarray[Any, Any]:
 
 def pixels(item: Any) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json))))
+
+
+def told_to_prometheus(name: str, **tags: str) -> float:
+    """The sum of a metric's samples with these tags, as Ray's node exports them."""
+    node = ray.nodes()[0]
+    address = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+        lines = answer.read().decode().splitlines()
+    wanted = [f'{tag}="{value}"' for tag, value in tags.items()]
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.startswith(name + "{") and all(tag in line for tag in wanted)
+    )
+
+
+def test_prometheus_is_told_of_images_refusals_waits_and_shared_steps(on_air: OnAir) -> None:
+    """The first test here: its requests are all that have been counted."""
+    client = on_air.client(max_retries=0)
+    client.images.generate(prompt="a", n=3, extra_body=TENTH)
+    with pytest.raises(openai.BadRequestError):
+        client.images.generate(prompt="a", size="1x1")
+    steps, base = TENTH["num_inference_steps"], {"deployment": "base"}
+    until(lambda: told_to_prometheus("ray_ddiff_denoised_samples_total", **base) == 3 * steps)
+    assert steps <= told_to_prometheus("ray_ddiff_denoise_step_seconds_count", **base) <= 3 * steps
+    assert told_to_prometheus("ray_ddiff_queue_seconds_count", **base) == 3
+    until(lambda: told_to_prometheus("ray_ddiff_rejected_total", reason="unsupported_value") == 1)
+    assert told_to_prometheus("ray_ddiff_images_total", deployment="Ingress") == 3
 
 
 def test_the_official_client_gets_the_images_that_the_cascade_paints_offline(on_air: OnAir) -> None:
@@ -184,10 +213,17 @@ def kill(stage: str) -> None:
 
 
 def test_the_same_command_again_finds_its_own_service_and_takes_it_over(on_air: OnAir) -> None:
-    spec = ServeSpec(cascade=str(on_air.directory), port=int(on_air.url.rsplit(":", 1)[1]))
+    small = ReplicaSpec(
+        threads=1, num_cpus=0.1
+    )  # other settings, and room beside the replicas that are there
+    spec = ServeSpec(cascade=str(on_air.directory), port=int(on_air.url.rsplit(":", 1)[1]), hop=small)
     before = app.owner()
     assert app.run(spec) == on_air.url
     assert app.owner()[0] not in (None, before[0])
+    assert ray.serve.status().applications[app.APPLICATION].status == "RUNNING"  # with these settings
+    large = spec.but(hop=small.but(num_cpus=9), startup_s=45)
+    with pytest.raises(app.ServeError, match=r"not ready after 45 s: .*taken more than 30s to be scheduled"):
+        app.run(large)
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -389,6 +389,10 @@ def test_a_student_of_a_chain_may_leave_its_dropout_out_and_nothing_else(edm: di
             {"base": EDM.but(predicts="consistency"), "teacher": None, "segments": 7},
             "identity at its lowest level, and segments end at 0; set segments: 1",
         ),
+        (
+            {"base": EDM.but(predicts="consistency"), "teacher": None, "segments": 1, "sigma_min": 0.5},
+            "identity at its base's lowest noise level, 0.002, not at sigma_min 0.5; leave sigma_min out",
+        ),
     ],
 )
 def test_a_chain_that_cannot_be_distilled_says_what_would_help(

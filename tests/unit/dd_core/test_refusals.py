@@ -179,7 +179,8 @@ def test_a_hole_in_a_base_is_filled_from_as_far_as_asked() -> None:
         (ENLARGING, {"crop": 4}, "crop 4 must divide by 8"),
         (LATENT, {"crop": 8}, "for a UNet that paints pixels; set crop: 0"),
         (EDM, {"loss": "vlb"}, "counts the bits of timesteps; use simple"),
-        (EDM, {"rescaled_time": True}, "is for timesteps; leave it out"),
+        (EDM, {"rescaled_time": True}, "is for networks that are told timesteps; leave it out"),
+        (TRANSFORMER, {"rescaled_time": True}, "is for networks that are told timesteps; leave it out"),
         (TRANSFORMER, {"image_size": 32}, "net.image_size is 16, image_size 32; make them equal"),
     ],
 )

@@ -15,8 +15,9 @@ from dd_core.samplers import SamplingSpec
 from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import StageSpec, build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec, roughened
-from dd_core.stages.clip import ClipSpec
+from dd_core.stages.clip import ClipSpec, ClipStage
 from dd_core.stages.draft import DraftSpec, draft_of
+from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.stages.prior import PriorHop, PriorSpec
 from dd_core.stages.upsampler import UpsamplerSpec
 from dd_core.text import tokens
@@ -396,3 +397,17 @@ def test_cosines_are_those_of_float32_under_autocast() -> None:
         found = losses.info_nce(image, text, scale, same), losses.found(image, text, same)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("spec", [CLIP, NoisedClipSpec(net=CLIP.net)], ids=lambda spec: spec.kind)
+def test_the_factor_of_cosines_ends_at_a_hundred_and_can_leave_it_again(spec: StageSpec) -> None:
+    stage = build_stage(spec, parents(spec))
+    clip = isinstance(stage, ClipStage)
+    scale: Tensor = stage.model.towers.logit_scale if clip else stage.model.log_scale  # type: ignore[assignment]
+    scale.data.fill_(5.0)
+    stage.after_step()
+    assert scale.exp().item() == pytest.approx(100)
+    image = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    stage(PairBatch(image, torch.tensor(tokens(list("abcdefgh"), 12)))).total.backward()
+    assert scale.grad is not None
+    assert scale.grad > 0  # pictures without meaning: it is to fall

@@ -371,7 +371,10 @@ def test_a_secret_in_the_run_becomes_no_manifest(kind: str, monkeypatch: pytest.
             "shards 'data/{00..09}.tar' is a path beside this folder, which no node has",
         ),
         (
-            ["evaluation.judge=ViT-B-32:weights/clip.pt"],
+            [
+                *("shapes=null", "pairs.destination=s3://b/prepared", 'pairs.shards=["s3://b/a.tar"]'),
+                "evaluation.judge=ViT-B-32:weights/clip.pt",
+            ],
             "evaluation.judge 'weights/clip.pt' is a path beside this folder",
         ),
     ],

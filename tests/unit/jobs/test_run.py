@@ -77,6 +77,14 @@ def test_of_a_run_on_a_cluster_it_is_said_how_to_judge_it(home: Home, journal: J
     assert facts["oracle"] == {}
 
 
+def test_scores_that_somebody_records_while_the_report_is_painted_stay(home: Home, journal: Journal) -> None:
+    facts = run.write_summary(home, smoke.run(), made(home), ORACLE, {})
+    home.write("summary.json", json.dumps(facts | {"oracle": GOOD}))
+    assert run.concluded(home, smoke.run(), made(home), ORACLE, {}, journal)["oracle"] == GOOD
+    other = made(home)._replace(digest="e" * 64)
+    assert run.write_summary(home, smoke.run(), other, ORACLE, {})["oracle"] == {}
+
+
 def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_yet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -89,6 +89,22 @@ class Served:
         return self.client.post(URL, json={"prompt": "a red circle"} | body)
 
 
+class Told:
+    """What an application's tally is told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def painted(self, images: int) -> None:
+        self.told.append(images)
+
+    def refused(self, code: str) -> None:
+        self.told.append(code)
+
+    def cancelled(self) -> None:
+        self.told.append(None)
+
+
 def pngs(answer: Any) -> list[bytes]:
     assert answer.status_code == 200, answer.text
     return [base64.b64decode(item["b64_json"]) for item in answer.json()["data"]]
@@ -100,6 +116,7 @@ def refused(answer: Any, status: int, param: str | None = None) -> str:
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param
-    assert error["type"] == ("invalid_request_error" if status < 429 else "server_error")
+    kinds = {429: "rate_limit_error"} | dict.fromkeys(range(400, 429), "invalid_request_error")
+    assert error["type"] == kinds.get(status, "server_error")
     assert answer.headers["x-request-id"]
     return error["message"]

@@ -97,11 +97,15 @@ def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
     asked = ServeSpec.model_validate(
         {"cascade": "c", "hops": {"base": {"num_gpus": 1}, "upsampler": {"max_rows": 2}}}
     )
-    for gpus, share in ((2, 0.5), (1, 0.25), (0, 0)):
+    for gpus, share in ((3, 1), (2, 0.5), (0, 0)):
         placed = app.on_gpus(asked, cascade, gpus)
         assert placed.hops["base"] == asked.hops["base"]
         assert placed.hops["upsampler"] == asked.hops["upsampler"].but(num_gpus=share)
         assert placed.hop.num_gpus == share
+    with pytest.raises(app.ServeError, match="may take 1 of 1 GPUs; name it of the others, too"):
+        app.on_gpus(asked, cascade, 1)
+    half = asked.but(hops=asked.hops | {"base": asked.hops["base"].but(num_gpus=0.5)})
+    assert app.on_gpus(half, cascade, 1).hop.num_gpus == 0.25  # one replica, and one that replaces it
 
 
 @pytest.mark.parametrize(("names", "left"), [(["ddiff"], ["all"]), (["ddiff", "theirs"], ["ddiff"])])

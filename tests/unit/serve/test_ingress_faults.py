@@ -14,7 +14,7 @@ import torch
 
 from dd_core.cascade import CascadeState
 from serve.painter import HopLostError
-from tests.unit.serve.endpoint import LAST, URL, Served, pngs, refused
+from tests.unit.serve.endpoint import LAST, URL, Served, Told, pngs, refused
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,7 @@ def test_painting_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_that_goes_away_frees_every_hop_whatever_its_headers_say() -> None:
     body = json.dumps({"prompt": "a", "n": 4, "num_inference_steps": 250}).encode()
     one = Served()
+    one.api.tally = tally = Told()
     base = one.links["base"]
 
     async def scenario() -> int:
@@ -156,3 +157,4 @@ def test_a_client_that_goes_away_frees_every_hop_whatever_its_headers_say() -> N
 
     assert asyncio.run(scenario()) <= 1 + 2
     assert base.engine.load() == 0
+    assert tally.told == [None]

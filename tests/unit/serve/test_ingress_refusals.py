@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dd_core.cascade import HopSpec
 from serve.openai_api import GenerationRequest
-from tests.unit.serve.endpoint import CASCADE, LAST, URL, Served, pngs, refused
+from tests.unit.serve.endpoint import CASCADE, LAST, URL, Served, Told, pngs, refused
 
 UNABLE: list[tuple[str, Any]] = [
     ("size", "1024x1024"),
@@ -169,3 +169,23 @@ def test_any_json_gets_its_images_or_a_reason(served: Served, body: dict[str, An
     else:
         assert answer.status_code in (400, 404)
         assert answer.json()["error"]["message"]
+
+
+def test_a_tally_is_told_how_every_request_for_images_ended(served: Served) -> None:
+    served.api.tally = tally = Told()
+    served.post(n=2)
+    served.post(size="1x1")
+    served.post(steps=3)
+    served.client.get(URL)
+    served.client.post(URL, json={"prompt": "a" * 30_000})
+    served.client.get("/v1/models/none")
+    served.links["base"].failing = TimeoutError()
+    served.post()
+    assert tally.told == [
+        2,
+        "unsupported_value",
+        "unknown_parameter",
+        "method_not_allowed",
+        "body_too_large",
+        "deadline_exceeded",
+    ]

@@ -64,6 +64,46 @@ def test_two_deaths_under_one_request_are_its_own_fault(answers: list[Exception]
     assert not lost.value.again
 
 
+class Mortal:
+    """The only replica of a deployment: one of its requests kills it, and with it all that it works on."""
+
+    def __init__(self, deadly: CascadeState) -> None:
+        self.deadly, self.advance, self.deaths = deadly, self, 0
+        self.working: list[asyncio.Future[CascadeState]] = []
+
+    def remote(self, state: CascadeState, *_: Any) -> "asyncio.Future[CascadeState]":
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[CascadeState] = loop.create_future()
+        self.working.append(answer)
+        if state is self.deadly:
+            loop.call_later(0.01, self.die)
+        else:
+            loop.call_later(0.05, lambda: answer.done() or answer.set_result(state))
+        return answer
+
+    def die(self) -> None:
+        self.deaths += 1
+        for answer in self.working:
+            if not answer.done():
+                answer.set_exception(RayActorError())
+
+
+def test_a_request_that_kills_replicas_takes_none_of_its_neighbours_with_it() -> None:
+    deadly, *others = (CascadeState(seeds=[seed], tokens=torch.zeros(1, 12)) for seed in range(7))
+    mortal: Any = Mortal(deadly)
+
+    async def main() -> list[Any]:
+        link = ReplicaLink("base", mortal, OLD, "auto")
+        asked = [link.advance(one, SamplingSpec(), 60) for one in (*others[:3], deadly, *others[3:])]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    *told, last = asyncio.run(main())
+    assert isinstance(lost := told.pop(3), HopLostError)
+    assert not lost.again
+    assert all(one is other for one, other in zip([*told, last], others, strict=True))
+    assert mortal.deaths == 2
+
+
 def test_a_hop_that_stays_down_is_given_up_at_the_deadline_for_the_client_to_ask_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -75,6 +75,8 @@ def test_a_replica_of_another_cascade_is_not_ready() -> None:
     assert not asyncio.run(painter.replacing(1))
     one.links["base"].others = [painting.Served("cd" * 32, "auto", ""), RuntimeError()]  # one of its replicas
     assert asyncio.run(painter.replacing(1))
+    one.links["base"].others = [TimeoutError()]  # it runs, and has no time to say what it serves
+    assert asyncio.run(painter.replacing(1))
     one.links["base"].digest = "cd" * 32
     with one.client:
         assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text

@@ -141,6 +141,7 @@ def fitted(
         return Outcome("done")
 
     monkeypatch.setattr(fit, "attempt", attempt)
+    monkeypatch.setattr("ray.cluster_resources", dict[str, float])
     job = SimpleNamespace(home=Home.of(tmp_path))
     told = SimpleNamespace(asked=stop)
     return fit.fit(SPEC.but(restarts=2), cast("Job", job), cast("Stopping", told))
@@ -197,6 +198,25 @@ def test_a_node_is_listened_to_where_one_may_be_lost(
     monkeypatch.setattr("ray.nodes", lambda: [{}] * nodes)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus} if cpus else {})
     assert may_lose_nodes() is may
+
+
+@pytest.mark.parametrize(("gpus", "uses"), [([2.0, 1.0, 1.0], True), ([1.0, 2.0, 2.0], False)])
+def test_workers_that_are_started_again_have_gpus_if_the_first_had_them(
+    gpus: list[float], uses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[bool | None]()
+
+    def attempt(spec: TrainSpec, _: object) -> Outcome:
+        told.append(fit.scaling(spec, at_once=1).use_gpu)
+        if len(told) < 3:
+            raise ray.train.WorkerGroupError("lost with their node", {})
+        return Outcome("done")
+
+    monkeypatch.setattr(fit, "attempt", attempt)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": gpus[len(told)]})
+    job, two = SimpleNamespace(home=Home.of(tmp_path)), SPEC.but(num_workers=2, restarts=2)
+    fit.fit(two, cast("Job", job), cast("Stopping", SimpleNamespace(asked=False)))
+    assert told == [uses] * 3
 
 
 @pytest.mark.parametrize(("gpus", "hidden"), [(0, True), (1, False)])

@@ -19,10 +19,12 @@ from rich.console import Console
 from dd_core import sealed
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.nets.network import PlainSpec
+from dd_core.nets.prior import PriorNetSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stages.prior import PriorSpec
 from workflows import pipeline
 from workflows.journal import JOURNAL, Journal
 from workflows.pairs import PairsSpec
@@ -153,6 +155,37 @@ def test_what_a_parent_from_elsewhere_stands_on_is_wanted_before_any_work(tmp_pa
     run.mkdir()
     (other / "clip").rename(run / "clip")
     check_parents(lacking, run)  # its own stage is that clip
+
+
+def test_a_start_that_has_measured_the_embeddings_of_another_clip_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    clip = sealed_bundle(other / "clip" / "bundle", {})
+    sealed_bundle(other / "prior" / "bundle", {"clip": clip})
+    start = str(other / "prior" / "bundle")
+    net = PriorNetSpec(width=16, layers=1, head_width=8, text_width=16, embedding_width=8, context_length=8)
+    prior = stage("a", clip="clip", start=start).but(stage=PriorSpec(net=net))
+    spec = run_spec(prior, stage("clip"), hop="clip")
+    with pytest.raises(ValueError, match=f"a: its start .* measured the embeddings of clip {clip[:12]}, and"):
+        check_parents(spec, run)
+    elsewhere = prior.but(parents=prior.parents | {"clip": str(other / "clip" / "bundle")})
+    check_parents(run_spec(elsewhere, stage("clip"), hop="clip"), run)
+    assert not caplog.messages
+    check_parents(run_spec(stage("a", clip="clip", start=start), stage("clip")), run)  # it measures none
+    assert f"a: its start was told what clip {clip[:12]} says, and 'clip' is another" in caplog.text
+    run.mkdir()
+    (other / "clip").rename(run / "clip")
+    check_parents(spec, run)  # the run's own is that clip
+
+
+def test_a_stage_s_own_bundle_is_no_start_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sealed_bundle(tmp_path / "run" / "a" / "bundle", {})
+    monkeypatch.chdir(tmp_path)
+    for named in ("run/a/bundle", str(tmp_path / "run" / "a" / "bundle")):
+        with pytest.raises(ValueError, match=r"its start .* is its own bundle, .* with start: a, or copy"):
+            check_parents(run_spec(stage("a", start=named)), tmp_path / "run")
+    check_parents(run_spec(stage("b", start="run/a/bundle"), hop="b"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["a stage alone", "the whole run"])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -17,9 +17,16 @@ from dd_core.training import StepReport
 from tests.ranks import run_ranks
 from tests.unit.workflows.test_outcome import SPEC
 from workflows import samples
+from workflows.agreement import Agreement
 from workflows.journal import JOURNAL, curves, entries
 from workflows.storage import Home, StorageError
 from workflows.worker import Position, Recorder, stepped
+
+if TYPE_CHECKING:
+    from workflows.stopping import StopSign
+
+
+AGREED = Agreement(cast("StopSign", SimpleNamespace(up=lambda: False)), ranks=1, drainable=False)
 
 
 def recorder_in(home: Path, rank: int, ranks: int, sample_every: int = 0) -> Recorder:
@@ -92,12 +99,31 @@ def test_a_grid_that_cannot_be_drawn_is_told_of_and_costs_itself_alone(
     monkeypatch.setattr(Recorder, "shown", lambda _: None)
     monkeypatch.setattr(Recorder, "save", lambda _: done.append("save"))
     monkeypatch.setattr(Recorder, "ship", lambda _: done.append("ship"))
-    recorder, sign = recorder_in(tmp_path, 0, 1, sample_every=9), SimpleNamespace(up=lambda: False)
+    recorder = recorder_in(tmp_path, 0, 1, sample_every=9)
     with caplog.at_level(logging.WARNING, "workflows"):
-        ended = stepped(recorder.job, recorder.who, steps_of([1.0] * 9), recorder, sign)
+        ended = stepped(recorder.job, recorder.who, steps_of([1.0] * 9), recorder, AGREED)
     assert ended.status == "done"
     assert done == ["save", "draw", "ship"]
     (line,) = (record.getMessage() for record in caplog.records if record.name == "workflows.worker")
     assert line.startswith(f"x: no samples/step-00000009.png: {why}")
     assert [entry.kind for entry in entries(tmp_path / JOURNAL) if entry.kind == "picture"] == []
     assert set(curves(tmp_path / JOURNAL)["train/loss"]) == {3, 6, 9}
+
+
+def test_checkpoints_are_made_at_the_multiples_that_stay_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, saved = recorder_in(tmp_path, 0, 1), list[int]()
+    monkeypatch.setattr(Recorder, "ship", lambda _: None)
+    monkeypatch.setattr(Recorder, "save", lambda _: saved.append(last[0]))
+    spec = recorder.job.spec
+    job = SimpleNamespace(spec=spec.but(keep_every=2, budget=spec.budget.but(checkpoint_every=3)))
+    last = [0]
+
+    def steps() -> Iterator[StepReport]:
+        for report in steps_of([1.0] * 9):
+            last[0] = report.step
+            yield report
+
+    stepped(cast("Any", job), recorder.who, steps(), recorder, AGREED)
+    assert saved == [2, 3, 4, 6, 8, 9]

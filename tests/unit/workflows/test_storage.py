@@ -317,3 +317,16 @@ def test_a_checkpoint_on_a_directory_of_all_machines_is_verified_once_when_it_is
     damaged(next((stage.here / "checkpoints/step-00000010").glob("*.safetensors")))
     with pytest.raises(sealed.SealError, match="none of the 1 checkpoints"):
         newest(stage)
+
+
+def test_the_marker_that_a_console_makes_for_a_folder_is_nothing_in_it(
+    run: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = LocalFileSystem.ls
+
+    def ls(self: LocalFileSystem, path: str, **how: Any) -> list[str]:
+        return [f"{self._strip_protocol(path)}/", *listed(self, path, **how)]
+
+    run.write("a/b", "c")
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    assert run.at("a").names() == ["b"]
