@@ -12,6 +12,9 @@ from jobs.shell import DIRECTORY, FILE, Directory, Group, answer, given, verbose
 SHARDS = click.option("--shards", multiple=True, help="Tars: paths, globs, {000..099}, s3://, http://.")
 MAX_REJECTED = click.option("--max-rejected", default=0.05, show_default=True, type=click.FloatRange(0, 1))
 CAPTION = click.option("--caption", default="txt", show_default=True, help="txt, or json:KEY.")
+CONFIG = click.option(
+    "--config", "file", type=FILE, help="YAML of pairs or of a run, in place of all others."
+)
 MIN_SIDE = click.option(
     "--min-side", default=32, show_default=True, type=click.IntRange(1), help="Smaller is rejected."
 )
@@ -57,7 +60,7 @@ def pack(folder: Path, out: Path, table: Path | None, caption_column: str, sampl
 @data.command(short_help="Verify, crop, resize and tokenise image-text tars.")
 @SHARDS
 @click.option("--out", help="Where the prepared data goes: a directory, or s3://.")
-@click.option("--config", "file", type=FILE, help="YAML of kind pairs, instead of all the others.")
+@CONFIG
 @MAX_REJECTED
 @click.option("--sizes", default="64,256", show_default=True, help="Sides of the images, in pixels.")
 @CAPTION
@@ -116,20 +119,29 @@ def refuse_beside_config() -> None:
 
 @data.command(short_help="Read tars without writing: what is usable, and why not.")
 @SHARDS
+@CONFIG
 @MAX_REJECTED
 @CAPTION
 @MIN_SIDE
-def check(shards: tuple[str, ...], max_rejected: float, caption: str, min_side: int) -> None:
+def check(
+    shards: tuple[str, ...], file: Path | None, max_rejected: float, caption: str, min_side: int
+) -> None:
     """Read tars without writing anything: what is usable, what is not, why.
 
-    What passes here, `ddiff data prepare` with the same options prepares.
+    What passes here, `ddiff data prepare` with the same options prepares.  How many images would be enlarged
+    and captions cut is counted for the sizes and the context of --config, else for those of the demo.
     """
-    from jobs.prepare import check_shards, told
+    from jobs.config import pairs_spec
+    from jobs.prepare import check_shards, checked, told
 
+    if file is not None:
+        refuse_beside_config()
+        facts = checked(pairs_spec(file))
+        return answer(facts, told(facts))
     if not shards:
         raise click.UsageError("name --shards")
     facts = check_shards(shards, max_rejected=max_rejected, caption=caption, min_side=min_side)
-    answer(facts, told(facts))
+    return answer(facts, told(facts))
 
 
 @data.command(short_help="Counts of prepared data.")

@@ -173,7 +173,7 @@ def pad_of(tokenizer: Path) -> str:
 def json_in(path: Path) -> Facts:
     """A file of JSON."""
     if not path.is_file():
-        raise FileNotFoundError(2, "it is no folder of diffusers", str(path))
+        raise FileNotFoundError(2, "no diffusers folder here; nothing is downloaded", str(path))
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:

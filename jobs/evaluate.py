@@ -63,7 +63,7 @@ class Way(NamedTuple):
 
 
 def way_of(spec: RunSpec, run: Home) -> Way:
-    """How a run is judged: by the oracle; on its own data by the CLIP named, else by one of its stages."""
+    """How a run is judged: by the oracle; on its own data by the CLIP named, else by its own."""
     asked = spec.evaluation.but(label=spec.evaluation.label or spec.label)
     if spec.shapes is not None:
         return Way("oracle", asked)
@@ -72,6 +72,9 @@ def way_of(spec: RunSpec, run: Home) -> Way:
         for stage in spec.stages
         if isinstance(stage.stage, ClipSpec)
     }
+    names = {stage.name for stage in spec.stages}
+    parents = (stage.parents.get("clip", "") for stage in spec.stages)
+    own |= {Home.of(parent).address: parent for parent in parents if parent and parent not in names}
     clip = asked.judge or next(iter(own), "")
     taught = clip in own.values() or Home.of(clip).address in own
     data = Home.of(spec.pairs.destination).address
@@ -100,7 +103,9 @@ def look_ahead(spec: RunSpec, way: Way) -> None:
         return
     if spec.evaluation.judge:
         judge_of(spec.evaluation.judge)  # weights that open_clip has to fetch are fetched now
-    if not spec.pairs.held_out:
+    if not way.possible:
+        log.warning("the cascade will not be judged: %s", NO_JUDGE)
+    elif not spec.pairs.held_out:
         log.warning("%s", NOTHING_HELD_OUT)
 
 

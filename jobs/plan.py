@@ -242,17 +242,16 @@ def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
     if (room := places(fitting, **plan.size)) < plan.spec.num_workers:
         each = f"{plan.cpus:g} CPU{', 1 GPU' if plan.gpu else ''} and {amount(plan.reserved_bytes)}"
         reason = "" if plan.gpu or plan.reserved_bytes > plan.memory_bytes else f" = {plan.arithmetic()}"
-        labels = f" with labels {asked.labels}" if asked.labels else ""
-        there = "; ".join(map(node_text, fitting[:4])) or f"no node{labels} of {len(nodes)}"
-        yield (
-            f"{name}: {plan.spec.num_workers} workers of {each} each{reason}; there is room for {room} on "
-            f"{there}; lower num_workers, set micro_batch_size, or bring larger nodes"
-        )
+        found = f"no node of {len(nodes)} has the labels {asked.labels}; set resources.labels, or bring such"
+        if there := "; ".join(map(node_text, fitting[:4])):
+            found = f"there is room for {room} on {there}; "
+            found += "lower num_workers, set micro_batch_size, or bring larger"
+        yield f"{name}: {plan.spec.num_workers} workers of {each} each{reason}; {found} nodes"
     elif not fit_together([plan], nodes):
         yield (
             f"{name}: {plan.spec.num_workers} workers of {plan.cpus:g} CPU each leave no {READER_CPUS:g} CPU "
-            f"for who reads on {'; '.join(map(node_text, nodes[:4]))}; lower resources.cpus or num_workers, "
-            "or bring larger nodes"
+            f"for the data reader on {'; '.join(map(node_text, nodes[:4]))}; lower resources.cpus or "
+            "num_workers, or bring larger nodes"
         )
 
 
@@ -285,7 +284,7 @@ def group_refusals(plan: Plan) -> Iterator[str]:
     there = "; ".join(map(node_text, plan.nodes[:4]))
     yield (
         f"at_once {plan.at_once}: {amount(reserved(worst))} = {parts} may be needed at a time, with "
-        f"{READER_CPUS:g} CPU for who reads, and there is not so much room on {there}; lower at_once, "
+        f"{READER_CPUS:g} CPU for the data reader, and there is not so much room on {there}; lower at_once, "
         "num_workers or resources, or bring larger nodes"
     )
 

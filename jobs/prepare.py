@@ -75,23 +75,38 @@ def summary(done: Prepared) -> dict[str, Any]:
 def check_shards(
     shards: Sequence[str], *, max_rejected: float, caption: str = "txt", min_side: int = 32
 ) -> dict[str, Any]:
-    """Read and decode every sample without writing anything, and judge them as a preparation would.
+    """`checked`, with everything else as it is by default.
 
     Raises:
         ValueError: `caption` is neither txt nor json:key.
+        The errors of `checked`.
+    """
+    return checked(
+        PairsSpec(
+            shards=tuple(shards),
+            destination="nowhere",
+            max_reject_fraction=max_rejected,
+            caption=caption,
+            min_side=min_side,
+        )
+    )
+
+
+def checked(spec: PairsSpec) -> dict[str, Any]:
+    """Read and decode every sample without writing anything, and judge them as a preparation would.
+
+    Raises:
         MissingShardError: A name leads nowhere.
         TooManyRejectsError: More samples are rejected, or more shards unreadable, than allowed; or all.
     """
-    spec = PairsSpec(
-        shards=tuple(shards),
-        destination="nowhere",
-        max_reject_fraction=max_rejected,
-        caption=caption,
-        min_side=min_side,
-    )
-    facts = totals(looked_at_all(located(shards), spec))
+    facts = totals(looked_at_all(located(spec.shards), spec))
     check_census(spec, census_of(facts), way_out="mend the shards or raise --max-rejected")
-    return {"shards": len(facts["parts"])} | {name: facts[name] for name in COUNTED}
+    found = {"shards": len(facts["parts"])} | {name: facts[name] for name in COUNTED}
+    if facts[ENLARGED]:
+        found[f"smaller than {max(spec.sizes)} px, enlarged"] = facts[ENLARGED]
+    if facts[CAPTIONS_CUT]:
+        found[f"captions longer than {spec.context_length} tokens, cut"] = facts[CAPTIONS_CUT]
+    return found
 
 
 def looked_at_all(shards: Sequence[Found], spec: PairsSpec) -> list[Part]:

@@ -86,7 +86,8 @@ def located(shards: Sequence[str]) -> list[Found]:
     if missing:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise MissingShardError(
-            f"{redacted(missing[0])} does not exist, or no tar is there{more}; check the shards' address"
+            f"{redacted(missing[0])} does not exist, or no tar is there{more}; name your tars (pairs.shards, "
+            "--shards)"
         )
     return list({found.url: found for group in groups for found in group}.values())
 

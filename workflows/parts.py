@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
-from dd_core import sealed
+from dd_core import sealed, text
 from dd_core.spec import Spec
 from workflows.addresses import redacted
 from workflows.claim import TakenError, claim
@@ -40,6 +40,7 @@ from workflows.pairs import (
     first_rejects,
     pairs_schema,
     prepared_tables,
+    remark,
     usable_pairs,
 )
 from workflows.storage import Home
@@ -204,7 +205,10 @@ def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
         StorageError: The shard could not be read to its end.
     """
     rejects, firsts = Counter[str](), dict[str, tuple[str, str]]()
-    kept = sum(1 for _ in usable_pairs(url, spec, rejects, firsts))
+    remarks, kept = Counter[str](), 0
+    for pair in usable_pairs(url, spec, rejects, firsts):
+        kept += 1
+        remark(pair, text.encoded(pair.caption), spec, remarks)
     rows = kept + rejects.total()
     damage = firsts[DAMAGE][1].partition(": ")[2] if DAMAGE in firsts else ""
     if missing := missing_from(url, rows):
@@ -219,6 +223,8 @@ def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
         kept=kept,
         rejects=dict(rejects),
         damage=damage,
+        enlarged=remarks[ENLARGED],
+        captions_cut=remarks[CAPTIONS_CUT],
         bytes=0,
         sha256="",
         first_rejects=firsts,

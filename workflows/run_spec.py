@@ -22,8 +22,8 @@ from workflows.train_spec import TrainSpec
 
 TAKEN = (
     *("cascade", "data", "evaluation", "evaluation.new", "mark", "mlartifacts", "mlflow.db"),
-    *("metrics.jsonl", "metrics.run", "metrics.sent", "seconds.json", "summary.json", "report.html"),
-    *("endpoint.json", "endpoint.log", "cascade.json", "manifest.json", "README.md"),
+    *("metrics.jsonl", "metrics.run", "metrics.sent", "seconds.json", "summary.json", "run.yaml"),
+    *("endpoint.json", "endpoint.log", "cascade.json", "manifest.json", "README.md", "report.html"),
     *("embeddings", "report", "total"),
 )
 """Names of other things in the directory of a run or a cascade; the last three are keys of seconds.json."""

@@ -14,6 +14,7 @@ from dd_core.layouts.clip import net_of
 from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec
 from dd_core.ranks import gathered
+from dd_core.spec import Spec
 from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.towers import open_clip
 
@@ -124,6 +125,21 @@ def clip_of(trained: Trained, *, states_alone: bool = False) -> Clip:
     clip = Clip(trained.spec.net)
     clip.load_state_dict(trained.weights)
     return clip.eval().requires_grad_(False)
+
+
+def clip_for(kind: str, net: Spec, trained: Trained) -> Clip:
+    """The towers of the CLIP that a stage's network is told of.
+
+    Raises:
+        ValueError: It is none, or its states or embeddings have another width than the network takes.
+    """
+    clip = clip_of(trained)
+    states, embedding = clip.spec.text_width, clip.spec.embedding_width
+    told = {"text_width": states, "caption_width": embedding, "embedding_width": embedding}
+    for name, theirs in told.items():
+        if (mine := getattr(net, name, 0)) and mine != theirs:
+            raise ValueError(f"{kind}: net.{name} is {mine}, its parent clip has {theirs}; make them equal")
+    return clip
 
 
 def embedding_of(clip: Clip, batch: PairBatch, at: int | None = None) -> Float[Tensor, " b d"]:

@@ -270,7 +270,7 @@ def test_the_doctor_finds_the_cluster_its_token_and_its_nodes(
         "doctor", "--json", "--recipe", "smoke", "--set", "stages.base.resources.labels.zone=there"
     )
     assert elsewhere.exit_code == 2
-    assert "room for 0 on no node with labels {'zone': 'there'}" in by_check(elsewhere)["resources"]["says"]
+    assert "has the labels {'zone': 'there'}" in by_check(elsewhere)["resources"]["says"]
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     wrong = ddiff("doctor", "--json")
     assert wrong.exit_code == 2

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from dd_core import sealed
 from jobs.cli import main
-from jobs.evaluate import Way, listed, score_tags, way_by, way_in, way_of
-from jobs.recipes import consistency, guided, improved_ddpm, smoke
+from jobs.evaluate import Way, listed, look_ahead, score_tags, way_by, way_in, way_of
+from jobs.recipes import consistency, ddpm, guided, improved_ddpm, smoke
 from workflows.clip_judge import OwnData
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.registry import Version, worse
@@ -72,6 +72,24 @@ def test_the_embedded_world_is_judged_by_the_oracle_and_own_data_by_a_clip(tmp_p
     assert way_of(named, home).own == way.own._replace(clip="ViT-B-32/openai", taught=False)
     itself = mine.but(evaluation=SPEC.but(judge=f"{tmp_path}/smoke/clip/bundle"))
     assert way_of(itself, home).own == way.own
+
+
+def test_a_run_without_a_clip_of_its_own_is_judged_by_the_one_it_stands_on_or_told_that_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, home = smoke.run().but(shapes=None), Home.of(tmp_path / "smoke")
+    others = tuple(
+        stage.but(parents=stage.parents | ({"clip": "/other/clip/bundle"} if "clip" in stage.parents else {}))
+        for stage in mine.stages
+        if stage.name != "clip"
+    )
+    found = way_of(mine.but(stages=others), home).own
+    assert found is not None
+    assert (found.clip, found.taught) == ("/other/clip/bundle", True)
+    none = ddpm.run().but(shapes=None)
+    look_ahead(none, way_of(none, home))
+    (line,) = caplog.messages
+    assert line.startswith("the cascade will not be judged: none of its stages is a CLIP: name one with")
 
 
 def test_a_cascade_of_classes_is_asked_for_those_that_it_was_trained_with(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_workers_without_their_gpu_or_their_labels_are_refused(small: Plan) -> N
     assert not refusals(otherwise(small, both, num_workers=2, use_gpu=True))
     there = ResourcesSpec(labels={"ray.io/accelerator-type": "A100"})
     (line,) = refusals(otherwise(small, both, resources=there))
-    assert "room for 0 on no node with labels {'ray.io/accelerator-type': 'A100'} of 2" in line
+    assert "no node of 2 has the labels {'ray.io/accelerator-type': 'A100'}" in line
     (line,) = refusals(otherwise(small, both, use_gpu=True, resources=ResourcesSpec(gpu_memory_gib=0.01)))
     assert "of its GPU = 4.3 MiB weights, optimizer and averages" in line
 
@@ -136,7 +136,7 @@ def test_stages_side_by_side_leave_a_cpu_for_who_reads_and_take_turns_on_a_gpu(p
     greedy = [s.spec.but(resources=s.spec.resources.but(cpus=1)) for s in plan.stages]
     stages = tuple(old._replace(spec=spec) for old, spec in zip(plan.stages, greedy, strict=True))
     (line,) = refusals(on(two._replace(stages=stages), [small]))
-    assert "with 0.25 CPU for who reads" in line
+    assert "with 0.25 CPU for the data reader" in line
     assert not refusals(on(plan._replace(stages=stages), [small]))
     assert not refusals(on(two, [GPU._replace(gpus=1)]))
 
@@ -146,7 +146,9 @@ def test_a_stage_that_leaves_no_cpu_for_who_reads_is_refused(small: Plan) -> Non
     two = ROOMY._replace(cpus=2)
     greedy = ResourcesSpec(cpus=2)
     (line,) = refusals(otherwise(small, [two], resources=greedy))
-    assert line.startswith("base: 1 workers of 2 CPU each leave no 0.25 CPU for who reads on roomy: 2 CPU, ")
+    assert line.startswith(
+        "base: 1 workers of 2 CPU each leave no 0.25 CPU for the data reader on roomy: 2 CPU, "
+    )
     assert line.endswith("; lower resources.cpus or num_workers, or bring larger nodes")
     assert not refusals(otherwise(small, [two, two], resources=greedy))
     assert not refusals(otherwise(small, [two], resources=ResourcesSpec(cpus=1.75)))
@@ -327,10 +329,10 @@ def test_the_published_consistency_model_is_planned_at_any_size_of_its_unet() ->
     plan = plan_of(spec, [node], run="runs/consistency_paper")
     refuse(plan)
     for wrong, room in (
-        (node._replace(labels={}), "0 on no node with labels"),
-        (node._replace(cpus=16), "2 on"),
+        (node._replace(labels={}), "no node of 1 has the labels"),
+        (node._replace(cpus=16), "room for 2 on"),
     ):
-        with pytest.raises(PlanError, match=rf"8 workers of 8 CPU, 1 GPU and 64\.0 GiB .* room for {room}"):
+        with pytest.raises(PlanError, match=rf"8 workers of 8 CPU, 1 GPU and 64\.0 GiB .* {room}"):
             refuse(on(plan, [wrong]))
     needs = {stage.spec.name: stage.need for stage in plan.stages}
     assert needs["base"].parameters == needs["consistency"].parameters
