@@ -22,7 +22,7 @@ from dd_core.stage import LearnsEmbeddings, PairBatch, Stage, Trained
 from dd_core.stages import StageSpec, build_stage
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.clip import ClipSpec
+from dd_core.stages.clip import ClipSpec, sized
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.training import TrainState
@@ -134,9 +134,10 @@ def needs(
         for spec in stages:
             parents = {role: parent(spec, role, trained, run) for role in spec.parents}
             refuse_length(spec, parents, context_length)
-            fresh = not (isinstance(spec.stage, ClipSpec) and spec.stage.pretrained)
-            state = TrainState(build_stage(spec.stage, parents), spec.optimizer)
-            trained[spec.name] = Trained(spec.stage, state.average)
+            stage = sized(spec.stage) if isinstance(spec.stage, ClipSpec) else spec.stage
+            fresh = not (isinstance(stage, ClipSpec) and stage.pretrained)
+            state = TrainState(build_stage(stage, parents), spec.optimizer)
+            trained[spec.name] = Trained(stage, state.average)
             on = {spec.on_gpu(there) for there in ([0, math.inf] if gpus is None else [gpus])}
             found[spec.name] = need(spec, state, parents, context_length if fresh else 0, on)
     return found

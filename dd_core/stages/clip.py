@@ -170,6 +170,20 @@ def embedded(clip: Clip, picture: Float[Tensor, " b 3 h w"], side: int) -> Float
     return clip.embed_image(F.interpolate(picture, (side, side), mode="area"))
 
 
+def sized(spec: ClipSpec) -> ClipSpec:
+    """The spec with the sizes of the model that `pretrained` names, if it names one; no weights are read.
+
+    Raises:
+        ValueError: open_clip does not know the model.
+    """
+    if not spec.pretrained:
+        return spec
+    name, _, tag = spec.pretrained.partition(":")[0].partition("/")
+    net = net_of(name)
+    quick_gelu = net.quick_gelu or tag == "openai"
+    return spec.but(net=net.but(quick_gelu=quick_gelu, states=spec.net.states, pads_with=spec.net.pads_with))
+
+
 def published(spec: ClipSpec) -> Trained:
     """A CLIP that somebody else has trained, by open_clip's name or from a file.
 
@@ -183,22 +197,16 @@ def published(spec: ClipSpec) -> Trained:
     """
     name, separator, file = spec.pretrained.partition(":")
     name, _, tag = name.partition("/")
-    net = net_of(name)
+    spec = sized(spec)
     if separator and not Path(file).is_file():
         raise ValueError(f"clip.pretrained: there is no file {file!r}")
-    quick_gelu = net.quick_gelu or tag == "openai"
+    quick_gelu = spec.net.quick_gelu
     try:
         towers = open_clip().create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
     preprocess = open_clip().get_model_preprocess_cfg(towers)
-    net = net.but(
-        quick_gelu=quick_gelu,
-        states=spec.net.states,
-        pads_with=spec.net.pads_with,
-        mean=tuple(preprocess["mean"]),
-        std=tuple(preprocess["std"]),
-    )
+    net = spec.net.but(mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]))
     clip = Clip(net)
     clip.towers.load_state_dict(towers.state_dict())
     weights: dict[str, Tensor] = clip.state_dict()

@@ -23,6 +23,7 @@ from workflows.run_spec import RunSpec
 
 CANARY = "canary-0123456789"
 OWN = ("shapes=null", "pairs.destination=s3://b/prepared")
+FROM_STORE = (*OWN, 'pairs.shards=["s3://b/a.tar"]')
 
 
 def test_words_become_a_command_there() -> None:
@@ -306,8 +307,8 @@ def test_a_cluster_on_which_every_name_is_taken_is_an_error() -> None:
             ("stages.noised_clip.parents.clip=runs/old/clip/bundle",),
             "stages.noised_clip.parents.clip 'runs/old/clip/",
         ),
-        (("evaluation.judge=ViT-B-32:weights.pt",), "evaluation.judge 'weights.pt'"),
-        (("evaluation.judge=here",), "evaluation.judge 'here'"),
+        ((*FROM_STORE, "evaluation.judge=ViT-B-32:weights.pt"), "evaluation.judge 'weights.pt'"),
+        ((*FROM_STORE, "evaluation.judge=here"), "evaluation.judge 'here'"),
         (
             ("stages.clip.stage.pretrained=ViT-B-32:clip.pt",),
             "stages.clip.stage.pretrained 'clip.pt'",
@@ -328,8 +329,9 @@ def test_what_all_nodes_find_is_submitted() -> None:
         ("run",),
         "smoke",
         None,
-        ("stages.noised_clip.parents.clip=s3://b/clip/bundle", "evaluation.judge=ViT-B-32/openai"),
+        ("stages.noised_clip.parents.clip=s3://b/clip/bundle",),
     )
+    order_of(("run",), "smoke", None, (*FROM_STORE, "evaluation.judge=ViT-B-32/openai"))
     own = ("shapes=null", "pairs.destination=/data/p", "pairs.shards=['s3://b/{0..9}.tar', '/data/a.tar']")
     order_of(("run",), "smoke", None, own)
     for words in (("data=mine", "judge=ViT-B-32/openai"), ("data=s3://b/d", "judge=ViT-B-32:weights.pt")):

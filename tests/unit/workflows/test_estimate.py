@@ -236,9 +236,10 @@ def test_every_optimizer_is_planned_with_what_it_keeps(algorithm: str) -> None:
 def test_a_clip_that_reads_captions_of_another_length_tells_them_to_nobody(length: int) -> None:
     run = smoke.run()
     clip = run.stage("clip").but(stage=run.stage("clip").stage.but(pretrained="ViT-B-32/openai"))
-    deaf = [clip, run.stage("draft")]
+    draft = run.stage("draft")
+    deaf = [clip, draft.but(stage=draft.stage.but(embedding_width=512))]  # that of the model, not of clip.net
     assert needs(deaf, context_length=length, run=Path("nowhere")).keys() == {"clip", "draft"}
     for name in ("base", "prior", "noised_clip"):
-        wanted = f"{name}: its clip 'clip' reads 32 tokens, pairs.context_length is {length}; make them equal"
+        wanted = f"{name}: its clip 'clip' reads 77 tokens, pairs.context_length is {length}; make them equal"
         with pytest.raises(ValueError, match=wanted):
             needs([*deaf, run.stage(name)], context_length=length, run=Path("nowhere"))
