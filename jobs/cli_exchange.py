@@ -15,7 +15,9 @@ exchanged = Group("exchanged")
 @click.argument("source")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=DIRECTORY, help="Where the bundle goes.")
-@click.option("--averaged/--raw", default=True, show_default=True, help="Which, where a file holds both.")
+@click.option(
+    "--averaged/--raw", default=True, show_default=True, help="Weights to take from a file with both."
+)
 @click.option(
     "--tokenizer",
     nargs=2,

@@ -19,7 +19,7 @@ CASCADE = click.option("--cascade", required=True, type=SEALED, help="A cascade,
 @painting.command()
 @click.argument("prompt")
 @CASCADE
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the first image.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the first image.")
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1), help="How many images.")
 @click.option("--keep", type=click.IntRange(1), help="Keep so many: those nearest to PROMPT by CLIP.")
 @click.option("--steps", type=click.IntRange(1, 4000), help="Denoising steps of the base.")
@@ -155,12 +155,14 @@ def reproduce(
 @painting.command(short_help="Bits per dim of pictures under a chain.")
 @click.argument("path", type=DIRECTORY)
 @click.option("--data", required=True, help="Prepared pairs that were not trained on: a directory, or s3://.")
-@click.option("-n", "count", default=64, show_default=True, type=click.IntRange(1), help="The last so many.")
+@click.option(
+    "-n", "count", default=64, show_default=True, type=click.IntRange(1), help="Pictures, from the end."
+)
 @click.option("--steps", type=click.IntRange(2), help="Sum over so many timesteps instead of all.")
 @click.option(
     "--variance",
     type=click.Choice(["learned", "fixed_small", "fixed_large"]),
-    help="Of the steps; learned unless it is not, then fixed_large.",
+    help="Variance of each step; learned, or fixed_large if the model has not learned it.",
 )
 @click.option("--stage", help="Which chain of a cascade that has several.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the noise.")

@@ -135,13 +135,17 @@ def no_order(words: Sequence[str]) -> ConfigError:
 
 
 def preparing(spec: RunSpec | TrainSpec | PairsSpec, source: str) -> Order:
-    """The order of `prepare`.
+    """The order of `prepare`: of pairs, or of those of a run on own pairs.
 
     Raises:
         ConfigError: It is of another kind, or no node would find what it reads.
     """
+    if isinstance(spec, RunSpec) and spec.shapes is None:
+        spec = spec.pairs
     if not isinstance(spec, PairsSpec):
-        raise ConfigError(f"{source} is of kind {spec.kind!r}; prepare needs kind 'pairs'")
+        raise ConfigError(
+            f"{source} is of kind {spec.kind!r}; prepare needs kind 'pairs', or a run with shapes: null"
+        )
     refuse_local(spec)
     place = spec.destination.rstrip("/")
     name = f"prepare-{place.rpartition('/')[2]}-{short(place)}"

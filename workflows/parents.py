@@ -45,9 +45,10 @@ def parent_home(spec: TrainSpec, role: str, run: Home | Path) -> Home:
                     f"add a stage under another name with start: {spec.name}, or copy the bundle elsewhere"
                 )
             return place
+    fix = "name a directory such as runs/demo/base/bundle" if "/" in named else f"train {named!r} first"
     raise ValueError(
         f"{spec.name}: its {role} {named!r} is neither a trained stage of {home.address} nor the path of a "
-        f"bundle; train {named!r} first"
+        f"bundle; {fix}"
     )
 
 

@@ -115,6 +115,11 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_by_name(cascade: Path, name:
         bundle.load_cascade(cascade)
 
 
+def test_a_bundle_is_no_cascade(cascade: Path) -> None:
+    with pytest.raises(sealed.AbsentError, match="base is no cascade; name a directory such as"):
+        bundle.read_cascade(cascade / "base")
+
+
 def test_a_cascade_that_is_made_again_replaces_the_old_one_whole(cascade: Path, tmp_path: Path) -> None:
     before = sealed.verify(cascade).digest
     cut = tmp_path / ".cascade.old" / "clip"  # of an earlier replacement, killed while it removed this

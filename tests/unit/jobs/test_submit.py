@@ -19,6 +19,7 @@ from jobs.following import Cluster, ClusterError, JobFacts, NameTakenError
 from jobs.recipes import smoke
 from jobs.submit import CONFIG, Order, Submitted, order_of, packed, submit
 from serve.code import PACKAGES, ROOT
+from workflows.pairs import PairsSpec
 from workflows.run_spec import RunSpec
 
 CANARY = "canary-0123456789"
@@ -39,6 +40,13 @@ def test_words_become_a_command_there() -> None:
     assert serve.words == ("deploy", "demo@production", "--set", "port=80")
     former = order_of(("deploy", "s3://bucket/runs/deployments/a.yaml"), None, None, ())
     assert former.words == ("deploy", "--config", "s3://bucket/runs/deployments/a.yaml")
+
+
+def test_pairs_are_prepared_there_as_a_run_on_own_pairs_says() -> None:
+    order = order_of(("prepare",), "smoke", None, FROM_STORE)
+    assert isinstance(order.spec, PairsSpec)
+    assert order.spec.shards == ("s3://b/a.tar",)
+    assert order.words == ("data", "prepare", "--config", CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ def test_a_parent_that_is_nowhere_is_named_before_any_work(tmp_path: Path) -> No
         ValueError, match=r"a: its clip 'clap' is neither a trained stage .* train 'clap' first"
     ):
         check_parents(spec, tmp_path)
+    with pytest.raises(ValueError, match="name a directory such as runs/demo/base/bundle"):
+        check_parents(run_spec(stage("a", start="runs/demo/base")), tmp_path)
     with pytest.raises(ValueError, match="r has no stage 'base'; it has a"):
         spec.stage("base")
 
