@@ -73,12 +73,17 @@ def way_of(spec: RunSpec, run: Home) -> Way:
         if isinstance(stage.stage, ClipSpec)
     }
     names = {stage.name for stage in spec.stages}
-    parents = (stage.parents.get("clip", "") for stage in spec.stages)
-    own |= {Home.of(parent).address: parent for parent in parents if parent and parent not in names}
+    parents = {stage.parents.get("clip", "") for stage in spec.stages} - names - {""}
+    own |= {Home.of(parent).address: parent for parent in sorted(parents) if embeds(Home.of(parent))}
     clip = asked.judge or next(iter(own), "")
     taught = clip in own.values() or Home.of(clip).address in own
     data = Home.of(spec.pairs.destination).address
     return Way("clip", asked, OwnData(data, clip, taught) if clip else None)
+
+
+def embeds(clip: Home) -> bool:
+    """Whether a CLIP, by its bundle, is more than the text tower of a Stable Diffusion."""
+    return bool(clip.facts("spec.json").get("net", {}).get("towers") != "text")
 
 
 def way_by(spec: EvaluationSpec, data: str) -> Way:

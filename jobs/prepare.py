@@ -102,11 +102,7 @@ def checked(spec: PairsSpec) -> dict[str, Any]:
     facts = totals(looked_at_all(located(spec.shards), spec))
     check_census(spec, census_of(facts), way_out="mend the shards or raise --max-rejected")
     found = {"shards": len(facts["parts"])} | {name: facts[name] for name in COUNTED}
-    if facts[ENLARGED]:
-        found[f"smaller than {max(spec.sizes)} px, enlarged"] = facts[ENLARGED]
-    if facts[CAPTIONS_CUT]:
-        found[f"captions longer than {spec.context_length} tokens, cut"] = facts[CAPTIONS_CUT]
-    return found
+    return found | {name: facts[name] for name in (ENLARGED, CAPTIONS_CUT) if facts[name]}
 
 
 def looked_at_all(shards: Sequence[Found], spec: PairsSpec) -> list[Part]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dd_core.sealed import MANIFEST
-from jobs.config import shown
+from jobs.config import keep
 from jobs.disk import written
 from jobs.driver import Driver
 from jobs.endpoint import Address, free_address, refuse_taken, start_endpoint, stop_endpoint
@@ -106,7 +106,7 @@ def made_and_judged(spec: RunSpec, driver: Driver, *, address: Address | None, v
         announce(spec, this_machine())
         take_down(driver.home.here)
     home = driver.opened()
-    home.write("run.yaml", shown(spec))
+    keep(spec, home)
     with tracked_run(home) as tracking:
         with ray_cluster(verbose=verbose):
             if joins_cluster():

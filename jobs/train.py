@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jobs.config import shown
+from jobs.config import keep
 from jobs.driver import Driver
 from jobs.environment import joins_cluster, refuse_dashboard
 from jobs.nodes import joined, this_machine
@@ -36,7 +36,7 @@ def train_one(spec: RunSpec, stage: str, *, verbose: bool) -> Summary:
         if not joins_cluster():
             announce(one, this_machine())
         home = driver.opened()
-        home.write("run.yaml", shown(spec))
+        keep(spec, home)
         with tracked_run(home) as tracking, ray_cluster(verbose=verbose):
             if joins_cluster():
                 one = bound(one, announce(one, joined()))

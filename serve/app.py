@@ -83,8 +83,9 @@ class Ingress:
         links = {one: ReplicaLink(one, handle, digest, spec.precision) for one, handle in hops.items()}
         by_class = hears_classes(cascade, stages)
         painter = Painter(cascade, digest, links, by_class=by_class, stages=stages, precision=spec.precision)
-        while await painter.replacing(timeout_s=5):  # noqa: ASYNC110 - hops do not tell when they change
-            await asyncio.sleep(0.5)
+        gone = time.monotonic() + spec.timeout_s + GRACE_S  # replicas that are replaced work no longer
+        while await painter.replacing(timeout_s=5, patient=time.monotonic() < gone):  # noqa: ASYNC110
+            await asyncio.sleep(0.5)  # hops do not tell when they change
         self.api = Api(
             painter,
             created=created,
@@ -248,14 +249,14 @@ def on_gpus(spec: ServeSpec, cascade: CascadeSpec, gpus: float) -> ServeSpec:
     asked = [spec.hops.get(stage, spec.hop) for stage in {hop.stage for hop in cascade.hops}]
     named = sum(hop.most_replicas * (hop.num_gpus or 0) for hop in asked)
     sharing = [hop.most_replicas for hop in asked if hop.num_gpus is None]
-    if named and sharing and 0 < gpus <= named:
+    left, most = round(gpus - named, 4), max(1, sum(sharing) + len(sharing))
+    part = named and 0 < left < 1  # what they leave of a GPU
+    share = math.floor(10_000 * left / most) / 10_000 if part else gpu_share(left, most)
+    if named and sharing and gpus and not share:
         raise ServeError(
             f"the hops that name num_gpus may take {named:g} of {gpus:g} GPUs; name it of the others, too: "
             "0 for CPUs"
         )
-    left, most = gpus - named, max(1, sum(sharing) + len(sharing))
-    part = named and 0 < left < 1  # of the one GPU that they have in part
-    share = math.floor(10_000 * left / most) / 10_000 if part else gpu_share(left, most)
 
     def placed(hop: ReplicaSpec) -> ReplicaSpec:
         return hop.but(num_gpus=share) if hop.num_gpus is None else hop
@@ -349,7 +350,7 @@ def refuse_taken_port(host: str, port: int) -> None:
 
 
 def await_ready(url: str, digest: str, spec: ServeSpec) -> None:
-    """Until the cascade with this digest answers.
+    """Until the cascade with this digest answers, and as many replicas of each hop are up as are to be.
 
     Raises:
         ServeError: It cannot, or did not in time; the message says what is missing.

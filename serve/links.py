@@ -1,6 +1,7 @@
 """Links: the hops as the ingress reaches them, through the handles of Ray Serve."""
 
 import asyncio
+import hashlib
 import math
 
 from ray.exceptions import ObjectLostError, RayActorError
@@ -20,17 +21,26 @@ STRANGE_S, STRANGE_PAUSE_S = 5.0, 0.1
 but gone), and the pause between two of them: those refuse at once, so Serve prefers them to busy ones."""
 DEATHS = (RayActorError, DeviceLostError)
 """What a request is told under which a replica or its device died."""
+QUARANTINE_S, QUARANTINED = 600.0, 100
+"""How long a deadly request is refused, and how many of them are remembered."""
 READY_TRIES, READY_PAUSE_S = 5, 0.2
 """How often a hop is asked whether it is ready while failed replicas answer, and the pause in between."""
+
+
+def identity(state: CascadeState, how: SamplingSpec) -> str:
+    """Digest of what a request asks for, its seeds aside."""
+    asked = [tensor for tensor in (state.tokens, state.label) if tensor is not None]
+    return hashlib.sha256(repr((how, [tensor.tolist() for tensor in asked])).encode()).hexdigest()
 
 
 class ReplicaLink:
     """Any replica of the deployment of a hop.
 
     A sampling is seeded, so it can be repeated: when a replica dies, all its requests are sent once more, one
-    after the other: it was the fault of one of them at most, and a second death tells of which.  A replica
-    that had failed before it was asked does not count, nor does a picture that was lost with its node on the
-    way: these requests are repeated until the deadline.
+    after the other: it was the fault of one of them at most, and a second death most likely tells of which
+    (fresh requests may run beside it).  That one is refused for a while if it is sent again, whatever its
+    seed.  A replica that had failed before it was asked does not count, nor does one on a node that is taken
+    away, nor a picture that was lost with its node on the way: these are repeated until the deadline.
 
     While a cascade is replaced by another one each hop changes at its own time, so each request names its
     cascade and its precision: no image is drawn half by the one and half by the other.
@@ -39,9 +49,15 @@ class ReplicaLink:
     def __init__(self, stage: str, handle: DeploymentHandle, digest: str, precision: Precision) -> None:
         self.stage, self.handle, self.whose = stage, handle, (digest, precision)
         self.suspects = asyncio.Lock()
+        self.deadly: dict[str, float] = {}
+        """Requests under which two replicas died, and when, on the loop's clock."""
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
-        until = asyncio.get_running_loop().time() + timeout_s
+        clock = asyncio.get_running_loop().time
+        until, told = clock() + timeout_s, f"two replicas of {self.stage} died under this request"
+        asked = identity(state, how)
+        if self.deadly.get(asked, -math.inf) > clock() - QUARANTINE_S:
+            raise HopLostError(told, again=False)
         try:
             return await self.repeated(state, how, until)
         except DEATHS:
@@ -49,7 +65,8 @@ class ReplicaLink:
                 try:
                     return await self.repeated(state, how, until)
                 except DEATHS as error:
-                    told = f"two replicas of {self.stage} died under this request"
+                    self.deadly = {**self.deadly, asked: clock()}
+                    self.deadly = dict(list(self.deadly.items())[-QUARANTINED:])
                     raise HopLostError(told, again=False) from error
 
     async def repeated(self, state: CascadeState, how: SamplingSpec, until: float) -> CascadeState:
@@ -66,8 +83,12 @@ class ReplicaLink:
             except DeviceLostError:
                 await asyncio.sleep(PAUSE_S)
                 raise
-            except (ObjectLostError, EngineDownError, OtherCascadeError) as error:
+            except RayActorError as error:
+                if not error.preempted:
+                    raise
                 lost: Exception = error
+            except (ObjectLostError, EngineDownError, OtherCascadeError) as error:
+                lost = error
             strange = isinstance(lost, OtherCascadeError)
             met = min(met, clock()) if strange else math.inf
             pause = STRANGE_PAUSE_S if strange else PAUSE_S

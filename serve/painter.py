@@ -222,17 +222,18 @@ class Painter:
         texts = {"prompt": order.prompt, "negative_prompt": order.negative}
         return [name for name, text in texts.items() if too_long(text, self.cascade.context_length)]
 
-    async def replacing(self, timeout_s: float) -> bool:
+    async def replacing(self, timeout_s: float, *, patient: bool = True) -> bool:
         """Whether a replica serves something else: until none does, that is not replaced.
 
-        One that runs and does not answer in time has its hands full, with the work of another cascade.
+        One that runs and does not answer in time has its hands full, with the work of another cascade: unless
+        it is not `patient` any more.
         """
         found = list((await self.served(timeout_s)).values())  # after that the replicas are known
         every = (link.all_ready(timeout_s) for link in self.links.values())
         running: list[object] = []
         for told in await asyncio.gather(*every, return_exceptions=True):
             running += told if isinstance(told, list) else [told]
-        if any(isinstance(one, TimeoutError) for one in running):
+        if patient and any(isinstance(one, TimeoutError) for one in running):
             return True
         return any(self.lacks(one) for one in found + running if not isinstance(one, BaseException))
 

@@ -18,7 +18,7 @@ import braceexpand
 import fsspec
 
 from workflows.addresses import redacted
-from workflows.storage import EXTRAS, AddressError, StorageError
+from workflows.storage import StorageError, unopened
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -144,9 +144,7 @@ def opened(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        extra = EXTRAS.get(url.partition("://")[0])
-        fix = f"install ddiff[{extra}]" if extra else "install what it names"
-        raise AddressError(f"{redacted(url)} cannot be opened: {one_line(error)}; {fix}") from None
+        raise unopened(redacted(url), error) from None
     except ValueError as error:
         raise MissingShardError(f"{redacted(url)} cannot be opened: {one_line(error)}") from None
     return fs, str(path)

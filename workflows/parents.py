@@ -1,7 +1,10 @@
 """The parents of a stage: where their bundles lie, and their specs and shapes without reading weights."""
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from dd_core.stage import Trained
 from dd_core.vocabulary import ENCODER, MERGES
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
 TYPES = {
@@ -49,6 +54,37 @@ def parent_home(spec: TrainSpec, role: str, run: Home | Path) -> Home:
     raise ValueError(
         f"{spec.name}: its {role} {named!r} is neither a trained stage of {home.address} nor the path of a "
         f"bundle; {fix}"
+    )
+
+
+def refuse_start_of_other_clip(stage: TrainSpec, start: Mapping[str, Any], ours: str) -> None:
+    """Refuse a start that has measured the embeddings of another CLIP than the stage is told of.
+
+    What has measured nothing may learn to hear another one.
+
+    Args:
+        stage: It starts with the weights of another training.
+        start: The manifest of that one.
+        ours: Digest of the stage's CLIP; empty if it is not trained yet.
+
+    Raises:
+        ValueError: The two differ.
+    """
+    theirs, named = start.get("parents", {}).get("clip", ""), stage.parents.get("clip", "")
+    if not theirs or not named or theirs == ours:
+        return
+    if stage.stage.looks_at:
+        raise ValueError(
+            f"{stage.name}: its start {stage.parents['start']!r} has measured the embeddings of clip "
+            f"{theirs[:12]}, and {named!r} is another; name the bundle of that clip as its parent clip, or "
+            "leave start out"
+        )
+    log.warning(
+        "%s: its start was told what clip %s says, and %r is another, which it has to learn to hear; to go "
+        "on with that clip name its bundle as the parent clip of every stage",
+        stage.name,
+        theirs[:12],
+        named,
     )
 
 

@@ -22,7 +22,7 @@ from dd_core.stages.clip import ClipSpec, published
 from workflows import training
 from workflows.embeddings import embed
 from workflows.journal import JOURNAL, Journal, curves, entries
-from workflows.parents import parent_home
+from workflows.parents import parent_home, refuse_start_of_other_clip
 from workflows.periodic import Periodically
 from workflows.prepare import Prepared, prepare_pairs
 from workflows.progress import StepBars, StepProgress, clock
@@ -172,7 +172,8 @@ def check_parents(spec: RunSpec, run: Home | Path) -> None:
                 known |= {named: facts.get("digest", "")} if role != "start" else {}
     for (name, role), facts in elsewhere.items():
         if role == "start":
-            refuse_other_clip(spec.stage(name), facts.get("parents", {}).get("clip", ""), known)
+            stage = spec.stage(name)
+            refuse_start_of_other_clip(stage, facts, known.get(stage.parents.get("clip", ""), ""))
             continue
         for theirs, digest in facts.get("parents", {}).items():
             if theirs != "start" and digest not in known.values():
@@ -181,37 +182,6 @@ def check_parents(spec: RunSpec, run: Home | Path) -> None:
                     f"{digest[:12]}, which no stage of {spec.name} stands on; name the bundle of that "
                     f"{theirs} where stages here have a {theirs}, or train the {role} in this run"
                 )
-
-
-def refuse_other_clip(stage: TrainSpec, theirs: str, ours: Mapping[str, str]) -> None:
-    """Refuse a start that has measured the embeddings of another CLIP than the one that it would be told of.
-
-    What has measured nothing may learn to hear another one.
-
-    Args:
-        stage: It starts with the weights of another training.
-        theirs: Digest of the CLIP of that one; empty if it had none.
-        ours: Digests of the CLIPs that stages may name here, by how they name them.
-
-    Raises:
-        ValueError: The two differ.
-    """
-    named = stage.parents.get("clip", "")
-    if not theirs or not named or ours.get(named) == theirs:
-        return
-    if stage.stage.looks_at:
-        raise ValueError(
-            f"{stage.name}: its start {stage.parents['start']!r} has measured the embeddings of clip "
-            f"{theirs[:12]}, and {named!r} is another; name the bundle of that clip as its parent clip, or "
-            "leave start out"
-        )
-    log.warning(
-        "%s: its start was told what clip %s says, and %r is another, which it has to learn to hear; to go "
-        "on with that clip name its bundle as the parent clip of every stage",
-        stage.name,
-        theirs[:12],
-        named,
-    )
 
 
 def prepared_data(spec: RunSpec, run: Home) -> Prepared:

@@ -320,10 +320,15 @@ def opened(address: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.url_to_fs(address, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        extra = EXTRAS.get(address.partition("://")[0])
-        fix = f"install ddiff[{extra}]" if extra else "see that it is the address of a store"
-        raise AddressError(f"{address} cannot be opened: {error}; {fix}") from None
+        raise unopened(address, error) from None
     return fs, str(path)
+
+
+def unopened(address: str, error: Exception) -> AddressError:
+    """What is said of an address for which there is no file system here."""
+    extra = EXTRAS.get(address.partition("://")[0])
+    fix = f"install ddiff[{extra}]" if extra else "see that it is the address of a store"
+    return AddressError(f"{address} cannot be opened: {error}; {fix}")
 
 
 @contextlib.contextmanager

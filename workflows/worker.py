@@ -225,7 +225,7 @@ def accumulation(spec: TrainSpec) -> int:
 
 
 def insisted(ask: Callable[[], T], home: Home, what: str = "written to") -> T:
-    """What a store answers, asked with patience: giving up would lose all steps since the last checkpoint.
+    """What a store answers, asked with patience: giving up would end the workers and lose their steps.
 
     Raises:
         StorageError: It is away for longer than ten minutes, or the address is wrong.

@@ -181,7 +181,8 @@ def sized(spec: ClipSpec) -> ClipSpec:
     name, _, tag = spec.pretrained.partition(":")[0].partition("/")
     net = net_of(name)
     quick_gelu = net.quick_gelu or tag == "openai"
-    return spec.but(net=net.but(quick_gelu=quick_gelu, states=spec.net.states, pads_with=spec.net.pads_with))
+    kept = {name: getattr(spec.net, name) for name in ("states", "pads_with", "mean", "std")}
+    return spec.but(net=net.but(quick_gelu=quick_gelu, **kept))
 
 
 def published(spec: ClipSpec) -> Trained:

@@ -45,7 +45,8 @@ class Leaders(NamedTuple):
         tower = self.noised_clip
         if tower is None:
             return Guides(logits=self.classifier)
-        return Guides(self.classifier, tower.embed_image, tower.features, tower.logit_scale().detach())
+        scale = tower.logit_scale().detach().clamp(max=100)  # where training did not end it there
+        return Guides(self.classifier, tower.embed_image, tower.features, scale)
 
     def lead(self, denoise: Denoiser, rows: Rows, decode: Decode | None = None) -> Denoiser:
         """The denoiser, its estimates moved along the gradient of the scores that the rows ask for.

@@ -197,7 +197,7 @@ def begin_as(model: nn.Module, spec: Any, start: Trained) -> None:
         start: The other training.
 
     Raises:
-        ValueError: The other is of another kind, or has another network.
+        ValueError: The other is of another kind, has another network, or predicts or is told something else.
     """
     alike = type(start.spec) is type(spec)
     refuse_other(spec.kind, fields_of(spec), fields_of(start.spec) if alike else {})

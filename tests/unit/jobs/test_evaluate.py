@@ -86,6 +86,14 @@ def test_a_run_without_a_clip_of_its_own_is_judged_by_the_one_it_stands_on_or_to
     found = way_of(mine.but(stages=others), home).own
     assert found is not None
     assert (found.clip, found.taught) == ("/other/clip/bundle", True)
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "spec.json").write_text('{"net": {"towers": "text"}}')
+    alone = tuple(
+        stage.but(parents=stage.parents | {"clip": str(tower)}) if "clip" in stage.parents else stage
+        for stage in others
+    )
+    assert way_of(mine.but(stages=alone), home).own is None  # it embeds nothing
     none = ddpm.run().but(shapes=None)
     look_ahead(none, way_of(none, home))
     (line,) = caplog.messages

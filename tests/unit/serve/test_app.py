@@ -106,6 +106,9 @@ def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
         app.on_gpus(asked, cascade, 1)
     half = asked.but(hops=asked.hops | {"base": asked.hops["base"].but(num_gpus=0.5)})
     assert app.on_gpus(half, cascade, 1).hop.num_gpus == 0.25  # one replica, and one that replaces it
+    whole = half.but(hops=half.hops | {"base": half.hops["base"].but(num_gpus=0.99999)})
+    with pytest.raises(app.ServeError, match="name it of the others, too"):
+        app.on_gpus(whole, cascade, 1)  # what is left is less than Ray can share
 
 
 @pytest.mark.parametrize(("names", "left"), [(["ddiff"], ["all"]), (["ddiff", "theirs"], ["ddiff"])])

@@ -89,19 +89,28 @@ class Mortal:
 
 
 def test_a_request_that_kills_replicas_takes_none_of_its_neighbours_with_it() -> None:
-    deadly, *others = (CascadeState(seeds=[seed], tokens=torch.zeros(1, 12)) for seed in range(7))
+    deadly, *others = (CascadeState(seeds=[seed], tokens=torch.full((1, 12), seed)) for seed in range(7))
     mortal: Any = Mortal(deadly)
 
     async def main() -> list[Any]:
         link = ReplicaLink("base", mortal, OLD, "auto")
         asked = [link.advance(one, SamplingSpec(), 60) for one in (*others[:3], deadly, *others[3:])]
-        return await asyncio.gather(*asked, return_exceptions=True)
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        again = [deadly, deadly._replace(seeds=[99]), *others[:1]]  # nor is it tried again, whatever its seed
+        return told + await asyncio.gather(
+            *(link.advance(one, SamplingSpec(), 60) for one in again), return_exceptions=True
+        )
 
-    *told, last = asyncio.run(main())
-    assert isinstance(lost := told.pop(3), HopLostError)
-    assert not lost.again
-    assert all(one is other for one, other in zip([*told, last], others, strict=True))
+    told = asyncio.run(main())
+    lost = [told.pop(3), *told[6:8]]
+    assert all(isinstance(one, HopLostError) and not one.again for one in lost)
+    assert all(one is other for one, other in zip([*told[:6], told[8]], [*others, others[0]], strict=True))
     assert mortal.deaths == 2
+
+
+def test_a_replica_whose_node_is_taken_away_counts_as_no_death() -> None:
+    leaving = RayActorError(preempted=True)
+    assert asked(Handle(*[leaving] * 5)) is STATE
 
 
 def test_a_hop_that_stays_down_is_given_up_at_the_deadline_for_the_client_to_ask_again(

@@ -77,6 +77,7 @@ def test_a_replica_of_another_cascade_is_not_ready() -> None:
     assert asyncio.run(painter.replacing(1))
     one.links["base"].others = [TimeoutError()]  # it runs, and has no time to say what it serves
     assert asyncio.run(painter.replacing(1))
+    assert not asyncio.run(painter.replacing(1, patient=False))
     one.links["base"].digest = "cd" * 32
     with one.client:
         assert "base: serves cascade cdcdcdcdcdcd, not abababababab" in one.client.get("/health/ready").text

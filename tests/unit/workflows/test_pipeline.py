@@ -43,6 +43,7 @@ from workflows.progress import StepBars
 from workflows.run_spec import RunSpec, in_order
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
+from workflows.training import inputs
 from workflows.worker import threads
 
 if TYPE_CHECKING:
@@ -179,6 +180,18 @@ def test_a_start_that_has_measured_the_embeddings_of_another_clip_is_refused(
     run.mkdir()
     (other / "clip").rename(run / "clip")
     check_parents(spec, run)  # the run's own is that clip
+
+
+def test_a_start_within_the_run_that_has_measured_another_clip_is_refused_before_it_trains(
+    tmp_path: Path,
+) -> None:
+    old = sealed_bundle(tmp_path / "old" / "clip" / "bundle", {"start": "b" * 64})
+    sealed_bundle(tmp_path / "run" / "first" / "bundle", {"clip": old})
+    sealed_bundle(tmp_path / "run" / "clip" / "bundle", {})  # trained anew since
+    net = PriorNetSpec(width=16, layers=1, head_width=8, text_width=16, embedding_width=8, context_length=8)
+    prior = stage("a", clip="clip", start="first").but(stage=PriorSpec(net=net))
+    with pytest.raises(ValueError, match=f"its start 'first' has measured the embeddings of clip {old[:12]}"):
+        inputs(prior, run=tmp_path / "run", data=tmp_path)
 
 
 def test_a_stage_s_own_bundle_is_no_start_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
