@@ -1,10 +1,17 @@
 """Workers agree to stop at one step, soon enough for what has told them to."""
 
+import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+import ray.train.torch
+import torch
+import torch.distributed as dist
 
+from tests.ranks import run_ranks
 from workflows import agreement
 from workflows.agreement import Agreed, Agreement
 
@@ -56,3 +63,29 @@ def test_the_slowest_worker_and_any_that_is_told_decide_for_all(monkeypatch: pyt
     workers = Agreement(sign, ranks=2, drainable=False)
     assert workers.after(1) == STOP
     assert workers.pause == 1
+
+
+def rank_main(rank: int, root: Path) -> None:
+    """The second of two workers is told to stop after its fifth step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+    told = [False]
+    workers = Agreement(
+        cast("StopSign", SimpleNamespace(up=lambda: told[0] and rank == 1)), ranks=2, drainable=False
+    )
+    for step in range(1, 100):
+        told[0] = step >= 5
+        if workers.after(step).stop:
+            break
+    (root / f"{rank}.json").write_text(json.dumps(step))
+    dist.barrier()
+    os._exit(0)  # gloo on CPU sometimes aborts in its own teardown
+
+
+@pytest.mark.slow
+def test_two_workers_of_which_one_is_told_stop_at_the_same_step(tmp_path: Path) -> None:
+    run_ranks(rank_main, (tmp_path,), 2)
+    stopped = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert stopped[0] == stopped[1]
+    assert 5 <= stopped[0] <= 5 + agreement.ASK_EVERY_STEPS
