@@ -29,8 +29,8 @@ READY_TRIES, READY_PAUSE_S = 5, 0.2
 
 def identity(state: CascadeState, how: SamplingSpec) -> str:
     """Digest of what a request asks for, its seeds aside."""
-    asked = [tensor for tensor in (state.tokens, state.label) if tensor is not None]
-    return hashlib.sha256(repr((how, [tensor.tolist() for tensor in asked])).encode()).hexdigest()
+    told = [None if one is None else one.tolist() for one in (state.tokens, state.negative, state.label)]
+    return hashlib.sha256(repr((how, told)).encode()).hexdigest()
 
 
 class ReplicaLink:
@@ -54,20 +54,28 @@ class ReplicaLink:
 
     async def advance(self, state: CascadeState, how: SamplingSpec, timeout_s: float) -> CascadeState:
         clock = asyncio.get_running_loop().time
-        until, told = clock() + timeout_s, f"two replicas of {self.stage} died under this request"
-        asked = identity(state, how)
-        if self.deadly.get(asked, -math.inf) > clock() - QUARANTINE_S:
-            raise HopLostError(told, again=False)
+        until, asked = clock() + timeout_s, identity(state, how)
+        self.refuse_deadly(asked, clock())
         try:
             return await self.repeated(state, how, until)
         except DEATHS:
             async with self.suspects:
+                self.refuse_deadly(asked, clock())  # the same has been tried before it in the line
                 try:
                     return await self.repeated(state, how, until)
                 except DEATHS as error:
-                    self.deadly = {**self.deadly, asked: clock()}
-                    self.deadly = dict(list(self.deadly.items())[-QUARANTINED:])
-                    raise HopLostError(told, again=False) from error
+                    self.deadly[asked] = clock()
+                    self.deadly = dict(sorted(self.deadly.items(), key=lambda one: one[1])[-QUARANTINED:])
+                    raise self.deadly_error() from error
+
+    def refuse_deadly(self, asked: str, now: float) -> None:
+        """Raises HopLostError for a request under which two replicas have died of late."""
+        if self.deadly.get(asked, -math.inf) > now - QUARANTINE_S:
+            raise self.deadly_error()
+
+    def deadly_error(self) -> HopLostError:
+        """What is said of such a request."""
+        return HopLostError(f"two replicas of {self.stage} died under this request", again=False)
 
     async def repeated(self, state: CascadeState, how: SamplingSpec, until: float) -> CascadeState:
         """The answer of a replica that did not fail before it was asked.

@@ -19,9 +19,9 @@ SIDE, TOKENS, WIDTH = 224, 77, 768
 def run() -> RunSpec:
     """Five stages for your own tars: set pairs.shards and pairs.destination.
 
-    open_clip downloads the CLIP (1.7 GB).  Two CPUs, no GPU, up to 16 GB.  The budgets are those of the
-    demo's flat shapes: raise them for photographs.  Planned and built, never trained: no weights could be
-    downloaded where it was written.
+    open_clip downloads the CLIP (1.7 GB).  Two CPUs, no GPU; by the plan up to 6 GiB.  The budgets are
+    those of the demo's flat shapes: raise them for photographs.  Planned and built, never trained: no weights
+    could be downloaded where it was written.
     """
     cascade = demo.cascade().but(name="vit_l14", context_length=TOKENS)
     stages = (demo.upsampler(), demo.prior(), demo.draft(), demo.base())

@@ -82,10 +82,10 @@ class Mortal:
         return answer
 
     def die(self) -> None:
-        self.deaths += 1
-        for answer in self.working:
-            if not answer.done():
-                answer.set_exception(RayActorError())
+        lost = [answer for answer in self.working if not answer.done()]
+        self.deaths += bool(lost)  # another may have killed it already
+        for answer in lost:
+            answer.set_exception(RayActorError())
 
 
 def test_a_request_that_kills_replicas_takes_none_of_its_neighbours_with_it() -> None:
@@ -105,6 +105,22 @@ def test_a_request_that_kills_replicas_takes_none_of_its_neighbours_with_it() ->
     lost = [told.pop(3), *told[6:8]]
     assert all(isinstance(one, HopLostError) and not one.again for one in lost)
     assert all(one is other for one, other in zip([*told[:6], told[8]], [*others, others[0]], strict=True))
+    assert mortal.deaths == 2
+
+
+def test_the_same_deadly_request_ten_times_at_once_kills_two_replicas_and_not_its_like() -> None:
+    deadly = CascadeState(seeds=[1], tokens=torch.zeros(1, 12))
+    like = deadly._replace(negative=torch.ones(1, 12))
+    mortal: Any = Mortal(deadly)
+
+    async def main() -> list[Any]:
+        link = ReplicaLink("base", mortal, OLD, "auto")
+        asked = (link.advance(one, SamplingSpec(), 60) for one in (*[deadly] * 10, like))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    *lost, other = asyncio.run(main())
+    assert all(isinstance(one, HopLostError) and not one.again for one in lost)
+    assert other is like
     assert mortal.deaths == 2
 
 
