@@ -17,6 +17,7 @@ from dd_core.spec import SafeName
 from workflows.addresses import redacted
 from workflows.journal import unreachable
 from workflows.mlflow_errors import ABSENT, INVALID, code_of
+from workflows.model_versions import address_of
 from workflows.tracking import Book, away
 
 CURRENT = "current"
@@ -244,10 +245,8 @@ class Registry:
 
 def version_of(found: Any) -> Version:
     """MLflow's version of a cascade of ours."""
-    source, tags = str(found.source).removeprefix("file://"), dict(found.tags)
-    return Version(
-        found.name, str(found.version), source, tags.get("bundle_sha256", ""), tags, found.run_id or ""
-    )
+    tags, digest = dict(found.tags), found.tags.get("bundle_sha256", "")
+    return Version(found.name, str(found.version), address_of(found), digest, tags, found.run_id or "")
 
 
 def worse(candidate: Version, holder: Version | None) -> str:

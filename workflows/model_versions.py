@@ -1,0 +1,69 @@
+"""A cascade as a version of a model in MLflow's registry: how it is written, and where it says that it lies.
+
+A store that is a file takes any source.  A tracking server refuses paths, which would be of its own disk
+(MLflow's answer is 400), unless they lie within the run that registers them: there the source is the
+artifact directory `cascade` of that run, which holds the manifest, and the tag ADDRESS says where the
+cascade itself is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dd_core.sealed import MANIFEST
+from workflows.journal import Entry
+
+ADDRESS = "bundle"
+"""The tag of a version that says where the run left the cascade."""
+CASCADE = "cascade"
+
+
+def register(client: Any, run_id: str, entry: Entry, *, by_server: bool) -> None:
+    """Make a version of the cascade, known by the digest in its tags; it gets the alias and these tags.
+
+    Args:
+        client: MLflow's.
+        run_id: Of the run that made it.
+        entry: Of kind "model" in a journal.
+        by_server: The registry is a server, not a file.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, address = entry.name, entry.value["source"]
+    tags = {ADDRESS: address} | entry.value["tags"]
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    version = known(client, name, tags["bundle_sha256"])
+    if version is None:
+        source = source_of(client, run_id, address, by_server=by_server)
+        version = client.create_model_version(name, source, run_id=run_id, tags=tags)
+    else:
+        for tag, value in tags.items():
+            client.set_model_version_tag(name, version.version, tag, value)
+    client.set_registered_model_alias(name, entry.value["alias"], version.version)
+
+
+def known(client: Any, name: str, digest: str) -> Any | None:
+    """The version of a model whose cascade has this digest; None: there is none."""
+    there = client.search_model_versions(f"name = '{name}'")
+    return next((version for version in there if version.tags.get("bundle_sha256") == digest), None)
+
+
+def source_of(client: Any, run_id: str, address: str, *, by_server: bool) -> str:
+    """What MLflow is told of where a cascade is."""
+    if "://" in address:
+        return address
+    if not by_server:
+        return f"file://{address}"
+    if (manifest := Path(address) / MANIFEST).exists():
+        client.log_artifact(run_id, str(manifest), CASCADE)
+    return f"runs:/{run_id}/{CASCADE}"
+
+
+def address_of(version: Any) -> str:
+    """Where the run left the cascade of a version: a path, or an address in a store."""
+    source = str(version.source)
+    if source.startswith("runs:/"):
+        return str(version.tags.get(ADDRESS, source))
+    return source.removeprefix("file://")
