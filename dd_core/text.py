@@ -85,6 +85,11 @@ def cleaned(caption: str) -> str:
     return " ".join(caption.split()).lower()
 
 
+def is_empty(caption: str) -> bool:
+    """Whether a caption says nothing: it has no tokens, as blanks, or entities of blanks, have none."""
+    return not cleaned(caption)
+
+
 def piece_tokens(piece: str) -> tuple[int, ...]:
     """The tokens of one word, digit or run of signs; cached up to LONGEST_REMEMBERED characters."""
     return remembered(piece) if len(piece) <= LONGEST_REMEMBERED else joined_tokens(piece)

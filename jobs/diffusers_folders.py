@@ -26,6 +26,7 @@ from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.clip import ClipNetSpec
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.unet import UNet
+from dd_core.samplers import SamplingSpec
 from dd_core.stages import published as published_stages
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
@@ -50,6 +51,8 @@ class Component(NamedTuple):
 
     net: PlainSpec
     process: Process | None
+    clips: bool
+    """Whether its scheduler clips estimates of pixels."""
     weights: dict[str, Tensor]
 
 
@@ -100,8 +103,17 @@ def import_pipeline(folder: Path, out: Path) -> Facts:
         yield "unet", Part(SOURCE, stage, inner(unet.weights), {role: role for role in parents})
 
     cascade, card = cascade_of(SOURCE, stage, name="unet"), card_of(SOURCE, stage, led=False)
+    if latent is None:
+        cascade = cascade.but(hops=tuple(hop.but(how=clipped(hop.how, unet.clips)) for hop in cascade.hops))
     left = {"not taken": [name for name in PASSED_OVER if name in there]}
     return assembled(out, cascade, parts(), card=card) | left
+
+
+def clipped(how: SamplingSpec, clips: bool) -> SamplingSpec:
+    """How pixels are sampled in diffusers, whose DDIM clips the image alone, and not eps."""
+    if not clips:
+        return how.but(clip="none")
+    return how.but(clip="image") if how.sampler == "ddim" else how
 
 
 def components(folder: Path) -> dict[str, str]:
@@ -145,13 +157,16 @@ def unet_in(folder: Path) -> Component:
         unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
     linear = bool(config.get("use_linear_projection", False))
     weights = fitted(unet, inward(state, diffusers_unet.unet_moves(unet, linear=linear)))
-    beside, process = folder / SCHEDULER, None  # in the same folder where the UNet is the whole pipeline
+    process, clips = None, True
+    beside = folder / SCHEDULER  # in the same folder where the UNet is the whole pipeline
     if not beside.is_file():
         beside = folder.parent / "scheduler" / SCHEDULER
     if beside.is_file():
-        process = diffusers_scheduler.process_of(json_in(beside), image_size=config.get("sample_size") or 64)
+        scheduler = json_in(beside)
+        process = diffusers_scheduler.process_of(scheduler, image_size=config.get("sample_size") or 64)
+        clips = diffusers_scheduler.clips(scheduler)
         spec = diffusers_config.told_apart(spec, learned_variance=process.learned_variance)
-    return Component(spec, process, weights)
+    return Component(spec, process, clips, weights)
 
 
 def reader_in(folder: Path) -> tuple[ClipNetSpec, dict[str, Tensor]]:

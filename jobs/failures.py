@@ -27,6 +27,7 @@ class Code(IntEnum):
 
 
 OF_TRAINING = {
+    ("builtins", "FloatingPointError"): Code.NOT_FINITE,
     ("dd_core.training", "DivergedError"): Code.NOT_FINITE,
     ("dd_core.training", "DataEndedError"): Code.DATA,
     ("workflows.row_groups", "DataError"): Code.DATA,

@@ -97,7 +97,7 @@ def checked(spec: PairsSpec) -> dict[str, Any]:
 
     Raises:
         MissingShardError: A name leads nowhere.
-        TooManyRejectsError: More samples are rejected, or more shards unreadable, than allowed; or all.
+        TooManyRejectsError: More samples are rejected, or more shards broken, than allowed; or all.
     """
     facts = totals(looked_at_all(located(spec.shards), spec))
     check_census(spec, census_of(facts), way_out="mend the shards or raise --max-rejected")

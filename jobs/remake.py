@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,7 +48,11 @@ def refuse(order: Order) -> None:
     edits = [name for name, value in others.items() if value is not None]
     kept = [name for name, on in (("--colourise", order.colourise), ("--enlarge", order.enlarge)) if on]
     way, besides = ways[0] if ways else "", [*kept[1:], *ways, *edits]
+    numbers = {"--vary": order.vary, "--between": order.between, "--strength": order.strength}
+    numbers["--by"] = order.by
+    odd = [name for name, value in numbers.items() if value is not None and not math.isfinite(value)]
     remedies = (
+        (bool(odd), f"{''.join(odd[:1])} is no number"),
         (
             bool(kept and besides),
             f"{' and '.join((kept + besides)[:2])} are different things; give one of them",

@@ -29,7 +29,7 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import ConsistencyHop
-from dd_core.text import too_long
+from dd_core.text import is_empty, too_long
 from jobs import remake
 from jobs.provenance import facts_of, text_of
 from jobs.sample_changes import changed, refuse_overruled
@@ -183,7 +183,7 @@ def refuse_order(order: Order) -> None:
     """
     remake.refuse(order)
     described = order.vary is not None or order.between is not None  # by the picture; a prompt is optional
-    if not order.prompt.strip() and not described:
+    if is_empty(order.prompt) and (order.keep is not None or not described):
         raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
     for text in (order.prompt, order.negative, order.instead_of or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -290,6 +290,10 @@ def painted(plan: Plan, seed: int, name: str) -> Float[Tensor, " 1 3 h w"]:
     if state.image is None:
         raise ValueError(
             f"cascade {name}: its last hop paints no image; a base or an upsampler must come last"
+        )
+    if not state.image.isfinite().all():
+        raise FloatingPointError(
+            f"cascade {name}, seed {seed}: the picture is not finite; lower the guidance"
         )
     return state.image
 

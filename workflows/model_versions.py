@@ -26,13 +26,9 @@ def register(client: Any, run_id: str, entry: Entry, *, by_server: bool) -> None
         entry: Of kind "model" in a journal.
         by_server: The registry is a server, not a file.
     """
-    from mlflow.exceptions import MlflowException
-
     name, address = entry.name, entry.value["source"]
     tags = {ADDRESS: address} | entry.value["tags"]
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
+    if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     version = known(client, name, tags["bundle_sha256"])
     if version is None:

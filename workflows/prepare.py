@@ -283,14 +283,10 @@ def judge(spec: PairsSpec, facts: dict[str, Any], named_in: str = REFUSED) -> No
         facts: What was found.
         named_in: File of the destination that names the rejects.
     """
-    broken = [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
-    if broken:
+    if broken := broken_of(facts):
         log.warning(
             "%d of %d shards broke off, and nothing tells how many samples are lost; the first is %s: %s",
-            len(broken),
-            len(facts["parts"]),
-            broken[0]["url"],
-            broken[0]["damage"],
+            *(len(broken), len(facts["parts"]), broken[0]["url"], broken[0]["damage"]),
         )
     done, every = len(facts["parts"]), len(facts.get("shards", facts["parts"]))
     after = f"found after {done:,} of {every:,} shards; " if done < every else ""
@@ -298,12 +294,17 @@ def judge(spec: PairsSpec, facts: dict[str, Any], named_in: str = REFUSED) -> No
     check_census(spec, census_of(facts), way_out=way_out)
 
 
+def broken_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of shards that broke off, where nothing tells how many samples are lost."""
+    return [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
+
+
 def census_of(facts: dict[str, Any]) -> Census:
     """The totals of parts as a census of their source."""
     return Census(
         Counter({"": facts["kept"]} | facts["rejects"]),
         shards=len(facts["parts"]),
-        unreadable=sum(bool(part["damage"]) and not part["kept"] for part in facts["parts"]),
+        broken=len(broken_of(facts)),
         held_out=facts.get("held_out", 0),
         firsts=facts.get("first_rejects", {}),
     )

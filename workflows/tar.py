@@ -141,14 +141,16 @@ def extension(file: ShardFile, header: Header) -> dict[str, str]:
 def records(text: bytes, end: int) -> dict[str, str]:
     """The records of a pax header: `length key=value` and a line feed."""
     found: dict[str, str] = {}
-    while text.strip(b"\0"):
-        length = text.partition(b" ")[0]
-        size = whole_number(length, 10, end)
-        key, equals, value = text[len(length) + 1 : size - 1].partition(b"=")
-        if not equals or text[size - 1 : size] != b"\n":
+    text, place = text.rstrip(b"\0"), 0
+    while place < len(text):
+        blank = text.find(b" ", place, place + 21)
+        length = text[place : blank if blank >= 0 else place + 21]
+        last = place + whole_number(length, 10, end) - 1
+        key, equals, value = text[place + len(length) + 1 : last].partition(b"=")
+        if not equals or text[last : last + 1] != b"\n":
             raise DamagedError(f"bad pax header before byte {end:,}")
         found[readable(key)] = readable(value)
-        text = text[size:]
+        place = last + 1
     return found
 
 

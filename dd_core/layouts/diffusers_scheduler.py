@@ -35,6 +35,14 @@ UNSAID = {
     "UniPCMultistepScheduler": DDPM,
 }
 """Schedulers whose process has betas -> their defaults: schedule, first beta, last beta."""
+CLIPS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "RePaintScheduler",
+)
+"""Schedulers that clip their estimate to -1 .. 1 unless told otherwise; the others never do."""
 PLUS_ONE = {
     "_class_name": "DDIMScheduler",
     "timestep_spacing": "leading",
@@ -120,9 +128,7 @@ def process_of(config: Mapping[str, Any], *, image_size: int) -> Process:
     for name, value in (("beta_schedule", schedule), ("prediction_type", predicts)):
         if value not in ours:
             raise LayoutError(f"scheduler_config.json: {name} is {value!r}, unknown to ours")
-    for name, known in REFUSED.items():
-        if config.get(name) not in known:
-            raise LayoutError(f"scheduler_config.json: {name} is {config[name]!r}, unknown to ours")
+    refuse_others(config, REFUSED)
     timesteps = config.get("num_train_timesteps", 1000)
     share = share_of(ours[schedule], timesteps)
     return Process.model_validate(
@@ -136,6 +142,29 @@ def process_of(config: Mapping[str, Any], *, image_size: int) -> Process:
             "image_size": image_size,
         }
     )
+
+
+def clips(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler clips its estimates of pixels to -1 .. 1.
+
+    Raises:
+        LayoutError: It clips in a way that ours does not know; the field is named.
+    """
+    kind = config.get("_class_name")
+    refuse_others(config, {"thresholding": (None, False)})
+    if kind == JUMPS:
+        return bool(config.get("clip_denoised", True))
+    if not config.get("clip_sample", kind in CLIPS):
+        return False
+    refuse_others(config, {"clip_sample_range": (None, 1.0)})
+    return True
+
+
+def refuse_others(config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises LayoutError for a field with another value than ours supports."""
+    for name, values in known.items():
+        if config.get(name) not in values:
+            raise LayoutError(f"scheduler_config.json: {name} is {config[name]!r}, unknown to ours")
 
 
 def process_of_jumps(config: Mapping[str, Any], *, image_size: int) -> Process:

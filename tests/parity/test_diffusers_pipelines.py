@@ -225,3 +225,48 @@ def test_a_file_that_holds_no_fields_is_damaged(file: str, tmp_path: Path) -> No
     done = imported(tmp_path, tmp_path / "cascade")
     assert done.exit_code == 2
     assert "is damaged: it holds a list, no fields" in done.output
+
+
+@pytest.mark.parametrize("clips", [True, False])
+@torch.no_grad()
+def test_estimates_of_pixels_are_clipped_as_the_scheduler_clips_them(clips: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=clips)
+    diffusers.DDIMPipeline(randomised(unet).eval(), scheduler).save_pretrained(tmp_path / "pipeline")
+    done = imported(tmp_path / "pipeline", tmp_path / "cascade")
+    assert done.exit_code == 0, done.output
+    cascade = bundle.load_cascade(tmp_path / "cascade")
+    (hop,), (about,) = cascade.hops, cascade.spec.hops
+    assert about.how.clip == ("image" if clips else "none")
+    draw = hop.start(requested([""], [0], LENGTH), about.how.but(num_steps=10))
+    found = sample(draw.sampling, hop.denoiser(draw.rows))
+    scheduler.set_timesteps(10)
+    x = SeededNoise([0])(torch.empty(1, 3, 16, 16))
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+    assert (float(x.abs().max()) > 1.01) != clips
+
+
+@pytest.mark.parametrize("odd", [{"clip_sample_range": 3.0}, {"thresholding": True}])
+def test_a_scheduler_that_clips_in_another_way_is_refused(odd: dict[str, Any], tmp_path: Path) -> None:
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    scheduler = diffusers.DDIMScheduler(**odd)
+    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "pipeline")
+    done = imported(tmp_path / "pipeline", tmp_path / "cascade")
+    assert done.exit_code == 2
+    assert f"{next(iter(odd))} is {next(iter(odd.values()))}, unknown to ours" in done.output
+    assert not (tmp_path / "cascade").exists()

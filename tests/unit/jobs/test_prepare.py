@@ -62,7 +62,7 @@ def refused_when_prepared(spec: PairsSpec, out: Path) -> str:
 
 
 def test_shards_that_give_nothing_are_counted_by_both(shards: str, tmp_path: Path) -> None:
-    said = "1 of 31 samples rejected (1 shard), 1 of 4 shards unreadable; 5% are allowed; "
+    said = "1 of 31 samples rejected (1 shard), 1 of 4 shards broken; 5% are allowed; "
     said += f"first {tmp_path}/3.tar: shard: bad header at byte 0 "
     spec = PairsSpec(shards=(shards,), destination="out", sizes=(32,))
     ours, done = refused_when_prepared(spec, tmp_path / "out"), check("--shards", shards)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from dd_core import bundle, images
+from dd_core.cascade import run
 from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
+from jobs import sample
 from jobs.cli import main
 from jobs.sample import Order, paint
 from tests.unit.serve.tiny import tiny_cascade
@@ -106,6 +109,27 @@ def test_more_cannot_be_kept_than_painted(cascade: Path, tmp_path: Path) -> None
     assert done.exit_code == 2
     assert "paint more, -n 3 at least" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_nearest_to_an_empty_prompt(cascade: Path, tmp_path: Path) -> None:
+    order = Order("&nbsp;", images=2, keep=1, image=tmp_path / "a.png", vary=1.0)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        paint(order, cascade, tmp_path / "none")
+
+
+def test_a_picture_that_is_not_finite_is_an_error_and_no_file(
+    cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*arguments: Any) -> Any:
+        state = run(*arguments)
+        return state if state.image is None else state._replace(image=state.image * float("nan"))
+
+    monkeypatch.setattr(sample, "run", lost)
+    words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path / "none"), "--seed", "3"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 5
+    assert "seed 3: the picture is not finite; lower the guidance" in done.stderr
+    assert not list((tmp_path / "none").glob("*.png"))
 
 
 def test_seeds_that_would_give_the_pictures_of_others_are_refused(cascade: Path, tmp_path: Path) -> None:

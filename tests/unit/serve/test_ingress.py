@@ -11,7 +11,7 @@ from PIL import Image
 from dd_core.samplers import SamplingSpec
 from dd_core.text import tokens, too_long
 from serve.openai_api import GenerationRequest
-from tests.unit.serve.endpoint import BASE, DIGEST, LAST, Served, pngs, refused
+from tests.unit.serve.endpoint import BASE, DIGEST, LAST, URL, Served, pngs, refused
 
 
 def test_a_seed_is_an_image_however_many_are_asked_for(served: Served) -> None:
@@ -26,6 +26,24 @@ def test_without_a_seed_the_answer_names_one_that_repeats_the_image(served: Serv
     first = served.post()
     assert first.headers["x-seed"] == str(first.json()["data"][0]["seed"])
     assert pngs(served.post(seed=int(first.headers["x-seed"]))) == pngs(first)
+
+
+def test_the_same_idempotency_key_gets_the_same_images_unless_a_seed_is_given(served: Served) -> None:
+    def asked(key: str, **body: int) -> list[bytes]:
+        whole = {"prompt": "a red circle"} | body
+        return pngs(served.client.post(URL, json=whole, headers={"Idempotency-Key": key}))
+
+    assert asked("one") == asked("one") != asked("two")
+    assert asked("one", seed=5) == pngs(served.post(seed=5))
+
+
+def test_the_schema_says_how_errors_look(served: Served) -> None:
+    paths = served.client.get("/openapi.json").json()["paths"]
+    for path in paths.values():
+        for operation in path.values():
+            assert operation["responses"].keys() == {"200", "default"}
+            content = operation["responses"]["default"]["content"]["application/json"]["schema"]
+            assert content == {"$ref": "#/components/schemas/ErrorAnswer"}
 
 
 def test_seeds_run_over_the_top_back_to_zero(served: Served) -> None:

@@ -26,6 +26,7 @@ UNABLE: list[tuple[str, Any]] = [
     ("n", True),
     ("prompt", ""),
     ("prompt", " \n"),
+    ("prompt", "&nbsp;"),
     ("prompt", "a" * 1001),
     ("prompt", "nul \0"),
     ("prompt", None),
@@ -43,6 +44,12 @@ UNABLE: list[tuple[str, Any]] = [
 def test_what_cannot_be_honoured_is_refused_by_name(served: Served, param: str, value: Any) -> None:
     message = refused(served.post(**{param: value}), 400, param)
     assert message.startswith(f"{param}: ")
+
+
+def test_steps_and_a_quality_that_is_other_steps_are_not_both_taken(served: Served) -> None:
+    message = refused(served.post(num_inference_steps=5, quality="high"), 400, "quality")
+    assert message == "quality: is a number of steps, too: leave it or num_inference_steps out"
+    assert served.post(num_inference_steps=5, quality="standard").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A cascade on this machine's disk gets its version and alias from a tracking server, which takes no paths."""
+"""A cascade on this disk gets its version and alias from a tracking server, which takes no paths."""
 
 import json
 from pathlib import Path

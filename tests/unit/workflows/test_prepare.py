@@ -494,7 +494,9 @@ def test_samples_that_a_downloader_counted_and_a_shard_has_not_are_rejects(
     assert "broke off" not in caplog.text
     (tmp_path / "00000_stats.json").unlink()
     (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:4000])
-    prepare_pairs(spec.but(max_reject_fraction=0.5), progress=False)
+    with pytest.raises(TooManyRejectsError, match="1 of 1 shards broken; 50% are allowed"):
+        prepare_pairs(spec.but(max_reject_fraction=0.5), progress=False)  # a tenth of it may be left
+    prepare_pairs(spec.but(max_reject_fraction=1), progress=False)
     assert "1 of 1 shards broke off, and nothing tells how many samples are lost" in caplog.text
 
 
