@@ -114,12 +114,14 @@ def factor_of(chain: ChainSpec, found: Bundle, directory: Path) -> int:
 def export_unet(
     spec: PlainSpec, weights: Mapping[str, Tensor], out: Path, *, side: int, scheduler: Facts | None
 ) -> Facts:
-    """Write a UNet, and beside it its scheduler if there is one."""
+    """Write a UNet, and beside it its scheduler if there is one; if not, that is said."""
     config = diffusers_config.config_of(spec, image_size=side)
     with torch.device("meta"):
         net = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
     facts = component(out / "unet", config, outward(weights, diffusers_unet.unet_moves(net, linear=True)))
-    if scheduler is not None:
+    if scheduler is None:
+        facts["scheduler"] = "none, for diffusers has none with its levels and scaling; sample it by `ddiff`"
+    else:
         (out / "scheduler").mkdir()
         text = json.dumps(scheduler, indent=2)
         (out / "scheduler" / "scheduler_config.json").write_text(text)

@@ -85,7 +85,10 @@ def config_of(spec: AutoencoderNetSpec, *, scale: float) -> dict[str, Any]:
         LayoutError: The autoencoder has what diffusers does not support; the fields are named.
     """
     if spec.stem > 1 or spec.norm == "none" or spec.attention_levels:
-        raise LayoutError("diffusers has no autoencoder with a stem, without norms or with attention_levels")
+        raise LayoutError(
+            "diffusers has no autoencoder with a stem, without norms or with attention_levels; what was "
+            "published can be exported, and what recipes at paper scale train"
+        )
     levels = len(spec.channel_mult)
     config = {
         "_class_name": "VQModel" if spec.codes else "AutoencoderKL",

@@ -94,7 +94,10 @@ def check_expressible(unet: UNetSpec) -> None:
     }
     for name, is_refused in refused.items():
         if is_refused:
-            raise LayoutError(f"diffusers has no such UNet: {name}={getattr(unet, name)!r}")
+            raise LayoutError(
+                f"diffusers has no such UNet: {name}={getattr(unet, name)!r}; what was published can be "
+                "exported, and what recipes at paper scale train"
+            )
 
 
 def head_widths(unet: UNetSpec) -> set[int]:

@@ -158,6 +158,16 @@ def test_a_consistency_model_is_asked_by_diffusers_at_the_same_levels(tmp_path: 
     torch.testing.assert_close(found, wanted.clamp(-1, 1), rtol=1e-3, atol=1e-3)
 
 
+def test_a_network_of_all_noise_levels_has_no_scheduler_which_is_said(tmp_path: Path) -> None:
+    chain = ChainSpec(
+        net=PlainSpec(unet=ADM), image_size=16, schedule=LogNormalSpec(), predicts="edm", told_dropout=0.0
+    )
+    saved(chain, chain, tmp_path / "base", {})
+    facts = export.export_diffusers(tmp_path / "base", tmp_path / "out")
+    assert facts["scheduler"].startswith("none, for diffusers has none")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unet"]
+
+
 @pytest.mark.parametrize("kind", diffusers_scheduler.UNSAID)
 def test_what_a_scheduler_leaves_unsaid_is_what_diffusers_takes(kind: str) -> None:
     scheduler = getattr(diffusers, kind)()
@@ -180,6 +190,10 @@ def test_what_a_scheduler_leaves_unsaid_is_what_diffusers_takes(kind: str) -> No
             "told the picture before the mask",
         ),
         (PIXELS.but(net=PlainSpec(unet=ADM.but(level_scale=100.0), out_channels=6)), "level_scale=100.0"),
+        (
+            PIXELS.but(net=PlainSpec(unet=ADM.but(stem="unshuffle", stem_factor=2), out_channels=6)),
+            "stem='unshuffle'; what was published can be exported, and what recipes at paper scale train",
+        ),
     ],
 )
 def test_what_diffusers_would_ask_otherwise_is_not_written(
