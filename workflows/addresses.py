@@ -15,6 +15,23 @@ RIGHT = re.compile(
     r"""|password|passwd|pwd))=[^&;\s"']""",
     re.IGNORECASE,
 )
+SIGNED = re.compile(
+    r"x-(?:amz|goog|ms)-.*|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|sig|token"
+    r"|access_token|auth",
+    re.IGNORECASE,
+)
+"""Parameters of a query that a store signs anew for each reader (Amazon's, Google's, CloudFront's)."""
+AZURE = re.compile(r"s[evptrs]|spr|srt|sip|ske|skt|sks|skv|skoid|sktid")
+"""Further ones beside `sig`."""
+
+
+def lasting(url: str) -> str:
+    """An address without what is signed anew each time: the same file keeps the same one."""
+    path, mark, query = url.partition("?")
+    fields = [field for field in query.split("&") if not SIGNED.fullmatch(field.partition("=")[0])]
+    if "sig=" in query:
+        fields = [field for field in fields if not AZURE.fullmatch(field.partition("=")[0])]
+    return path + mark * any(fields) + "&".join(fields)
 
 
 def redacted(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import braceexpand
 import fsspec
 
-from workflows.addresses import redacted
+from workflows.addresses import lasting, redacted
 from workflows.storage import StorageError, unopened
 
 T = TypeVar("T")
@@ -62,6 +62,11 @@ class Found(NamedTuple):
     """Bytes; None where the store does not tell."""
     version: str
     """Changes when the file does, as far as the store tells (ETag, time, size)."""
+
+    @property
+    def identity(self) -> tuple[str, int | None, str]:
+        """Tells whether it is the same file as before, whatever signature it is read with."""
+        return lasting(self.url), self.size, self.version
 
 
 def located(shards: Sequence[str]) -> list[Found]:
@@ -173,7 +178,7 @@ def told_of(fs: Any, path: str) -> tuple[Found, str]:
 
 def fingerprint(files: Iterable[Found]) -> str:
     """sha256 over addresses, sizes and versions: equal if the source has not changed."""
-    return hashlib.sha256(json.dumps([list(file) for file in files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([file.identity for file in files]).encode()).hexdigest()
 
 
 def one_line(error: BaseException | str) -> str:

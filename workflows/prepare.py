@@ -214,7 +214,8 @@ def how(spec: PairsSpec) -> dict[str, Any]:
 
 def keys_of(spec: PairsSpec, source: Sequence[Found]) -> list[str]:
     """Digest of what each part is made from: the shard as it is, its number (in every row), and the spec."""
-    return [sealed.digest_of([LAYOUT, how(spec), shard, *found]) for shard, found in enumerate(source)]
+    whole = enumerate(found.identity for found in source)
+    return [sealed.digest_of([LAYOUT, how(spec), shard, *found]) for shard, found in whole]
 
 
 def content_of(facts: dict[str, Any], before: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workflows.addresses import has_password, redacted
+from workflows.addresses import has_password, lasting, redacted
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,23 @@ from workflows.addresses import has_password, redacted
 )
 def test_what_is_shown_of_an_address(text: str, seen: str, secret: bool) -> None:
     assert (redacted(text), has_password(text)) == (seen, secret)
+
+
+@pytest.mark.parametrize(
+    ("url", "lasts"),
+    [
+        ("https://h/a.tar?X-Amz-Date=1&X-Amz-Expires=9&X-Amz-Signature=f0", "https://h/a.tar"),
+        ("https://h/a.tar?versionId=3&X-Amz-Signature=f0", "https://h/a.tar?versionId=3"),
+        ("https://h/get?file=3&token=f0&part=1", "https://h/get?file=3&part=1"),
+        (
+            "https://a.blob.core/a.tar?sv=2&se=3&sp=r&sig=f0&snapshot=1",
+            "https://a.blob.core/a.tar?snapshot=1",
+        ),
+        ("https://h/get?se=1&sp=2", "https://h/get?se=1&sp=2"),
+        ("https://h/a?AWSAccessKeyId=A&Expires=1&Signature=f0", "https://h/a"),
+        ("s3://bucket/a.tar", "s3://bucket/a.tar"),
+        ("/data/what?.tar", "/data/what?.tar"),
+    ],
+)
+def test_a_file_keeps_its_address_when_it_is_signed_anew(url: str, lasts: str) -> None:
+    assert lasting(url) == lasts
