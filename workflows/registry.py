@@ -231,11 +231,14 @@ class Registry:
         return refused
 
     def emptied(self, run_id: str) -> None:
-        """Delete the artifacts of a run, which MLflow's client cannot."""
+        """Delete the artifacts of a run, which MLflow's client cannot, and on a disk their directory."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         place = self.client.get_run(run_id).info.artifact_uri
         get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts()
+        if (here := place.removeprefix("file://")).startswith("/"):
+            with contextlib.suppress(OSError):  # it is gone, or holds what is not ours
+                Path(here).parent.rmdir()
 
     def registered(self, name: str) -> None:
         """Make a model without versions and delete it."""

@@ -92,7 +92,7 @@ def test_where_all_is_well_everything_is_tried_and_nothing_is_left_behind(
     experiment = client.get_experiment_by_name("ddiff")
     assert not client.search_runs([experiment.experiment_id])
     stored = Path(experiment.artifact_location.removeprefix("file://"))
-    assert not [path for path in stored.rglob("*") if path.is_file()]
+    assert not list(stored.rglob("*"))
 
 
 def test_artifacts_that_may_be_stored_and_not_deleted_stop_no_run(
