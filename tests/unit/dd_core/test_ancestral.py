@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dd_core.denoiser import Denoised
+from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser, learned_error
 from dd_core.noise import (
     SeededNoise,
     analytic_std,
@@ -138,6 +138,56 @@ def test_with_the_analytic_variance_few_steps_draw_the_variance_of_the_data(step
     torch.testing.assert_close(found["analytic"], torch.ones(2).double(), atol=0.02, rtol=0)
     assert (found["fixed_small"] < 0.93).all(), found
     assert (found["fixed_large"] - 1).abs().max() > 0.05, found
+
+
+@pytest.mark.parametrize(("sigma", "s"), [(90.0, 80.0), (5.0, 0.1), (0.3, 0.01)])
+def test_a_fraction_of_an_image_s_error_is_that_fraction_between_the_fixed_variances(
+    sigma: float, s: float
+) -> None:
+    level = torch.tensor(sigma, dtype=torch.float64)
+    small, large = posterior_std(sigma, s) ** 2, forward_std(sigma, s) ** 2
+    for fraction in (0.0, 0.4, 1.0, 30.0):
+        error = learned_error(torch.tensor(fraction, dtype=torch.float64), level)
+        found = float(analytic_std(error, sigma, s)) ** 2
+        assert found == pytest.approx(small + fraction * (large - small))
+
+
+def test_a_learned_variance_means_the_same_on_the_whole_chain_and_as_published() -> None:
+    levels = sigmas(ScheduleSpec(betas="cosine", num_timesteps=4000))
+    for place in (400, 1000, 3000):
+        s, sigma = levels[place - 1 : place + 1].tolist()
+        for fraction in (torch.tensor(0.3).double(), torch.tensor(1.0).double(), torch.tensor(20.0).double()):
+            error = learned_error(fraction, levels[place])
+            published = float(ancestral_std("learned", fraction, sigma, s))
+            assert float(analytic_std(error, sigma, s)) == pytest.approx(published, rel=0.02)
+
+
+class Poor(nn.Module):
+    """Estimates of x0 ~ N(0, 1 / 4) that are wrong by a twentieth, and how wrong they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = torch.Generator().manual_seed(7)
+
+    def forward(self, scaled: Tensor, told: Tensor, _: Conditioning) -> Tensor:
+        sigma = spread(told.exp(), scaled)
+        x, std = scaled * (1 + sigma**2).sqrt(), 0.5
+        best = x * std**2 / (std**2 + sigma**2)
+        wrong = 0.05 * torch.randn(x.shape, generator=self.stream, dtype=x.dtype)
+        error = std**2 * sigma**2 / (std**2 + sigma**2) + 0.05**2
+        return torch.cat([best + wrong, 2 * error * (1 + sigma**2) / sigma**2 - 1 + 0 * x], dim=1)
+
+
+def test_a_network_that_predicts_images_may_learn_its_variance_and_take_few_steps() -> None:
+    denoiser = NetworkDenoiser(Poor(), "x0", learns_variance=True)
+    levels = walk(ScheduleSpec(betas="cosine", num_timesteps=4000), "linspace", 100).sigmas
+    first = math.sqrt(1 + float(levels[0]) ** 2) * torch.randn(
+        500, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    drawn = sample(
+        ddpm(first, levels, Draws(), variance="learned"), lambda x, sigma: denoiser(x, sigma, Conditioning())
+    )
+    assert float(drawn.std()) == pytest.approx(0.5, rel=0.05)  # by logarithms 1e17
 
 
 def test_an_answer_without_its_error_has_no_analytic_variance() -> None:
