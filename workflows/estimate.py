@@ -18,13 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dd_core.devices import imagined
 from dd_core.precision import autocast
-from dd_core.stage import LearnsEmbeddings, PairBatch, Stage, Trained
-from dd_core.stages import StageSpec, build_stage
-from dd_core.stages.base import BaseSpec
-from dd_core.stages.chain_spec import ChainSpec
+from dd_core.stage import PairBatch, Stage, Trained
+from dd_core.stages import build_stage
 from dd_core.stages.clip import ClipSpec, sized
-from dd_core.stages.consistency import ConsistencySpec
-from dd_core.stages.noised_clip import NoisedClipSpec
 from dd_core.training import TrainState
 from workflows.parents import outline, parent_home
 from workflows.storage import Home
@@ -146,26 +142,14 @@ def needs(
 def refuse_length(spec: TrainSpec, parents: Mapping[str, Trained], context_length: int) -> None:
     """Raises ValueError if a stage reads captions by a CLIP of another context length."""
     clip = parents["clip"].spec if "clip" in parents else None
-    if not isinstance(clip, ClipSpec) or not told_captions(spec.stage):
+    needs = spec.stage.clip_needs
+    if not isinstance(clip, ClipSpec) or needs is None or not needs.captions:
         return
     if (length := clip.net.context_length) != context_length:
         raise ValueError(
             f"{spec.name}: its clip {spec.parents['clip']!r} reads {length} tokens, pairs.context_length is "
             f"{context_length}; make them equal"
         )
-
-
-def told_captions(spec: StageSpec) -> bool:
-    """Whether a stage is given captions as its CLIP encodes them."""
-    match spec:
-        case ConsistencySpec():
-            return told_captions(spec.base)
-        case ChainSpec():
-            return bool(spec.text_width and not spec.context_length)
-        case NoisedClipSpec():
-            return spec.target == "caption"
-        case _:
-            return isinstance(spec, BaseSpec | LearnsEmbeddings)
 
 
 def parent(spec: TrainSpec, role: str, trained: Mapping[str, Trained], run: Home | Path) -> Trained:

@@ -8,10 +8,7 @@ from pydantic import Field, model_validator
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
-from dd_core.stages import StageSpec
 from dd_core.stages.asking import refuse_cascade, refuse_guides, refuse_sampling
-from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from workflows.addresses import redacted
 from workflows.evaluation_spec import EvaluationSpec
@@ -119,12 +116,12 @@ class RunSpec(Spec):
         Raises:
             ValueError: It reads more tokens, or fewer.
         """
-        field, length = reading(stage.stage)
-        if length not in (0, self.pairs.context_length):
-            raise ValueError(
-                f"stage {stage.name!r} reads {length} tokens ({field}), pairs.context_length is "
-                f"{self.pairs.context_length}; make them equal"
-            )
+        for field, length in stage.stage.tokens.items():
+            if length != self.pairs.context_length:
+                raise ValueError(
+                    f"stage {stage.name!r} reads {length} tokens (stage.{field}), pairs.context_length is "
+                    f"{self.pairs.context_length}; make them equal"
+                )
 
     def check_embeddings(self) -> None:
         """Check that a cascade uses embeddings of one CLIP, and after a prior those of the kind it draws.
@@ -232,23 +229,6 @@ class RunSpec(Spec):
         raise ValueError(
             f"{self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}"
         )
-
-
-def reading(spec: StageSpec) -> tuple[str, int]:
-    """The field of a stage that says how many tokens of prepared captions it reads, and its value.
-
-    0: it reads none, or as many as its parent; or it is a published CLIP, which only its children read by.
-    """
-    match spec:
-        case ConsistencySpec():
-            field, length = reading(spec.base)
-            return field.replace("stage", "stage.base", 1), length
-        case ChainSpec():
-            return "stage.net.text.context_length", spec.context_length
-        case ClipSpec(pretrained="") | LearnsEmbeddings():
-            return "stage.net.context_length", spec.net.context_length
-        case _:
-            return "", 0
 
 
 def refuse_other_clip(told: TrainSpec, first: TrainSpec) -> None:

@@ -28,8 +28,8 @@ from dd_core import images, losses
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.perceptual import ClipFeatures, PatchGan, PatchGanSpec, PerceptualDistance, load_lpips
 from dd_core.ranks import gathered
-from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
-from dd_core.stages.clip import clip_of
+from dd_core.stage import ClipNeeds, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_for
 
 
 class AutoencoderSpec(LearnedSpec):
@@ -75,6 +75,11 @@ class AutoencoderSpec(LearnedSpec):
     def needs(self) -> tuple[str, ...]:
         """The parent CLIP, where its features are the distance."""
         return ("clip",) if self.perceptual == "clip" else ()
+
+    @property
+    def clip_needs(self) -> ClipNeeds | None:
+        """Its image tower, where its features are the distance."""
+        return ClipNeeds(pictures=True) if self.perceptual == "clip" else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -238,7 +243,8 @@ def perceptual_of(spec: AutoencoderSpec, clip: Trained | None) -> nn.Module:
                 raise ValueError(
                     "autoencoder: needs the parent 'clip'; train it first or set perceptual: none"
                 )
-            return ClipFeatures(clip_of(clip))
+            assert spec.clip_needs is not None
+            return ClipFeatures(clip_for(spec.kind, spec.clip_needs, clip))
         case "lpips":
             return load_lpips(Path(spec.lpips_weights))
         case "none":

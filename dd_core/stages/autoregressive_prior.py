@@ -27,7 +27,7 @@ from dd_core.ranks import gathered
 from dd_core.samplers import Query, Sampling, SamplingSpec
 from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.captions import null_like
-from dd_core.stages.clip import clip_for, clip_of, embedding_of
+from dd_core.stages.clip import clip_for, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, rows_of_draws, seeds_of_draws
 from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
@@ -73,7 +73,7 @@ class AutoregressivePriorStage(Stage):
         self.register_buffer("looked", torch.zeros(spec.measured_images, spec.net.embedding_width))
         self.register_buffer("nearness", torch.zeros(spec.measured_images))
         self.register_buffer("count", torch.tensor(0))
-        self.freeze(clip_for(spec.kind, spec.net, clip))
+        self.freeze(clip_for(spec.kind, spec.clip_needs, clip))
 
     def has_begun(self) -> None:
         self.count.fill_(self.spec.measured_images)
@@ -124,7 +124,7 @@ class AutoregressivePriorHop:
                 "so it has no axes; train it longer"
             )
         self.model.eval().requires_grad_(False).to(self.device)
-        self.clip = clip_of(clip).to(self.device)
+        self.clip = clip_for(self.spec.kind, self.spec.clip_needs, clip).to(self.device)
         self.chooser = Chooser(self.clip, draft and draft_of(draft).to(self.device))
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:

@@ -33,9 +33,9 @@ from dd_core.ranks import gathered
 from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.schedules import Clock, ScheduleSpec
 from dd_core.spec import Spec
-from dd_core.stage import LearnsEmbeddings, Losses, PairBatch, Stage, Trained
+from dd_core.stage import ClipNeeds, LearnsEmbeddings, Losses, PairBatch, Stage, Trained
 from dd_core.stages.captions import null_like
-from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
+from dd_core.stages.clip import clip_for, embedding_of
 from dd_core.stages.draft import draft_of
 from dd_core.stages.draws import Chooser, rows_of_draws, seeds_of_draws
 from dd_core.stages.refusals import refuse_unheard, refuse_unlearned
@@ -69,6 +69,18 @@ class CausalPriorStageSpec(LearnsEmbeddings):
                 f"a prior ends without noise, not at schedule.last {self.schedule.last}; leave that out"
             )
         return self
+
+    @property
+    def clip_needs(self) -> ClipNeeds:
+        """Its network takes states and embeddings of one width."""
+        width = {"net.embedding_width": self.net.embedding_width}
+        return ClipNeeds(
+            width,
+            width,
+            self.tokens,
+            captions=True,
+            remedy="make them equal, or take kind prior if the clip's text_width and embedding_width differ",
+        )
 
     @property
     def looks_at(self) -> int:
@@ -160,7 +172,7 @@ class CausalPriorStage(Stage):
     def __init__(self, spec: CausalPriorStageSpec, clip: Trained, start: Trained | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.model = denoiser_of(spec, clip)
+        self.model = PriorDenoiser(spec)
         self.register_buffer("table", schedules.sigmas(spec.schedule), persistent=False)
         width = spec.net.embedding_width
         self.register_buffer("moments", torch.zeros(2, width, dtype=torch.float64))
@@ -174,7 +186,7 @@ class CausalPriorStage(Stage):
             )
             self.model.load_state_dict(now | widened(start._replace(weights=given), first))
             self.count.fill_(spec.measured_images)
-        self.freeze(clip_of(clip))
+        self.freeze(clip_for(spec.kind, spec.clip_needs, clip))
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         clip, net = self.frozen[0], self.model.network
@@ -218,11 +230,11 @@ class CausalPriorHop:
     ) -> None:
         assert isinstance(trained.spec, CausalPriorStageSpec)
         self.spec, self.device = trained.spec, torch.device(device)
-        self.model = denoiser_of(trained.spec, clip)
+        self.model = PriorDenoiser(trained.spec)
         self.model.load_state_dict(trained.weights)
         self.measured = self.model.measured  # asked here: later a GPU would have to be waited for
         self.model.eval().requires_grad_(False).to(self.device)
-        self.clip = clip_of(clip).to(self.device)
+        self.clip = clip_for(self.spec.kind, self.spec.clip_needs, clip).to(self.device)
         self.chooser = Chooser(self.clip, draft and draft_of(draft).to(self.device))
 
     def refuse(self, state: CascadeState, how: SamplingSpec) -> None:
@@ -266,25 +278,3 @@ class CausalPriorHop:
 def asking(spec: Spec) -> dict[str, Any]:
     """Fields of a causal prior that `refuse_other` compares, of network and chain; empty for other stages."""
     return asked(spec.net, spec.schedule, "x0") if isinstance(spec, CausalPriorStageSpec) else {}
-
-
-def denoiser_of(spec: CausalPriorStageSpec, clip: Trained) -> PriorDenoiser:
-    """The network of a prior, seen as a denoiser.
-
-    Raises:
-        ValueError: The parent CLIP has other widths, or another context length.
-    """
-    assert isinstance(clip.spec, ClipSpec)
-    theirs, net = clip.spec.net, spec.net
-    for name, width in (("text_width", theirs.text_width), ("embedding_width", theirs.embedding_width)):
-        if width != net.embedding_width:
-            raise ValueError(
-                f"causal_prior: net.embedding_width is {net.embedding_width}, its parent clip has {name} "
-                f"{width}; this network needs all three equal, so take kind prior or another clip"
-            )
-    if net.context_length != theirs.context_length:
-        raise ValueError(
-            f"causal_prior: net.context_length is {net.context_length}, its parent clip reads "
-            f"{theirs.context_length} tokens; make them equal"
-        )
-    return PriorDenoiser(spec)

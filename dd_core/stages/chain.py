@@ -21,8 +21,7 @@ from dd_core.denoiser import Conditioning, NetworkDenoiser
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.clip import Clip
 from dd_core.nets.dit import DiTSpec
-from dd_core.nets.network import PlainSpec
-from dd_core.nets.text import CaptionedUNet, UnclipSpec
+from dd_core.nets.text import CaptionedUNet
 from dd_core.ranks import gathered
 from dd_core.schedules import LogNormalSpec
 from dd_core.stage import Example, Losses, PairBatch, Stage, Trained
@@ -30,7 +29,7 @@ from dd_core.stages.autoencoder import autoencoder_of
 from dd_core.stages.captions import null_like
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
 from dd_core.stages.chain_told import encoded, heard_of, holes, kept, read_by, seen, smaller, told, unsaid
-from dd_core.stages.clip import clip_of
+from dd_core.stages.clip import clip_for
 from dd_core.stages.refusals import needed
 from dd_core.stages.start import begun
 
@@ -143,29 +142,18 @@ def parents_of(spec: ChainSpec, parents: Mapping[str, Trained]) -> tuple[Clip | 
     """The parent CLIP and the parent autoencoder of a chain.
 
     Raises:
-        ValueError: One is missing, or of another width than the spec says.
+        ValueError: One is missing, or does not fit the spec.
     """
     for role in spec.needs:
         needed(parents, role, spec.kind)
-    states_alone = isinstance(spec.net, PlainSpec) and not spec.embedding_width
-    clip = clip_of(parents["clip"], states_alone=states_alone) if "clip" in spec.needs else None
-    autoencoder = autoencoder_of(parents["autoencoder"]) if "autoencoder" in spec.needs else None
-    for name, mine, theirs in fits(spec, clip, autoencoder):
+    clip = None if spec.clip_needs is None else clip_for(spec.kind, spec.clip_needs, parents["clip"])
+    if "autoencoder" not in spec.needs:
+        return clip, None
+    autoencoder = autoencoder_of(parents["autoencoder"])
+    fits = [("latent_channels", spec.latent_channels, autoencoder.spec.latent_channels)]
+    if isinstance(spec.net, DiTSpec):
+        fits.append(("net.image_size", spec.net.image_size, spec.image_size // autoencoder.spec.factor))
+    for name, mine, theirs in fits:
         if mine != theirs:
-            raise ValueError(f"chain: {name} is {mine}, its parent has {theirs}; make them equal")
+            raise ValueError(f"chain: {name} is {mine}, its parent autoencoder has {theirs}; make them equal")
     return clip, autoencoder
-
-
-def fits(spec: ChainSpec, clip: Clip | None, autoencoder: Autoencoder | None) -> list[tuple[str, int, int]]:
-    """What spec and parents must agree on: (name, value in the spec, value in the parent)."""
-    found = []
-    if clip is not None and spec.embedding_width:
-        found.append(("embedding_width", spec.embedding_width, clip.spec.embedding_width))
-    if clip is not None and spec.text_width:
-        width = spec.net.states_width if isinstance(spec.net, UnclipSpec) else spec.text_width
-        found.append(("width of the caption's states", width, clip.spec.text_width))
-    if autoencoder is not None:
-        found.append(("latent_channels", spec.latent_channels, autoencoder.spec.latent_channels))
-        if isinstance(spec.net, DiTSpec):
-            found.append(("net.image_size", spec.net.image_size, spec.image_size // autoencoder.spec.factor))
-    return found

@@ -1,5 +1,6 @@
 """What a chain is, and its network: see `chain`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from dd_core.nets.network import PlainSpec, build
 from dd_core.nets.text import CaptionedSpec, UnclipSpec
 from dd_core.nets.unet import UNetSpec
 from dd_core.schedules import Clock, LogNormalSpec, ScheduleSpec, sigma_range
-from dd_core.stage import EmbeddedBy, LearnedSpec
+from dd_core.stage import ClipNeeds, EmbeddedBy, LearnedSpec
 from dd_core.text import END
 
 ChainNet = Annotated[DiTSpec | PlainSpec | CaptionedSpec | UnclipSpec, Field(discriminator="kind")]
@@ -125,6 +126,25 @@ class ChainSpec(LearnedSpec):
         """The parent CLIP, if its network is told embeddings."""
         width = self.embedding_width
         return EmbeddedBy("clip", width, self.embedded_at or self.image_size) if width else None
+
+    @property
+    def clip_needs(self) -> ClipNeeds | None:
+        """States of captions unless it reads them itself, and embeddings; a DiT also those of captions."""
+        if "clip" not in self.needs:
+            return None
+        net, told = self.net, bool(self.text_width)
+        if isinstance(net, DiTSpec):
+            widths = {"net.caption_width": net.caption_width, "net.embedding_width": net.embedding_width}
+            return ClipNeeds({"net.text_width": net.text_width}, widths, captions=told)
+        states = {"net.unet.text_width": net.unet.text_width}
+        if isinstance(net, UnclipSpec):
+            states = {"net.states_width": net.states_width}
+        return ClipNeeds(states, {"net.unet.embedding_width": net.unet.embedding_width}, captions=told)
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Those that its own text transformer reads, if it has one."""
+        return {"net.text.context_length": length} if (length := self.context_length) else {}
 
     @property
     def text_width(self) -> int:

@@ -1,5 +1,6 @@
 """CLIP, the contrastive image-text model: parent of half the other stages, judge of re-ranking."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,7 @@ from dd_core.layouts.clip import net_of
 from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec
 from dd_core.ranks import gathered
-from dd_core.spec import Spec
-from dd_core.stage import LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stage import ClipNeeds, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.towers import open_clip
 
 
@@ -35,6 +35,11 @@ class ClipSpec(LearnedSpec):
     def image_size(self) -> int:
         """Side of the prepared images that it trains on."""
         return self.net.image_size
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """None where its weights come from elsewhere: then only its children read captions by it."""
+        return {} if self.pretrained else {"net.context_length": self.net.context_length}
 
     @property
     def compares(self) -> bool:
@@ -60,7 +65,7 @@ class ClipStage(Stage):
 
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
-        refuse_text_alone(spec)
+        refuse_text_alone(spec.net)
         self.spec = spec
         self.model = Clip(spec.net)
         self.captioner = captioner_of(spec)
@@ -99,9 +104,9 @@ def captioner_of(spec: ClipSpec) -> Captioner | None:
     )
 
 
-def refuse_text_alone(spec: ClipSpec) -> None:
+def refuse_text_alone(net: ClipNetSpec) -> None:
     """Raises ValueError if a CLIP is a text tower alone, which gives states of captions and no embeddings."""
-    if spec.net.towers == "text":
+    if net.towers == "text":
         raise ValueError(
             "this CLIP is a text tower alone, as it lies in files of Stable Diffusion: it tells networks the "
             "states of captions and embeds nothing; take a CLIP of two towers, or leave out what needs one"
@@ -121,24 +126,36 @@ def clip_of(trained: Trained, *, states_alone: bool = False) -> Clip:
     if not isinstance(trained.spec, ClipSpec):
         raise ValueError(f"the parent 'clip' is a {type(trained.spec).__name__}, it must be a CLIP")
     if not states_alone:
-        refuse_text_alone(trained.spec)
+        refuse_text_alone(trained.spec.net)
     clip = Clip(trained.spec.net)
     clip.load_state_dict(trained.weights)
     return clip.eval().requires_grad_(False)
 
 
-def clip_for(kind: str, net: Spec, trained: Trained) -> Clip:
-    """The towers of the CLIP that a stage's network is told of.
+def clip_for(kind: str, needs: ClipNeeds, trained: Trained) -> Clip:
+    """The towers of a stage's parent CLIP, ready to use.
+
+    Args:
+        kind: Of the stage.
+        needs: `clip_needs` of its spec.
+        trained: The parent.
 
     Raises:
-        ValueError: It is none, or its states or embeddings have another width than the network takes.
+        ValueError: The parent is not a CLIP, lacks a tower that is needed, or has another width or context
+            length; the fields of both are named.
     """
-    clip = clip_of(trained)
-    states, embedding = clip.spec.text_width, clip.spec.embedding_width
-    told = {"text_width": states, "caption_width": embedding, "embedding_width": embedding}
-    for name, theirs in told.items():
-        if (mine := getattr(net, name, 0)) and mine != theirs:
-            raise ValueError(f"{kind}: net.{name} is {mine}, its parent clip has {theirs}; make them equal")
+    clip = clip_of(trained, states_alone=not needs.both_towers)
+    for name, fields in (
+        ("text_width", needs.states),
+        ("embedding_width", needs.embeddings),
+        ("context_length", needs.tokens),
+    ):
+        theirs = getattr(clip.spec, name)
+        for field, mine in fields.items():
+            if mine not in (0, theirs):
+                raise ValueError(
+                    f"{kind}: {field} is {mine}, net.{name} of its parent clip is {theirs}; {needs.remedy}"
+                )
     return clip
 
 

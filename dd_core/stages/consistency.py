@@ -26,12 +26,12 @@ from dd_core.guidance import Rows, classifier_free, clip_x0
 from dd_core.nets.clip import Clip
 from dd_core.nets.perceptual import ClipFeatures, load_lpips
 from dd_core.spec import Spec
-from dd_core.stage import EmbeddedBy, Example, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stage import ClipNeeds, EmbeddedBy, Example, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages import base, chain_spec
 from dd_core.stages.base import BaseSpec, BaseStage
 from dd_core.stages.chain import ChainStage
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.clip import clip_of
+from dd_core.stages.clip import clip_for, refuse_text_alone
 from dd_core.stages.refusals import needed, refuse_unlearned
 
 
@@ -155,6 +155,23 @@ class ConsistencySpec(LearnedSpec):
     def embedded_by(self) -> EmbeddedBy | None:
         """The parent CLIP, if its base is told embeddings."""
         return self.base.embedded_by
+
+    @property
+    def clip_needs(self) -> ClipNeeds | None:
+        """What its base needs, and the image tower for the distance of that name."""
+        told, pictures = self.base.clip_needs, self.distance == "clip"
+        if told is None:
+            return ClipNeeds(pictures=True) if pictures else None
+        return told._replace(
+            states={f"base.{field}": width for field, width in told.states.items()},
+            embeddings={f"base.{field}": width for field, width in told.embeddings.items()},
+            pictures=pictures,
+        )
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Those of its base."""
+        return {f"base.{field}": length for field, length in self.base.tokens.items()}
 
     @property
     def always_embedded(self) -> bool:
@@ -350,13 +367,16 @@ def seeing_of(
     """The network of a perceptual distance, on the CLIP in `frozen` if one is there; None for pixels.
 
     Raises:
-        ValueError: The LPIPS weights cannot be used.
+        ValueError: The LPIPS weights cannot be used, or the CLIP is a text tower alone.
     """
     match spec.distance:
         case "lpips":
             return load_lpips(Path(spec.lpips_weights), pooling="average")
         case "clip":
+            assert spec.clip_needs is not None
             there = next((part for part in frozen if isinstance(part, Clip)), None)
-            return ClipFeatures(there or clip_of(parents["clip"]))
+            clip = there or clip_for(spec.kind, spec.clip_needs, parents["clip"])
+            refuse_text_alone(clip.spec)
+            return ClipFeatures(clip)
         case _:
             return None

@@ -11,8 +11,8 @@ from dd_core import images, losses
 from dd_core.nets.clip import Clip
 from dd_core.nets.draft import Draft
 from dd_core.nets.whitening import nothing_of
-from dd_core.stage import EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
-from dd_core.stages.clip import clip_of, embedding_of
+from dd_core.stage import ClipNeeds, EmbeddedBy, LearnedSpec, Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_for, embedding_of
 
 
 class DraftSpec(LearnedSpec):
@@ -42,6 +42,11 @@ class DraftSpec(LearnedSpec):
         return EmbeddedBy("clip", self.embedding_width, self.embedded_at or self.image_size)
 
     @property
+    def clip_needs(self) -> ClipNeeds:
+        """Embeddings of images."""
+        return ClipNeeds(embeddings={"embedding_width": self.embedding_width})
+
+    @property
     def looks_at(self) -> int:
         """Images measured for the whitening."""
         return self.measured_images
@@ -60,13 +65,7 @@ class DraftStage(Stage):
         super().__init__()
         self.spec = spec
         self.model = draft_net(spec)
-        parent = clip_of(clip)
-        if parent.spec.embedding_width != spec.embedding_width:
-            raise ValueError(
-                f"draft: embedding_width is {spec.embedding_width}, that of its parent clip is "
-                f"{parent.spec.embedding_width}; make them equal"
-            )
-        self.freeze(parent)
+        self.freeze(clip_for(spec.kind, spec.clip_needs, clip))
 
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         clip = self.frozen[0]

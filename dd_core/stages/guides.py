@@ -15,8 +15,8 @@ from dd_core.nets.clip import Clip
 from dd_core.noise import SeededNoise
 from dd_core.stage import Trained
 from dd_core.stages.classifier import NoisedClassifier, classifier_of
-from dd_core.stages.clip import clip_of
-from dd_core.stages.noised_clip import NoisedClip, noised_clip_of
+from dd_core.stages.clip import clip_for
+from dd_core.stages.noised_clip import NoisedClip, NoisedClipSpec, noised_clip_of
 from dd_core.stages.published_clip import PublishedClip, published_clip_of
 from dd_core.steering import GradientSpec, Guides, Pull, score_of
 
@@ -209,6 +209,8 @@ def leaders_of(parents: Mapping[str, Trained], device: torch.device) -> Leaders:
         clip = published
     tower = parents.get("leading_clip", parents.get("clip"))
     if noised is not None and clip is None and tower is not None:
-        clip = clip_of(tower).to(device)
+        spec = parents["noised_clip"].spec
+        assert isinstance(spec, NoisedClipSpec)
+        clip = clip_for(spec.kind, spec.clip_needs, tower).to(device)
     classifier = classifier_of(parents["classifier"]).to(device) if "classifier" in parents else None
     return Leaders(classifier, noised, clip)

@@ -20,8 +20,8 @@ from dd_core import images, losses
 from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec, Convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
-from dd_core.stage import EmbeddedBy, Losses, PairBatch, Stage, Trained
-from dd_core.stages.clip import clip_of, embedding_of
+from dd_core.stage import ClipNeeds, EmbeddedBy, Losses, PairBatch, Stage, Trained
+from dd_core.stages.clip import clip_for, embedding_of
 from dd_core.stages.guide_levels import GuideLevels, GuideSpec
 from dd_core.towers import open_clip
 
@@ -45,6 +45,12 @@ class NoisedClipSpec(GuideSpec):
         """The parent CLIP, if its embeddings of the clean images are the target."""
         wide, side = self.net.embedding_width, self.image_size
         return EmbeddedBy("clip", wide, side) if self.target == "clip" else None
+
+    @property
+    def clip_needs(self) -> ClipNeeds:
+        """Embeddings of captions or of images, the target; it guides by those of captions."""
+        width = {"net.embedding_width": self.net.embedding_width}
+        return ClipNeeds(embeddings=width, captions=self.target == "caption")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -153,12 +159,7 @@ class NoisedClipStage(Stage):
 
     def __init__(self, spec: NoisedClipSpec, clip: Trained) -> None:
         super().__init__()
-        parent = clip_of(clip)
-        if spec.net.embedding_width != parent.spec.embedding_width:
-            raise ValueError(
-                f"noised_clip: net.embedding_width is {spec.net.embedding_width}, that of its parent clip is "
-                f"{parent.spec.embedding_width}; make them equal"
-            )
+        parent = clip_for(spec.kind, spec.clip_needs, clip)
         self.spec = spec
         self.levels = GuideLevels(spec)
         self.model = NoisedClip(spec.net)

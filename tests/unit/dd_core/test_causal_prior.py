@@ -265,7 +265,11 @@ def test_what_it_cannot_do_is_refused(clip: Trained, how: dict[str, object], sai
 
 def test_another_clip_is_refused(clip: Trained) -> None:
     wide = SPEC.but(net=SPEC.net.but(embedding_width=8))
-    with pytest.raises(ValueError, match="its parent clip has text_width 16"):
+    with pytest.raises(
+        ValueError, match=r"width is 8, net.text_width of its parent clip is 16; .* kind prior"
+    ):
         build_stage(wide, {"clip": clip})
-    with pytest.raises(ValueError, match="reads 8 tokens; make them equal"):
+    with pytest.raises(
+        ValueError, match=r"net.context_length is 9, net.context_length of its parent clip is 8;"
+    ):
         build_stage(SPEC.but(net=SPEC.net.but(context_length=9)), {"clip": clip})

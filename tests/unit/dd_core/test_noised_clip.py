@@ -140,7 +140,9 @@ def test_a_bundle_embeds_as_the_model_did(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="needs the parent 'clip'"):
         build_stage(SPEC, {})
-    with pytest.raises(ValueError, match=r"net.embedding_width is 8, that of its parent clip is 16"):
+    with pytest.raises(
+        ValueError, match=r"net.embedding_width is 8, net.embedding_width of its parent clip is 16; make"
+    ):
         build_stage(NoisedClipSpec(net=NET.but(embedding_width=8)), {"clip": parent()})
     with pytest.raises(ValueError, match=r"net.image_layers is 3, its parent's 2; or set start: random"):
         build_stage(NoisedClipSpec(net=NET.but(image_layers=3)), {"clip": parent()})

@@ -411,16 +411,3 @@ def test_the_factor_of_cosines_ends_at_a_hundred_and_can_leave_it_again(spec: St
     stage(PairBatch(image, torch.tensor(tokens(list("abcdefgh"), 12)))).total.backward()
     assert scale.grad is not None
     assert scale.grad > 0  # pictures without meaning: it is to fall
-
-
-@pytest.mark.parametrize(
-    ("spec", "name"),
-    [(PRIOR, "text_width"), (PRIOR, "embedding_width"), (BASE, "text_width"), (BASE, "caption_width")],
-    ids=str,
-)
-def test_a_network_of_other_widths_than_its_clip_is_refused_by_name(spec: StageSpec, name: str) -> None:
-    assert isinstance(spec, PriorSpec | BaseSpec)
-    with pytest.raises(
-        ValueError, match=rf"{spec.kind}: net\.{name} is 24, its parent clip has (8|16); make"
-    ):
-        build_stage(spec.but(net=spec.net.but(**{name: 24})), parents(spec))
