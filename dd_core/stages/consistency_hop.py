@@ -64,6 +64,11 @@ class ConsistencyHop:
                 "a consistency model varies no picture, it fills holes; give a mask, or take the base "
                 "that it was distilled from"
             )
+        if state.noise is not None:
+            raise ValueError(
+                "a consistency model draws its noise from the seeds alone; leave noise out, or take the base "
+                "that it was distilled from"
+            )
         if how.strength < 1:
             raise ValueError(
                 f"a consistency model begins at the noise, not at strength {how.strength:g}; leave it out"

@@ -253,6 +253,7 @@ def test_a_large_known_image_is_kept_at_the_side_of_the_hop(parents: dict[str, T
             "one edit at a time: gray and coarse",
         ),
         ({"coarse": torch.zeros(1, 3, 5, 5)}, JUMPS, "5 x 5 does not enlarge to 16 x 16"),
+        ({"noise": torch.zeros(1, 3, 16, 16)}, JUMPS, "its noise from the seeds alone; leave noise out, or"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_the_network_is_asked(
