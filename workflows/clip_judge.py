@@ -109,10 +109,7 @@ def judge_of(named: str) -> Judge:
         trained = bundle.load(home.fetched()).trained
     else:
         clip_digest(named)
-        try:
-            trained = published(ClipSpec(pretrained=named))
-        except ValueError as error:
-            raise ValueError(f"evaluation.judge: {error}") from None
+        trained = published(ClipSpec(pretrained=named), "evaluation.judge")
     return reading(clip_of(trained).to(nearest()))
 
 

@@ -1,5 +1,7 @@
 """CLIP, the contrastive image-text model: parent of half the other stages, judge of re-ranking."""
 
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dd_core import images, losses
@@ -17,6 +20,11 @@ from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec
 from dd_core.ranks import gathered
 from dd_core.stage import ClipNeeds, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.towers import open_clip
+
+UNREADABLE = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, SafetensorError)
+"""What reading a file raises that is cut, empty or no file of weights, such as a web page saved as one."""
+TORN = "PytorchStreamReader"
+"""How torch's RuntimeError of a cut file begins."""
 
 
 class ClipSpec(LearnedSpec):
@@ -202,27 +210,31 @@ def sized(spec: ClipSpec) -> ClipSpec:
     return spec.but(net=net.but(quick_gelu=quick_gelu, **kept))
 
 
-def published(spec: ClipSpec) -> Trained:
+def published(spec: ClipSpec, setting: str = "clip.pretrained") -> Trained:
     """A CLIP that somebody else has trained, by open_clip's name or from a file.
 
     Args:
         spec: `pretrained` says which: `ViT-B-32/openai` (downloaded by open_clip into its cache) or
             `ViT-B-32:path/to/weights.safetensors`.  `net.states` and `net.pads_with`, how captions are read
             for other networks, are kept; the rest of `net` is replaced by that of the model.
+        setting: The field that a person named it in, for errors.
 
     Raises:
-        ValueError: open_clip does not know the model, or the file is missing or does not fit.
+        ValueError: open_clip does not know the model, or the file is missing, damaged or does not fit.
     """
     name, separator, file = spec.pretrained.partition(":")
     name, _, tag = name.partition("/")
     spec = sized(spec)
     if separator and not Path(file).is_file():
-        raise ValueError(f"clip.pretrained: there is no file {file!r}")
+        raise ValueError(f"{setting}: there is no file {file!r}")
     quick_gelu = spec.net.quick_gelu
     try:
         towers = open_clip().create_model(name, pretrained=file or tag, force_quick_gelu=quick_gelu)
-    except (RuntimeError, KeyError, OSError) as error:
-        raise ValueError(f"clip.pretrained: {spec.pretrained}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, KeyError, OSError, *UNREADABLE) as error:
+        if isinstance(error, UNREADABLE) or str(error).startswith(TORN):
+            what = file or f"what open_clip has in its cache as {spec.pretrained}"
+            raise ValueError(f"{setting}: {what} is damaged or no file of weights; fetch it again") from None
+        raise ValueError(f"{setting}: {spec.pretrained}: {str(error).splitlines()[0]}") from None
     preprocess = open_clip().get_model_preprocess_cfg(towers)
     net = spec.net.but(mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]))
     clip = Clip(net)

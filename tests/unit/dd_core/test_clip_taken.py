@@ -1,11 +1,13 @@
 """A CLIP that is taken from elsewhere reads captions as its spec says, in weights that are not its own."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dd_core.layouts.published import Process
 from dd_core.nets.clip import Clip, ClipNetSpec
@@ -18,6 +20,7 @@ from dd_core.stages.network import NetworkSpec
 from dd_core.text import tokens
 from jobs.recipes import latent
 from tests.unit.dd_core.test_start import UNET
+from workflows.clip_judge import judge_of
 
 LAYERS = 12
 CONFIG = {
@@ -26,6 +29,11 @@ CONFIG = {
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
     "text_cfg": {"context_length": 9, "vocab_size": 49408, "width": 16, "heads": 2, "layers": LAYERS},
 }
+TAKERS: dict[str, Callable[[str], object]] = {
+    "clip.pretrained": lambda named: published(ClipSpec(pretrained=named)),
+    "evaluation.judge": judge_of,
+}
+"""Setting -> what takes a CLIP by the name that stands there."""
 
 
 @pytest.fixture
@@ -66,3 +74,19 @@ def test_as_the_recipe_of_stable_diffusion_takes_it_it_reads_for_published_weigh
     start = Trained(NetworkSpec(source="sd1", net=net, process=process), dict(network_of(chain).state_dict()))
     begun = build_stage(chain, {"clip": clip, "start": start}).model.state_dict()
     assert all(torch.equal(begun[f"network.{name}"], weight) for name, weight in start.weights.items())
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("setting", TAKERS)
+@pytest.mark.parametrize("name", ["page.pt", "empty.pt", "empty.bin", "cut.pt", "cut.safetensors"])
+def test_a_file_that_is_cut_empty_or_a_page_is_named_and_is_to_be_fetched_again(
+    name: str, setting: str, file: Path
+) -> None:
+    torch.save(load_file(file), file.with_name("whole.pt"))
+    whole = file if name.endswith("safetensors") else file.with_name("whole.pt")
+    content = {"page": b"<!DOCTYPE html><title>404</title>", "empty": b""}
+    damaged = file.with_name(name)
+    damaged.write_bytes(content.get(damaged.stem, whole.read_bytes()[:-100]))
+    wanted = f"^{setting}: {re.escape(str(damaged))} is damaged or no file of weights; fetch it again$"
+    with pytest.raises(ValueError, match=wanted):
+        TAKERS[setting](f"tiny:{damaged}")
