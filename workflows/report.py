@@ -245,9 +245,9 @@ def training_section(run: Path) -> Section | None:
         losses = {key.removeprefix("train/"): value for key, value in found.items() if is_loss(key)}
         if losses:
             charts.append(figure(f'<img alt="{name}" src="{svg(chart(losses))}">', name))
-        steps = sorted((journal.parent / "samples").glob("step-*.png"))
+        steps = {int(path.stem[5:]): path for path in (journal.parent / "samples").glob("step-*.png")}
         shown = [
-            figure(image(path.read_bytes()), f"step {int(path.stem[5:]):,}") for path in thinned(steps, 6)
+            figure(image(steps[step].read_bytes()), f"step {step:,}") for step in thinned(sorted(steps), 6)
         ]
         grids += (
             [f"<h3>{name} while it learned: {grids_of(journal.parent)}</h3>{strip(shown)}"] if shown else []

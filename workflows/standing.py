@@ -6,7 +6,7 @@ Judged by what is written down, without reading weights: a damaged bundle is fou
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from dd_core import sealed
+from dd_core import checkpoint, sealed
 from workflows.files import braces
 from workflows.made_of import MadeOf, differences, named_files, same
 from workflows.parents import parent_home
@@ -86,7 +86,7 @@ def places(stage: Home, aside: Home) -> Iterator[tuple[Home, Mapping[str, Any]]]
 
 def newest_step(stage: Home) -> int:
     """The step of the newest finished checkpoint of a stage; 0 if there is none."""
-    for name in reversed(stage.at("checkpoints").names()):
+    for name in checkpoint.steps_of(stage.at("checkpoints").names()):
         if step := stage.at(f"checkpoints/{name}").facts(sealed.MANIFEST).get("step"):
             return int(step)
     return 0

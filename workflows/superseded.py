@@ -17,7 +17,7 @@ import logging
 import shutil
 from typing import Any
 
-from dd_core import sealed
+from dd_core import checkpoint, sealed
 from workflows.journal import MARKS
 from workflows.made_of import MadeOf, differences, same
 from workflows.storage import Home, StorageError, said, store
@@ -79,7 +79,7 @@ def known(stage: Home) -> dict[str, Any]:
     Where the small files are lost, the bundle says it, or the newest checkpoint.
     """
     fingerprint = stage.text(FINGERPRINT)
-    steps = reversed(stage.at("checkpoints").names())
+    steps = checkpoint.steps_of(stage.at("checkpoints").names())
     sources = [MADE_OF, f"bundle/{sealed.MANIFEST}", *(f"checkpoints/{step}/state.json" for step in steps)]
     for source in sources:
         facts = stage.facts(source)

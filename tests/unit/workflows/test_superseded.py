@@ -22,6 +22,7 @@ from jobs.recipes import demo, guided
 from tests.conftest import warnings_in
 from workflows import storage, superseded
 from workflows.made_of import MadeOf, differences, named_files, same
+from workflows.standing import newest_step
 from workflows.storage import Home
 from workflows.superseded import ASIDE, FINGERPRINT, MADE_OF, known, settled
 from workflows.train_spec import TECHNICAL, TrainSpec
@@ -285,3 +286,14 @@ def test_a_file_that_is_replaced_is_another_training_and_one_that_is_missing_is_
     noted = one.facts(older["fingerprint"])  # and what it made is noted from then on
     assert same(noted, one)
     assert not same(noted, two)
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step_not_the_last_by_name(stage: Home) -> None:
+    for step, rate in ((100_000_000, 2e-3), (99_999_999, 1e-3)):
+        place = stage.at(f"checkpoints/step-{step:08d}").here
+        place.mkdir(parents=True)
+        (place / "state.json").write_text(json.dumps(slower(rate).facts() | {"step": step}))
+        sealed.seal(place, sealed.digests(place), {"step": step})
+    stage.send("checkpoints")
+    assert newest_step(stage) == 100_000_000
+    assert known(stage)["fingerprint"] == slower(2e-3).fingerprint
