@@ -84,7 +84,7 @@ def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
         seeds = [(asked.seed + first + place) % 2**32 for place in range(len(captions))]
         state = CascadeState(seeds, pairs.tokens, label=pairs.label, captions=captions)
         parts.append(bits_of(found.hop, images.to_unit(pairs.image), state, table, variance=variance))
-        log.info("%d of %d pictures", first + len(captions), asked.images)
+        log.info("%d of %d pictures", first + len(captions), len(yardstick.captions))
     bits = Bits(*(torch.cat(column) for column in zip(*parts, strict=True)))
     terms = {
         "total": bits.total,

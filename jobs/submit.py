@@ -128,9 +128,9 @@ def of_the_nodes(words: Sequence[str], changes: Sequence[str]) -> Order:
 def no_order(words: Sequence[str]) -> ConfigError:
     """The error for words that are no order; it says what may be written instead."""
     return ConfigError(
-        f"submit {' '.join(words)}: write a recipe, or run, train STAGE, prepare with --config, doctor "
-        " with or without them, evaluate URL, deploy NAME@ALIAS, or deploy s3://... for the address of "
-        "a former config"
+        f"submit {' '.join(words)}: write the name of a recipe; or run, train STAGE or prepare, with "
+        "--recipe or --config; or doctor, with one of the two or without; or evaluate URL, deploy NAME@ALIAS "
+        "or deploy s3://.../OLD.yaml (a cascade as it was served before), without them"
     )
 
 

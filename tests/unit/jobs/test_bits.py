@@ -20,6 +20,7 @@ from dd_core.stages import load_hop
 from dd_core.stages.chain_bits import bits_of, refuse_bits, table_of
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
+from jobs.bits import Asked, measured
 from jobs.cli import main
 from tests.own_data import own_data
 from tests.prepared import write_prepared
@@ -122,6 +123,15 @@ def test_the_bound_of_the_last_pictures_is_that_of_the_network_told_what_they_ha
     means = [found[f"{name}_bits"]["mean"] for name in parts]
     assert means[0] == pytest.approx(sum(means[1:]), rel=1e-6)
     assert found["bits_by_timestep"] == pytest.approx(bits.steps.mean(0).tolist(), rel=1e-3)
+
+
+def test_where_there_are_fewer_pictures_than_asked_for_progress_counts_those_there_are(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "jobs.bits"):
+        found = measured(saved(tmp_path, "chain", IMPROVED), str(data), Asked(images=50, num_steps=2))
+    assert 0 < found["images"] < 50
+    assert caplog.messages[-1] == f"{found['images']} of {found['images']} pictures"
 
 
 def lengthened(data: Path) -> None:
