@@ -4,8 +4,9 @@ import uuid
 from urllib.parse import urlsplit
 
 from dd_core import bundle, sealed
+from dd_core.addresses import is_address
 from serve import code
-from serve.fetching import in_a_store, on_this_machine
+from serve.fetching import on_this_machine
 from workflows.registry import Version
 from workflows.storage import opened
 
@@ -31,7 +32,7 @@ def keep_code(storage: str) -> None:
     files, root = opened(storage)
     place = f"{root}/code/{code.digest()}.zip"
     if not files.exists(place):
-        if not in_a_store(storage):
+        if not is_address(storage):
             files.makedirs(f"{root}/code", exist_ok=True)
             files.pipe_file(draft := f"{place}.{uuid.uuid4().hex}", code.packed())
             files.mv(draft, place)
@@ -57,6 +58,6 @@ def keep_cascade(version: Version, storage: str) -> None:
             )
         names = [*sealed.digests(source), sealed.MANIFEST]  # the manifest last: no copy counts without
         for name in names:
-            if not in_a_store(storage):
+            if not is_address(storage):
                 files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
             files.put_file(str(source / name), f"{place}/{name}")

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from dd_core import sealed
+from dd_core.addresses import is_address
 from jobs import environment
 from jobs.artifacts import address_in, code_address, keep_cascade, keep_code
 from jobs.config import ConfigError, loaded
@@ -25,7 +26,6 @@ from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.endpoint import serve_spec
 from jobs.failures import JobFailedError, words_of
 from serve import app, code
-from serve.fetching import in_a_store
 from serve.spec import ServeSpec
 from workflows.registry import Registry, Version, split
 from workflows.storage import opened
@@ -142,7 +142,7 @@ def written_before(file: str) -> Config:
     Raises:
         ConfigError: It is no such config.
     """
-    config = Config(fetched(file) if in_a_store(file) else loaded(Path(file), KEPT))
+    config = Config(fetched(file) if is_address(file) else loaded(Path(file), KEPT))
     try:
         entry, args = config.fields["applications"][0]["import_path"], config.args
     except (KeyError, IndexError, TypeError, ValueError):
@@ -210,7 +210,7 @@ def kept(config: Config, storage: str) -> str:
     files, root = opened(storage)
     cascade = str(config.args["cascade"]).rstrip("/").rpartition("/")[2][:12]
     name = f"deployments/{cascade}-{sealed.digest_of(config.fields)[:8]}.yaml"
-    if not in_a_store(storage):
+    if not is_address(storage):
         files.makedirs(f"{root}/deployments", exist_ok=True)
     files.pipe_file(f"{root}/{name}", config.text().encode())
     return address_in(storage, name)

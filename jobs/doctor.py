@@ -15,6 +15,7 @@ import httpx
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dd_core.addresses import is_address
 from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
 from jobs.endpoint import Address, refuse_taken
@@ -26,7 +27,7 @@ from jobs.ray_session import ray_cluster
 from workflows.addresses import redacted
 from workflows.registry import DELETES, Registry, RegistryError
 from workflows.run_spec import RunSpec
-from workflows.storage import is_address, opened
+from workflows.storage import opened
 
 log = logging.getLogger(__name__)
 LISTEN_S = 5.0

@@ -5,12 +5,13 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dd_core.addresses import is_address
 from jobs.disk import data_on_disk, written
 from jobs.nodes import Node, Room, amount, free_disk, has_labels, left_on, node_text, places, taken
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
 from workflows.standing import Standing
-from workflows.storage import Home, is_address
+from workflows.storage import Home
 from workflows.train_spec import TrainSpec, cpu_share
 
 PROCESS_BYTES = 1_220_000_000

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dd_core.addresses import is_address
 from dd_core.sealed import MANIFEST
 from jobs.config import keep
 from jobs.disk import written
@@ -51,7 +52,7 @@ from workflows.registry import CURRENT
 from workflows.report import SHEETS, write_report
 from workflows.run_spec import RunSpec
 from workflows.standing import standings
-from workflows.storage import Home, is_address
+from workflows.storage import Home
 from workflows.superseded import MADE_OF
 from workflows.tracking import Tracked, tracked
 from workflows.training import PreemptedError

@@ -27,13 +27,14 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
 from dd_core import bundle
+from dd_core.addresses import is_address
 from dd_core.cascade import CascadeSpec
 from dd_core.precision import Precision
 from dd_core.sealed import MANIFEST
 from dd_core.stages import StageSpec
 from serve import code
 from serve.admission import Door
-from serve.fetching import in_a_store, on_this_machine
+from serve.fetching import on_this_machine
 from serve.ingress import Api
 from serve.links import ReplicaLink
 from serve.metrics import RequestMetrics
@@ -122,7 +123,7 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     cascade, digest = bundle.read_cascade(directory, spec.digest)
     refuse_strangers(spec, cascade)
     stages = {hop.stage for hop in cascade.hops}
-    place = spec.cascade if in_a_store(spec.cascade) else str(directory)  # each replica fetches its own copy
+    place = spec.cascade if is_address(spec.cascade) else str(directory)  # each replica fetches its own copy
     patience = spec.timeout_s + GRACE_S  # a replica that is replaced finishes what it has begun
     hops = {
         stage: deployment(

@@ -8,7 +8,6 @@ cascades that nobody has opened for days and that no living process holds are re
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 import fsspec
 
 from dd_core import sealed
+from dd_core.addresses import is_address
 from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def on_this_machine(address: str, digest: str) -> Path:
         ValueError: An address in a store without a digest, or of a kind of store that is not installed.
         OSError: The store does not answer.
     """
-    if not in_a_store(address):
+    if not is_address(address):
         return Path(address.removeprefix("file://")).resolve()
     if not DIGEST.fullmatch(digest):
         raise ValueError(f"{address} is fetched by its digest; set digest, as `ddiff deploy` does")
@@ -109,11 +109,6 @@ def alone(place: Path) -> Iterator[None]:
         yield
 
 
-def in_a_store(address: str) -> bool:
-    """Whether a cascade has to be fetched."""
-    return "://" in address and not address.startswith("file://")
-
-
 def fetch(address: str, digest: str, place: Path) -> None:
     """Every file that the manifest lists, verified, then renamed into place."""
     try:
@@ -134,18 +129,12 @@ def fetch(address: str, digest: str, place: Path) -> None:
 
 def copy(files: Any, root: str, address: str, draft: Path) -> None:
     """The files of a sealed directory in a store."""
+
+    def get(name: str, path: Path) -> None:
+        files.get_file(f"{root}/{name}", str(path))
+
     try:
         manifest = files.cat_file(f"{root}/{sealed.MANIFEST}")
-        names = [str(name) for name in json.loads(manifest)["files"]]
     except FileNotFoundError:
-        raise sealed.SealError(f"{address} has no {sealed.MANIFEST}: it was never finished") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise sealed.SealError(f"{address}/{sealed.MANIFEST} is damaged: {error!r}") from None
-    for name in names:
-        path = sealed.inside(draft, name, address)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            files.get_file(f"{root}/{name}", str(path))
-        except FileNotFoundError:
-            raise sealed.SealError(f"{address}/{name} is missing") from None
-    (draft / sealed.MANIFEST).write_bytes(manifest)
+        raise sealed.unfinished(address) from None
+    sealed.fetch(draft, address, manifest, get)

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dd_core import sealed
+from dd_core.addresses import is_address
 from workflows.labels import LabelSpec, label_of
 from workflows.row_groups import (
     PREPARE,
@@ -37,7 +38,7 @@ from workflows.row_groups import (
     patiently,
     row_group,
 )
-from workflows.storage import Home, is_address
+from workflows.storage import Home
 
 GROUPS_PER_MIX = 8
 """At most: one task reads a whole mix."""

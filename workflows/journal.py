@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dd_core.addresses import is_address
 from workflows.addresses import redacted
-from workflows.storage import Home, is_address
+from workflows.storage import Home
 
 logger = logging.getLogger(__name__)
 BATCH_BYTES = 256 * 2**10

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from dd_core import sealed
+from dd_core.addresses import is_address
 from dd_core.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ class Home(NamedTuple):
             return self.here
         manifest = self.text(sealed.MANIFEST)
         if not manifest:
-            raise sealed.SealError(f"{self.address} has no {sealed.MANIFEST}: it was never finished")
+            raise sealed.unfinished(self.address)
         with one_at_a_time(self):
             for _ in range(FETCHES):
                 if is_copy(self.here, manifest):
@@ -273,20 +274,12 @@ class Home(NamedTuple):
         """Every file that the manifest lists, then the manifest; what was here before goes."""
         draft = self.here.with_name(f".{self.here.name}.fetched")
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
-            names = list(json.loads(manifest)["files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise sealed.SealError(f"{self.address}/{sealed.MANIFEST} is damaged: {error!r}") from None
+
+        def get(name: str, path: Path) -> None:
+            store(self.root).get_file(self.at(name).address, str(path))
+
         with said(self.address):
-            for name in names:
-                path = sealed.inside(draft, name, self.address)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    store(self.root).get_file(self.at(name).address, str(path))
-                except FileNotFoundError:
-                    raise sealed.SealError(f"{self.address}/{name} is missing") from None
-        (draft / sealed.MANIFEST).write_text(manifest)
+            sealed.fetch(draft, self.address, manifest.encode(), get)
         shutil.rmtree(self.here, ignore_errors=True)
         draft.rename(self.here)
 
@@ -298,11 +291,6 @@ def parsed(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def is_address(place: str) -> bool:
-    """Whether it names a store and not a directory of this machine."""
-    return "://" in place and not place.startswith("file://")
 
 
 @functools.cache
