@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+NORMAL = 1.959964
+"""95 % of a normal distribution lie within so many standard deviations of its mean."""
+
 
 class Mean(NamedTuple):
     """The mean of a sample, with its confidence interval."""
@@ -55,7 +58,7 @@ def found_own(
     return own > torch.stack(nearest)
 
 
-def mean_of(values: Float[Tensor, " n"], z: float = 1.959964) -> Mean:
+def mean_of(values: Float[Tensor, " n"], z: float = NORMAL) -> Mean:
     """The mean of at least two values with its interval, 95 % by default, by the central limit theorem."""
     mean, half = values.double().mean(), z * values.double().std() / math.sqrt(len(values))
     return Mean(float(mean), float(mean - half), float(mean + half))

@@ -1,7 +1,6 @@
 """`ddiff bits`: bits per dim of pictures under a trained chain, term by term, with intervals over them."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from dd_core import bundle, images, sealed
+from dd_core import bundle, images, metrics, sealed
 from dd_core.cascade import CascadeSpec, CascadeState
 from dd_core.devices import nearest
 from dd_core.likelihood import Bits
@@ -29,8 +28,6 @@ from workflows.storage import Home
 
 log = logging.getLogger(__name__)
 BATCH = 8
-NORMAL = 1.959964
-"""95 % of a normal distribution lie within so many standard deviations of its mean."""
 
 
 class Found(NamedTuple):
@@ -105,9 +102,10 @@ def measured(path: Path, data: str, asked: Asked) -> dict[str, Any]:
 
 def mean_of(values: Float[Tensor, " n"]) -> dict[str, float | None]:
     """Mean, and the half-width of its 95 % interval by the normal distribution: None for a single value."""
-    count = len(values)
-    half = NORMAL * float(values.std()) / math.sqrt(count) if count > 1 else None
-    return {"mean": float(values.mean()), "plus_minus": half}
+    if len(values) == 1:
+        return {"mean": float(values), "plus_minus": None}
+    mean, _, high = metrics.mean_of(values)
+    return {"mean": mean, "plus_minus": high - mean}
 
 
 def table(facts: Mapping[str, Any], data: str) -> str:

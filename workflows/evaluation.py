@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dd_core import metrics
 from dd_core.labels import UNLABELLED
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case
@@ -249,7 +250,7 @@ def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {**shares, "n": len(verdicts), "failed": failed, "intervals": intervals}
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: int, count: int, z: float = metrics.NORMAL) -> tuple[float, float]:
     """Confidence interval of the share `right / count`, 95 % by default.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".

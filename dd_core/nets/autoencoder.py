@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dd_core.nets.conv import Conv
 from dd_core.nets.norm import Norm
-from dd_core.nets.quantiser import Quantiser
+from dd_core.nets.quantiser import Quantiser, straight_through
 from dd_core.spec import Spec
 
 
@@ -300,7 +300,7 @@ class Autoencoder(nn.Module):
         """
         if quantise and self.quantiser is not None:
             vectors = self.quantiser(latent).vectors
-            latent = latent + (vectors - latent).detach() if latent.requires_grad else vectors
+            latent = straight_through(latent, vectors) if latent.requires_grad else vectors
         return self.decoder(self.post_quant_conv(latent)).float()
 
     @torch.no_grad()

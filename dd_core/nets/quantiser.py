@@ -50,3 +50,11 @@ class Quantiser(nn.Module):
     def of_codes(self, codes: Int[Tensor, " b h w"]) -> Float[Tensor, " b z h w"]:
         """The vectors of given codes."""
         return self.vectors(codes).movedim(-1, 1).contiguous()
+
+
+def straight_through(z: Float[Tensor, " b *s"], quantized: Float[Tensor, " b *s"]) -> Float[Tensor, " b *s"]:
+    """The quantized values, whose gradient goes to z as if it had not been quantized.
+
+    Source: van den Oord et al. 2017 (arXiv:1711.00937), section 3.2.
+    """
+    return z + (quantized - z).detach()

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from dd_core import images, losses
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.nets.perceptual import ClipFeatures, PatchGan, PatchGanSpec, PerceptualDistance, load_lpips
+from dd_core.nets.quantiser import straight_through
 from dd_core.ranks import gathered
 from dd_core.stage import ClipNeeds, LearnedSpec, Losses, PairBatch, Stage, Trained
 from dd_core.stages.clip import clip_for
@@ -177,7 +178,7 @@ class AutoencoderStage(Stage):
         commitment = losses.vq_commitment(z, vectors, form=self.spec.commitment).mean()
         used = torch.zeros(self.spec.net.codes, device=z.device).index_fill(0, codes.flatten(), 1).mean()
         parts = {"commitment": commitment.detach(), "used": used}
-        return Squeezed(losses.straight_through(z, vectors), commitment, parts, z)
+        return Squeezed(straight_through(z, vectors), commitment, parts, z)
 
     def reconstruction(
         self, x0_hat: Float[Tensor, " b 3 h w"], image: Float[Tensor, " b 3 h w"]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dd_core import bundle, checkpoint, images, losses
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec, Posterior
 from dd_core.nets.perceptual import PatchGanSpec
-from dd_core.nets.quantiser import Quantiser
+from dd_core.nets.quantiser import Quantiser, straight_through
 from dd_core.stage import Budget, OptimizerSpec, PairBatch
 from dd_core.stages import build_stage
 from dd_core.stages.autoencoder import AutoencoderSpec, AutoencoderStage, autoencoder_of
@@ -135,7 +135,7 @@ def published_loss(stage: AutoencoderStage, batch: PairBatch) -> Tensor:
     else:
         z, values = model.unquantised(image), 1
         vectors = model.quantiser(z).vectors
-        latent, cost = losses.straight_through(z, vectors), losses.vq_commitment(z, vectors).mean()
+        latent, cost = straight_through(z, vectors), losses.vq_commitment(z, vectors).mean()
     x0_hat = model.generate(latent, quantise=False)
     reconstruction = (x0_hat - image).abs().mean() * values
     adversarial = -stage.discriminator(x0_hat).mean()

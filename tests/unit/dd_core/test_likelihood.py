@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dd_core import likelihood, losses
 from dd_core.denoiser import Conditioning, Denoised
 from dd_core.guidance import clip_x0
+from dd_core.nets.quantiser import straight_through
 from dd_core.noise import SeededNoise, karras_sigmas, spread
 from dd_core.schedules import ScheduleSpec, alpha_bars, betas, sigmas
 
@@ -218,7 +219,7 @@ def test_the_legacy_commitment_has_beta_on_the_other_term() -> None:
 def test_a_quantized_value_passes_its_gradient_straight_through() -> None:
     z, weight = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3)
     quantized = z.detach().round().requires_grad_()
-    through = losses.straight_through(z, quantized)
+    through = straight_through(z, quantized)
     assert torch.equal(through.detach().round(), quantized.detach())
     given = torch.autograd.grad((weight * through).sum(), (z, quantized), allow_unused=True)
     assert torch.equal(given[0], weight)
