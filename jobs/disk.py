@@ -24,8 +24,8 @@ def data_on_disk(spec: RunSpec) -> dict[str, int]:
 def data_bytes(spec: ShapesSpec, sizes: Sequence[int]) -> int:
     """Bytes of the embedded world's tars and of the data prepared from them, estimated from eight pairs.
 
-    Prepared images are taken to need bytes as they have pixels.
-    A tar rounds each member up to 512 bytes and gives it a header as long.
+    The bytes of prepared images are taken to be in proportion to their pixels.  In a tar each member is
+    rounded up to a multiple of 512 bytes and has a header of 512 bytes.
     """
     share = PREPARED_SHARE * sum(size**2 for size in sizes) / PREPARED_PIXELS
     some = [pair(spec, number)[1] for number in range(min(8, spec.pairs))]
@@ -42,7 +42,14 @@ def embedding_bytes(stages: Sequence[TrainSpec], pairs: int) -> int:
 
 
 def written(spec: RunSpec, stays: Set[str] = frozenset()) -> list[str]:
-    """Paths within a run of what the plan counts, but for stages whose old training is kept aside."""
+    """Paths within a run of the files whose bytes a plan sums up.
+
+    What lies there before the run starts is overwritten or used, so its bytes count as free.
+
+    Args:
+        spec: The run.
+        stays: Stages whose former training is moved aside and kept; their directories are left out.
+    """
     own = [stage.name for stage in spec.stages if stage.name not in stays]
     names = [f"{name}/{part}" for name in own for part in ("checkpoints", "bundle")]
     names += [f"cascade/{stage.name}" for stage in spec.stages]

@@ -97,7 +97,7 @@ def sampling_of(source: str, stage: ChainSpec | ConsistencySpec) -> SamplingSpec
 
 
 def hears(stage: ChainSpec | ConsistencySpec) -> bool:
-    """Whether it paints latents as captions say, as Stable Diffusion does."""
+    """Whether it is told captions and paints latents, as Stable Diffusion does."""
     return isinstance(stage, ChainSpec) and bool(stage.latent_channels and stage.text_width)
 
 

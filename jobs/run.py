@@ -197,9 +197,10 @@ def announce(spec: RunSpec, nodes: list[Node]) -> Plan:
 
 
 def with_rooms(plan: Plan, spec: RunSpec) -> Plan:
-    """The plan of a run in a store, with how much the disks of those have free who keep its files meanwhile.
+    """The plan of a run in a store, with the free disk of each machine that keeps files of it meanwhile.
 
-    Asked are this machine, or the nodes that are up of the cluster, which this process has joined.
+    If this process has joined a cluster, these are the cluster's nodes that are up; if not, this machine.  A
+    run in a directory keeps no files elsewhere: its plan is returned as it is.
     """
     if not is_address(plan.run):
         return plan

@@ -25,9 +25,9 @@ class ReplicaSpec(Spec):
     """Images in progress per replica above which another replica is started.  None: max_rows where requests
     share calls, otherwise 2: one is drawn while the other waits."""
     upscale_delay_s: float = Field(30, ge=0)
-    """How long there must be so many until it is started."""
+    """How long there must be more than busy_requests for each replica before another one is started."""
     downscale_delay_s: float = Field(600, ge=0)
-    """How long one replica fewer must suffice until one is stopped."""
+    """How long one replica fewer must have been enough before one is stopped."""
     max_rows: int = Field(8, ge=1)
     """Images in progress at once, what fits the memory of the device; where requests do not share calls,
     samples (a prior may draw several for an image)."""

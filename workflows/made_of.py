@@ -119,12 +119,12 @@ def others(was: Mapping[str, Any], now: MadeOf) -> Iterator[str]:
         if before.get(role) != now.parents.get(role):
             yield f"its parent {role} is another"
     if was.get("data") != now.data:
-        yield "the data are others"
+        yield "the data differ"
     for field, digest in now.files.items():
         if was.get(FILES, now.files).get(field) != digest:
-            yield f"what stands in the file stage.{field} is other"
+            yield f"the content of the file in stage.{field} differs"
     if now.spec.stage.embedded_by is not None and was.get(EMBEDDINGS, 1) != feed.EMBEDDINGS:
-        yield "embeddings are made otherwise today"
+        yield "embeddings are computed in another way today"
 
 
 def bare(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ TAKEN = (
     *("endpoint.json", "endpoint.log", "cascade.json", "manifest.json", "README.md", "report.html"),
     *("embeddings", "report", "total"),
 )
-"""Names of other things in the directory of a run or a cascade; the last three are keys of seconds.json."""
+"""Names that no stage may have: a run or a cascade keeps something else in its directory under each of them,
+or, for the last three, in its seconds.json."""
 MADE_HERE = ("raw/*.tar",)
 """Stands for the shards in a run that makes its own (`shapes`)."""
 RECORDED = "evaluation-"

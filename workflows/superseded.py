@@ -1,15 +1,21 @@
 """What a stage had is moved aside when its spec, data or parents change, and back when they change back.
 
-    <run>/<stage>/fingerprint                  of what the stage is made of: its training lies here, or it
-                                               lies in part in the directory of this name below
-    <run>/<stage>/made_of.json                 the same in full, to be compared with (workflows.made_of)
-    <run>/<stage>/.superseded/<fingerprint>/   bundle, checkpoints, samples, journal of another training,
+    <run>/<stage>/fingerprint                  digest of what the present training is made of: spec, data,
+                                               parents, files
+    <run>/<stage>/made_of.json                 the same in full, to see what has changed (workflows.made_of)
+    <run>/<stage>/.superseded/<fingerprint>/   another training: its bundle, checkpoints, samples and journal,
                                                with a fingerprint and a made_of.json of its own
 
-Nothing is deleted, and a start may be killed between any two moves.  Before parts go aside, their fingerprint
-is noted there; then they are moved one by one; then the stage takes the new fingerprint; then the parts that
-lie aside under it come back one by one, and their empty directory is removed last.  So whichever fingerprint
-the stage has, each part of its training is in one of two places, and a start first completes what was cut.
+Nothing is deleted.  A change takes four steps, and a process that is killed in any of them loses nothing:
+
+1. The fingerprint of the training that goes is written into its directory in .superseded.
+2. Its parts are moved there, one by one.
+3. The new fingerprint is written into <run>/<stage>/fingerprint.
+4. Parts that lie in .superseded under the new fingerprint are moved back, one by one, and the directory that
+   they leave is removed.
+
+Whichever fingerprint the stage has, each part of that training is either in <run>/<stage> or in .superseded
+under the fingerprint.  The next start completes the steps that are left.
 """
 
 import json

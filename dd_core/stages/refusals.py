@@ -38,22 +38,23 @@ def refuse_vocabularies(parents: Mapping[str, Trained]) -> None:
 class Hears(NamedTuple):
     """Which options of a sampling a kind of hop uses; the others are refused if they are asked for.
 
-    It does not cover steps, spacing (where levels are walked), or what a request sets for the whole cascade:
-    strength and inpainting.
+    It does not cover num_steps, spacing (for hops that go through noise levels), or what a request sets for
+    the whole cascade: strength and inpainting.
     """
 
     variances: tuple[SampledVariance, ...] = ("fixed_small", "fixed_large")
-    """Of an ancestral step, the best first."""
+    """The values of `variance` that its steps by sampler ddpm may have, the best first."""
     draws: bool = False
-    """Several, of which it keeps one."""
+    """Whether it can draw several results for a request (`draws`), of which it keeps one."""
     guided: bool = True
-    """By guidance_scale, guidance_rescale and guidance_interval."""
+    """Whether it uses guidance_scale, guidance_rescale and guidance_interval."""
     led: bool = True
-    """By the gradient of a guide."""
+    """Whether the gradient of a guide can lead it (`gradient`)."""
     clipped: bool = True
-    """As clip and dynamic_threshold say."""
+    """Whether it uses clip and dynamic_threshold."""
     levels: bool = True
-    """Whether it walks noise levels, by one sampler or another."""
+    """Whether it goes through noise levels step by step; without, it uses no sampler, no spacing, and of
+    guidance the scale alone."""
 
 
 HEARS = {

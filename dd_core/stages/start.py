@@ -68,8 +68,9 @@ def begun(
 def words_of(text: TextSpec, clip: ClipNetSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a text transformer from the text tower of a CLIP, which knows the words already.
 
-    The vectors that stand for padding, which a CLIP has not, begin as END at their places: what END hears, it
-    sums up.
+    The transformer has a vector for padding at each place, a CLIP has none.  Each begins as what a CLIP is
+    given if the token END stands there, the token's vector plus the place's: at END a CLIP has learned to sum
+    the caption up.
 
     Raises:
         ValueError: The two differ in size or activation; the field is named, with both values.

@@ -420,7 +420,7 @@ def test_a_plan_says_what_is_done_what_continues_and_why_something_is_trained_ag
     assert taken(tmp_path, written(spec, {"base"})) < before  # it stays, and gives no room
     (data / sealed.MANIFEST).unlink()
     sealed.seal(data, {}, {"kept": 1})
-    assert said(spec)["clip"] == "trained again, because the data are others"
+    assert said(spec)["clip"] == "trained again, because the data differ"
 
 
 def test_where_more_captions_are_to_be_held_out_the_data_are_others(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_where_more_captions_are_to_be_held_out_the_data_are_others(tmp_path: Pa
         return standings(now, Home.of(tmp_path))["clip"].text
 
     assert said(0.0) == "done"
-    assert said(0.1) == "trained again, because the data are others"
+    assert said(0.1) == "trained again, because the data differ"
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_a_field_that_is_new_changes_nothing_and_a_default_that_is_another_does(
 def test_what_is_other_is_named(tmp_path: Path) -> None:
     was, spec = made_of().facts(), spec_of()
     assert differences(was, MadeOf(spec, "d", {"start": "q"}, {})) == ["its parent start is another"]
-    assert differences(was, MadeOf(spec, "e", {"start": "p"}, {})) == ["the data are others"]
+    assert differences(was, MadeOf(spec, "e", {"start": "p"}, {})) == ["the data differ"]
     assert not same(was, MadeOf(spec, "d", {"start": "q"}, {}))
     assert not same(was, MadeOf(spec, "e", {"start": "p"}, {}))
 
@@ -280,7 +280,7 @@ def test_a_file_that_is_replaced_is_another_training_and_one_that_is_missing_is_
     file.write_text("two")
     two = MadeOf(spec, "d", {"start": "p"}, named_files(spec))
     assert not same(one.facts(), two)
-    assert differences(one.facts(), two) == [f"what stands in the file stage.{field} is other"]
+    assert differences(one.facts(), two) == [f"the content of the file in stage.{field} differs"]
     older = {"fingerprint": old_formula(spec)}  # of a version that did not look
     assert same(older, one)
     noted = one.facts(older["fingerprint"])  # and what it made is noted from then on
