@@ -48,8 +48,7 @@ log)."""
 ANCESTRAL = SamplingSpec(
     sampler="ddpm", variance="fixed_small", num_steps=100, spacing="linspace", guidance_scale=1.0
 )
-"""With the small fixed variance, even for networks that learn theirs: from so few images they learn how
-wrong their estimate still is, and pictures drown in noise of that size."""
+"""With the small fixed variance, of which pictures look no worse than of one that is learned."""
 
 
 def run() -> RunSpec:

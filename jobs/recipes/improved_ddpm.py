@@ -21,7 +21,7 @@ from workflows.train_spec import SamplesSpec, TrainSpec
 WORKER = any_node(memory_gib=3)
 
 LABEL = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
-SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=3.0)
+SAMPLED = ddpm.ANCESTRAL.but(variance="learned", guidance_scale=3.0)
 
 
 def run() -> RunSpec:
