@@ -10,10 +10,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dd_core.nets import attention
 from dd_core.nets.attention import attend
+from tests.unit.dd_core.nets.built import BFLOAT16, built_for, runs_bfloat16
 
-looped = pytest.mark.skipif(
-    not attention.runs(), reason="attention.c wants gcc, AVX512-BF16 and no AMX: PyTorch's attention is used"
-)
+looped = pytest.mark.usefixtures("loops")
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """attention.c, also where AMX is why it is not used; elsewhere a test of it is skipped by name."""
+    if not attention.runs() and not runs_bfloat16():
+        pytest.skip("attention.c wants gcc and AVX512-BF16: PyTorch's attention is used")
+    if not attention.runs():
+        built = built_for(BFLOAT16, attention.SOURCE)
+        monkeypatch.setattr(attention, "compiled", lambda _: built)
+    assert attention.runs()
 
 
 @pytest.fixture(autouse=True)
