@@ -42,6 +42,8 @@ class EngineLink:
         self.hows: list[SamplingSpec] = []
         self.labels: list[torch.Tensor | None] = []
         self.failing: Exception | None = None
+        self.failing_of: dict[int, Exception] = {}
+        """Of single seeds, as soon as the hop computes for the others."""
         self.digest = DIGEST
         self.precision: Precision = "auto"
         self.computes = "bf16"
@@ -54,6 +56,10 @@ class EngineLink:
         self.labels.append(state.label)
         if self.failing:
             raise self.failing
+        if error := self.failing_of.get(state.seeds[0]):
+            while not self.hop.asked:
+                await asyncio.sleep(0.01)
+            raise error
         return await self.engine.submit(state, how, timeout_s=timeout_s)
 
     async def ready(self) -> painting.Served:

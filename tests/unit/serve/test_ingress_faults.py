@@ -86,12 +86,17 @@ def test_images_are_let_in_at_one_door_and_what_is_let_in_is_refused_by_no_hop()
 
 
 def test_one_failing_image_of_several_stops_the_others() -> None:
-    one = Served(timeout_s=20)
+    one = Served(timeout_s=60)
+    base = one.links["base"]
+    base.failing_of = {5: HopLostError("gone", again=True)}
     with one.client:
-        one.links["upsampler"].failing = HopLostError("gone", again=True)
-        refused(one.post(n=8, num_inference_steps=3), 503)
-        time.sleep(0.1)
-        assert one.links["base"].engine.load() == 0
+        base.hop.gate.clear()
+        refused(one.post(n=8, seed=5, num_inference_steps=250), 503)
+        assert base.engine.load() == 0
+        base.hop.gate.set()
+        assert len(pngs(one.post())) == 1
+    assert base.hop.batches[0] == 7  # the one that was being computed
+    assert set(base.hop.batches[1:]) == {1}  # nothing beside the next request
 
 
 def test_a_body_that_never_arrives_is_waited_for_no_longer_than_the_limit_and_others_are_answered() -> None:
