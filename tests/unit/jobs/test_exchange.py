@@ -208,6 +208,7 @@ def test_the_commands_say_what_they_made_and_what_they_left(checkpoint: Path, tm
     assert (tmp_path / "f" / "scheduler" / "scheduler_config.json").is_file()
     again = CliRunner().invoke(main, ["import", "tiny", str(checkpoint), "--out", str(tmp_path / "out")])
     assert again.exit_code == 2
+    assert f"{tmp_path / 'out' / 'unet'} exists; name another --out" in again.output
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Published models that paint by themselves are imported as cascades, and these paint as published."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from dd_core.stages import build_stage
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.consistency_hop import ConsistencyHop
+from dd_core.stages.network import NetworkSpec
 from jobs import exchange
 from jobs.cli import main
 from jobs.recipes import glide
@@ -238,9 +238,46 @@ def test_a_network_of_all_noise_levels_is_scaled_as_published(
     if low:
         torch.testing.assert_close(answer(chain, x, torch.full((2,), 0.002), LABEL), x)
     assert cascade.spec.hops[0].how.num_steps == (1 if low else 40)
-    image = painted(cascade, asked(label=LABEL), steps=1 if low else 2).image
-    assert image is not None
-    assert math.isfinite(image.std())
+    images = [painted(cascade, asked(label=LABEL), steps=1 if low else 2).image for _ in range(2)]
+    assert images[0] is not None
+    assert images[1] is not None
+    assert images[0].shape == (2, 3, 16, 16)
+    assert images[0].abs().max() <= 1
+    assert images[0].std() > 0
+    assert torch.equal(*images)
+
+
+LETTER = "not to be lost"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", "adm-upsampler-64-256", "{place}/weights.safetensors"],
+        ["import", "edm-imagenet64", "{place}/weights.safetensors"],
+        ["import", "glide", "{place}/base", "{place}/up", "--tokenizer", "{place}/ids", "{place}/merges"],
+        ["import", "diffusers", "{place}/pipeline"],
+        ["export", "{place}/bundle", "--format", "diffusers"],
+    ],
+    ids=["network", "cascade", "two-files", "pipeline", "export"],
+)
+def test_what_lies_there_is_not_written_over(
+    words: list[str], known: dict[str, Published], tmp_path: Path
+) -> None:
+    if words[1] in SIDES:
+        file_of(known[words[1]], tmp_path / "weights.safetensors")
+    (made(tmp_path / "pipeline") / "model_index.json").write_text("{}")
+    spec = NetworkSpec(source="x", net=known["ddpm-cifar10"].net, process=known["ddpm-cifar10"].process)
+    bundle.save(tmp_path / "bundle", spec, build(spec.net).state_dict(), parents={}, facts={})
+    letter = made(tmp_path / "out") / "letter.txt"
+    letter.write_text(LETTER)
+    done = CliRunner().invoke(
+        main, [*(word.format(place=tmp_path) for word in words), "--out", str(letter.parent)]
+    )
+    assert done.exit_code == 2
+    assert f"{letter.parent} exists; name another --out" in done.output
+    assert list(letter.parent.iterdir()) == [letter]
+    assert letter.read_text() == LETTER
 
 
 def test_latent_diffusion_that_hears_nothing_paints_with_the_autoencoder_of_its_file(

@@ -303,7 +303,9 @@ def test_own_data_without_any_clip_are_judged_by_nobody(home: Home, journal: Jou
 
 def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:
     ours, home = smoke.run(), Home.of(tmp_path / "run")
-    assert len(run.prompts_of(ours)) == 16 or len(run.prompts_of(ours)) == ours.evaluation.captions
+    assert len(run.prompts_of(ours)) == ours.evaluation.captions == 8
+    many = ours.but(evaluation=ours.evaluation.but(captions=40))
+    assert len(run.prompts_of(many)) == 16
     assert run.data_of(home, ours) == home.at("data/prepared")
     mine = ours.but(shapes=None, pairs=ours.pairs.but(destination=str(tmp_path / "mine")))
     assert not run.prompts_of(mine)  # then the report takes those of the data
