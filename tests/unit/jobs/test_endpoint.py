@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from jobs.cli import main
 from jobs.endpoint import (
     Address,
     Endpoint,
+    EndpointError,
     alive,
     free_address,
     refuse_taken,
@@ -119,6 +121,27 @@ def test_a_server_that_cannot_be_noted_is_stopped(
         start_endpoint(tmp_path, tmp_path / "cascade", free_address())
     assert started_at(pids[0]) == ""
     assert server == []
+
+
+@pytest.mark.parametrize("told", ["no room here", ""])
+def test_a_server_that_ends_by_itself_is_told_in_its_own_last_words(
+    told: str, tmp_path: Path, server: list[Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"echo first\necho '{told}'\n" if told else ""
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{words}exit 3\n")
+    noted: list[Endpoint] = []
+
+    def missing(url: str, digest: str) -> str:
+        noted.append(Endpoint(**json.loads((tmp_path / "endpoint.json").read_text())))
+        return "does not answer"
+
+    monkeypatch.setattr(app, "missing", missing)
+    log = re.escape(str(tmp_path / "endpoint.log"))
+    said = f"^the endpoint did not start: {told or 'does not answer'}; see {log}$"
+    with pytest.raises(EndpointError, match=said):
+        start_endpoint(tmp_path, tmp_path / "cascade", free_address())
+    assert not (tmp_path / "endpoint.json").exists()
+    assert not Path(f"/proc/{noted[0].pid}").exists()  # nor a zombie
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
