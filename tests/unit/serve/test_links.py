@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from dd_core.cascade import CascadeSpec, CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
-from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError
+from serve.engine import DeviceLostError, EngineDownError, OtherCascadeError, RefusedError
 from serve.links import ReplicaLink
 from serve.painter import HopLostError, Order, Painter, Served
 from serve.replicas import HopReplica
@@ -76,16 +78,18 @@ class Mortal:
         answer: asyncio.Future[CascadeState] = loop.create_future()
         self.working.append(answer)
         if state is self.deadly:
-            loop.call_later(0.01, self.die)
+            loop.call_later(0.01, self.die, answer)
         else:
             loop.call_later(0.05, lambda: answer.done() or answer.set_result(state))
         return answer
 
-    def die(self) -> None:
-        lost = [answer for answer in self.working if not answer.done()]
-        self.deaths += bool(lost)  # another may have killed it already
-        for answer in lost:
-            answer.set_exception(RayActorError())
+    def die(self, under: "asyncio.Future[CascadeState]") -> None:
+        if under.done():  # it died with that request already, under another one
+            return
+        self.deaths += 1
+        for answer in self.working:
+            if not answer.done():
+                answer.set_exception(RayActorError())
 
 
 def test_a_request_that_kills_replicas_takes_none_of_its_neighbours_with_it() -> None:
@@ -127,6 +131,25 @@ def test_the_same_deadly_request_ten_times_at_once_kills_two_replicas_and_not_it
 def test_a_replica_whose_node_is_taken_away_counts_as_no_death() -> None:
     leaving = RayActorError(preempted=True)
     assert asked(Handle(*[leaving] * 5)) is STATE
+
+
+def test_a_hop_that_failed_to_deploy_is_there_for_nobody_now() -> None:
+    unavailable = DeploymentUnavailableError(DeploymentID(name="base", app_name="ddiff"))
+    with pytest.raises(HopLostError, match="no replica of base can be started") as lost:
+        asked(Handle(unavailable))
+    assert lost.value.again
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_a_hop_refuses_is_told_in_its_own_words(wrapped: bool) -> None:
+    refused: Exception = RefusedError("steps 7: it takes 1, 2 or 4")
+    if wrapped:
+        refused = RayTaskError("advance", "Traceback: many lines", refused).as_instanceof_cause()
+        assert "Traceback" in str(refused)
+    with pytest.raises(RefusedError) as told:
+        asked(Handle(refused))
+    assert type(told.value) is RefusedError
+    assert str(told.value) == "steps 7: it takes 1, 2 or 4"
 
 
 def test_a_hop_that_stays_down_is_given_up_at_the_deadline_for_the_client_to_ask_again(

@@ -3,6 +3,7 @@
 import io
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from PIL import Image
 
 from dd_core.labels import UNLABELLED
+from jobs.failures import Code, code_of
 from tests.prepared import png, write_prepared
 from workflows import feed, files, row_groups
 from workflows.feed import Order, Share, Wanted
+from workflows.held_out import pairs_to_measure_by
 from workflows.labels import LabelSpec, label_of
 from workflows.row_groups import DataError, row_group
 from workflows.storage import StorageError
@@ -157,6 +160,27 @@ def test_pixels_arrive_as_they_were_prepared(data: Path) -> None:
     for image, tokens in zip(table["image"].to_pylist(), table["tokens"].to_pylist(), strict=True):
         with Image.open(io.BytesIO(png(SIZE, tokens[1] - 1))) as prepared:  # another decoder than ours
             assert image == np.asarray(prepared).transpose(2, 0, 1).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (order_of, "no usable pair in 2 files of prepared data; look at their column 'reject'"),
+        (
+            lambda data: pairs_to_measure_by(str(data), SIZE, 5),
+            "{data} has no usable row; see `ddiff data stats`",
+        ),
+    ],
+    ids=["feed", "held-out"],
+)
+def test_data_of_which_every_row_was_rejected_are_none(
+    read: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    data = write_prepared(tmp_path / "prepared", files=2, rows=20, rejected=20)
+    with pytest.raises(DataError) as refused:
+        read(data)
+    assert str(refused.value) == said.format(data=data)
+    assert code_of(refused.value) is Code.DATA
 
 
 def test_bad_data_is_refused_with_its_name(data: Path, tmp_path: Path) -> None:

@@ -164,6 +164,14 @@ def test_workers_for_which_there_is_no_place_yet_are_waited_for_until_the_run_is
     assert stopped == ("preempted", "stopped while it waited for workers")
 
 
+@pytest.mark.parametrize("error", [ray.train.WorkerGroupError("[Rank 0] killed", {}), killed_at_start()])
+def test_workers_that_are_lost_while_the_run_stops_are_not_started_again(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = fitted([error], tmp_path, monkeypatch, stop=True)
+    assert stopped == ("preempted", "workers were lost as it stopped")
+
+
 def test_a_controller_that_failed_otherwise_is_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
