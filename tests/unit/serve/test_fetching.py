@@ -60,7 +60,7 @@ class Slow:
 
     def copy(self, files: Any, root: str, address: str, draft: Path) -> None:
         self.asked += 1
-        assert self.gate.wait(20)
+        assert self.gate.wait(120)
         copy(files, root, address, draft)
 
 
@@ -71,7 +71,7 @@ def test_one_replica_of_a_machine_fetches_a_cascade_and_the_others_wait_for_it(
 
     def lock(file: Any, how: int) -> None:
         if how == fcntl.LOCK_EX:
-            waiting.wait(20)  # each has looked, and found nothing
+            waiting.wait(120)  # each has looked, and found nothing
         fcntl.flock(file, how)
 
     monkeypatch.setattr("serve.fetching.copy", slow.copy)
@@ -79,7 +79,7 @@ def test_one_replica_of_a_machine_fetches_a_cascade_and_the_others_wait_for_it(
     monkeypatch.setattr("serve.fetching.fcntl", SimpleNamespace(flock=lock, **modes))
     with ThreadPoolExecutor(3) as pool:
         replicas = [pool.submit(on_this_machine, *stored) for _ in range(3)]
-        waiting.wait(20)
+        waiting.wait(120)
         slow.gate.set()
         assert len({one.result() for one in replicas}) == 1
     assert slow.asked == 1
