@@ -21,7 +21,12 @@ from serve.spec import ReplicaSpec, ServeSpec
 from tests.ray_head import free_ports
 from tests.unit.dd_core.test_chain import EDM, trained
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 HEUN = SamplingSpec(sampler="heun", num_steps=2, guidance_scale=1.0)
 
 
@@ -69,6 +74,12 @@ def replicas() -> int:
     return base.replica_states.get("RUNNING", 0)
 
 
+def drawing() -> int:
+    """Those with samples in work or waiting."""
+    handle = ray.serve.get_deployment_handle("base", app.APPLICATION)
+    return sum(load > 0 for load in handle.broadcast("load").results(timeout_s=120))
+
+
 def until(fact: Callable[[], bool]) -> None:
     """Wait for it, with patience for a busy machine."""
     end = time.monotonic() + 240
@@ -92,7 +103,7 @@ def test_more_requests_than_a_replica_draws_start_another_which_goes_when_they_h
     with ThreadPoolExecutor(4) as people:
         asked = [people.submit(asks, seed) for seed in range(4)]
         until(lambda: replicas() == 2 or any(one.done() for one in asked))
-        time.sleep(1)  # in which both draw
+        until(lambda: drawing() == 2 or any(one.done() for one in asked))
         enough.set()
         found = [one.result() for one in asked]
     assert all(len(set(pictures)) == 1 for pictures in found)  # whoever drew it
