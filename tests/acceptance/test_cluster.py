@@ -265,16 +265,27 @@ def test_the_cascade_is_served_where_it_was_trained(run: Done) -> None:
     assert len(set(run.picture.getdata())) > 100  # not one colour
 
 
-def test_two_workers_were_on_two_nodes(run: Done) -> None:
-    groups = re.findall(r"worker group of size (\d): *\n((?:.*world_rank=\d.*\n)+)", run.log)
+def groups_of(run: Done) -> list[tuple[str, str]]:
+    """The size of every group of workers, and the lines that say where they are."""
+    return re.findall(r"worker group of size (\d): *\n((?:.*world_rank=\d.*\n)+)", run.log)
+
+
+def test_every_training_had_two_workers(run: Done) -> None:
+    groups = groups_of(run)
     assert {size for size, _ in groups} == {"2"}
-    nodes = [set(re.findall(r"\(ip=([\d.]+),", placed)) for _, placed in groups]
-    if run.on.spaces:
-        both, left = {node.ip for node in run.on.nodes}, {run.on.nodes[0].ip}
-        assert nodes[-1] == left  # what was hit goes on with what is left
-        alone = [placed for placed in nodes[:-1] if placed != both]
-        assert len(alone) <= 1  # to Ray a node seems full, just after a stage has ended there
-        assert len(nodes) - len(alone) > len(STAGES)
+    assert len(groups) > len(STAGES)  # those that were hit had another
+    assert all(re.findall(r"world_rank=(\d)", placed) == ["0", "1"] for _, placed in groups)
+
+
+def test_two_workers_were_on_two_nodes(run: Done) -> None:
+    if not run.on.spaces:
+        pytest.skip("no namespaces of the network here (root and `ip`): all nodes have one address")
+    nodes = [set(re.findall(r"\(ip=([\d.]+),", placed)) for _, placed in groups_of(run)]
+    both, left = {node.ip for node in run.on.nodes}, {run.on.nodes[0].ip}
+    assert nodes[-1] == left  # what was hit goes on with what is left
+    alone = [placed for placed in nodes[:-1] if placed != both]
+    assert len(alone) <= 1  # to Ray a node seems full, just after a stage has ended there
+    assert len(nodes) - len(alone) > len(STAGES)
 
 
 def tracked(run: Done) -> list[Any]:
