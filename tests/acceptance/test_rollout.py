@@ -29,7 +29,12 @@ from tests.unit.serve import tiny
 from workflows.journal import Entry
 from workflows.tracking import Book
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # MLflow's and Ray's
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    pytest.mark.filterwarnings("ignore"),  # MLflow's and Ray's
+]
 TWO_HOPS = tiny.CASCADE.but(hops=tiny.CASCADE.hops[1:])
 """So that two parts must change together; each part more takes seconds to start, at every deployment."""
 

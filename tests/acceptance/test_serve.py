@@ -29,7 +29,12 @@ from tests.conftest import small_ray
 from tests.ray_head import free_ports
 from tests.unit.serve.tiny import tiny_cascade
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 LONG = {"num_inference_steps": 250, "seed": 1}
 TENTH = {"num_inference_steps": 25, "seed": 1}
 TIMEOUT_S = 600  # of a busy machine: no test here waits for it to pass

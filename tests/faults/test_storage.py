@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.fault,
+    pytest.mark.timeout(3000),
     pytest.mark.filterwarnings("ignore"),  # Ray's, botocore's and aiohttp's, of themselves
 ]
 

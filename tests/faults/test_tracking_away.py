@@ -13,6 +13,7 @@ from workflows.tracking import Book, tracked
 pytestmark = [
     pytest.mark.fault,
     pytest.mark.slow,
+    pytest.mark.timeout(3000),
     pytest.mark.filterwarnings("ignore"),  # MLflow's, of its own dependencies
 ]
 
