@@ -6,12 +6,15 @@ import http.client
 import io
 import json
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -259,6 +262,23 @@ def kill(stage: str) -> None:
     """End the replicas of a hop as `kill -9` would."""
     for actor in replicas(stage).values():
         ray.kill(actor, no_restart=False)
+
+
+def test_a_stop_lets_what_is_in_work_finish_and_takes_in_no_more(
+    on_air: OnAir, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last one that asks this ingress: it stays closed."""
+    client = on_air.client(max_retries=0)
+    with ThreadPoolExecutor(2) as pool:
+        working = pool.submit(client.images.generate, prompt="a", n=4, extra_body=LONG)
+        until(lambda: load("base") > 0)
+        draining = pool.submit(app.drain, 600, hurried=threading.Event())
+        until(lambda: httpx.get(f"{on_air.url}/health/ready", timeout=20).status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="the server is stopping"):
+            client.images.generate(prompt="a")
+        assert len(working.result().data or []) == 4
+        draining.result(timeout=120)
+    assert "stopping at once" not in caplog.text
 
 
 def test_the_same_command_again_finds_its_own_service_and_takes_it_over(on_air: OnAir) -> None:

@@ -130,7 +130,7 @@ def all_systems() -> dict[str, System]:
         "improved_ddpm": System(
             teacher,
             "improved_ddpm",
-            scaled(1, 3) | {"guidance 3, learned variance": {"guidance_scale": 3.0, "variance": "learned"}},
+            scaled(1, 3) | {"guidance 3, small variance": {"guidance_scale": 3.0, "variance": "fixed_small"}},
             labels=True,
         ),
         "solvers": System(
