@@ -31,7 +31,7 @@ OF_TRAINING = {
     ("dd_core.training", "DivergedError"): Code.NOT_FINITE,
     ("dd_core.training", "DataEndedError"): Code.DATA,
     ("workflows.row_groups", "DataError"): Code.DATA,
-    ("workflows.pairs", "TooManyRejectsError"): Code.DATA,
+    ("workflows.census", "TooManyRejectsError"): Code.DATA,
     ("workflows.training", "PreemptedError"): Code.PREEMPTED,
 }
 """Module and name of an error -> its code; importing them takes seconds."""

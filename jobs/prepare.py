@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from jobs.ray_session import ray_cluster
 from workflows import cpus
+from workflows.census import census_of, check_census, place_of, totals
 from workflows.decode import one_thread
 from workflows.files import Found, located
 from workflows.pairs import (
@@ -23,11 +24,9 @@ from workflows.pairs import (
     ENLARGED,
     HELD_OUT,
     PairsSpec,
-    check_census,
-    place_of,
 )
 from workflows.parts import Part, looked_at
-from workflows.prepare import Prepared, census_of, located_or_done, prepare_pairs, prepared, totals
+from workflows.prepare import Prepared, located_or_done, prepare_pairs, prepared
 from workflows.row_groups import PREPARE, DataError, first_line, parquet_of, patiently
 from workflows.shape_shards import ShapesSpec, write_shards
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from dd_core import sealed
 from tests.conftest import write_shard
+from workflows.census import totals
 from workflows.pairs import PairsSpec
 from workflows.parts import write_part
-from workflows.prepare import totals
 from workflows.storage import Home
 
 SIZES = (8, 16)

@@ -74,6 +74,8 @@ class Part(Spec):
     """Reason -> count; all samples but the `missing` ones have a row."""
     damage: str = ""
     """Why the shard could not be read to its end."""
+    counted: bool = False
+    """Whether the downloader's count beside the shard tells how many samples it has had."""
     bytes: int
     sha256: str
     source: str = ""
@@ -122,10 +124,8 @@ def write_part(
                 damage = last.partition(": ")[2] if last.startswith(f"{DAMAGE}: ") else ""
                 yield len(table), raw.position, None
         rows, sha256 = counts.total(), sealed.sha256(draft)
-        if missing := missing_from(url, rows):
-            counts[MISSING] = missing
-            firsts[MISSING] = ("", missing_said(url, rows, missing))
-            damage = damage or firsts[MISSING][1]
+        counted = missing_counted(url, rows, counts, firsts)
+        damage = damage or firsts.get(MISSING, ("", ""))[1]
         part = Part(
             shard=shard,
             url=redacted(url),
@@ -134,6 +134,7 @@ def write_part(
             kept=counts.pop("", 0),
             rejects=dict(counts),
             damage=damage,
+            counted=counted,
             bytes=draft.stat().st_size,
             sha256=sha256,
             source=source,
@@ -178,8 +179,8 @@ def plain_writer(
     )
 
 
-def missing_from(url: str, found: int) -> int:
-    """How many samples are missing by the downloader's count beside the shard.
+def missing_counted(url: str, rows: int, rejects: Counter[str], firsts: dict[str, tuple[str, str]]) -> bool:
+    """Count the samples that a shard lacks by the downloader's count beside it; False: there is no count.
 
     A shard whose last members were overwritten with zeros is a valid, shorter archive; only the
     NAME_stats.json that img2dataset writes beside NAME.tar reveals it.
@@ -189,13 +190,13 @@ def missing_from(url: str, found: int) -> int:
         with contextlib.closing(ShardFile(f"{folder}/{beside(url)}", attempts=3)) as file:
             promised = json.loads(file.read(2**20))["successes"]
     except Exception:  # noqa: BLE001 most shards have no count; one that cannot be read claims nothing
-        return 0
-    return max(0, promised - found) if isinstance(promised, int) else 0
-
-
-def missing_said(url: str, found: int, missing: int) -> str:
-    """The message about a shard that has fewer samples than the count beside it."""
-    return f"{found:,} samples, {redacted(beside(url))} says {found + missing:,}"
+        return False
+    if not isinstance(promised, int):
+        return False
+    if missing := max(0, promised - rows):
+        rejects[MISSING] = missing
+        firsts[MISSING] = ("", f"{rows:,} samples, {redacted(beside(url))} says {promised:,}")
+    return True
 
 
 def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
@@ -211,10 +212,8 @@ def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
         remark(pair, text.encoded(pair.caption), spec, remarks)
     rows = kept + rejects.total()
     damage = firsts[DAMAGE][1].partition(": ")[2] if DAMAGE in firsts else ""
-    if missing := missing_from(url, rows):
-        rejects[MISSING] = missing
-        firsts[MISSING] = ("", missing_said(url, rows, missing))
-        damage = damage or firsts[MISSING][1]
+    counted = missing_counted(url, rows, rejects, firsts)
+    damage = damage or firsts.get(MISSING, ("", ""))[1]
     return Part(
         shard=shard,
         url=redacted(url),
@@ -223,6 +222,7 @@ def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:
         kept=kept,
         rejects=dict(rejects),
         damage=damage,
+        counted=counted,
         enlarged=remarks[ENLARGED],
         captions_cut=remarks[CAPTIONS_CUT],
         bytes=0,

@@ -9,8 +9,7 @@ facts.
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from pydantic import ValidationError
 
 from dd_core import sealed
 from workflows import addresses
+from workflows.census import REFUSED, Rot, TooManyRejectsError, judge, totals
 from workflows.files import Found, MissingShardError, braces, fingerprint, located, one_line
-from workflows.pairs import MISSING, Census, PairsSpec, TooManyRejectsError, check_census, pairs_schema
+from workflows.pairs import PairsSpec, pairs_schema
 from workflows.parts import (
     UNFINISHED,
     DestinationError,
@@ -44,11 +44,8 @@ log = logging.getLogger(__name__)
 LAYOUT = 2
 """Changes when the same source and spec would give other files."""
 TOKENIZER = "open_clip SimpleTokenizer"
-REFUSED = "refused.json"
 REPORT_EVERY_S = 2.0
 """Pause between the progress reports of a task: each goes through the driver, as a block of Ray Data."""
-MANY = 5_000
-"""Samples that are looked at before a source is refused early."""
 
 
 class Prepared(NamedTuple):
@@ -225,90 +222,6 @@ def content_of(facts: dict[str, Any], before: dict[str, Any]) -> str:
     """
     now, was = ([[part.sha256 for part in parts_of(it)], it.get("schema")] for it in (facts, before))
     return data_digest(before) if now == was else sealed.digest_of(now)
-
-
-def totals(parts: Sequence[Part]) -> dict[str, Any]:
-    """The census over all parts."""
-    rejects, firsts = Counter[str](), dict[str, dict[str, str]]()
-    for part in parts:
-        rejects.update(part.rejects)
-        for reason, (key, why) in part.first_rejects.items():
-            firsts.setdefault(reason, {"shard": part.url, "key": key, "why": why})
-    return {
-        "kept": sum(part.kept for part in parts),
-        "held_out": sum(sum(part.held_out) for part in parts),
-        "rejected": rejects.total(),
-        "rejects": dict(rejects.most_common()),
-        "first_rejects": firsts,
-        "enlarged": sum(part.enlarged for part in parts),
-        "captions_cut": sum(part.captions_cut for part in parts),
-        "damaged_shards": [{"shard": part.url, "reason": part.damage} for part in parts if part.damage],
-        "parts": [part.model_dump(mode="json") for part in parts],
-    }
-
-
-class Rot:
-    """Tells, from the shards that are done, whether a source will be refused whatever the others hold.
-
-    Args:
-        spec: Allows `max_reject_fraction`.
-        source: All shards.
-        done: Parts of some of them.
-    """
-
-    def __init__(self, spec: PairsSpec, source: Sequence[Found], done: Iterable[Part]) -> None:
-        self.allowed, self.sizes = spec.max_reject_fraction, [found.size or 0 for found in source]
-        self.samples = self.rejected = 0
-        self.bad_bytes = 0.0
-        for part in done:
-            self.count(part)
-
-    def count(self, part: Part) -> None:
-        """One more is done."""
-        rejected = sum(part.rejects.values())
-        self.samples, self.rejected = self.samples + part.kept + rejected, self.rejected + rejected
-        self.bad_bytes += self.sizes[part.shard] * rejected / max(1, part.kept + rejected)
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether twice the allowed share is bad even if the rest is good; False if sizes are unknown."""
-        many = self.samples >= MANY and self.rejected > self.allowed * self.samples
-        return many and all(self.sizes) and self.bad_bytes > 2 * self.allowed * sum(self.sizes)
-
-
-def judge(spec: PairsSpec, facts: dict[str, Any], named_in: str = REFUSED) -> None:
-    """Raises TooManyRejectsError if the census is worse than the spec allows; logs losses it cannot count.
-
-    Args:
-        spec: What is allowed.
-        facts: What was found.
-        named_in: File of the destination that names the rejects.
-    """
-    if broken := broken_of(facts):
-        log.warning(
-            "%d of %d shards broke off, and nothing tells how many samples are lost; the first is %s: %s",
-            *(len(broken), len(facts["parts"]), broken[0]["url"], broken[0]["damage"]),
-        )
-    done, every = len(facts["parts"]), len(facts.get("shards", facts["parts"]))
-    after = f"found after {done:,} of {every:,} shards; " if done < every else ""
-    way_out = f"{after}see {spec.destination}/{named_in}, then mend the shards or raise max_reject_fraction"
-    check_census(spec, census_of(facts), way_out=way_out)
-
-
-def broken_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of shards that broke off, where nothing tells how many samples are lost."""
-    return [part for part in facts["parts"] if part["damage"] and MISSING not in part["rejects"]]
-
-
-def census_of(facts: dict[str, Any]) -> Census:
-    """The totals of parts as a census of their source."""
-    return Census(
-        Counter({"": facts["kept"]} | facts["rejects"]),
-        shards=len(facts["parts"]),
-        broken=len(broken_of(facts)),
-        held_out=facts.get("held_out", 0),
-        firsts=facts.get("first_rejects", {}),
-    )
 
 
 def written(

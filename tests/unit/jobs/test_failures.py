@@ -27,11 +27,11 @@ from jobs.failures import (
     trace_of,
 )
 from jobs.shell import Manner, listen
+from workflows.census import TooManyRejectsError
 from workflows.decode import carefully_decoded
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.files import DamagedError, MissingShardError, ShardFile, insistently
 from workflows.fit import TrainingError
-from workflows.pairs import TooManyRejectsError
 from workflows.prepare import DestinationError
 from workflows.registry import Registry
 from workflows.row_groups import DataError

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from jobs.cli import main
 from jobs.prepare import COUNTED, check_shards, middle
 from tests.conftest import jpg, write_shard
+from workflows.census import TooManyRejectsError, judge, totals
 from workflows.files import located
-from workflows.pairs import PairsSpec, TooManyRejectsError
+from workflows.pairs import PairsSpec
 from workflows.parts import Part, looked_at, write_part
-from workflows.prepare import judge, totals
 from workflows.storage import Home
 
 

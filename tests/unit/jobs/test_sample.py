@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from dd_core import bundle, images
-from dd_core.cascade import run
+from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser
 from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
-from jobs import sample
 from jobs.cli import main
 from jobs.sample import Order, paint
 from tests.unit.serve.tiny import tiny_cascade
@@ -120,15 +119,17 @@ def test_nothing_is_nearest_to_an_empty_prompt(cascade: Path, tmp_path: Path) ->
 def test_a_picture_that_is_not_finite_is_an_error_and_no_file(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lost(*arguments: Any) -> Any:
-        state = run(*arguments)
-        return state if state.image is None else state._replace(image=state.image * float("nan"))
+    told = NetworkDenoiser.forward
 
-    monkeypatch.setattr(sample, "run", lost)
+    def lost(self: NetworkDenoiser[Any], x: Tensor, sigma: Tensor, cond: Conditioning) -> Denoised:
+        found = told(self, x, sigma, cond)
+        return found._replace(x0=found.x0 * float("nan"))
+
+    monkeypatch.setattr(NetworkDenoiser, "forward", lost)
     words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path / "none"), "--seed", "3"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 5
-    assert "seed 3: the picture is not finite; lower the guidance" in done.stderr
+    assert "the network's answer is not finite; change the prompt or the guidance" in done.stderr
     assert not list((tmp_path / "none").glob("*.png"))
 
 

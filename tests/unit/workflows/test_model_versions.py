@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from dd_core.sealed import MANIFEST
 from tests.cluster import CANARIES, mlflow_server
 from workflows.registry import Registry
 from workflows.tracking import tracked
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 DIGEST, NEWER = "e" * 64, "f" * 64
 
 
@@ -24,14 +26,23 @@ def test_a_server_registers_a_cascade_that_lies_on_this_disk(
     with mlflow_server(f"sqlite:///{tmp_path}", "127.0.0.1", tmp_path / "server") as server:
         server.wait()
         with tracked(run, uri=server.url) as tracking:
-            for digest in (DIGEST, NEWER):
-                tracking.journal.model("demo", cascade, alias="current", tags={"bundle_sha256": digest})
-            tracking.journal.model(
-                "demo", cascade, alias="current", tags={"bundle_sha256": NEWER, "score.all": ".5"}
-            )
-        found = Registry(server.url).version("demo@current")
-        assert (found.number, found.digest, found.address) == ("2", NEWER, str(cascade))
-        assert found.score == 0.5
-        (artifact,) = Registry(server.url).client.list_artifacts(found.run_id, "cascade")
+            tracking.journal.model("demo", cascade, alias="current", tags={"bundle_sha256": DIGEST})
+        first = Registry(server.url).version("demo@current")
+        assert (first.number, first.digest, first.address) == ("1", DIGEST, str(cascade))
+        (artifact,) = Registry(server.url).client.list_artifacts(first.run_id, "cascade")
         assert artifact.path == f"cascade/{MANIFEST}"
+
+        monkeypatch.setattr(MlflowClient, "log_artifact", away)
+        stored = "s3://bucket/runs/demo/cascade"
+        with tracked(run, uri=server.url) as tracking:
+            for tags in ({}, {"score.all": ".5"}):
+                tracking.journal.model("demo", cascade, alias="current", tags={"bundle_sha256": NEWER} | tags)
+            tracking.journal.model("stored", stored, alias="current", tags={"bundle_sha256": NEWER})
+        newer = Registry(server.url).version("demo@current")
+        assert (newer.number, newer.digest, newer.address, newer.score) == ("2", NEWER, str(cascade), 0.5)
+        assert Registry(server.url).version("stored").address == stored
         assert [one.number for one in Registry(server.url).of_digest(DIGEST)] == ["1"]
+
+
+def away(*_: object) -> None:
+    raise ConnectionError("no artifact store")

@@ -25,9 +25,10 @@ from jobs.failures import code_of, line_of
 from jobs.inspection import verified
 from jobs.prepare import check_shards, stats_of, summary
 from tests.conftest import jpg, needs_ray, write_shard
-from workflows import feed, prepare
+from workflows import census, feed, prepare
+from workflows.census import TooManyRejectsError
 from workflows.files import Found, MissingShardError, ShardFile
-from workflows.pairs import PairsSpec, TooManyRejectsError
+from workflows.pairs import PairsSpec
 from workflows.parts import (
     UNFINISHED,
     DestinationError,
@@ -309,7 +310,7 @@ def test_the_job_makes_each_part_once_and_seals_them(local_ray: None, tmp_path: 
 def test_a_rotten_source_is_refused_long_before_its_end_and_a_rotten_shard_among_good_ones_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "MANY", 12)
+    monkeypatch.setattr(census, "MANY", 12)
     spec, out = spec_of(tars(tmp_path, 40, bad=6), 40), tmp_path / "out"
     for _ in range(2):  # the next start finds it so without another shard
         with pytest.raises(
@@ -317,7 +318,7 @@ def test_a_rotten_source_is_refused_long_before_its_end_and_a_rotten_shard_among
         ):
             prepare_pairs(spec, progress=False)
         assert len(list((out / UNFINISHED).glob("part-*.json"))) == 5
-    refused = json.loads((out / prepare.REFUSED).read_text())
+    refused = json.loads((out / census.REFUSED).read_text())
     assert (len(refused["parts"]), len(refused["shards"])) == (5, 40)
     rotten = tmp_path / "00000.tar"
     bad = rotten.read_bytes()
@@ -359,7 +360,7 @@ def test_what_is_sealed_stays_until_what_is_new_is_good_and_shards_that_stayed_a
     with pytest.raises(TooManyRejectsError):
         prepare_pairs(spec, progress=False)
     assert prepared(out) == first
-    assert {prepare.REFUSED, UNFINISHED} < {path.name for path in out.iterdir()}
+    assert {census.REFUSED, UNFINISHED} < {path.name for path in out.iterdir()}
     assert verified(out)["digest"] == first.digest
     assert tuple(feed.prepared_files(out)) == first.files  # and not the part that is there for the next time
     assert prepare_pairs(spec_of(tmp_path, 2), progress=False) == first

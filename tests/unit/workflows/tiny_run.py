@@ -18,10 +18,10 @@ from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.clip import ClipSpec
 from dd_core.stages.upsampler import UpsamplerSpec
+from workflows.census import totals
 from workflows.journal import Journal
 from workflows.pairs import PairsSpec
 from workflows.parts import UNFINISHED, write_part
-from workflows.prepare import totals
 from workflows.shape_shards import ShapesSpec, write_shards
 from workflows.storage import Home
 
