@@ -95,7 +95,8 @@ def sample(
     With --vary and --between PROMPT may be empty: the pictures say what to paint.  --colourise and --enlarge
     are for cascades whose base is a consistency model.
     """
-    from jobs.sample import Order, paint
+    from jobs.order import Order
+    from jobs.sample import paint
 
     image, other = two_of(pictures)
     order = Order(

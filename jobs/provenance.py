@@ -11,12 +11,11 @@
 An endpoint writes the same but edit, pictures (it takes none) and made_with.
 """
 
-from __future__ import annotations
-
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -25,11 +24,7 @@ from dd_core import sealed
 from dd_core.cascade import as_said
 from dd_core.precision import dtype_of
 from dd_core.samplers import SamplingSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from jobs.sample import Order
+from jobs.order import Order
 
 EDITS = ("vary", "between", "fresh_noise", "instead_of", "by", "colourise", "enlarge")
 """Fields of an order that say what is done to given pictures."""
@@ -52,7 +47,7 @@ class Told(NamedTuple):
 
 def facts_of(order: Order, device: torch.device) -> dict[str, str]:
     """All of an order that decides its pictures, but for the seed and how the hops are sampled."""
-    usual = type(order)("")
+    usual = Order("")
     half = dtype_of(device, order.precision) == torch.bfloat16
     facts = {"prompt": order.prompt, "made_with": here(device), "precision": "bf16" if half else "fp32"}
     if order.negative:

@@ -1,21 +1,16 @@
 """Pictures remade by `ddiff sample`: varied, mixed with another, or changed from one caption to another."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
+from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeState, HopSpec, requested
 from dd_core.samplers import SamplingSpec
 from dd_core.variations import Code, Encoder, between, encode, turned, unguided, walked
-
-if TYPE_CHECKING:
-    from dd_core.bundle import Cascade
-    from jobs.sample import Order
+from jobs.order import Order
 
 
 class Way(NamedTuple):
@@ -30,56 +25,6 @@ class Way(NamedTuple):
 def asked_for(order: Order) -> bool:
     """Whether an order remakes a picture from its code."""
     return order.vary is not None or order.between is not None or order.instead_of is not None
-
-
-def refuse(order: Order) -> None:
-    """Refuse options that cannot go together.
-
-    Raises:
-        ValueError: With what to do about it.
-    """
-    given = {"--vary": order.vary, "--between": order.between, "--instead-of": order.instead_of}
-    ways = [name for name, value in given.items() if value is not None]
-    others = {
-        "--mask": order.mask,
-        "--strength": order.strength,
-        "--training-free": order.training_free or None,
-    }
-    edits = [name for name, value in others.items() if value is not None]
-    kept = [name for name, on in (("--colourise", order.colourise), ("--enlarge", order.enlarge)) if on]
-    way, besides = ways[0] if ways else "", [*kept[1:], *ways, *edits]
-    numbers = {"--vary": order.vary, "--between": order.between, "--strength": order.strength}
-    numbers["--by"] = order.by
-    odd = [name for name, value in numbers.items() if value is not None and not math.isfinite(value)]
-    remedies = (
-        (bool(odd), f"{''.join(odd[:1])} is no number"),
-        (
-            bool(kept and besides),
-            f"{' and '.join((kept + besides)[:2])} are different things; give one of them",
-        ),
-        (bool(kept) and order.image is None, f"{''.join(kept)} needs the picture; give it with --image"),
-        (len(ways) > 1, f"{' and '.join(ways)} are different things; give one of them"),
-        (
-            bool(ways and edits),
-            f"{way} repaints all of the picture, {''.join(edits[:1])} is for edits; leave one out",
-        ),
-        (bool(ways) and order.image is None, f"{way} needs the picture; give it with --image"),
-        (
-            order.between is not None and order.other is None,
-            "--between is between two pictures; give --image twice",
-        ),
-        (
-            order.other is not None and order.between is None,
-            "two pictures are for --between, which paints what lies between them; add --between 0.5",
-        ),
-        (
-            order.fresh_noise and order.between is None,
-            "--fresh-noise is for --between, whose pictures have noise of their own; leave it out",
-        ),
-    )
-    for wrong, remedy in remedies:
-        if wrong:
-            raise ValueError(remedy)
 
 
 def specs_of(cascade: Cascade, order: Order) -> list[HopSpec]:

@@ -9,8 +9,9 @@ from PIL import Image
 
 from dd_core import bundle, images, sealed
 from dd_core.devices import nearest
+from jobs.order import Order, refuse_order
 from jobs.provenance import PICTURES, Told, here, told_by
-from jobs.sample import Order, begun, painted, refuse, refuse_order, state_of
+from jobs.sample import begun, painted, refuse, state_of
 
 OPTIONS = {"image": "--image", "other": "a second --image", "mask": "--mask", "reference": "--reference"}
 

@@ -7,19 +7,17 @@ import logging
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageOps
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
 from dd_core.cascade import CascadeSpec, CascadeState, Hop, HopSpec, followed, requested, run
 from dd_core.devices import nearest
-from dd_core.precision import Precision, round_products
+from dd_core.precision import round_products
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import LearnsEmbeddings
 from dd_core.stages import StageSpec
@@ -29,64 +27,14 @@ from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
 from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import ConsistencyHop
-from dd_core.text import is_empty, too_long
+from dd_core.text import too_long
 from jobs import remake
+from jobs.given_pictures import gray, hole, rgb
+from jobs.order import Order, refuse_order
 from jobs.provenance import facts_of, text_of
 from jobs.sample_changes import changed, refuse_overruled
 
 log = logging.getLogger(__name__)
-SEEDS = 2**32
-"""A CPU generator uses no more of a seed than 32 bits: from here on pictures would repeat."""
-
-
-class Order(NamedTuple):
-    """What to paint."""
-
-    prompt: str
-    seed: int = 0
-    """Of the first picture, from 0; the next has the next one, and all are below SEEDS."""
-    images: int = 1
-    steps: int | None = None
-    """Denoising steps of the hop that follows requests; None as the cascade says."""
-    guidance: float | None = None
-    """Guidance scale of that hop; None as the cascade says."""
-    keep: int | None = None
-    """How many of the images are kept: those that the cascade's CLIP finds nearest to the prompt.  None: all,
-    and CLIP is not asked."""
-    label: int | None = None
-    """Class, for a cascade that paints by class or is led by a classifier."""
-    image: Path | None = None
-    """An RGB picture of the cascade's size, to vary or to fill."""
-    mask: Path | None = None
-    """A greyscale picture of the same size: white is made anew.  None: all of it is varied."""
-    strength: float | None = None
-    """Share of the steps that a variation takes; None as the cascade says."""
-    training_free: bool = False
-    """Fill the hole with models that were not trained to."""
-    reference: Path | None = None
-    """An RGB picture whose content, style or structure is to be taken on."""
-    other: Path | None = None
-    """A second picture, for `between`."""
-    vary: float | None = None
-    """Paint the picture anew from its own embedding and noise; share of the noise that is drawn freshly."""
-    between: float | None = None
-    """Paint what lies between picture and other: 0 is the picture, 1 the other."""
-    fresh_noise: bool = False
-    """All that is between them begins with the noise of its seed, not with what lies between their noises."""
-    instead_of: str | None = None
-    """Caption of the picture; its embedding is turned from this caption towards the prompt."""
-    by: float = 0.35
-    """How far it is turned, in [0, 1]."""
-    negative: str = ""
-    """What the pictures should not be; empty is the empty caption."""
-    colourise: bool = False
-    """The picture is greyscale: its brightness is kept, its colours are made."""
-    enlarge: bool = False
-    """The picture is small: its pixels become the means of blocks of the picture that is made."""
-    changes: tuple[str, ...] = ()
-    """HOP.FIELD=VALUE, of how the hops are sampled (`settings`)."""
-    precision: Precision = "auto"
-    """Of the networks that paint (`dd_core.stages.load_hop`); auto is fp32 where a picture is remade."""
 
 
 class Painted(NamedTuple):
@@ -173,29 +121,6 @@ def cut(order: Order, cascade: CascadeSpec) -> tuple[str, ...]:
             cascade.context_length,
         )
     return lost
-
-
-def refuse_order(order: Order) -> None:
-    """Refuse an order that no cascade can paint.
-
-    Raises:
-        ValueError: With what to do about it.
-    """
-    remake.refuse(order)
-    described = order.vary is not None or order.between is not None  # by the picture; a prompt is optional
-    if is_empty(order.prompt) and (order.keep is not None or not described):
-        raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
-    for text in (order.prompt, order.negative, order.instead_of or ""):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{text!r} is no text in UTF-8; write it anew")
-    if order.keep is not None and order.keep > order.images:
-        raise ValueError(
-            f"--keep {order.keep} of {order.images} images; paint more, -n {order.keep} at least"
-        )
-    if order.seed + order.images > SEEDS:
-        raise ValueError(f"--seed {order.seed}: pictures come again from {SEEDS} on; take a smaller one")
-    if order.training_free and order.mask is None:
-        raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
 
 
 def begun(order: Order, opened: Cascade, asked: CascadeState, how: Sequence[SamplingSpec]) -> Plan:
@@ -344,50 +269,6 @@ def how_of(hop: HopSpec, order: Order) -> SamplingSpec:
     }
     how = followed(hop, steps=order.steps, scale=order.guidance)
     return how.but(**{name: value for name, value in asked.items() if value is not None})
-
-
-def rgb(path: Path, side: int | None) -> Float[Tensor, " 1 3 h w"]:
-    """A picture in [-1, 1].
-
-    Raises:
-        ValueError: It cannot be read, is not RGB, or has another size than the cascade paints.
-    """
-    found = opened_picture(path, "RGB", side)
-    return images.to_unit(torch.from_numpy(np.array(found)).permute(2, 0, 1)[None])
-
-
-def gray(path: Path, side: int) -> Float[Tensor, " 1 1 h w"]:
-    """The brightness of a picture, in [-1, 1].
-
-    Raises:
-        ValueError: It cannot be read, is not greyscale, or has another size than the cascade paints.
-    """
-    return torch.from_numpy(np.array(opened_picture(path, "L", side)))[None, None].float() / 127.5 - 1
-
-
-def hole(path: Path, side: int) -> Bool[Tensor, " 1 1 h w"]:
-    """Where a mask is white.
-
-    Raises:
-        ValueError: It cannot be read, is not greyscale, or has another size than the cascade paints.
-    """
-    return torch.from_numpy(np.array(opened_picture(path, "L", side)) > 127)[None, None]
-
-
-def opened_picture(path: Path, mode: Literal["RGB", "L"], side: int | None) -> Image.Image:
-    """A picture of this mode and size, or why not."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as stored:
-            found = ImageOps.exif_transpose(stored)  # as it is shown, and as data are read
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: no PNG, JPEG or WebP that can be read ({error})") from None
-    if found.mode != mode:
-        name = {"RGB": "RGB", "L": "greyscale (8 bits)"}[mode]
-        raise ValueError(f"{path}: its mode is {found.mode}; convert it to {name}")
-    if side is not None and found.size != (side, side):
-        width, height = found.size
-        raise ValueError(f"{path}: {width} x {height}, but the cascade paints {side} x {side}; resize it")
-    return found
 
 
 def written(how: Sequence[SamplingSpec]) -> str:

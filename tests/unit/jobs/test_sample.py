@@ -15,7 +15,8 @@ from dd_core.denoiser import Conditioning, Denoised, NetworkDenoiser
 from dd_core.stages.clip import clip_of
 from dd_core.text import tokens
 from jobs.cli import main
-from jobs.sample import Order, paint
+from jobs.order import Order
+from jobs.sample import paint
 from tests.unit.serve.tiny import tiny_cascade
 
 PROMPT = "a red circle"

@@ -9,7 +9,9 @@ from PIL import Image
 
 from dd_core.cascade import HopSpec
 from dd_core.samplers import SamplingSpec
-from jobs.sample import Order, hole, how_of, rgb
+from jobs.given_pictures import hole, rgb
+from jobs.order import Order
+from jobs.sample import how_of
 
 
 def test_a_picture_is_in_the_range_of_models_and_a_mask_is_open_where_white(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from dd_core.stages import StageSpec, build_stage
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
-from jobs.sample import Order, paint
+from jobs.order import Order
+from jobs.sample import paint
 from tests.unit.dd_core.test_chain import EDM, trained
 from tests.unit.serve.test_engine import all_of, served
 from tests.unit.serve.tiny import STAGES

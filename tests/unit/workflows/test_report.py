@@ -25,6 +25,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.stages.autoencoder import AutoencoderSpec
 from jobs import sample
 from jobs.cli import main
+from jobs.order import Order
 from jobs.recipes import smoke
 from tests.conftest import write_shard
 from tests.own_data import own_data
@@ -270,7 +271,7 @@ def test_a_picture_of_the_page_is_that_of_its_seed_alone_and_says_where_it_is_fr
     cascade = bundle.load_cascade(run / "cascade", precision="auto")
     first, second = pictures.painted(cascade, ["a red circle", "ein roter Kreis \N{SNOWMAN}"], seed=4)
     assert pictures.painted(cascade, [second.prompt], seed=5) == [second]
-    (asked,) = sample.paint(sample.Order(second.prompt, seed=5, images=1), run / "cascade", tmp_path)
+    (asked,) = sample.paint(Order(second.prompt, seed=5, images=1), run / "cascade", tmp_path)
     assert (images.decoded(second.pngs[-1]) == images.decoded(asked.path.read_bytes())).all()
     for one, seed in ((first, "4"), (second, "5")):
         for png in one.pngs:
