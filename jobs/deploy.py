@@ -25,7 +25,7 @@ from jobs.config import ConfigError, loaded
 from jobs.dashboard import Dashboard, DashboardError, is_here
 from jobs.endpoint import serve_spec
 from jobs.failures import JobFailedError, words_of
-from serve import app, code
+from serve import app, code, running
 from serve.spec import ServeSpec
 from workflows.registry import Registry, Version, split
 from workflows.storage import opened
@@ -344,11 +344,11 @@ def await_running(dashboard: Dashboard, spec: ServeSpec, back: str = "") -> tupl
             continue
         heard = time.monotonic()
         if given_up(ours):
-            why = app.cause(ours.get("message", ""))
+            why = running.cause(ours.get("message", ""))
             raise DeployError(f"{spec.digest[:12]} is not served{way}: {why}")
         why = state_of(ours, spec)
         runs_since = math.inf if why else min(runs_since, time.monotonic())
-        if not why and not (why := app.missing(url, spec.digest, spec.precision) if url else ""):
+        if not why and not (why := running.missing(url, spec.digest, spec.precision) if url else ""):
             return (url, True) if url else (f"http://{spec.host}:{spec.port}", False)
         if time.monotonic() - runs_since > ANSWER_S:
             log.warning(

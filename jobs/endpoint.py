@@ -79,7 +79,7 @@ def serve_here(
         SealError: The cascade is damaged or unfinished.
         PortTakenError: Something listens there.
     """
-    from serve import app  # noqa: PLC0415 takes seconds, which a run that serves nothing saves
+    from serve import app, running  # noqa: PLC0415 takes seconds, which a run that serves nothing saves
 
     fields = {"cascade": str(cascade.resolve()), "precision": precision, **address._asdict()}
     spec = serve_spec(fields, changes)
@@ -90,8 +90,8 @@ def serve_here(
         refuse_taken(Address(spec.host, spec.port))
     with ray_cluster(verbose=verbose):
         try:
-            app.run(spec, blocking=True)
-        except app.PortError as error:
+            running.run(spec, blocking=True)
+        except running.PortError as error:
             raise PortTakenError(str(error)) from None
 
 
@@ -123,14 +123,14 @@ def refuse_taken(address: Address, run: Path | None = None) -> None:
     Raises:
         PortTakenError: Something listens there, or nothing can.
     """
-    from serve import app  # noqa: PLC0415 seconds, as above
+    from serve import running  # noqa: PLC0415 seconds, as above
 
     own = noted(run) if run else None
     if own and alive(own) and urlsplit(own.url).port == address.port:
         return
     try:
-        app.refuse_taken_port(*address)
-    except app.ServeError as error:
+        running.refuse_taken_port(*address)
+    except running.ServeError as error:
         raise PortTakenError(str(error)) from None
 
 
@@ -146,7 +146,7 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
         PortTakenError: Something listens there.
         EndpointError: The server ended or did not become ready; the message holds the last line of its log.
     """
-    from serve import app  # noqa: PLC0415 seconds, as above
+    from serve import running  # noqa: PLC0415 seconds, as above
 
     stop_endpoint(run)
     refuse_taken(address)
@@ -164,7 +164,7 @@ def start_endpoint(run: Path, cascade: Path, address: Address) -> str:
     try:
         Home.of(run).write(NOTE, json.dumps(endpoint._asdict(), indent=2))
         until = time.monotonic() + START_S
-        while why := app.missing(address.url, digest):
+        while why := running.missing(address.url, digest):
             if process.poll() is not None or time.monotonic() > until:
                 lines = (run / "endpoint.log").read_text().strip().splitlines() or [why]
                 raise EndpointError(f"the endpoint did not start: {lines[-1]}; see {run / 'endpoint.log'}")

@@ -4,7 +4,7 @@ from typing import Any
 
 from jobs.deploy import DeployError, registry
 from jobs.evaluate import judge_endpoint, score_tags, way_in, whole
-from serve import app
+from serve import running
 from workflows.registry import split
 
 
@@ -25,7 +25,7 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
     models = registry(split(wanted)[0])
     candidate = models.version(wanted)
     if url:
-        if why := app.missing(url.rstrip("/"), candidate.digest):
+        if why := running.missing(url.rstrip("/"), candidate.digest):
             raise DeployError(f"{url} does not serve {wanted}: {why}")
         way = way_in(candidate.tags)
         scores = judge_endpoint(url, way)

@@ -26,7 +26,7 @@ from PIL import Image
 from dd_core import bundle, images, sealed
 from dd_core.cascade import CascadeState, run
 from dd_core.text import tokens
-from serve import app
+from serve import app, running
 from serve.spec import ReplicaSpec, ServeSpec
 from tests.conftest import small_ray
 from tests.ray_head import free_ports
@@ -81,7 +81,7 @@ def on_air(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         timeout_s=TIMEOUT_S,
         hop=ReplicaSpec(threads=1),
     )
-    yield OnAir(app.run(spec), directory / "cascade", digest)
+    yield OnAir(running.run(spec), directory / "cascade", digest)
     ray.serve.shutdown()
 
 
@@ -272,7 +272,7 @@ def test_a_stop_lets_what_is_in_work_finish_and_takes_in_no_more(
     with ThreadPoolExecutor(2) as pool:
         working = pool.submit(client.images.generate, prompt="a", n=4, extra_body=LONG)
         until(lambda: load("base") > 0)
-        draining = pool.submit(app.drain, 600, hurried=threading.Event())
+        draining = pool.submit(running.drain, 600, hurried=threading.Event())
         until(lambda: httpx.get(f"{on_air.url}/health/ready", timeout=20).status_code == 503)
         with pytest.raises(openai.InternalServerError, match="the server is stopping"):
             client.images.generate(prompt="a")
@@ -286,21 +286,23 @@ def test_the_same_command_again_finds_its_own_service_and_takes_it_over(on_air: 
         threads=1, num_cpus=0.1
     )  # other settings, and room beside the replicas that are there
     spec = ServeSpec(cascade=str(on_air.directory), port=int(on_air.url.rsplit(":", 1)[1]), hop=small)
-    before = app.owner()
-    assert app.run(spec) == on_air.url
-    assert app.owner()[0] not in (None, before[0])
+    before = running.owner()
+    assert running.run(spec) == on_air.url
+    assert running.owner()[0] not in (None, before[0])
     assert ray.serve.status().applications[app.APPLICATION].status == "RUNNING"  # with these settings
     large = spec.but(hop=small.but(num_cpus=9), startup_s=20)
-    with pytest.raises(app.ServeError, match=r"not ready after 20 s: .*taken more than 3s to be scheduled"):
-        app.run(large)
+    with pytest.raises(
+        running.ServeError, match=r"not ready after 20 s: .*taken more than 3s to be scheduled"
+    ):
+        running.run(large)
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     tiny_cascade(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(app.ServeError, match=f"port {port} of 127.0.0.1: .* choose another port"):
-            app.run(ServeSpec(cascade=str(tmp_path / "cascade"), port=port))
+        with pytest.raises(running.ServeError, match=f"port {port} of 127.0.0.1: .* choose another port"):
+            running.run(ServeSpec(cascade=str(tmp_path / "cascade"), port=port))
 
 
 def test_a_cascade_that_is_damaged_or_not_the_one_asked_for_is_not_served(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import ray.serve
 from dd_core import bundle
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
-from serve import app
+from serve import app, running
 from serve.spec import ReplicaSpec, ServeSpec
 from tests.ray_head import free_ports
 from tests.unit.dd_core.test_chain import EDM, trained
@@ -39,7 +39,7 @@ def client(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     bundle.save_cascade(directory / "cascade", cascade, {"base": directory / "base"}, card="classes")
     hop = ReplicaSpec(num_cpus=0.2, threads=1, max_replicas=2, upscale_delay_s=0, downscale_delay_s=0)
     spec = ServeSpec(cascade=str(directory / "cascade"), port=free_ports(1)[0], hop=hop)
-    yield openai.OpenAI(base_url=f"{app.run(spec)}/v1", api_key="none", max_retries=0)
+    yield openai.OpenAI(base_url=f"{running.run(spec)}/v1", api_key="none", max_retries=0)
     ray.serve.shutdown()
 
 

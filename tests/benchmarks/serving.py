@@ -74,14 +74,14 @@ def serve_overhead(images: int) -> dict[str, float]:
     """Milliseconds per image of few steps: in this process, over HTTP one by one, and eight at a time."""
     import ray.serve  # noqa: PLC0415 - the engine's figures need none
 
-    from serve import app  # noqa: PLC0415
+    from serve import running  # noqa: PLC0415
     from serve.spec import ReplicaSpec, ServeSpec  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as directory:
         tiny_cascade(Path(directory))
         served = Path(directory) / "cascade"
         cascade = bundle.load_cascade(served, precision="auto")  # as it is served
-        url = app.run(ServeSpec(cascade=str(served), port=free_ports(1)[0], hop=ReplicaSpec(threads=1)))
+        url = running.run(ServeSpec(cascade=str(served), port=free_ports(1)[0], hop=ReplicaSpec(threads=1)))
 
         def here(seed: int) -> None:
             caption = torch.tensor(tokens(["a circle"], CASCADE.context_length))

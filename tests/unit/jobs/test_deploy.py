@@ -13,7 +13,7 @@ from jobs.config import ConfigError
 from jobs.dashboard import DashboardError
 from jobs.deploy import Config, beside_others, serve_fields
 from jobs.failures import line_of
-from serve import app, code
+from serve import app, code, running
 from serve.spec import ServeSpec
 from tests.unit.serve.tiny import tiny_cascade
 from workflows.registry import Version
@@ -161,7 +161,7 @@ def test_what_serve_runs_is_not_put_back_where_its_endpoint_is_out_of_our_reach(
     monkeypatch.setattr(deploy, "Dashboard", lambda address: serve)
     monkeypatch.setattr(deploy, "POLL_S", 0.0)
     monkeypatch.setattr(deploy, "ANSWER_S", 0.0)
-    monkeypatch.setattr(app, "missing", lambda *_: why)
+    monkeypatch.setattr(running, "missing", lambda *_: why)
     (ours,) = CONFIG.fields["applications"]
     quick = CONFIG._replace(
         fields=CONFIG.fields | {"applications": [ours | {"args": ours["args"] | {"startup_s": 0.5}}]}
@@ -242,7 +242,7 @@ def test_a_replica_that_dies_meanwhile_is_no_failure_and_one_that_never_starts_i
 ) -> None:
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
     monkeypatch.setattr(deploy, "POLL_S", 0.0)
-    monkeypatch.setattr(app, "missing", lambda *_: "")
+    monkeypatch.setattr(running, "missing", lambda *_: "")
     serve = Dying(caplog, "HEALTH_CHECK_FAILED")
     monkeypatch.setattr(deploy, "Dashboard", lambda address: serve)
     found = deploy.deploy(CONFIG, serve.address)

@@ -30,7 +30,7 @@ from jobs.endpoint import (
     stop_endpoint,
 )
 from jobs.failures import PortTakenError, StoppedError
-from serve import app
+from serve import running
 from serve.spec import ReplicaSpec, ServeSpec
 from workflows.storage import Home
 
@@ -92,7 +92,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Endpoint]:
         started.append(Endpoint(**json.loads((tmp_path / "endpoint.json").read_text())))
         raise StoppedError("stopped by SIGTERM")
 
-    monkeypatch.setattr(app, "missing", told)
+    monkeypatch.setattr(running, "missing", told)
     return started
 
 
@@ -135,7 +135,7 @@ def test_a_server_that_ends_by_itself_is_told_in_its_own_last_words(
         noted.append(Endpoint(**json.loads((tmp_path / "endpoint.json").read_text())))
         return "does not answer"
 
-    monkeypatch.setattr(app, "missing", missing)
+    monkeypatch.setattr(running, "missing", missing)
     log = re.escape(str(tmp_path / "endpoint.log"))
     said = f"^the endpoint did not start: {told or 'does not answer'}; see {log}$"
     with pytest.raises(EndpointError, match=said):
@@ -173,7 +173,7 @@ def test_the_replicas_of_a_hop_may_be_set_by_the_one_command(
         assert blocking
         served.append(spec)
 
-    monkeypatch.setattr(app, "run", run)
+    monkeypatch.setattr(running, "run", run)
     address = free_address()
     words = ["serve", "--cascade", str(cascade), "--port", str(address.port)]
     changes = ["hops.base.max_replicas=3", "hops.base.busy_requests=2", "hop.num_cpus=1", "timeout_s=9"]
@@ -227,11 +227,11 @@ def test_a_port_that_is_taken_beside_a_joined_ray_is_told_as_here(
     cascade: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken(*_: object, **__: object) -> None:
-        raise app.PortError("port 8000 of head: Address already in use; stop what listens there")
+        raise running.PortError("port 8000 of head: Address already in use; stop what listens there")
 
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr(endpoint, "ray_cluster", lambda verbose: nullcontext())
-    monkeypatch.setattr(app, "run", taken)
+    monkeypatch.setattr(running, "run", taken)
     done = CliRunner().invoke(main, ["serve", "--cascade", str(cascade)])
     assert (done.exit_code, done.stderr) == (
         2,

@@ -24,7 +24,7 @@ def test_a_candidate_is_judged_as_its_run_says_before_it_is_compared(monkeypatch
 
     models = SimpleNamespace(version=lambda _: candidate, note=note, promote=lambda *_, **__: None)
     monkeypatch.setattr(promotion, "registry", lambda _: models)
-    monkeypatch.setattr(promotion.app, "missing", lambda *_: "")
+    monkeypatch.setattr(promotion.running, "missing", lambda *_: "")
     asked: list[Way] = []
 
     def judged(url: str, how: Way) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_who_was_judged_elsewhere_or_in_part_takes_no_alias(
         return lacking
 
     monkeypatch.setattr(promotion, "registry", lambda _: models)
-    monkeypatch.setattr(promotion.app, "missing", missing)
+    monkeypatch.setattr(promotion.running, "missing", missing)
     monkeypatch.setattr(
         promotion, "judge_endpoint", lambda *_: scores if not lacking else pytest.fail("it was judged")
     )

@@ -12,7 +12,7 @@ from dd_core import bundle
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.steering import GradientSpec
-from serve import app
+from serve import app, running
 from serve.spec import ServeSpec
 from tests.unit.dd_core.test_chain import DDPM
 from tests.unit.dd_core.test_chain import trained as trained_chain
@@ -81,13 +81,13 @@ def test_another_replica_is_started_when_those_there_are_have_more_than_they_dra
 @pytest.mark.parametrize("gpus", [1, 2, 8])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7, 30])
 def test_as_many_replicas_fit_the_gpus_as_there_may_be(replicas: int, gpus: int) -> None:
-    share = app.gpu_share(gpus, replicas)
+    share = running.gpu_share(gpus, replicas)
     assert 0 < share <= 1
     assert share == round(share, 4)  # Ray counts no finer
     assert gpus * math.floor(1 / share) >= replicas  # no replica on two GPUs
     larger = math.floor(1 / share) - 1  # on each
     assert gpus * larger < replicas
-    assert app.gpu_share(0, replicas) == app.gpu_share(0.5, replicas) == 0
+    assert running.gpu_share(0, replicas) == running.gpu_share(0.5, replicas) == 0
 
 
 def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
@@ -98,17 +98,17 @@ def test_gpus_are_shared_by_the_hops_that_do_not_say_what_they_want() -> None:
         {"cascade": "c", "hops": {"base": {"num_gpus": 1}, "upsampler": {"max_rows": 2}}}
     )
     for gpus, share in ((3, 1), (2, 0.5), (0, 0)):
-        placed = app.on_gpus(asked, cascade, gpus)
+        placed = running.on_gpus(asked, cascade, gpus)
         assert placed.hops["base"] == asked.hops["base"]
         assert placed.hops["upsampler"] == asked.hops["upsampler"].but(num_gpus=share)
         assert placed.hop.num_gpus == share
-    with pytest.raises(app.ServeError, match="may take 1 of 1 GPUs; name it of the others, too"):
-        app.on_gpus(asked, cascade, 1)
+    with pytest.raises(running.ServeError, match="may take 1 of 1 GPUs; name it of the others, too"):
+        running.on_gpus(asked, cascade, 1)
     half = asked.but(hops=asked.hops | {"base": asked.hops["base"].but(num_gpus=0.5)})
-    assert app.on_gpus(half, cascade, 1).hop.num_gpus == 0.25  # one replica, and one that replaces it
+    assert running.on_gpus(half, cascade, 1).hop.num_gpus == 0.25  # one replica, and one that replaces it
     whole = half.but(hops=half.hops | {"base": half.hops["base"].but(num_gpus=0.99999)})
-    with pytest.raises(app.ServeError, match="name it of the others, too"):
-        app.on_gpus(whole, cascade, 1)  # what is left is less than Ray can share
+    with pytest.raises(running.ServeError, match="name it of the others, too"):
+        running.on_gpus(whole, cascade, 1)  # what is left is less than Ray can share
 
 
 @pytest.mark.parametrize(("names", "left"), [(["ddiff"], ["all"]), (["ddiff", "theirs"], ["ddiff"])])
@@ -120,7 +120,7 @@ def test_who_leaves_a_serve_that_others_use_takes_away_nothing_of_theirs(
     monkeypatch.setattr("ray.serve.status", lambda: status)
     monkeypatch.setattr("ray.serve.delete", gone.append)
     monkeypatch.setattr("ray.serve.shutdown", lambda: gone.append("all"))
-    app.leave()
+    running.leave()
     assert gone == left
 
 
@@ -138,12 +138,12 @@ def test_who_is_told_to_stop_stops_only_what_is_still_its_own(
     left: list[str] = []
     found = SimpleNamespace(last_deployed_time_s=now[1])
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"ddiff": found}))
-    monkeypatch.setattr("serve.app._internal_kv_get", lambda key: now[0])
+    monkeypatch.setattr("serve.running._internal_kv_get", lambda key: now[0])
     monkeypatch.setattr("ray.serve.shutdown", lambda: left.append("all"))
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: Ingress([0]))
-    monkeypatch.setattr("serve.app.SENDING_S", 0)
+    monkeypatch.setattr("serve.running.SENDING_S", 0)
     monkeypatch.setattr("signal.signal", lambda number, told: told())
-    app.wait(60, (b"me", 1.0))
+    running.wait(60, (b"me", 1.0))
     assert left == gone
 
 
@@ -157,12 +157,14 @@ def test_who_fails_to_replace_a_cascade_is_told_that_it_may_be_half_replaced(
     monkeypatch.setattr("ray.serve.run_many", lambda *_, **__: None)
     monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("it was not ours to stop"))
     monkeypatch.setattr("ray.cluster_resources", dict)
-    monkeypatch.setattr("serve.app._internal_kv_put", lambda *_: None)
-    monkeypatch.setattr("serve.app._internal_kv_get", lambda key: b"me")
-    monkeypatch.setattr(app, "serving", lambda url: True)
-    monkeypatch.setattr(app, "missing", lambda *_: "cascade another answers")
-    with pytest.raises(app.ServeError, match="no disk; what was on the air may be half replaced: serve it"):
-        app.run(ServeSpec(cascade=str(tmp_path / "cascade")))
+    monkeypatch.setattr("serve.running._internal_kv_put", lambda *_: None)
+    monkeypatch.setattr("serve.running._internal_kv_get", lambda key: b"me")
+    monkeypatch.setattr(running, "serving", lambda url: True)
+    monkeypatch.setattr(running, "missing", lambda *_: "cascade another answers")
+    with pytest.raises(
+        running.ServeError, match="no disk; what was on the air may be half replaced: serve it"
+    ):
+        running.run(ServeSpec(cascade=str(tmp_path / "cascade")))
 
 
 class Ingress:
@@ -195,8 +197,8 @@ def test_images_in_progress_are_waited_for(
 ) -> None:
     ingress, signal = Ingress(*counts), threading.Event()
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: ingress)
-    monkeypatch.setattr("serve.app.SENDING_S", 0)
+    monkeypatch.setattr("serve.running.SENDING_S", 0)
     if hurried:
         signal.set()
-    app.drain(limit_s, hurried=signal)
+    running.drain(limit_s, hurried=signal)
     assert ingress.counts == left

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from serve import app
+from serve import running
 from tests.answering import answering
 from workflows import evaluation
 from workflows.evaluation import (
@@ -217,7 +217,7 @@ def test_an_endpoint_here_is_asked_past_the_proxies_of_the_environment(
     monkeypatch.delenv("no_proxy", raising=False)
     with client_of(moody_url, 20) as client:
         assert client.get("/health/live").json() == {"status": "live"}
-    assert app.serving(moody_url)
+    assert running.serving(moody_url)
 
 
 def test_a_picture_that_did_not_come_is_not_that_of_the_cascade_judged_before(tmp_path: Path) -> None:
