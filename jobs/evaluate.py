@@ -123,7 +123,7 @@ def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str,
         keep: Directory for the pictures and what was said of each.
 
     Raises:
-        EndpointError: Nothing answers there.
+        NoPainterError: Nothing answers there.
         ValueError: There is no judge.
         The errors of evaluate_own.
     """

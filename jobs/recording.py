@@ -14,7 +14,7 @@ import httpx
 
 from jobs import environment
 from jobs.evaluate import Way, judge_and_keep, judge_endpoint, score_tags, verdict_of, way_in, whole
-from workflows.evaluation import EndpointError, client_of
+from workflows.painting_client import NoPainterError, client_of
 from workflows.registry import Registry, Version
 from workflows.storage import Home
 
@@ -31,7 +31,7 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
     as its run is.
 
     Raises:
-        EndpointError: No cascade of ours answers there; nothing has been judged.
+        NoPainterError: No cascade of ours answers there; nothing has been judged.
         RegistryError: MLflow does not answer; if it did before the judging, the scores are in the run's
             directory.
         The errors of judge_endpoint.
@@ -79,15 +79,15 @@ def served(url: str) -> str:
     """Digest of the cascade that answers there.
 
     Raises:
-        EndpointError: None of ours does.
+        NoPainterError: None of ours does.
     """
     try:
         with client_of(url, 20) as client:
             digest = client.get("/health/ready").headers.get("x-model-version", "")
     except httpx.HTTPError as error:
-        raise EndpointError(f"{url} does not answer ({type(error).__name__}: {error})") from None
+        raise NoPainterError(f"{url} does not answer ({type(error).__name__}: {error})") from None
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise EndpointError(f"{url} is no endpoint of ddiff: it does not say which cascade it serves")
+        raise NoPainterError(f"{url} is no endpoint of ddiff: it does not say which cascade it serves")
     return digest
 
 

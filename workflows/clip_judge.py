@@ -19,18 +19,9 @@ from dd_core.devices import nearest
 from dd_core.layouts.clip import net_of
 from dd_core.nets.clip import Clip
 from dd_core.stages.clip import ClipSpec, clip_of, published
-from workflows.evaluation import (
-    NO_PICTURE,
-    Wish,
-    answered,
-    computed_in,
-    keep_pictures,
-    missing,
-    pixels,
-    wilson,
-    write_down,
-)
+from workflows.evaluation import keep_pictures, wilson, write_down
 from workflows.evaluation_spec import EvaluationSpec
+from workflows.painting_client import NO_PICTURE, Wish, answered, computed_in, missing, pixels
 from workflows.parts import data_digest
 from workflows.storage import Home
 from workflows.true_pairs import chosen, true_pictures
@@ -146,7 +137,7 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
         trained on these captions with this data; judge: name, digest, taught.
 
     Raises:
-        EndpointError: No server that paints answers there; nothing has been judged.
+        NoPainterError: No server that paints answers there; nothing has been judged.
         ValueError: There is no such judge.
         DataError: The data is damaged, or has no two captions that differ.
         StorageError: A store is away.

@@ -14,9 +14,9 @@ from jobs.cli import main
 from jobs.evaluate import Way, score_tags
 from jobs.recording import judge_and_record, suited
 from workflows.clip_judge import OwnData
-from workflows.evaluation import EndpointError
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec
+from workflows.painting_client import NoPainterError
 from workflows.registry import Registry as RealRegistry
 from workflows.registry import RegistryError, Version
 
@@ -158,7 +158,7 @@ def test_what_serves_no_cascade_of_ours_is_not_judged(monkeypatch: pytest.Monkey
         return httpx.Response(200, headers={"x-model-version": "' or 1=1"})
 
     monkeypatch.setattr(httpx.Client, "get", answers)
-    with pytest.raises(EndpointError, match="is no endpoint of ddiff"):
+    with pytest.raises(NoPainterError, match="is no endpoint of ddiff"):
         recording.served("http://x")
 
 

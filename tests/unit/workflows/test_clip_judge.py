@@ -68,7 +68,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 
     monkeypatch.setattr(clip_judge, "judge_of", lambda _: Judge(colours, said))
     monkeypatch.setattr(clip_judge, "clip_digest", lambda _: "d")
-    monkeypatch.setattr("workflows.evaluation.PAUSE_S", 0.0)
+    monkeypatch.setattr("workflows.painting_client.PAUSE_S", 0.0)
     with answering(Painter) as address:
         yield Endpoint(address, paint)
 

@@ -23,22 +23,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from serve import running
 from tests.answering import answering
-from workflows import evaluation
-from workflows.evaluation import (
-    Answer,
-    EndpointError,
-    Wish,
-    client_of,
-    computed_in,
-    evaluate_endpoint,
-    keep_pictures,
-    scores,
-    verdict,
-    wilson,
-)
+from workflows import painting_client
+from workflows.evaluation import evaluate_endpoint, keep_pictures, scores, verdict, wilson
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.grammar import Case, training_caption
 from workflows.labels import LabelSpec
+from workflows.painting_client import Answer, NoPainterError, Wish, client_of, computed_in
 from workflows.shapes import COLOURS, drawn
 
 HEADER = struct.pack(">II5B", 30_000, 30_000, 8, 2, 0, 0, 0)
@@ -78,13 +68,13 @@ def test_an_endpoint_that_is_not_there_is_an_error_at_once() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        with pytest.raises(EndpointError, match=f"{url} does not answer .*; give the address"):
+        with pytest.raises(NoPainterError, match=f"{url} does not answer .*; give the address"):
             evaluate_endpoint(url, EvaluationSpec(captions=320))
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port"])
 def test_what_is_no_address_is_an_error_that_names_it(url: str) -> None:
-    with pytest.raises(EndpointError, match=f"^'{re.escape(url)}' is no address .*; give the address"):
+    with pytest.raises(NoPainterError, match=f"^'{re.escape(url)}' is no address .*; give the address"):
         evaluate_endpoint(url, EvaluationSpec(captions=4))
 
 
@@ -104,7 +94,10 @@ class Nowhere(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_paints_no_pictures_is_named_and_not_judged() -> None:
-    with answering(Nowhere) as url, pytest.raises(EndpointError, match=f"{url} paints no pictures .HTTP 404"):
+    with (
+        answering(Nowhere) as url,
+        pytest.raises(NoPainterError, match=f"{url} paints no pictures .HTTP 404"),
+    ):
         evaluate_endpoint(url, EvaluationSpec(captions=4))
 
 
@@ -117,13 +110,15 @@ def test_a_server_that_is_back_but_busy_is_no_longer_lost(monkeypatch: pytest.Mo
     def busy(request: httpx.Request) -> httpx.Response:
         if now[0] == 0:
             raise httpx.ConnectError("away", request=request)
-        if now[0] < evaluation.LOST_S + 30:
+        if now[0] < painting_client.LOST_S + 30:
             return httpx.Response(503, headers={"retry-after": "30"})
         return httpx.Response(200, json={"data": [{"b64_json": base64.b64encode(b"a picture").decode()}]})
 
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(painting_client, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     client = httpx.Client(transport=httpx.MockTransport(busy), base_url="http://here")
-    assert evaluation.painted(client, Wish("a"), 0, EvaluationSpec(timeout_s=600)) == Answer(b"a picture")
+    assert painting_client.painted(client, Wish("a"), 0, EvaluationSpec(timeout_s=600)) == Answer(
+        b"a picture"
+    )
 
 
 class Easel(BaseHTTPRequestHandler):
@@ -252,7 +247,7 @@ def test_pictures_say_what_their_cascade_computed_in(precisions: list[str | None
 def test_what_fails_is_asked_again_and_a_refusal_counts_as_wrong_at_once(
     moody_url: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workflows.evaluation.PAUSE_S", 0.0)
+    monkeypatch.setattr("workflows.painting_client.PAUSE_S", 0.0)
     spec = EvaluationSpec(captions=16, concurrency=4, timeout_s=30)
     keep = tmp_path_factory.mktemp("kept")
     found = evaluate_endpoint(moody_url, spec, keep=keep)
