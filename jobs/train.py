@@ -6,8 +6,10 @@ from jobs.config import keep
 from jobs.driver import Driver
 from jobs.environment import joins_cluster, refuse_dashboard
 from jobs.nodes import joined, this_machine
+from jobs.planned_run import announce, bound, home_of, only
 from jobs.ray_session import ray_cluster
-from jobs.run import Summary, announce, bound, home_of, only, tracked_run
+from jobs.summary import Summary
+from jobs.tracked_run import tracked_run
 from workflows.parents import parent_home
 from workflows.pipeline import run_stage, seconds_of
 from workflows.run_spec import RunSpec

@@ -16,7 +16,7 @@ def test_a_cluster_that_has_a_head_alone_so_far_refuses_no_run_but_on_account_of
     head = Node("10.0.0.2", cpus=0, gpus=0, memory_bytes=8 * 2**30)
     assert unstarted([head])
     assert not unstarted([head, head._replace(cpus=8)])
-    monkeypatch.setattr("jobs.run.nodes_of", lambda: [head])
+    monkeypatch.setattr("jobs.planned_run.nodes_of", lambda: [head])
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
     shown = CliRunner().invoke(main, ["run", "--recipe", "smoke", "--dry-run", "--json"])
     assert (shown.exit_code, json.loads(shown.stdout)["refused"]) == (0, []), shown.stderr

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from dd_core import sealed
-from jobs import run
+from jobs import conclusion, planned_run, run, tracked_run
 from jobs.cli import main
 from jobs.endpoint import Address, Endpoint, alive, started_at
 from jobs.evaluate import UnjudgedError, Way, look_ahead, way_of
@@ -69,8 +69,8 @@ def test_a_cascade_is_judged_once_if_anybody_can_and_served_for_that_or_to_stay(
 
 
 def test_of_a_run_on_a_cluster_it_is_said_how_to_judge_it(home: Home, journal: Journal) -> None:
-    facts = run.concluded(home, smoke.run(), made(home), ORACLE, {}, journal)
-    text = run.told(home, facts | {"mlflow": ""}, ORACLE, "")
+    facts = conclusion.concluded(home, smoke.run(), made(home), ORACLE, {}, journal)
+    text = conclusion.told(home, facts | {"mlflow": ""}, ORACLE, "")
     assert "not judged yet" in text
     assert "to judge it:   deploy it" in text
     assert json.loads((home.here / "summary.json").read_text()) == facts
@@ -78,11 +78,11 @@ def test_of_a_run_on_a_cluster_it_is_said_how_to_judge_it(home: Home, journal: J
 
 
 def test_scores_that_somebody_records_while_the_report_is_painted_stay(home: Home, journal: Journal) -> None:
-    facts = run.write_summary(home, smoke.run(), made(home), ORACLE, {})
+    facts = conclusion.write_summary(home, smoke.run(), made(home), ORACLE, {})
     home.write("summary.json", json.dumps(facts | {"oracle": GOOD}))
-    assert run.concluded(home, smoke.run(), made(home), ORACLE, {}, journal)["oracle"] == GOOD
+    assert conclusion.concluded(home, smoke.run(), made(home), ORACLE, {}, journal)["oracle"] == GOOD
     other = made(home)._replace(digest="e" * 64)
-    assert run.write_summary(home, smoke.run(), other, ORACLE, {})["oracle"] == {}
+    assert conclusion.write_summary(home, smoke.run(), other, ORACLE, {})["oracle"] == {}
 
 
 def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_yet(
@@ -92,11 +92,11 @@ def test_a_stage_asks_for_what_the_plan_found_on_nodes_that_ray_has_not_started_
     groups = [Node(name, 4, 1, 16 * 2**30) for name in "ab"]
     plan = plan_of(spec, groups, run="s3://b/runs/smoke")
     monkeypatch.setenv("DDIFF_NODE_GROUPS", "")
-    assert run.bound(spec, plan) is spec  # where all nodes are there, Ray knows them
+    assert planned_run.bound(spec, plan) is spec  # where all nodes are there, Ray knows them
     monkeypatch.setenv("DDIFF_NODE_GROUPS", "[]")
-    planned = run.bound(spec, plan)
+    planned = planned_run.bound(spec, plan)
     assert {(stage.use_gpu, stage.resources.cpus) for stage in planned.stages} == {(True, 1.0)}
-    here = run.as_planned(spec, plan_of(spec, [Node("c", 2, 0, 16 * 2**30)], run="s3://b/runs/smoke"))
+    here = planned_run.as_planned(spec, plan_of(spec, [Node("c", 2, 0, 16 * 2**30)], run="s3://b/runs/smoke"))
     assert {stage.use_gpu for stage in here.stages} == {False}
     for before, after in zip(spec.stages, planned.stages, strict=True):
         assert before.shaping() == after.shaping()  # nothing is trained again for it
@@ -108,20 +108,20 @@ def test_who_keeps_files_of_a_run_in_a_store_is_asked_for_room_before_anything_s
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("DDIFF_STORAGE", "memory://bucket/runs")
-    monkeypatch.setattr(run, "free_for", lambda *_: 2**40)
+    monkeypatch.setattr(planned_run, "free_for", lambda *_: 2**40)
     node, spec = Node("there", 4, 0, 16 * 2**30), smoke.run()
     full = Room(node._replace(name="10.0.0.3"), 1000)
-    monkeypatch.setattr(run, "rooms_everywhere", lambda *_: [Room(node, 2**40), full])
+    monkeypatch.setattr(planned_run, "rooms_everywhere", lambda *_: [Room(node, 2**40), full])
     monkeypatch.setenv("RAY_ADDRESS", "")
-    assert [room.free for room in run.announce(spec, [node]).rooms] == [2**40]  # of this machine alone
-    monkeypatch.setattr(run, "nodes_of", lambda: [node])
-    assert run.rehearsed(spec, "clip").rooms == (Room(node, 2**40),)
+    assert [room.free for room in planned_run.announce(spec, [node]).rooms] == [2**40]  # here alone
+    monkeypatch.setattr(planned_run, "nodes_of", lambda: [node])
+    assert planned_run.rehearsed(spec, "clip").rooms == (Room(node, 2**40),)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert not run.rehearsed(spec, "clip").rooms  # which starts nothing, on a node least of all
+    assert not planned_run.rehearsed(spec, "clip").rooms  # which starts nothing, on a node least of all
     with pytest.raises(PlanError, match=r"disk: 10\.0\.0\.3 has 0\.0 MiB free in its TMPDIR, and memory://"):
-        run.announce(spec, [node])
+        planned_run.announce(spec, [node])
     monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))  # where there is no copy of anything
-    assert not run.announce(spec, [node]).rooms
+    assert not planned_run.announce(spec, [node]).rooms
 
 
 def test_an_endpoint_that_would_take_over_a_cluster_is_refused_before_any_work(
@@ -201,20 +201,20 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
     spec, ours = smoke.run(), made(home)
     short = {"all": 0.25, "n": 8, "failed": 3, "intervals": {"all": [0.1, 0.5]}}
     with pytest.raises(UnjudgedError, match="3 of 8 pictures did not come"):
-        run.concluded(home, spec, ours, ORACLE, short, journal)
-    assert run.judged_before(home, ours, ORACLE) is None
+        conclusion.concluded(home, spec, ours, ORACLE, short, journal)
+    assert conclusion.judged_before(home, ours, ORACLE) is None
     assert not curves(journal.path)
     (model,) = [entry for entry in entries(journal.path) if entry.kind == "model"]
     assert model.value["tags"].keys() == {"bundle_sha256", "score.by", "score.way"}  # and no score
 
-    assert run.concluded(home, spec, ours, ORACLE, GOOD, journal)["oracle"] == GOOD
-    assert run.judged_before(home, ours, ORACLE) == GOOD
-    assert run.judged_before(home, ours._replace(digest="e" * 64), ORACLE) is None
+    assert conclusion.concluded(home, spec, ours, ORACLE, GOOD, journal)["oracle"] == GOOD
+    assert conclusion.judged_before(home, ours, ORACLE) == GOOD
+    assert conclusion.judged_before(home, ours._replace(digest="e" * 64), ORACLE) is None
     assert curves(journal.path) == {"oracle/all": {0: 0.5}}
 
     journal.path.write_text("")  # as if killed when the page was there and its lines were not
     for _ in range(2):
-        run.concluded(home, spec, ours, ORACLE, GOOD, journal)
+        conclusion.concluded(home, spec, ours, ORACLE, GOOD, journal)
         said = [entry for entry in entries(journal.path) if entry.kind == "model"]
         assert [entry.value["tags"]["score.all"] for entry in said] == ["0.5"]
 
@@ -222,12 +222,14 @@ def test_only_scores_of_all_pictures_count_and_each_start_tells_what_the_last_co
 def test_a_run_says_by_which_code_and_command_it_was_made(
     home: Home, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "tracked", lambda *_, **__: nullcontext(SimpleNamespace(journal=journal)))
+    monkeypatch.setattr(
+        tracked_run, "tracked", lambda *_, **__: nullcontext(SimpleNamespace(journal=journal))
+    )
     monkeypatch.setattr("sys.argv", ["/somewhere/ddiff", "run", "--recipe", "smoke"])
     monkeypatch.setattr("getpass.getuser", lambda: "ada")
     asked = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(asked, check=False, cwd=code.ROOT, capture_output=True, text=True)
-    with run.tracked_run(home):
+    with tracked_run.tracked_run(home):
         (said,) = [entry.value for entry in entries(journal.path) if entry.kind == "tags"]
     assert (said["mlflow.source.name"], said["mlflow.user"]) == ("ddiff run --recipe smoke", "ada")
     assert said.get("mlflow.source.git.commit", "") == head.stdout.strip()
@@ -239,7 +241,7 @@ def test_a_run_says_by_which_code_and_command_it_was_made(
 def test_the_pictures_of_the_page_are_pictures_of_the_parent_run(home: Home, journal: Journal) -> None:
     for name in SHEETS[:3]:
         (home.here / f"{name}.png").write_bytes(b"a picture")
-    run.concluded(home, smoke.run(), made(home), ORACLE, GOOD, journal)
+    conclusion.concluded(home, smoke.run(), made(home), ORACLE, GOOD, journal)
     said = [entry for entry in entries(journal.path) if entry.kind == "picture"]
     assert [(entry.name, entry.value, entry.step) for entry in said] == [
         (name, f"{name}.png", 0) for name in SHEETS[:3]
@@ -263,20 +265,22 @@ def test_own_data_are_judged_by_a_clip_alone_and_again_when_the_judge_is_another
     look_ahead(mine, way)
     assert "judged by captions that it was trained on" in caplog.text
     for _ in range(2):  # the second start finds it judged
-        facts = run.concluded(home, mine, ours, way, good, journal)
-        assert facts["clip"] == run.judged_before(home, ours, way) == good
+        facts = conclusion.concluded(home, mine, ours, way, good, journal)
+        assert facts["clip"] == conclusion.judged_before(home, ours, way) == good
         assert "oracle" not in json.loads((home.here / "summary.json").read_text())
-    text = run.told(home, facts | {"mlflow": ""}, way, "")
+    text = conclusion.told(home, facts | {"mlflow": ""}, way, "")
     assert "seen in training, by the cascade's own CLIP, which flatters" in text
     assert curves(journal.path) == {f"clip/{name}": {0: value} for name, value in figures.items()}
     tags = [entry.value["tags"] for entry in entries(journal.path) if entry.kind == "model"][-1]
     assert (tags["score.by"], tags["score.all"], tags["score.cosine"]) == ("clip", "0.5", "0.25")
 
     other = mine.but(evaluation=mine.evaluation.but(judge=str(tmp_path / "judge")))
-    assert run.judged_before(home, ours, way_of(other, home)) is None
+    assert conclusion.judged_before(home, ours, way_of(other, home)) is None
     better = good | {"judge": {"name": "judge", "digest": "e", "taught": False}, "held_out": True}
-    facts = run.concluded(home, other, ours, way_of(other, home), better, journal)
-    assert "held out, by the CLIP judge" in run.told(home, facts | {"mlflow": ""}, way_of(other, home), "")
+    facts = conclusion.concluded(home, other, ours, way_of(other, home), better, journal)
+    assert "held out, by the CLIP judge" in conclusion.told(
+        home, facts | {"mlflow": ""}, way_of(other, home), ""
+    )
 
 
 def test_a_judge_that_there_is_not_is_said_before_any_work(
@@ -295,21 +299,21 @@ def test_own_data_without_any_clip_are_judged_by_nobody(home: Home, journal: Jou
     mine = ddpm.run().but(shapes=None)
     way = way_of(mine, home)
     assert not way.possible
-    facts = run.concluded(home, mine, made(home), way, {}, journal)
+    facts = conclusion.concluded(home, mine, made(home), way, {}, journal)
     assert facts["clip"] == {}
-    text = run.told(home, facts | {"mlflow": ""}, way, "")
+    text = conclusion.told(home, facts | {"mlflow": ""}, way, "")
     assert "not judged: none of its stages is a CLIP" in text
 
 
 def test_a_report_shows_captions_of_its_own_world(tmp_path: Path) -> None:
     ours, home = smoke.run(), Home.of(tmp_path / "run")
-    assert len(run.prompts_of(ours)) == ours.evaluation.captions == 8
+    assert len(conclusion.prompts_of(ours)) == ours.evaluation.captions == 8
     many = ours.but(evaluation=ours.evaluation.but(captions=40))
-    assert len(run.prompts_of(many)) == 16
-    assert run.data_of(home, ours) == home.at("data/prepared")
+    assert len(conclusion.prompts_of(many)) == 16
+    assert conclusion.data_of(home, ours) == home.at("data/prepared")
     mine = ours.but(shapes=None, pairs=ours.pairs.but(destination=str(tmp_path / "mine")))
-    assert not run.prompts_of(mine)  # then the report takes those of the data
-    assert run.data_of(home, mine).here == tmp_path / "mine"
+    assert not conclusion.prompts_of(mine)  # then the report takes those of the data
+    assert conclusion.data_of(home, mine).here == tmp_path / "mine"
 
 
 def test_the_page_of_a_run_in_a_store_has_its_data_where_it_looks_for_them() -> None:
@@ -322,8 +326,8 @@ def test_the_page_of_a_run_in_a_store_has_its_data_where_it_looks_for_them() -> 
     for name in kept:
         home.at("data/prepared").write(name, "{}")
     home.at("data/prepared").write("manifest.json", json.dumps({"parts": parts}))
-    looked_at = data_of(home.here, {"data": run.data_of(home, smoke.run()).address})
+    looked_at = data_of(home.here, {"data": conclusion.data_of(home, smoke.run()).address})
     shutil.rmtree(looked_at, ignore_errors=True)  # of an earlier test
-    run.gather_data(home, smoke.run())
+    conclusion.gather_data(home, smoke.run())
     found = sorted(path.name for path in looked_at.glob("part-*"))
     assert found == ["part-00001-1a2b3c4d.parquet"] == last_parts(looked_at, 1)  # the last one is empty

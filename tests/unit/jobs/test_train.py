@@ -27,7 +27,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         run.write("seconds.json", json.dumps({stage: 12.3, "total": 20.0}))
 
     tracking = SimpleNamespace(journal=Journal(tmp_path / "journal"), book=SimpleNamespace(page=lambda: PAGE))
-    monkeypatch.setattr("jobs.run.tracked", lambda *_, **__: nullcontext(tracking))
+    monkeypatch.setattr("jobs.tracked_run.tracked", lambda *_, **__: nullcontext(tracking))
     monkeypatch.setattr("jobs.train.ray_cluster", lambda **_: nullcontext())
     monkeypatch.setattr("jobs.train.run_stage", leave)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
