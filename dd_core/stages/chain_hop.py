@@ -246,7 +246,8 @@ def refuse(spec: ChainSpec, how: SamplingSpec, guides: Collection[str]) -> None:
     """
     levels_of(spec, how)
     usual = HEARS[spec.kind]
-    learned = usual._replace(variances=("learned", *usual.variances))
+    known = ("analytic", "learned") if spec.predicts == "x0" else ("learned",)
+    learned = usual._replace(variances=(*known, *usual.variances))
     refuse_unheard(how, spec.kind, hears=learned if spec.learns_variance else usual)
     refuse_unlearned(how.guidance_scale, spec.guides_itself, "told_dropout")
     if how.gradient is not None:

@@ -66,7 +66,8 @@ HEARS = {
     "causal_prior": Hears(("analytic", "fixed_small", "fixed_large"), draws=True, led=False, clipped=False),
     "autoregressive_prior": Hears(draws=True, led=False, clipped=False, levels=False),
 }
-"""Kind of a stage -> what its hop hears; a chain that learns its variance hears that too."""
+"""Kind of a stage -> what its hop hears; a chain that learns its variance hears that too, and one that
+predicts the image as well has the analytic variance."""
 
 
 def refuse_unlinked(kind: str) -> None:

@@ -48,7 +48,7 @@ log)."""
 ANCESTRAL = SamplingSpec(
     sampler="ddpm", variance="fixed_small", num_steps=100, spacing="linspace", guidance_scale=1.0
 )
-"""With the small fixed variance, of which pictures look no worse than of one that is learned."""
+"""With the small fixed variance."""
 
 
 def run() -> RunSpec:

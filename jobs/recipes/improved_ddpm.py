@@ -21,7 +21,10 @@ from workflows.train_spec import SamplesSpec, TrainSpec
 WORKER = any_node(memory_gib=3)
 
 LABEL = LabelSpec(path="objects.0.colour", classes=tuple(COLOURS))
-SAMPLED = ddpm.ANCESTRAL.but(variance="learned", guidance_scale=3.0)
+SAMPLED = ddpm.ANCESTRAL.but(guidance_scale=3.0)
+LEARNED = SAMPLED.but(variance="analytic")
+"""By the variance that it learns: for a network that predicts the image its error, in steps of any length
+(`dd_core.denoiser.learned_error`)."""
 
 
 def run() -> RunSpec:
@@ -32,7 +35,7 @@ def run() -> RunSpec:
         stages=(base(),),
         cascade=CascadeSpec(
             name="improved_ddpm",
-            hops=(HopSpec(stage="base", how=SAMPLED, follows_request=True),),
+            hops=(HopSpec(stage="base", how=LEARNED, follows_request=True),),
             context_length=demo.CONTEXT,
             image_size=64,
         ),
@@ -59,7 +62,7 @@ def base() -> TrainSpec:
         budget=ddpm.BUDGET.but(steps=3_000),
         batch_size=ddpm.BATCH,
         **WORKER,
-        samples=SamplesSpec(prompts=("",) * len(LABEL.classes), how=SAMPLED.but(num_steps=50)),
+        samples=SamplesSpec(prompts=("",) * len(LABEL.classes), how=LEARNED.but(num_steps=50)),
     )
 
 
@@ -71,8 +74,13 @@ def bound() -> RunSpec:
     """
     whole, trained = run(), base()
     assert isinstance(trained.stage, ChainSpec)
-    by_bound = trained.but(stage=trained.stage.but(loss="vlb", predicts="eps"), budget=ddpm.BUDGET)
-    cascaded = whole.cascade.but(name="improved_ddpm_bound")
+    by_bound = trained.but(
+        stage=trained.stage.but(loss="vlb", predicts="eps"),
+        budget=ddpm.BUDGET,
+        samples=trained.samples.but(how=SAMPLED.but(num_steps=50)),
+    )
+    hop = HopSpec(stage="base", how=SAMPLED, follows_request=True)
+    cascaded = whole.cascade.but(name="improved_ddpm_bound", hops=(hop,))
     return whole.but(name="improved_ddpm_bound", stages=(by_bound,), cascade=cascaded)
 
 

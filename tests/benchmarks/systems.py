@@ -130,7 +130,11 @@ def all_systems() -> dict[str, System]:
         "improved_ddpm": System(
             teacher,
             "improved_ddpm",
-            scaled(1, 3) | {"guidance 3, small variance": {"guidance_scale": 3.0, "variance": "fixed_small"}},
+            scaled(1, 3)
+            | {
+                f"guidance 3, variance {variance}": {"guidance_scale": 3.0, "variance": variance}
+                for variance in ("fixed_small", "learned")
+            },
             labels=True,
         ),
         "solvers": System(

@@ -185,7 +185,7 @@ def test_a_network_that_predicts_images_may_learn_its_variance_and_take_few_step
         500, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
     drawn = sample(
-        ddpm(first, levels, Draws(), variance="learned"), lambda x, sigma: denoiser(x, sigma, Conditioning())
+        ddpm(first, levels, Draws(), variance="analytic"), lambda x, sigma: denoiser(x, sigma, Conditioning())
     )
     assert float(drawn.std()) == pytest.approx(0.5, rel=0.05)  # by logarithms 1e17
 
