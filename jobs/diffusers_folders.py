@@ -51,8 +51,8 @@ class Component(NamedTuple):
 
     net: PlainSpec
     process: Process | None
-    clips: bool
-    """Whether its scheduler clips estimates of pixels."""
+    scheduler: Facts
+    """Its scheduler_config.json; empty if there is none."""
     weights: dict[str, Tensor]
 
 
@@ -104,7 +104,8 @@ def import_pipeline(folder: Path, out: Path) -> Facts:
 
     cascade, card = cascade_of(SOURCE, stage, name="unet"), card_of(SOURCE, stage, led=False)
     if latent is None:
-        cascade = cascade.but(hops=tuple(hop.but(how=clipped(hop.how, unet.clips)) for hop in cascade.hops))
+        clips = diffusers_scheduler.clips(unet.scheduler)
+        cascade = cascade.but(hops=tuple(hop.but(how=clipped(hop.how, clips)) for hop in cascade.hops))
     left = {"not taken": [name for name in PASSED_OVER if name in there]}
     return assembled(out, cascade, parts(), card=card) | left
 
@@ -157,16 +158,15 @@ def unet_in(folder: Path) -> Component:
         unet = UNet(spec.unet, in_channels=spec.in_channels, out_channels=spec.out_channels)
     linear = bool(config.get("use_linear_projection", False))
     weights = fitted(unet, inward(state, diffusers_unet.unet_moves(unet, linear=linear)))
-    process, clips = None, True
+    process, scheduler = None, dict[str, Any]()
     beside = folder / SCHEDULER  # in the same folder where the UNet is the whole pipeline
     if not beside.is_file():
         beside = folder.parent / "scheduler" / SCHEDULER
     if beside.is_file():
         scheduler = json_in(beside)
         process = diffusers_scheduler.process_of(scheduler, image_size=config.get("sample_size") or 64)
-        clips = diffusers_scheduler.clips(scheduler)
         spec = diffusers_config.told_apart(spec, learned_variance=process.learned_variance)
-    return Component(spec, process, clips, weights)
+    return Component(spec, process, scheduler, weights)
 
 
 def reader_in(folder: Path) -> tuple[ClipNetSpec, dict[str, Tensor]]:

@@ -104,7 +104,7 @@ def refuse_clashes(order: Order) -> None:
     numbers["--by"] = order.by
     odd = [name for name, value in numbers.items() if value is not None and not math.isfinite(value)]
     remedies = (
-        (bool(odd), f"{''.join(odd[:1])} is no number"),
+        (bool(odd), f"{''.join(odd[:1])} is no number; give one from 0 to 1"),
         (
             bool(kept and besides),
             f"{' and '.join((kept + besides)[:2])} are different things; give one of them",

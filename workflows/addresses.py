@@ -15,23 +15,24 @@ RIGHT = re.compile(
     r"""|password|passwd|pwd))=[^&;\s"']""",
     re.IGNORECASE,
 )
+SIGNATURE = re.compile(r"x-(?:amz|goog|oss)-signature|signature|sig", re.IGNORECASE)
 SIGNED = re.compile(
-    r"x-(?:amz|goog|ms)-.*|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|sig|token"
-    r"|access_token|auth",
+    r"x-(?:amz|goog|oss)-.*|signature|expires|(?:aws|oss)accesskeyid|googleaccessid|key-pair-id|policy"
+    r"|security-token|hash-algorithm|sig|s[evptrs]|spr|srt|sip|ske|skt|sks|skv|skoid|sktid",
     re.IGNORECASE,
 )
-"""Parameters of a query that a store signs anew for each reader (Amazon's, Google's, CloudFront's)."""
-AZURE = re.compile(r"s[evptrs]|spr|srt|sip|ske|skt|sks|skv|skoid|sktid")
-"""Further ones beside `sig`."""
+"""Parameters that stores make anew for each reader beside a SIGNATURE: Amazon's, Google's, CloudFront's,
+Alibaba's, Azure's."""
 
 
 def lasting(url: str) -> str:
     """An address without what is signed anew each time: the same file keeps the same one."""
-    path, mark, query = url.partition("?")
-    fields = [field for field in query.split("&") if not SIGNED.fullmatch(field.partition("=")[0])]
-    if "sig=" in query:
-        fields = [field for field in fields if not AZURE.fullmatch(field.partition("=")[0])]
-    return path + mark * any(fields) + "&".join(fields)
+    path, _, query = url.partition("?")
+    fields = [(field.partition("=")[0], field) for field in query.split("&")]
+    if "://" not in path or not any(SIGNATURE.fullmatch(name) for name, _ in fields):
+        return url
+    kept = "&".join(field for name, field in fields if not SIGNED.fullmatch(name))
+    return f"{path}?{kept}" if kept else path
 
 
 def redacted(text: str) -> str:

@@ -42,7 +42,8 @@ from workflows.storage import Home, StorageError
 
 log = logging.getLogger(__name__)
 LAYOUT = 2
-"""Changes when the same source and spec would give other files."""
+"""Changes when the same source and spec would give other files; it did not when tables came to end at so many
+bytes, which cuts those of images above 512 px and of large metadata otherwise (`pairs.TABLE_BYTES`)."""
 TOKENIZER = "open_clip SimpleTokenizer"
 REPORT_EVERY_S = 2.0
 """Pause between the progress reports of a task: each goes through the driver, as a block of Ray Data."""

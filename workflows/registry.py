@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -236,7 +237,7 @@ class Registry:
 
         place = self.client.get_run(run_id).info.artifact_uri
         get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts()
-        if (here := place.removeprefix("file://")).startswith("/"):
+        if (here := unquote(place.removeprefix("file://"))).startswith("/"):
             with contextlib.suppress(OSError):  # it is gone, or holds what is not ours
                 Path(here).parent.rmdir()
 

@@ -36,13 +36,15 @@ UNSAID = {
 }
 """Schedulers whose process has betas -> their defaults: schedule, first beta, last beta."""
 CLIPS = (
+    "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
     "RePaintScheduler",
+    "UnCLIPScheduler",
 )
-"""Schedulers that clip their estimate to -1 .. 1 unless told otherwise; the others never do."""
+"""Schedulers that clip their estimate to -1 .. 1 unless told otherwise."""
 PLUS_ONE = {
     "_class_name": "DDIMScheduler",
     "timestep_spacing": "leading",

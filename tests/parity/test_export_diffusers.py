@@ -177,6 +177,8 @@ def test_what_a_scheduler_leaves_unsaid_is_what_diffusers_takes(kind: str) -> No
     torch.testing.assert_close(scheduler.betas.double(), schedules.betas(levels), rtol=1e-5, atol=1e-8)
     assert scheduler.config.get("prediction_type", "epsilon") == diffusers_scheduler.PREDICTIONS["eps"]
     assert found.predicts == "eps"
+    clips = bool(scheduler.config.get("clip_sample", False))
+    assert diffusers_scheduler.clips({"_class_name": kind}) == clips
     first = getattr(scheduler, "final_alpha_cumprod", 1.0) == scheduler.alphas_cumprod[0]
     assert found.last == ("first" if first else "clean")
 

@@ -582,6 +582,20 @@ def test_a_chain_told_to_sample_with_measured_errors_says_that_it_has_none() -> 
         hop(IMPROVED).start(asked([1], "a star"), how)
 
 
+def test_a_chain_that_predicts_images_and_learns_its_variance_knows_its_errors() -> None:
+    made = hop(IMPROVED.but(predicts="x0"))
+    how = SamplingSpec(
+        sampler="ddpm", variance="analytic", num_steps=3, spacing="linspace", guidance_scale=1.0
+    )
+    draw = made.start(asked([1, 2], "a star"), how)
+    assert made.denoiser(draw.rows)(next(draw.sampling).x, torch.full((2,), 2.0)).x0_variance is not None
+    pictures = run(made, asked([1, 2], "a star"), how).image
+    assert pictures is not None
+    other = run(made, asked([1, 2], "a star"), how.but(variance="fixed_small")).image
+    assert other is not None
+    assert not torch.equal(pictures, other)
+
+
 def test_a_network_that_would_wait_for_what_nobody_tells_it_is_refused() -> None:
     assert isinstance(GLIDE.net, CaptionedSpec)
     unet = GLIDE.net.unet.but(embedding_width=16)

@@ -104,6 +104,15 @@ def test_both_say_where_each_reason_came_first_and_which_shards_broke(shards: st
     assert f"damaged {tmp_path}/2.tar: 10 samples, 2_stats.json says 12\n" in text
 
 
+def test_a_shard_whose_samples_have_been_counted_is_not_broken(tmp_path: Path) -> None:
+    tar = write_shard(tmp_path / "0.tar", pairs(10))
+    tar.write_bytes(tar.read_bytes().rstrip(b"\0"))  # cut in the padding of its last member
+    words = ("--shards", str(tar), "--max-rejected", "0.2")
+    assert "1 of 10 samples rejected (1 shard), 1 of 1 shards broken; 20% are allowed" in check(*words).stderr
+    (tmp_path / "0_stats.json").write_text('{"successes": 10}')
+    assert check(*words).exit_code == 0
+
+
 def test_a_source_without_a_usable_pair_is_refused_by_both(tmp_path: Path) -> None:
     for name in ("empty-0.tar", "empty-1.tar"):
         write_shard(tmp_path / name, {})

@@ -105,7 +105,7 @@ def test_a_set_field_changes_that_hop_alone_and_the_picture(place: Path, tmp_pat
         (("--negative", "a \udcff"), "is no text in UTF-8"),
         (("--colourise", "--image", "gray.png"), "hop base: a base does not keep the brightness"),
         (("--enlarge", "--image", "small16.png"), "hop base: a base does not keep the pixels"),
-        (("--vary", "nan", "--image", "a.png"), "--vary is no number"),
+        (("--vary", "nan", "--image", "a.png"), "--vary is no number; give one from 0 to 1"),
         (("--instead-of", "a box", "--by", "nan", "--image", "a.png"), "--by is no number"),
         (("--colourise",), "--colourise needs the picture; give it with --image"),
         (("--colourise", "--enlarge", "--image", "gray.png"), "are different things; give one of them"),

@@ -39,7 +39,9 @@ def test_what_is_shown_of_an_address(text: str, seen: str, secret: bool) -> None
     [
         ("https://h/a.tar?X-Amz-Date=1&X-Amz-Expires=9&X-Amz-Signature=f0", "https://h/a.tar"),
         ("https://h/a.tar?versionId=3&X-Amz-Signature=f0", "https://h/a.tar?versionId=3"),
-        ("https://h/get?file=3&token=f0&part=1", "https://h/get?file=3&part=1"),
+        ("https://h/get?token=file3", "https://h/get?token=file3"),
+        ("https://h/a?OSSAccessKeyId=A&Expires=1&Signature=f0&security-token=t", "https://h/a"),
+        ("/data/x?sp=1&sig=3.tar", "/data/x?sp=1&sig=3.tar"),
         (
             "https://a.blob.core/a.tar?sv=2&se=3&sp=r&sig=f0&snapshot=1",
             "https://a.blob.core/a.tar?snapshot=1",

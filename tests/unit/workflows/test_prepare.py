@@ -504,6 +504,22 @@ def test_samples_that_a_downloader_counted_and_a_shard_has_not_are_rejects(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_data_that_were_accepted_with_a_broken_shard_stay_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of(tars(tmp_path, 3), 3)
+    broken = tmp_path / "00001.tar"
+    broken.write_bytes(broken.read_bytes()[:-10_000])
+    strict = spec.but(max_reject_fraction=0.1)
+    with pytest.raises(TooManyRejectsError, match="1 of 3 shards broken; 10% are allowed"):
+        prepare_pairs(strict, progress=False)
+    done = prepare_pairs(spec.but(max_reject_fraction=0.4), progress=False)
+    caplog.clear()
+    assert prepare_pairs(strict, progress=False) == done
+    assert "1 of 3 shards broke off, and nothing tells how many samples are lost" in caplog.text
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_enlarged_images_and_cut_captions_are_counted_and_said(tmp_path: Path) -> None:
     spec = spec_of(tars(tmp_path, 1), 1)
     assert not {"enlarged", "captions_cut"} & summary(prepare_pairs(spec, progress=False)).keys()
