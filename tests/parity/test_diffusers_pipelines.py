@@ -150,15 +150,19 @@ def test_a_pipeline_paints_what_its_parts_paint_in_diffusers(name: str, tmp_path
     torch.testing.assert_close(image, expected, rtol=0, atol=1.01 / 255)
 
 
-def test_a_pipeline_of_pixels_hears_nothing(tmp_path: Path) -> None:
-    unet = diffusers.UNet2DModel(
+def pixel_unet() -> Any:
+    """A small network of pixels."""
+    return diffusers.UNet2DModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+
+
+def test_a_pipeline_of_pixels_hears_nothing(tmp_path: Path) -> None:
+    diffusers.DDPMPipeline(pixel_unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
     done = imported(tmp_path / "pipeline", tmp_path / "cascade")
     assert done.exit_code == 0, done.output
     order = [
@@ -231,15 +235,8 @@ def test_a_file_that_holds_no_fields_is_damaged(file: str, tmp_path: Path) -> No
 @torch.no_grad()
 def test_estimates_of_pixels_are_clipped_as_the_scheduler_clips_them(clips: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    scheduler = diffusers.DDIMScheduler(clip_sample=clips)
-    diffusers.DDIMPipeline(randomised(unet).eval(), scheduler).save_pretrained(tmp_path / "pipeline")
+    unet, scheduler = randomised(pixel_unet()).eval(), diffusers.DDIMScheduler(clip_sample=clips)
+    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "pipeline")
     done = imported(tmp_path / "pipeline", tmp_path / "cascade")
     assert done.exit_code == 0, done.output
     cascade = bundle.load_cascade(tmp_path / "cascade")
@@ -257,15 +254,8 @@ def test_estimates_of_pixels_are_clipped_as_the_scheduler_clips_them(clips: bool
 
 @pytest.mark.parametrize("odd", [{"clip_sample_range": 3.0}, {"thresholding": True}])
 def test_a_scheduler_that_clips_in_another_way_is_refused(odd: dict[str, Any], tmp_path: Path) -> None:
-    unet = diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(32,),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
     scheduler = diffusers.DDIMScheduler(**odd)
-    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "pipeline")
+    diffusers.DDIMPipeline(pixel_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
     done = imported(tmp_path / "pipeline", tmp_path / "cascade")
     assert done.exit_code == 2
     assert f"{next(iter(odd))} is {next(iter(odd.values()))}, unknown to ours" in done.output
