@@ -70,11 +70,15 @@ def encode(hop: Encoder, state: CascadeState, how: SamplingSpec) -> Code:
             since at another scale than it was found at, a code paints another picture.
 
     Raises:
-        ValueError: As `Encoder.encode`.
+        ValueError: As `Encoder.encode`; or there is but one step, which would give the picture for its noise.
 
     Source: section 3.1.
     """
     assert state.known is not None
+    if how.num_steps < 2:
+        raise ValueError(
+            "a picture's noise is found in 2 steps at least, and well in 50 or more; take more steps"
+        )
     back = walked(how, 0.0)
     hop.refuse(state, back)  # before CLIP is asked
     embedding = None

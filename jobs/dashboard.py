@@ -89,8 +89,9 @@ class Dashboard:
 def refuse_misspelt(address: str) -> None:
     """Raises DashboardError if no dashboard can have such an address."""
     try:
-        httpx.URL(address)
+        url = httpx.URL(address)
         why = "" if is_dashboard(address) else " (it is not of HTTP)"
+        why = " (leave out what follows `#` or `?`)" if url.fragment or url.query else why
     except httpx.InvalidURL as error:
         why = f" ({error})"
     if why:
@@ -140,8 +141,13 @@ def refuse_open(address: str, *, unless: str = "say --insecure") -> None:
         if here:  # the next request says so
             return
         raise
-    if status != httpx.codes.OK:
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN) or (here and status != httpx.codes.OK):
         return
+    if status != httpx.codes.OK:
+        raise DashboardError(
+            f"{address}/api/version says {status} to who shows no token, which is neither yes nor no; give "
+            "the dashboard itself, such as http://HEAD:8265, with nothing before it that answers for it"
+        )
     says = (
         f"{address} runs code for anybody who reaches it: start it with RAY_AUTH_MODE=token and "
         "RAY_AUTH_TOKEN (KubeRay: authOptions.mode: token)"

@@ -252,7 +252,7 @@ def deploy(config: Config, address: str) -> dict[str, Any]:
             raise
         except DeployError:
             if back and former:
-                put_back(dashboard, former)
+                put_back(dashboard, former, instead_of=config)
             raise
     spec = config.spec
     facts = {"endpoint": url, "seen": seen, "digest": spec.digest, "code": spec.code}
@@ -267,10 +267,15 @@ def renewed(config: Config) -> Config:
     return config._replace(fields=config.fields | {"applications": [ours | {"runtime_env": around}, *others]})
 
 
-def put_back(dashboard: Dashboard, former: Config) -> None:
-    """Deploy the former config again, without waiting until it runs."""
+def put_back(dashboard: Dashboard, former: Config, *, instead_of: Config) -> None:
+    """Deploy the former config again, without waiting until it runs; not instead of what others deployed."""
     try:
-        dashboard.put(SERVE, beside_others(former, dashboard.get(SERVE)))
+        details = dashboard.get(SERVE)
+        now = on_air(details)
+        if now and now.args["digest"] not in (former.args["digest"], instead_of.args["digest"]):
+            log.warning("%s, deployed by another meanwhile, stays on the air", now.args["digest"][:12])
+            return
+        dashboard.put(SERVE, beside_others(former, details))
     except DashboardError as error:
         log.warning("%s could not be put back: %s", former.args["digest"][:12], error)
     else:
@@ -294,7 +299,7 @@ def same_door(details: dict[str, Any], spec: ServeSpec) -> None:
     """Refuse another address than that of a running Serve, which keeps it: the wait would be in vain."""
     http = details.get("http_options") or {}
     running = (http.get("host"), http.get("port"))
-    if details.get("applications") and running != (spec.host, spec.port):
+    if http.get("port") and running != (spec.host, spec.port):
         raise ConfigError(
             f"Serve on this cluster listens at {running[0]}:{running[1]}, not at {spec.host}:{spec.port}; "
             f"--set host={running[0]} --set port={running[1]}, or `serve shutdown` first"

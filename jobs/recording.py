@@ -49,11 +49,17 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
     own = (facts.get("digest"), facts.get("evaluation")) == (digest, way.fingerprint())
     place = "evaluation" if own else f"evaluation-{way.fingerprint()[:8]}"
     scores = judge_and_keep(url, way, home, place) if home else judge_endpoint(url, way)
+    if (now := served(url)) != digest:
+        raise NoPainterError(
+            f"{url} serves {now[:12]} by now, not {digest[:12]}: nothing is recorded; ask again"
+        )
     if home:
         home.write(f"{place}/scores.json", json.dumps(scores, indent=2))
         home.send(place)
-        if own:
-            home.write("summary.json", json.dumps(home.facts("summary.json") | {way.by: scores}, indent=2))
+        if (
+            own and (facts := home.facts("summary.json")).get("digest") == digest
+        ):  # it may have run on meanwhile
+            home.write("summary.json", json.dumps(facts | {way.by: scores}, indent=2))
         log.info("pictures and scores: %s", home.at(place).address)
     if registry and whole(scores):
         shares = {f"{way.by}/{name}": it for name, it in scores.items() if isinstance(it, float)}
@@ -94,4 +100,10 @@ def served(url: str) -> str:
 def run_of(version: Version) -> Home | None:
     """The directory of the run that made a version; None if its address is not within a run."""
     address = version.address.rstrip("/")
-    return Home.of(address.removesuffix(CASCADE)) if address.endswith(CASCADE) else None
+    if not address.endswith(CASCADE):
+        return None
+    home = Home.of(address.removesuffix(CASCADE))
+    if not home.stored and not home.here.is_dir():
+        log.warning("the run in %s is not on this machine: pictures and scores are not kept there", home.here)
+        return None
+    return home

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dd_core import bundle, images, sealed
 from dd_core.devices import nearest
+from dd_core.precision import round_products
 from jobs.order import Order, refuse_order
 from jobs.provenance import PICTURES, Told, here, told_by
 from jobs.sample import begun, painted, refuse, state_of
@@ -36,6 +37,7 @@ def reproduce(picture: Path, cascade: Path, given: Mapping[str, Path]) -> dict[s
     refuse_other_pictures(told, given)
     order = Order(**{**told.asked, **given})
     refuse_order(order)
+    round_products(nearest(), order.precision)
     opened = bundle.load_cascade(cascade, device=nearest(), precision=order.precision)
     if opened.digest != told.cascade:
         raise ValueError(

@@ -39,6 +39,8 @@ class Answer(NamedTuple):
     failure: str = ""
     refused: bool = False
     """Whether the request was at fault, so that a retry would change nothing."""
+    cascade: str = ""
+    """Digest of the cascade that painted it."""
 
 
 class Wish(NamedTuple):
@@ -56,7 +58,8 @@ def answered(url: str, wishes: Sequence[Wish], spec: EvaluationSpec) -> list[Ans
     """One picture of each caption and class, the first with the seed of the spec, the next with the next one.
 
     Raises:
-        NoPainterError: Nothing answers there, or a server that paints no pictures.
+        NoPainterError: Nothing answers there, or a server that paints no pictures, or first one cascade and
+            then another.
     """
     with (
         client_of(url, spec.timeout_s) as client,
@@ -73,6 +76,9 @@ def answered(url: str, wishes: Sequence[Wish], spec: EvaluationSpec) -> list[Ans
                 answers[number] = answer
     if all(answer.failure.startswith(NOT_THERE) for answer in answers):
         raise NoPainterError(f"{url} paints no pictures ({answers[0].failure}); {ADDRESS}")
+    if len(painters := {answer.cascade for answer in answers if not answer.failure}) > 1:
+        these = " and ".join(sorted(digest[:12] or "another" for digest in painters))
+        raise NoPainterError(f"{url} was changed while it was asked: {these} painted; ask again")
     return answers
 
 
@@ -137,7 +143,8 @@ def painted(client: httpx.Client, wish: Wish, seed: int, spec: EvaluationSpec) -
             reply = client.post("/v1/images/generations", json=body)
             lost = math.inf
             if reply.status_code == httpx.codes.OK:
-                return Answer(base64.b64decode(reply.json()["data"][0]["b64_json"]))
+                picture = base64.b64decode(reply.json()["data"][0]["b64_json"])
+                return Answer(picture, cascade=reply.headers.get("x-model-version", ""))
             failure, again = f"HTTP {reply.status_code}: {reply.text:.200}", reply.status_code in BUSY
             if reply.is_client_error and not again:
                 return Answer(b"", failure, refused=True)

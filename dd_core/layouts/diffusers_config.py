@@ -219,7 +219,7 @@ def check_understood(config: Mapping[str, Any]) -> None:
     """Refuse what ours does not support."""
     if config.get("_class_name") not in ("UNet2DModel", "UNet2DConditionModel"):
         raise LayoutError(f"config.json: _class_name is {config.get('_class_name')!r}, no UNet of diffusers")
-    for name, value in FIXED.items():
+    for name, value in (FIXED | {"resnet_out_scale_factor": 1}).items():  # one that UNet2DModel has not
         if config.get(name, value) != value:
             raise LayoutError(f"config.json: {name} is {config[name]!r}, ours can do {value!r} only")
     for name in REFUSED:

@@ -84,8 +84,11 @@ def placed(index: Path) -> dict[str, str]:
 
 
 def unpickled(path: Path, target: Path) -> None:
-    """Write the tensors of a pickled file as safetensors, in a separate process."""
-    command = [sys.executable, "-m", "dd_core.layouts.unpickle", str(path), str(target)]
+    """Write the tensors of a pickled file as safetensors, in a separate process.
+
+    That process imports nothing from the directory it is in (-P), which may be where the file came from.
+    """
+    command = [sys.executable, "-P", "-m", "dd_core.layouts.unpickle", str(path), str(target)]
     try:
         done = subprocess.run(  # noqa: S603 our own interpreter, paths as arguments
             command,

@@ -1,5 +1,6 @@
 """A declared source and its file -> networks of ours with their weights."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -123,7 +124,13 @@ def autoencoder(
 
 
 def scaled(scale: float) -> dict[str, Tensor]:
-    """The moments of latents whose deviation is one over `scale`."""
+    """The moments of latents whose deviation is one over `scale`.
+
+    Raises:
+        LayoutError: No latents have such a scale.
+    """
+    if not (math.isfinite(scale) and scale > 0):
+        raise LayoutError(f"the scale of latents is {scale:g}; it must be a number above 0")
     return {"moments": torch.tensor([0.0, scale**-2]), "observed": torch.tensor(0)}
 
 

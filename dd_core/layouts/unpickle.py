@@ -7,6 +7,7 @@ and writes safetensors.
 
 import resource
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def main(source: Path, target: Path) -> None:
 
 def pickled(source: Path) -> Any:
     """The content of a file of torch.save; of a training checkpoint only its `state_dict`."""
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
+    listed = zipfile.is_zipfile(source)  # files of torch before 1.6 are not, and what they name is not listed
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(source)) if listed else []
     safe: list[Any] = [(Nothing, known) for known in foreign if known.startswith(FOREIGN)]
     with torch.serialization.safe_globals(safe):
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=False)

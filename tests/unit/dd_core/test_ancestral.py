@@ -96,6 +96,16 @@ def error(var: float, sigma: float) -> Tensor:
     return torch.tensor(var * sigma**2 / (var + sigma**2), dtype=torch.float64)
 
 
+def test_a_seed_s_noise_is_the_same_whatever_numbers_are_the_default() -> None:
+    like = torch.empty(1, 3, 8, 8, dtype=torch.float32)
+    usual = SeededNoise([1])(like)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(SeededNoise([1])(like), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("sigma", "s"), [(90.0, 80.0), (5.0, 0.1), (1.0, 0.9), (0.3, 0.01)])
 @pytest.mark.parametrize("var", [0.01, 0.25, 1.0, 30.0])
 def test_the_analytic_variance_is_that_of_the_true_posterior_of_a_gaussian(

@@ -1,5 +1,6 @@
 """What specs alone can say: who hears a negative prompt, and what of a request a hop would refuse."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -168,3 +169,21 @@ def test_a_guide_of_another_size_is_refused_by_specs_and_by_the_hop(
     assert told(lambda: refuse_request(spec, how, guides, led.asked(1))) == by_hop
     asked_of_it = "classes" in scores or spec is chains.LATENT
     assert bool(by_hop) == (asked_of_it and reads != 16)
+
+
+@pytest.mark.parametrize(
+    ("captions", "seeds", "negatives", "said"),
+    [
+        ((), [], (), "0 captions"),
+        (("a", "b"), [1], (), "2 captions, {'seeds': 1, 'negatives': 0}: give one of each for each image"),
+        (("a",), [1, 2], (), "1 captions, {'seeds': 2"),
+        (("a", "b"), [1, 2], ("c",), "'negatives': 1}"),
+        (("a",), [2**32], (), "each must be from 0 to 2**32 - 1"),
+        (("a",), [-1], (), "each must be from 0 to 2**32 - 1"),
+    ],
+)
+def test_what_is_asked_for_has_a_caption_and_a_seed_for_each_image(
+    captions: tuple[str, ...], seeds: list[int], negatives: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        requested(captions, seeds, 12, negatives=negatives)

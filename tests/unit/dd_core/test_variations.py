@@ -45,6 +45,11 @@ def painted(hop: Encoder, code: Code, how: SamplingSpec = HOW, seed: int = 3) ->
     return image
 
 
+def test_a_single_step_finds_no_noise() -> None:
+    with pytest.raises(ValueError, match="a picture's noise is found in 2 steps at least"):
+        encode(encoder(UNCLIP), asked(), HOW.but(num_steps=1))
+
+
 def test_a_code_paints_its_picture_the_better_the_more_steps_and_eta_varies_it() -> None:
     hop = encoder(UNCLIP)
     errors = []

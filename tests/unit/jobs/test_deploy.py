@@ -92,6 +92,23 @@ def test_a_deployment_that_fails_names_the_way_back_before_anything_is_changed_a
     assert serve.told == [CONFIG.fields["applications"][0], serve.former]  # some hops may be new by now
 
 
+def test_what_somebody_deploys_over_a_cascade_that_fails_stays_on_the_air(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Busy(Serve):
+        def put(self, path: str, fields: dict[str, Any]) -> None:
+            super().put(path, fields)
+            self.former = self.former | {"args": self.former["args"] | {"digest": "c" * 64}}
+
+    monkeypatch.setenv("DDIFF_STORAGE", str(tmp_path))
+    serve = Busy(caplog)
+    monkeypatch.setattr(deploy, "Dashboard", lambda address: serve)
+    with pytest.raises(deploy.DeployError):
+        deploy.deploy(CONFIG, serve.address)
+    assert serve.told == CONFIG.fields["applications"]
+    assert f"{'c' * 12}, deployed by another meanwhile, stays on the air" in caplog.text
+
+
 def test_a_cascade_is_deployed_over_one_of_another_ddiff_which_is_put_back_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

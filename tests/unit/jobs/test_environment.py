@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import httpx
 import pytest
 
 from jobs import dashboard, environment, ray_session, signals
@@ -31,6 +32,29 @@ def test_the_object_store_is_larger_where_gpus_take_the_data(tmp_path: Path) -> 
     (tmp_path / "shm").mkdir()
     free = shutil.disk_usage(tmp_path).free
     assert ray_session.object_store_bytes(tmp_path) == pytest.approx(max(2**30, free / 4), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "excepted", "found"),
+    [
+        ("", "intern", "intern"),
+        ("http://proxy:3128", "", "localhost,127.0.0.1,::1"),
+        ("http://proxy:3128", "intern, localhost", "intern,localhost,127.0.0.1,::1"),
+    ],
+)
+def test_no_proxy_is_shown_what_is_for_this_machine(
+    proxy: str, excepted: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in environment.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", excepted)
+    environment.reach_this_machine_directly()
+    assert os.environ["NO_PROXY"] == found
+    with httpx.Client() as client:
+        for url in ("http://127.0.0.1:8265", "http://localhost:8265"):
+            assert client._transport_for_url(httpx.URL(url)) is client._transport or not proxy
 
 
 def test_a_new_token_can_be_read_by_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,50 @@ def test_scores_that_lack_pictures_are_no_scores_of_a_version(
     assert (registry.tags, registry.metrics) == ({}, {})
 
 
+def test_scores_of_an_endpoint_that_has_changed_meanwhile_are_written_nowhere(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judging(monkeypatch, GOOD)
+    path = summary(tmp_path / "run", evaluation=ASKED.fingerprint())
+    now = iter([DIGEST, "e" * 64])
+    monkeypatch.setattr(recording, "served", lambda url: next(now))
+    with pytest.raises(NoPainterError, match=r"http://x serves e{12} by now, not d{12}: nothing is recorded"):
+        judge_and_record("http://x", ASKED)
+    assert json.loads(path.read_text())["oracle"] == {}
+    assert not registry.tags
+
+
+def test_scores_of_a_run_of_another_machine_are_noted_and_nothing_is_made_here(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judging(monkeypatch, GOOD)
+    assert judge_and_record("http://x", ASKED) == GOOD
+    assert not (tmp_path / "run").exists()
+    assert f"the run in {tmp_path / 'run'} is not on this machine" in caplog.text
+    assert registry.tags["2"]["score.all"] == "0.5"
+
+
+def test_a_run_that_has_gone_on_meanwhile_keeps_its_own_scores(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = summary(tmp_path / "run", evaluation=ASKED.fingerprint())
+    judging(monkeypatch, GOOD)
+    judged = recording.judge_and_keep
+
+    def meanwhile(*asked: Any) -> dict[str, Any]:
+        summary(tmp_path / "run", evaluation=ASKED.fingerprint(), digest="e" * 64)
+        return judged(*asked)
+
+    monkeypatch.setattr(recording, "judge_and_keep", meanwhile)
+    judge_and_record("http://x", ASKED)
+    assert json.loads(path.read_text()) == {
+        "digest": "e" * 64,
+        "oracle": {},
+        "evaluation": ASKED.fingerprint(),
+    }
+    assert registry.tags
+
+
 def test_a_cascade_that_nobody_knows_is_judged_and_said_to_be_unknown(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

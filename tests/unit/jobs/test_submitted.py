@@ -231,8 +231,16 @@ def test_nothing_is_handed_to_a_cluster_elsewhere_that_asks_for_no_token(
             assert (done.exit_code, "runs code for anybody" in done.stderr) == (2, True), done.stderr
             assert "--insecure" in done.stderr
             assert "runs code for anybody" not in ddiff(*words, "--address", address, "--insecure").stderr
+        monkeypatch.setattr(Door, "status", 308)
+        with pytest.raises(
+            dashboard.DashboardError, match="says 308 to who shows no token, which is neither yes"
+        ):
+            dashboard.refuse_open(address)
         monkeypatch.setattr(Door, "status", 401)
         dashboard.refuse_open(address)
+        for more in ("/#/jobs", "/?a=1"):
+            with pytest.raises(dashboard.DashboardError, match="leave out what follows `#` or `\\?`"):
+                dashboard.refuse_open(address + more)
 
 
 def has_ipv6() -> bool:

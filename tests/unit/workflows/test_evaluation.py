@@ -154,6 +154,26 @@ def test_a_cascade_of_classes_is_asked_for_the_class_of_each_scene_and_no_other_
             assert asked == wanted
 
 
+class Changing(Easel):
+    """Has another cascade after some pictures."""
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        super().send_response(code, message)
+        if self.command == "POST":
+            self.send_header("x-model-version", ("a" if len(self.asked) < 3 else "b") * 64)
+
+
+def test_pictures_of_two_cascades_are_no_judgement_of_either() -> None:
+    Changing.asked.clear()
+    with (
+        answering(Changing) as url,
+        pytest.raises(
+            NoPainterError, match=r"was changed while it was asked: a{12} and b{12} painted; ask again"
+        ),
+    ):
+        evaluate_endpoint(url, EvaluationSpec(captions=8))
+
+
 def test_wilson_interval_has_its_known_values() -> None:
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)

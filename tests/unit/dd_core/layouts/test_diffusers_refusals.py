@@ -43,6 +43,7 @@ FIRST = {
             (PLAIN, {name: "other"}, f"{name} is 'other', ours can do {value!r} only")
             for name, value in diffusers_config.FIXED.items()
         ),
+        (TOLD, {"resnet_out_scale_factor": 2.0}, "resnet_out_scale_factor is 2.0, ours can do 1 only"),
         *((TOLD, {name: 7}, f"{name} is 7, which ours cannot do") for name in diffusers_config.REFUSED),
         (TOLD, {"class_embed_type": "timestep"}, "is 'timestep', ours can do 'projection' only"),
         (PLAIN, {"attn_norm_num_groups": 4}, "attn_norm_num_groups is 4, ours can do 8 only"),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dd_core
 from dd_core.layouts import ldm
 from dd_core.layouts.adm import AdmLayout, unet_moves
 from dd_core.layouts.files import weights_in
-from dd_core.layouts.importing import imported, moves_of
+from dd_core.layouts.importing import imported, moves_of, scaled
 from dd_core.layouts.moves import LayoutError, fitted, folded, inward, outward, regrouped, unfolded
 from dd_core.layouts.published import published
 from dd_core.nets.network import build
@@ -137,6 +138,9 @@ def test_a_source_of_two_files_wants_two() -> None:
         imported(published()["glide-clip"], [{}], averaged=True)
 
 
+ROOT = Path(dd_core.__file__).resolve().parents[1]
+
+
 class Evil:
     """Runs code when it is unpickled without care."""
 
@@ -158,3 +162,28 @@ def test_pickled_files_are_read_and_those_that_run_code_are_not(tmp_path: Path) 
         weights_in(tmp_path / "broken.safetensors")
     with pytest.raises(FileNotFoundError):
         weights_in(tmp_path / "absent.pt")
+
+
+def test_a_pickled_file_of_torch_before_1_6_is_read_with_the_same_care(tmp_path: Path) -> None:
+    weights = {"weight": torch.arange(6.0).view(2, 3)}
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(weights_in(tmp_path / "old.pt")["weight"], weights["weight"])
+    torch.save(weights | {"more": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(LayoutError, match=r"evil\.pt is not safe to read"):
+        weights_in(tmp_path / "evil.pt")
+
+
+def test_what_lies_beside_a_pickled_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "good.pt")
+    for name in ("safetensors.py", "torch.py"):
+        (tmp_path / name).write_text("open('PWNED', 'w').close()")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # not `.`, if it was that
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(weights_in(Path("good.pt"))["weight"], torch.ones(2))
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+def test_latents_have_no_scale_that_is_no_number_above_zero(scale: float) -> None:
+    with pytest.raises(LayoutError, match="it must be a number above 0"):
+        scaled(scale)
