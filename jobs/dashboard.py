@@ -146,7 +146,7 @@ def refuse_open(address: str, *, unless: str = "say --insecure") -> None:
     if status != httpx.codes.OK:
         raise DashboardError(
             f"{address}/api/version says {status} to who shows no token, which is neither yes nor no; give "
-            "the dashboard itself, such as http://HEAD:8265, with nothing before it that answers for it"
+            f"the dashboard itself, such as http://HEAD:8265, with nothing that answers for it, or {unless}"
         )
     says = (
         f"{address} runs code for anybody who reaches it: start it with RAY_AUTH_MODE=token and "

@@ -272,8 +272,9 @@ def put_back(dashboard: Dashboard, former: Config, *, instead_of: Config) -> Non
     try:
         details = dashboard.get(SERVE)
         now = on_air(details)
-        if now and now.args["digest"] not in (former.args["digest"], instead_of.args["digest"]):
-            log.warning("%s, deployed by another meanwhile, stays on the air", now.args["digest"][:12])
+        if now is None or now.args["digest"] not in (former.args["digest"], instead_of.args["digest"]):
+            left = f"{now.args['digest'][:12]}, deployed" if now else "what is left, deleted"
+            log.warning("%s by another meanwhile, stays; nothing is put back", left)
             return
         dashboard.put(SERVE, beside_others(former, details))
     except DashboardError as error:

@@ -114,31 +114,32 @@ def look_ahead(spec: RunSpec, way: Way) -> None:
         log.warning("%s", NOTHING_HELD_OUT)
 
 
-def judge_endpoint(url: str, way: Way, *, keep: Path | None = None) -> dict[str, Any]:
+def judge_endpoint(url: str, way: Way, *, keep: Path | None = None, digest: str = "") -> dict[str, Any]:
     """The scores of whatever is served there.
 
     Args:
         url: Such as http://127.0.0.1:8000.
         way: How to judge.
         keep: Directory for the pictures and what was said of each.
+        digest: Of the cascade that is to be judged; empty: any one.
 
     Raises:
-        NoPainterError: Nothing answers there.
+        NoPainterError: Nothing answers there, or another cascade.
         ValueError: There is no judge.
         The errors of evaluate_own.
     """
     if way.by == "oracle":
-        return evaluate_endpoint(url, way.spec, keep=keep)
+        return evaluate_endpoint(url, way.spec, keep=keep, digest=digest)
     if way.own is None:
         raise ValueError(NO_JUDGE)
-    return evaluate_own(url, way.spec, way.own, keep=keep)
+    return evaluate_own(url, way.spec, way.own, keep=keep, digest=digest)
 
 
-def judge_and_keep(url: str, way: Way, home: Home, place: str) -> dict[str, Any]:
+def judge_and_keep(url: str, way: Way, home: Home, place: str, *, digest: str = "") -> dict[str, Any]:
     """`judge_endpoint`; pictures and verdicts replace those in a directory of the run once it has ended."""
     fresh = home.here / f"{place}.new"
     shutil.rmtree(fresh, ignore_errors=True)
-    scores = judge_endpoint(url, way, keep=fresh)
+    scores = judge_endpoint(url, way, keep=fresh, digest=digest)
     home.drop(place)
     fresh.rename(home.here / place)
     return scores

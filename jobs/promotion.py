@@ -28,9 +28,7 @@ def promote(wanted: str, alias: str, *, force: bool, url: str = "") -> dict[str,
         if why := running.missing(url.rstrip("/"), candidate.digest):
             raise DeployError(f"{url} does not serve {wanted}: {why}")
         way = way_in(candidate.tags)
-        scores = judge_endpoint(url, way)
-        if why := running.missing(url.rstrip("/"), candidate.digest):
-            raise DeployError(f"{url} no longer serves {wanted}, so it is not judged: {why}")
+        scores = judge_endpoint(url, way, digest=candidate.digest)
         if not whole(scores):
             raise DeployError(f"{url}: {scores['failed']} of {scores['n']} pictures did not come; try again")
         candidate = models.note(candidate, score_tags(way, scores))

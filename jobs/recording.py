@@ -31,7 +31,7 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
     as its run is.
 
     Raises:
-        NoPainterError: No cascade of ours answers there; nothing has been judged.
+        NoPainterError: No cascade of ours answers there, or another one meanwhile; nothing has been recorded.
         RegistryError: MLflow does not answer; if it did before the judging, the scores are in the run's
             directory.
         The errors of judge_endpoint.
@@ -48,11 +48,10 @@ def judge_and_record(url: str, way: Way) -> dict[str, Any]:
     facts = home.facts("summary.json") if home else {}
     own = (facts.get("digest"), facts.get("evaluation")) == (digest, way.fingerprint())
     place = "evaluation" if own else f"evaluation-{way.fingerprint()[:8]}"
-    scores = judge_and_keep(url, way, home, place) if home else judge_endpoint(url, way)
-    if (now := served(url)) != digest:
-        raise NoPainterError(
-            f"{url} serves {now[:12]} by now, not {digest[:12]}: nothing is recorded; ask again"
-        )
+    if home:
+        scores = judge_and_keep(url, way, home, place, digest=digest)
+    else:
+        scores = judge_endpoint(url, way, digest=digest)
     if home:
         home.write(f"{place}/scores.json", json.dumps(scores, indent=2))
         home.send(place)

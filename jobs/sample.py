@@ -210,8 +210,11 @@ def state_of(order: Order, cascade: CascadeSpec) -> CascadeState:
 def painted(plan: Plan, seed: int, name: str) -> Float[Tensor, " 1 3 h w"]:
     """One picture through the hops of the cascade of this name."""
     state = plan.state._replace(seeds=[seed])
-    for hop, chosen in zip(plan.hops, plan.how, strict=True):
-        state = run(hop, state, chosen)
+    try:
+        for hop, chosen in zip(plan.hops, plan.how, strict=True):
+            state = run(hop, state, chosen)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"cascade {name}, seed {seed}: {error}") from None
     if state.image is None:
         raise ValueError(
             f"cascade {name}: its last hop paints no image; a base or an upsampler must come last"

@@ -120,7 +120,9 @@ def reading(clip: Clip) -> Judge:
     return Judge(pictures, captions)
 
 
-def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | None = None) -> dict[str, Any]:
+def evaluate_own(
+    url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | None = None, digest: str = ""
+) -> dict[str, Any]:
     """Paint captions of own data through an endpoint and have the pictures judged.
 
     A picture that is missing counts among `failed`, as one whose cosine is 0 and whose caption is not found.
@@ -130,6 +132,7 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
         spec: How many captions, and which.
         own: The data and the judge.
         keep: Directory for the pictures (00000.png), the true ones (00000-true.png) and verdicts.jsonl.
+        digest: Of the cascade that is to paint them; empty: any one.
 
     Returns:
         cosine, r_precision, true_cosine, true_r_precision; intervals: name -> [low, high] at 95 %; n; failed;
@@ -137,7 +140,7 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
         trained on these captions with this data; judge: name, digest, taught.
 
     Raises:
-        NoPainterError: No server that paints answers there; nothing has been judged.
+        NoPainterError: No server that paints answers there, or another cascade; nothing has been judged.
         ValueError: There is no such judge.
         DataError: The data is damaged, or has no two captions that differ.
         StorageError: A store is away.
@@ -145,7 +148,7 @@ def evaluate_own(url: str, spec: EvaluationSpec, own: OwnData, *, keep: Path | N
     data, judge = Home.of(own.data), judge_of(own.clip)
     places, held_out = chosen(data, spec.captions, seed=spec.seed, label=spec.label)
     captions = [place.caption for place in places]
-    answers = answered(url, [Wish(place.caption, place.label) for place in places], spec)
+    answers = answered(url, [Wish(place.caption, place.label) for place in places], spec, digest=digest)
     painted = [answer.png for answer in answers]
     truth = true_pictures(data, places, side_of(painted))
     if keep is not None:

@@ -32,7 +32,9 @@ class Verdict(NamedTuple):
     failure: str
 
 
-def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = None) -> dict[str, Any]:
+def evaluate_endpoint(
+    url: str, spec: EvaluationSpec, *, keep: Path | None = None, digest: str = ""
+) -> dict[str, Any]:
     """Paint every caption through an endpoint and judge the pictures.
 
     A request that fails is retried; if the last attempt fails too, its picture counts as one in which
@@ -42,16 +44,18 @@ def evaluate_endpoint(url: str, spec: EvaluationSpec, *, keep: Path | None = Non
         url: Of the server, such as http://127.0.0.1:8000.
         spec: Which captions.
         keep: Directory for the pictures (00000.png and on) and verdicts.jsonl.
+        digest: Of the cascade that is to paint them; empty: any one.
 
     Returns:
         Share right: all, one_object, two_object, unseen, each attribute; n; failed; intervals: name ->
         [low, high] at 95 %; precision (`computed_in`).
 
     Raises:
-        NoPainterError: No server that paints answers there; nothing has been judged.
+        NoPainterError: No server that paints answers there, or another cascade; nothing has been judged.
     """
     asked = spec.cases()
-    answers = answered(url, [Wish(case.caption, label_of(case.meta, spec.label)) for case in asked], spec)
+    wishes = [Wish(case.caption, label_of(case.meta, spec.label)) for case in asked]
+    answers = answered(url, wishes, spec, digest=digest)
     if keep is not None:
         keep_pictures(keep, answers)
     verdicts = [verdict(case, answer) for case, answer in zip(asked, answers, strict=True)]

@@ -54,12 +54,17 @@ class NoPainterError(ValueError):
     """No server that paints answers at this address."""
 
 
-def answered(url: str, wishes: Sequence[Wish], spec: EvaluationSpec) -> list[Answer]:
+def answered(url: str, wishes: Sequence[Wish], spec: EvaluationSpec, *, digest: str = "") -> list[Answer]:
     """One picture of each caption and class, the first with the seed of the spec, the next with the next one.
 
+    Args:
+        url: Of the server.
+        wishes: What to ask for.
+        spec: How.
+        digest: Of the cascade that is to answer; empty: any one.
+
     Raises:
-        NoPainterError: Nothing answers there, or a server that paints no pictures, or first one cascade and
-            then another.
+        NoPainterError: Nothing answers there, or a server that paints no pictures, or another cascade.
     """
     with (
         client_of(url, spec.timeout_s) as client,
@@ -76,9 +81,11 @@ def answered(url: str, wishes: Sequence[Wish], spec: EvaluationSpec) -> list[Ans
                 answers[number] = answer
     if all(answer.failure.startswith(NOT_THERE) for answer in answers):
         raise NoPainterError(f"{url} paints no pictures ({answers[0].failure}); {ADDRESS}")
-    if len(painters := {answer.cascade for answer in answers if not answer.failure}) > 1:
-        these = " and ".join(sorted(digest[:12] or "another" for digest in painters))
-        raise NoPainterError(f"{url} was changed while it was asked: {these} painted; ask again")
+    painters = {answer.cascade for answer in answers if not answer.failure}
+    if len(painters | ({digest} - {""})) > 1:
+        these = " and ".join(sorted(one[:12] or "another" for one in painters))
+        wanted = f", {digest[:12]} was to be asked" if digest else ""
+        raise NoPainterError(f"{url} was changed while it was asked: {these} painted{wanted}; ask again")
     return answers
 
 

@@ -196,7 +196,7 @@ def missing_counted(url: str, rows: int, rejects: Counter[str], firsts: dict[str
     if missing := max(0, promised - rows):
         rejects[MISSING] = missing
         firsts[MISSING] = ("", f"{rows:,} samples, {redacted(beside(url))} says {promised:,}")
-    return True
+    return promised >= rows - rejects[DAMAGE]  # a count of fewer than were read is of another shard
 
 
 def looked_at(shard: int, url: str, spec: PairsSpec) -> Part:

@@ -106,7 +106,7 @@ def test_what_somebody_deploys_over_a_cascade_that_fails_stays_on_the_air(
     with pytest.raises(deploy.DeployError):
         deploy.deploy(CONFIG, serve.address)
     assert serve.told == CONFIG.fields["applications"]
-    assert f"{'c' * 12}, deployed by another meanwhile, stays on the air" in caplog.text
+    assert f"{'c' * 12}, deployed by another meanwhile, stays; nothing is put back" in caplog.text
 
 
 def test_a_cascade_is_deployed_over_one_of_another_ddiff_which_is_put_back_as_it_was(

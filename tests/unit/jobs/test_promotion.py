@@ -27,7 +27,8 @@ def test_a_candidate_is_judged_as_its_run_says_before_it_is_compared(monkeypatch
     monkeypatch.setattr(promotion.running, "missing", lambda *_: "")
     asked: list[Way] = []
 
-    def judged(url: str, how: Way) -> dict[str, Any]:
+    def judged(url: str, how: Way, *, digest: str) -> dict[str, Any]:
+        assert digest == candidate.digest
         asked.append(how)
         return {"r_precision": 0.5, "cosine": 0.3, "n": 7, "failed": 0, "intervals": {"r_precision": [0, 1]}}
 
@@ -65,9 +66,13 @@ def test_who_was_judged_elsewhere_or_in_part_takes_no_alias(
     monkeypatch.setattr(promotion, "registry", lambda _: models)
     monkeypatch.setattr(promotion.running, "missing", missing)
     monkeypatch.setattr(
-        promotion, "judge_endpoint", lambda *_: scores if not lacking else pytest.fail("it was judged")
+        promotion,
+        "judge_endpoint",
+        lambda *_, digest: (
+            scores if digest == candidate.digest and not lacking else pytest.fail("it was judged")
+        ),
     )
     with pytest.raises(DeployError) as refused:
         promotion.promote("mine@current", "production", force=True, url="http://x/")
     assert str(refused.value) == said
-    assert asked == [("http://x", candidate.digest)] * (1 if lacking else 2)  # before it is judged, and after
+    assert asked == [("http://x", candidate.digest)]

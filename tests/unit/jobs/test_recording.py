@@ -58,7 +58,8 @@ def summary(run: Path, **facts: Any) -> Path:
 
 
 def judging(monkeypatch: pytest.MonkeyPatch, scores: dict[str, Any]) -> None:
-    def judged(url: str, way: Way, *, keep: Path | None = None) -> dict[str, Any]:
+    def judged(url: str, way: Way, *, keep: Path | None = None, digest: str) -> dict[str, Any]:
+        assert digest == DIGEST
         if keep:
             keep.mkdir(parents=True)
             (keep / "verdicts.jsonl").write_text(str(scores))
@@ -95,7 +96,7 @@ def test_a_judging_that_is_cut_leaves_what_was_judged_before(
     summary(tmp_path / "run", evaluation=ASKED.fingerprint())
     kept = tmp_path / "run" / "evaluation" / "verdicts.jsonl"
 
-    def cut(url: str, way: Way, *, keep: Path) -> dict[str, Any]:
+    def cut(url: str, way: Way, *, keep: Path, digest: str) -> dict[str, Any]:
         keep.mkdir(parents=True)
         (keep / "00000.png").write_bytes(b"")
         raise KeyboardInterrupt
@@ -119,16 +120,22 @@ def test_scores_that_lack_pictures_are_no_scores_of_a_version(
     assert (registry.tags, registry.metrics) == ({}, {})
 
 
-def test_scores_of_an_endpoint_that_has_changed_meanwhile_are_written_nowhere(
+def test_of_an_endpoint_that_has_changed_meanwhile_nothing_is_kept(
     tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judging(monkeypatch, GOOD)
+    def judged(url: str, way: Way, *, keep: Path, digest: str) -> dict[str, Any]:
+        assert digest == DIGEST
+        raise NoPainterError(f"{url} was changed")
+
     path = summary(tmp_path / "run", evaluation=ASKED.fingerprint())
-    now = iter([DIGEST, "e" * 64])
-    monkeypatch.setattr(recording, "served", lambda url: next(now))
-    with pytest.raises(NoPainterError, match=r"http://x serves e{12} by now, not d{12}: nothing is recorded"):
+    kept = tmp_path / "run/evaluation/scores.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    monkeypatch.setattr(evaluate, "judge_endpoint", judged)
+    with pytest.raises(NoPainterError, match="http://x was changed"):
         judge_and_record("http://x", ASKED)
     assert json.loads(path.read_text())["oracle"] == {}
+    assert kept.read_text() == "{}"
     assert not registry.tags
 
 
@@ -149,9 +156,9 @@ def test_a_run_that_has_gone_on_meanwhile_keeps_its_own_scores(
     judging(monkeypatch, GOOD)
     judged = recording.judge_and_keep
 
-    def meanwhile(*asked: Any) -> dict[str, Any]:
+    def meanwhile(*asked: Any, digest: str) -> dict[str, Any]:
         summary(tmp_path / "run", evaluation=ASKED.fingerprint(), digest="e" * 64)
-        return judged(*asked)
+        return judged(*asked, digest=digest)
 
     monkeypatch.setattr(recording, "judge_and_keep", meanwhile)
     judge_and_record("http://x", ASKED)

@@ -130,7 +130,7 @@ def test_a_picture_that_is_not_finite_is_an_error_and_no_file(
     words = ["sample", PROMPT, "--cascade", str(cascade), "--out", str(tmp_path / "none"), "--seed", "3"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 5
-    assert "the network's answer is not finite; change the prompt or the guidance" in done.stderr
+    assert "seed 3: the network's answer is not finite; change the prompt or the guidance" in done.stderr
     assert not list((tmp_path / "none").glob("*.png"))
 
 

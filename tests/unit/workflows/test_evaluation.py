@@ -171,7 +171,15 @@ def test_pictures_of_two_cascades_are_no_judgement_of_either() -> None:
             NoPainterError, match=r"was changed while it was asked: a{12} and b{12} painted; ask again"
         ),
     ):
-        evaluate_endpoint(url, EvaluationSpec(captions=8))
+        evaluate_endpoint(url, EvaluationSpec(captions=8, concurrency=1))
+
+
+def test_a_cascade_that_was_not_to_be_judged_is_not() -> None:
+    with (
+        answering(Easel) as url,
+        pytest.raises(NoPainterError, match=r"another painted, e{12} was to be asked; ask again"),
+    ):
+        evaluate_endpoint(url, EvaluationSpec(captions=4), digest="e" * 64)
 
 
 def test_wilson_interval_has_its_known_values() -> None:
@@ -229,7 +237,8 @@ def test_an_endpoint_here_is_asked_past_the_proxies_of_the_environment(
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
     with client_of(moody_url, 20) as client:
         assert client.get("/health/live").json() == {"status": "live"}
     assert running.serving(moody_url)
