@@ -212,7 +212,7 @@ def painted(plan: Plan, seed: int, name: str) -> Float[Tensor, " 1 3 h w"]:
     state = plan.state._replace(seeds=[seed])
     try:
         for hop, chosen in zip(plan.hops, plan.how, strict=True):
-            state = run(hop, state, chosen)
+            state = run(hop, state, chosen, checked=True)
     except FloatingPointError as error:
         raise FloatingPointError(f"cascade {name}, seed {seed}: {error}") from None
     if state.image is None:

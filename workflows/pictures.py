@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dd_core import bundle, images
 from dd_core.bundle import Cascade
-from dd_core.cascade import CascadeState, drawn, requested
+from dd_core.cascade import CascadeState, requested, run
 from dd_core.denoiser import Denoiser
 from dd_core.noise import SeededNoise
 from dd_core.samplers import Sampling
@@ -120,7 +120,7 @@ def states(cascade: Cascade, prompt: str, seed: int, classes: int) -> Iterator[C
     """What travels down the cascade, after each hop."""
     state = asked_for(cascade, prompt, seed, classes)
     for hop, link in zip(cascade.hops, cascade.spec.hops, strict=True):
-        state = hop.finish(state, drawn(hop.denoiser, hop.start(state, link.how)))  # shown even if not finite
+        state = run(hop, state, link.how)
         yield state
 
 
