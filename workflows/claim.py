@@ -87,9 +87,10 @@ def locked(path: Path, text: str) -> Iterator[str]:
         yield before
 
 
-def holder(lease: str) -> str:
-    """The process that holds a lease, by the text of the lease."""
-    return str(parsed(lease).get("who", "another process"))
+def holder(*texts: str) -> str:
+    """The process that holds a lease, by texts that were read of it: one read while it is written is cut."""
+    named = (parsed(text).get("who") for text in texts)
+    return str(next(filter(None, named), "another process"))
 
 
 class Lease:
@@ -138,7 +139,7 @@ class Lease:
             if now is None:
                 return
             if now != theirs:
-                raise TakenError(holder(now))
+                raise TakenError(holder(now, theirs))
             if not told and time.monotonic() > until - DEAD_S + 2 * RENEW_S:
                 log.warning(
                     "%s: no sign of %s; going on in %g s if there is none",

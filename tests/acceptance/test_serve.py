@@ -92,11 +92,11 @@ def load(stage: str) -> int:
     return count
 
 
-def until(fact: Callable[[], bool]) -> None:
-    """Wait for it, with patience for a busy machine."""
+def until(found: Callable[[], float], wanted: float) -> None:
+    """Wait until a value is the one that is wanted, with patience for a busy machine."""
     end = time.monotonic() + 240
-    while not fact():
-        assert time.monotonic() < end
+    while (value := found()) != wanted:
+        assert time.monotonic() < end, f"it is {value:g}, not {wanted:g}"
         time.sleep(0.02)
 
 
@@ -136,10 +136,10 @@ def test_prometheus_is_told_of_images_refusals_waits_and_shared_steps(on_air: On
     with pytest.raises(openai.BadRequestError):
         client.images.generate(prompt="a", size="1x1")
     steps, base = TENTH["num_inference_steps"], {"deployment": "base"}
-    until(lambda: told_to_prometheus("ray_ddiff_denoised_samples_total", **base) == 3 * steps)
+    until(lambda: told_to_prometheus("ray_ddiff_denoised_samples_total", **base), 3 * steps)
     assert steps <= told_to_prometheus("ray_ddiff_denoise_step_seconds_count", **base) <= 3 * steps
     assert told_to_prometheus("ray_ddiff_queue_seconds_count", **base) == 3
-    until(lambda: told_to_prometheus("ray_ddiff_rejected_total", reason="unsupported_value") == 1)
+    until(lambda: told_to_prometheus("ray_ddiff_rejected_total", reason="unsupported_value"), 1)
     assert told_to_prometheus("ray_ddiff_images_total", deployment="Ingress") == 3
 
 
@@ -178,7 +178,7 @@ def test_the_client_s_patience_is_the_deadline_even_if_it_switches_serve_s_own_o
     ):
         client.images.generate(prompt="a", n=10, extra_body=LONG, extra_headers=headers)
     assert late.value.status_code == 504
-    until(lambda: load("base") == 0)
+    until(lambda: load("base"), 0)
 
 
 def test_an_image_is_the_same_whatever_is_served_beside_it(on_air: OnAir) -> None:
@@ -226,10 +226,10 @@ def test_a_client_that_hangs_up_frees_every_row(on_air: OnAir, headers: dict[str
     connection = http.client.HTTPConnection(on_air.url.removeprefix("http://"))
     body = json.dumps({"prompt": "a", "n": 8} | LONG)
     connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"} | headers)
-    until(lambda: load("base") == 8)
+    until(lambda: load("base"), 8)
     connection.close()
-    until(lambda: load("base") == 0)
-    until(lambda: counted().left == before.left + 1)
+    until(lambda: load("base"), 0)
+    until(lambda: counted().left, before.left + 1)
     assert counted().samples - before.samples < 8 * LONG["num_inference_steps"] / 2
 
 
@@ -239,7 +239,7 @@ def test_a_killed_replica_costs_a_retry_and_no_request(on_air: OnAir) -> None:
         client = openai.AsyncOpenAI(base_url=f"{on_air.url}/v1", api_key="none", max_retries=0)
         async with client:
             request = asyncio.create_task(client.images.generate(prompt="a", n=4, extra_body=LONG))
-            await asyncio.to_thread(until, lambda: load("base") == 4)
+            await asyncio.to_thread(until, lambda: load("base"), 4)
             await asyncio.to_thread(kill, "base")
             assert not request.done()  # it was hit
             return len((await request).data or [])
@@ -247,7 +247,7 @@ def test_a_killed_replica_costs_a_retry_and_no_request(on_air: OnAir) -> None:
     before = replicas("base").keys()
     assert before
     assert asyncio.run(ask()) == 4
-    until(lambda: len(replicas("base")) == len(before))
+    until(lambda: len(replicas("base")), len(before))
     assert not before & replicas("base").keys()
 
 
@@ -271,9 +271,9 @@ def test_a_stop_lets_what_is_in_work_finish_and_takes_in_no_more(
     client = on_air.client(max_retries=0)
     with ThreadPoolExecutor(2) as pool:
         working = pool.submit(client.images.generate, prompt="a", n=4, extra_body=LONG)
-        until(lambda: load("base") > 0)
+        until(lambda: load("base") > 0, True)
         draining = pool.submit(running.drain, 600, hurried=threading.Event())
-        until(lambda: httpx.get(f"{on_air.url}/health/ready", timeout=20).status_code == 503)
+        until(lambda: httpx.get(f"{on_air.url}/health/ready", timeout=20).status_code, 503)
         with pytest.raises(openai.InternalServerError, match="the server is stopping"):
             client.images.generate(prompt="a")
         assert len(working.result().data or []) == 4

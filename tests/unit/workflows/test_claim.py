@@ -129,6 +129,18 @@ def test_one_that_was_cut_is_watched_as_any_other_and_then_taken_over(
         assert there(run)
 
 
+@pytest.mark.parametrize("texts", [("", "whole"), ("whole", "")], ids=["first", "second"])
+def test_one_that_is_read_while_it_is_written_tells_who_works_there_all_the_same(
+    texts: tuple[str, str], run: Home, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease(run, LEASE, "process 7 on a")
+    reads = [lease.text() if text == "whole" else text for text in texts]
+    monkeypatch.setattr(Lease, "seen", lambda _: reads.pop(0))
+    with pytest.raises(TakenError, match="^process 7 on a$"):
+        claim(run, "lock").__enter__()
+    assert not reads
+
+
 def test_the_next_start_on_the_machine_of_one_that_was_killed_does_not_wait(
     run: Home, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
