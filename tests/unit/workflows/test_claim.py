@@ -136,7 +136,7 @@ def test_one_that_is_read_while_it_is_written_tells_who_works_there_all_the_same
     lease = Lease(run, LEASE, "process 7 on a")
     reads = [lease.text() if text == "whole" else text for text in texts]
     monkeypatch.setattr(Lease, "seen", lambda _: reads.pop(0))
-    with pytest.raises(TakenError, match="^process 7 on a$"):
+    with pytest.raises(TakenError, match=r"^process 7 on a$"):
         claim(run, "lock").__enter__()
     assert not reads
 
