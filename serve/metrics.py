@@ -1,7 +1,8 @@
 """What Prometheus is told beside Ray Serve's own metrics; every node of Ray exports it, as ray_ddiff_...
 
 Ray Serve adds the tags deployment (of a hop its stage), replica and application.  The sums of histograms are
-Ray's estimates from their buckets, their counts are exact (Ray 2.60).
+Ray's estimates from their buckets, their counts are exact (Ray 2.60) but for what a node's agent, held up by
+a busy machine, does not hear: processes tell it what is new since the last time, and once.
 """
 
 from ray.serve.metrics import Counter, Histogram

@@ -129,18 +129,65 @@ def told_to_prometheus(name: str, **tags: str) -> float:
     )
 
 
+class Told(NamedTuple):
+    """What Prometheus is told."""
+
+    samples: float
+    """That the hop base has denoised, counted anew at every step."""
+    steps: float
+    waits: float
+    refused: float
+    painted: float
+    left: float
+    """Clients that went away."""
+
+
+def told() -> Told:
+    """What it is told, as soon as it is told nothing new any more: processes tell it now and then."""
+    base, ingress = {"deployment": "base"}, {"deployment": "Ingress"}
+    found = None
+    while found != (
+        now := Told(
+            told_to_prometheus("ray_ddiff_denoised_samples_total", **base),
+            told_to_prometheus("ray_ddiff_denoise_step_seconds_count", **base),
+            told_to_prometheus("ray_ddiff_queue_seconds_count", **base),
+            told_to_prometheus("ray_ddiff_rejected_total", reason="unsupported_value"),
+            told_to_prometheus("ray_ddiff_images_total", **ingress),
+            told_to_prometheus("ray_ddiff_cancelled_total", **ingress),
+        )
+    ):
+        found = now
+        time.sleep(4 * TOLD_EVERY_S)
+    return now
+
+
+def told_of(act: Callable[[], None], whole: Callable[[Told], bool]) -> Told:
+    """What it is told of something, done once more, and again, if that is not the whole.
+
+    Ray's processes tell their node's agent what is new since the last time, and once (2.60): what an agent
+    that a busy machine holds up does not hear in time is lost.
+    """
+    for _ in range(3):
+        before = told()
+        act()
+        found = Told(*(now - then for now, then in zip(told(), before, strict=True)))
+        if whole(found):
+            break
+    return found
+
+
 def test_prometheus_is_told_of_images_refusals_waits_and_shared_steps(on_air: OnAir) -> None:
-    """The first test here: its requests are all that have been counted."""
     client = on_air.client(max_retries=0)
-    client.images.generate(prompt="a", n=3, extra_body=TENTH)
-    with pytest.raises(openai.BadRequestError):
-        client.images.generate(prompt="a", size="1x1")
-    steps, base = TENTH["num_inference_steps"], {"deployment": "base"}
-    until(lambda: told_to_prometheus("ray_ddiff_denoised_samples_total", **base), 3 * steps)
-    assert steps <= told_to_prometheus("ray_ddiff_denoise_step_seconds_count", **base) <= 3 * steps
-    assert told_to_prometheus("ray_ddiff_queue_seconds_count", **base) == 3
-    until(lambda: told_to_prometheus("ray_ddiff_rejected_total", reason="unsupported_value"), 1)
-    assert told_to_prometheus("ray_ddiff_images_total", deployment="Ingress") == 3
+    steps = TENTH["num_inference_steps"]
+
+    def ask() -> None:
+        client.images.generate(prompt="a", n=3, extra_body=TENTH)
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(prompt="a", size="1x1")
+
+    found = told_of(ask, lambda told: told.samples == 3 * steps and told.refused == 1)
+    assert found._replace(steps=0) == Told(3 * steps, 0, waits=3, refused=1, painted=3, left=0)
+    assert steps <= found.steps <= 3 * steps
 
 
 def test_the_official_client_gets_the_images_that_the_cascade_paints_offline(on_air: OnAir) -> None:
@@ -197,40 +244,21 @@ def test_an_image_is_the_same_whatever_is_served_beside_it(on_air: OnAir) -> Non
     assert asyncio.run(crowd()) == [alone, alone]
 
 
-class Counted(NamedTuple):
-    """What Prometheus is told."""
-
-    samples: float
-    """That the hop base has denoised."""
-    left: float
-    """Clients that went away."""
-
-
-def counted() -> Counted:
-    """What Prometheus is told, as soon as it is told nothing new any more: processes tell it now and then."""
-    found = None
-    while found != (
-        now := Counted(
-            told_to_prometheus("ray_ddiff_denoised_samples_total", deployment="base"),
-            told_to_prometheus("ray_ddiff_cancelled_total", deployment="Ingress"),
-        )
-    ):
-        found = now
-        time.sleep(4 * TOLD_EVERY_S)
-    return now
-
-
 @pytest.mark.parametrize("headers", [{}, {"x-request-disconnect-disabled": "?1"}], ids=["plain", "forbidden"])
 def test_a_client_that_hangs_up_frees_every_row(on_air: OnAir, headers: dict[str, str]) -> None:
-    before = counted()
-    connection = http.client.HTTPConnection(on_air.url.removeprefix("http://"))
-    body = json.dumps({"prompt": "a", "n": 8} | LONG)
-    connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"} | headers)
-    until(lambda: load("base"), 8)
-    connection.close()
-    until(lambda: load("base"), 0)
-    until(lambda: counted().left, before.left + 1)
-    assert counted().samples - before.samples < 8 * LONG["num_inference_steps"] / 2
+    def hang_up() -> None:
+        connection = http.client.HTTPConnection(on_air.url.removeprefix("http://"))
+        body = json.dumps({"prompt": "a", "n": 8} | LONG)
+        connection.request(
+            "POST", "/v1/images/generations", body, {"content-type": "application/json"} | headers
+        )
+        until(lambda: load("base"), 8)
+        connection.close()
+        until(lambda: load("base"), 0)
+
+    found = told_of(hang_up, lambda told: told.left == 1)
+    assert found.left == 1
+    assert found.samples < 8 * LONG["num_inference_steps"] / 2
 
 
 @pytest.mark.fault
