@@ -192,12 +192,16 @@ def reopened(what: Embeddings) -> dict[int, Part]:
 
 def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
     """Write the files that are missing and hand out each as it is done."""
-    todo = [{"file": number} for number in range(len(what.files)) if number not in known]
+    todo = [number for number in range(len(what.files)) if number not in known]
     if not todo:
         return
     gpus = int(ray.cluster_resources().get("GPU", 0))
     few = what.images < PROCESS_IMAGES and weight_of(what) < SMALL
-    for report in reported_here(what, todo) if few and not gpus else reported_by_tasks(what, todo, gpus):
+    if few and not gpus:
+        reports = reported_here(what, todo)
+    else:
+        reports = reported_by_tasks(what, todo, gpus, "cuda" if gpus else "cpu")
+    for report in reports:
         if report["damage"]:
             raise DataError(report["damage"])
         if report["error"]:
@@ -207,18 +211,17 @@ def written(what: Embeddings, known: dict[int, Part]) -> Iterator[Part]:
         yield Part.model_validate_json(report["part"])
 
 
-def reported_here(what: Embeddings, todo: list[dict[str, int]]) -> Iterator[dict[str, Any]]:
+def reported_here(what: Embeddings, todo: list[int]) -> Iterator[dict[str, Any]]:
     """The reports, made in this process: that is done before another one would have started."""
     threads = torch.get_num_threads()
     try:
-        numbers = np.array([one["file"] for one in todo])
-        for report in reported({"file": numbers}, what=what, device="cpu"):
+        for report in reported({"files": np.array([todo])}, what=what, device="cpu"):
             yield {name: column.item() for name, column in report.items()}
     finally:
         torch.set_num_threads(threads)
 
 
-def reported_by_tasks(what: Embeddings, todo: list[dict[str, int]], gpus: int) -> Iterator[dict[str, Any]]:
+def reported_by_tasks(what: Embeddings, todo: list[int], gpus: int, device: str) -> Iterator[dict[str, Any]]:
     """The reports of many tasks.
 
     Tasks, not actors: when one ends, the CLIP leaves memory and the process is free for the next task.
@@ -227,13 +230,15 @@ def reported_by_tasks(what: Embeddings, todo: list[dict[str, int]], gpus: int) -
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # every report comes at once, not when there are 128 MiB of them
+    tasks = np.array_split(todo, min(len(todo), 4 * most))  # each does several files, since it reads the CLIP
     with ray.data.DataContext.current(context):
-        reports = ray.data.from_items(todo, override_num_blocks=min(len(todo), 4 * most)).map_batches(
-            partial(reported, what=what, device="cuda" if gpus else "cpu"),
-            batch_size=None,  # a task does several files, since each reads the CLIP anew
+        items = [{"files": files.tolist()} for files in tasks]
+        reports = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            partial(reported, what=what, device=device),
+            batch_size=1,  # all files of a task: of batches of any size Ray makes none on GPUs
             num_cpus=0.5,  # each keeps one busy; the rest is left to read tasks beside it
             num_gpus=1 if gpus else None,
-            compute=ray.data.TaskPoolStrategy(size=min(len(todo), most)),
+            compute=ray.data.TaskPoolStrategy(size=min(len(items), most)),
         )
     yield from reports.iter_rows()
 
@@ -255,11 +260,11 @@ def at_once(what: Embeddings, gpus: int) -> int:
 def reported(
     batch: dict[str, NDArray[Any]], *, what: Embeddings, device: str
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """A report for each of these files."""
+    """A report for each file of the one row of a batch."""
     torch.set_num_threads(1)
     round_products(torch.device(device))
     clip = clip_of(bundle.load(what.clip.fetched(), digest=what.clip_digest).trained).to(device)
-    for number in batch["file"].tolist():
+    for number in batch["files"][0].tolist():
         part, damage, error, number_of, away = "", "", "", 0, ""
         try:
             found = write_sidecar(what, number, clip.spec.embedding_width, partial(told, clip, device))
