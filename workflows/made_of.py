@@ -88,11 +88,15 @@ def same(was: Mapping[str, Any], now: MadeOf) -> bool:
 
 
 def read(was: Mapping[str, Any]) -> TrainSpec | None:
-    """The recorded spec, without its technical fields; None if there is none that can be read."""
+    """The recorded spec, without its technical fields; None if there is none that can be read.
+
+    How many workers it had stays: of some stages the samples that all of them compare at a time count.
+    """
     if not {"spec", "data", "parents"} <= was.keys():
         return None
     try:
-        return TrainSpec.model_validate({k: v for k, v in was["spec"].items() if k not in TECHNICAL})
+        left_out = {*TECHNICAL} - {"num_workers"}
+        return TrainSpec.model_validate({k: v for k, v in was["spec"].items() if k not in left_out})
     except ValidationError:  # a field that was removed, or a value refused today
         return None
 

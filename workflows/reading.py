@@ -63,15 +63,16 @@ class Reader(NamedTuple):
 def batches(reader: Reader, *, first_step: int, device: torch.device) -> Iterator[PairBatch]:
     """A worker's share of a run from a step on, a micro batch at a time, on its device.
 
-    While a GPU computes, the next batch is made in a thread, in memory that the GPU reads by itself.  A CPU
-    that makes it computes nothing meanwhile.
+    While a GPU computes, those of the next step are made in a thread, in memory that the GPU reads by itself.
+    A CPU that makes them computes nothing meanwhile.
     """
     pairs = in_memory(reader, first_step)
     if device.type != "cuda":
         yield from (on_device(pair, device) for pair in pairs)
         return
     in_pinned = (pinned(pair, device) for pair in pairs)
-    for pair in ahead(itertools.repeat(partial(next, in_pinned, None)), "batch-ahead"):
+    tasks = itertools.repeat(partial(next, in_pinned, None))
+    for pair in ahead(tasks, "batch-ahead", ready=reader.spec.forwards):
         yield on_device(pair, device)
 
 
@@ -149,15 +150,23 @@ def read_ahead(reader: Reader, first_step: int) -> Iterator[Leg]:
     return ahead((partial(ours, reader, number, share) for number, share in shares), "read-ahead", 2)
 
 
-def ahead(tasks: Iterable[Callable[[], T | None]], thread: str, at_a_time: int = 1) -> Iterator[T]:
+def ahead(
+    tasks: Iterable[Callable[[], T | None]], thread: str, at_a_time: int = 1, *, ready: int = 1
+) -> Iterator[T]:
     """What the tasks return, in turn, until one returns None.
 
-    While an item is used, threads of this name carry out the next tasks; an error is raised where its item is
+    While items are used, threads of this name carry out the next tasks; an error is raised where its item is
     due.
+
+    Args:
+        tasks: As many as are asked for.
+        thread: Name of the threads.
+        at_a_time: How many there are.
+        ready: How many items may be ready at a time.
     """
     waiting, pool = iter(tasks), ThreadPoolExecutor(at_a_time, thread_name_prefix=thread)
     try:
-        making = deque(pool.submit(task) for task in itertools.islice(waiting, at_a_time))
+        making = deque(pool.submit(task) for task in itertools.islice(waiting, max(at_a_time, ready)))
         while making and (item := making.popleft().result()) is not None:
             making.extend(pool.submit(task) for task in itertools.islice(waiting, 1))
             yield item

@@ -152,17 +152,26 @@ class TrainSpec(Spec):
         """Whether each of its workers has a GPU, in a cluster with so many."""
         return gpus >= self.num_workers if self.use_gpu is None else self.use_gpu
 
+    @property
+    def forwards(self) -> int:
+        """Of each worker in one optimizer step."""
+        own = self.batch_size // self.num_workers
+        return own // (self.micro_batch_size or own)
+
     def shaping(self) -> dict[str, Any]:
         """The fields that the result depends on.
 
-        The micro batch size is among them where the loss compares the samples of a forward; elsewhere it only
-        decides the last bits and which noise a sample gets, as num_workers does.
+        The micro batch size is among them where the loss compares the samples of a forward, as that of all
+        workers where it compares theirs; elsewhere it only decides the last bits and which noise a sample
+        gets, as num_workers does.
         """
         fields = self.model_dump(mode="json", exclude={*TECHNICAL, "parents"})
         for name in TECHNICAL_OF_BUDGET:
             del fields["budget"][name]
         if not self.stage.compares:
             fields["micro_batch_size"] = None
+        elif self.micro_batch_size and self.stage.gathers:
+            fields["micro_batch_size"] = self.micro_batch_size * self.num_workers
         return fields
 
     def fingerprint(

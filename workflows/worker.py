@@ -125,7 +125,7 @@ def trained_to_the_end(job: Job) -> Outcome:
     state, seconds = started(job, who, parents)
     reader = Reader(spec, feed.Order(job.pieces, spec.seed, job.wanted), job.wanted, who.rank, shared(who))
     supply = batches(reader, first_step=state.step, device=device)
-    steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=accumulation(spec))
+    steps = train(state, supply, optimizer=spec.optimizer, budget=spec.budget, accumulate=spec.forwards)
     recorder = Recorder(job, who, state, parents, seconds_before=seconds + time.monotonic() - began)
     sending = Periodically(Sending(job.home, *((JOURNAL,) if who.rank == 0 else ())))
     with StopSign(job.home, first=who.rank == 0) as sign, sending:
@@ -216,12 +216,6 @@ def brought(homes: Mapping[str, Home], who: Position, *, by_rank_0: bool = False
     if who.ranks > 1:
         dist.barrier()
     return {name: home.here for name, home in homes.items()}
-
-
-def accumulation(spec: TrainSpec) -> int:
-    """Forwards of one optimizer step."""
-    own = spec.batch_size // spec.num_workers
-    return own // (spec.micro_batch_size or own)
 
 
 def insisted(ask: Callable[[], T], home: Home, what: str = "written to") -> T:

@@ -89,7 +89,7 @@ class AutoencoderSpec(LearnedSpec):
 
     @property
     def compares(self) -> bool:
-        """True: the gradients of a forward balance the players, and `disc_start` counts forwards."""
+        """True: the gradients of a forward balance the players."""
         return True
 
     @property
@@ -124,8 +124,8 @@ class AutoencoderStage(Stage):
     model: Autoencoder
     phases = ("model", "discriminator")
     batches: Tensor
-    """Batches that the model was trained on.  A buffer, so that a resumed run lets the discriminator in
-    at the same batch as an unbroken one."""
+    """Batches that the model was trained on, one an optimizer step.  A buffer, so that a resumed run lets the
+    discriminator in at the same batch as an unbroken one."""
 
     def __init__(self, spec: AutoencoderSpec, clip: Trained | None = None) -> None:
         super().__init__()
@@ -138,6 +138,9 @@ class AutoencoderStage(Stage):
 
     def has_begun(self) -> None:
         self.codes_begun = True
+
+    def after_step(self) -> None:
+        self.batches += 1
 
     def players(self, phase: str) -> list[nn.Parameter]:
         """The parameters that a phase trains."""
@@ -153,7 +156,6 @@ class AutoencoderStage(Stage):
         x0_hat = self.model.generate(squeezed.latent, quantise=False)
         if self.training:
             self.model.observe(squeezed.observed)
-            self.batches += 1
         if playing and torch.is_grad_enabled():
             total, parts = self.deceive(x0_hat, image)
         else:
@@ -172,7 +174,7 @@ class AutoencoderStage(Stage):
             cost = self.spec.kl_weight * kl
             return Squeezed(latent, cost, {"kl": kl.detach() * values}, posterior.mean)
         z = self.model.unquantised(image)
-        if self.training and not self.codes_begun and bool(self.batches == 0):
+        if self.training and not self.codes_begun and bool(self.model.observed == 0):
             self.model.quantiser.begin(gathered(z))
         vectors, codes = self.model.quantiser(z)
         commitment = losses.vq_commitment(z, vectors, form=self.spec.commitment).mean()
@@ -217,7 +219,7 @@ class AutoencoderStage(Stage):
 
     def judge(self, image: Float[Tensor, " b 3 h w"]) -> Losses:
         """The discriminator's loss; zero until it takes part."""
-        if not self.batches > self.spec.disc_start:  # the model's phase has counted this batch already
+        if not self.batches >= self.spec.disc_start:
             idle = sum((weight.sum() for weight in self.discriminator.parameters()), torch.tensor(0.0)) * 0
             return Losses(idle, {})
         with torch.no_grad():

@@ -17,6 +17,7 @@ from dd_core.denoiser import Tell
 from dd_core.labels import UNLABELLED
 from dd_core.nets import classifier as nets
 from dd_core.noise import spread
+from dd_core.ranks import gathered
 from dd_core.schedules import Clock
 from dd_core.stage import Losses, PairBatch, Stage, Trained
 from dd_core.stages.guide_levels import GuideLevels, GuideSpec
@@ -51,6 +52,11 @@ class ClassifierSpec(GuideSpec):
     @property
     def compares(self) -> bool:
         """True: the loss is a mean over the images of a forward that have a label."""
+        return True
+
+    @property
+    def gathers(self) -> bool:
+        """True: over those of every worker."""
         return True
 
 
@@ -95,7 +101,10 @@ class ClassifierStage(Stage):
             "accuracy": right / count,
             "accuracy_clear": ((logits.argmax(1) == batch.label) & clear).sum() / clear.sum().clamp(min=1),
         }
-        return Losses(each.sum() / count, parts)
+        of_ranks = gathered(known.sum()[None]).float()
+        return Losses(
+            each.sum() / of_ranks.mean().clamp(min=1 / len(of_ranks)), parts
+        )  # whose mean DDP takes
 
 
 def classifier_of(trained: Trained) -> NoisedClassifier:

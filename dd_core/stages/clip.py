@@ -55,6 +55,11 @@ class ClipSpec(LearnedSpec):
         return True
 
     @property
+    def gathers(self) -> bool:
+        """True: among those of every worker."""
+        return True
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """None where its weights come from elsewhere."""
         return () if self.pretrained else ("start",)

@@ -67,6 +67,11 @@ class NoisedClipSpec(GuideSpec):
         """True: the target has to be found among those of the batch."""
         return True
 
+    @property
+    def gathers(self) -> bool:
+        """True: among those of every worker."""
+        return True
+
 
 class NoisedClip(nn.Module):
     """An image tower that is told sigma."""

@@ -202,12 +202,11 @@ def paper_clip() -> TrainSpec:
 def paper_autoencoder() -> TrainSpec:
     """The published f8 with four channels: two micro-batches of 12 a step, at 4.5e-6 for each image.
 
-    246,803 steps, as the published code says of its weights; the discriminator starts after 50,001 of them,
-    which are 100,002 forwards.
+    246,803 steps, as the published code says of its weights; the discriminator starts after 50,001 of them.
     """
     return TrainSpec(
         name="autoencoder",
-        stage=AutoencoderSpec(net=AutoencoderNetSpec(), disc_start=100_002),
+        stage=AutoencoderSpec(net=AutoencoderNetSpec(), disc_start=50_001),
         parents={"clip": "clip"},
         optimizer=OptimizerSpec(
             learning_rate=4.5e-6 * 24, schedule="constant", warmup_steps=0, betas=(0.5, 0.9)

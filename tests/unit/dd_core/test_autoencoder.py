@@ -157,7 +157,7 @@ def test_one_walk_backwards_gives_the_published_loss_and_gradients(codes: int, f
     """Also where the discriminator hardly moves the image and its weight meets the published limit."""
     torch.manual_seed(0)
     stage, batch = AutoencoderStage(SPEC.but(net=NET.but(codes=codes))), next(batches())
-    stage.batches += 1  # the codebook has begun
+    stage.has_begun()  # the codebook, too
     with torch.no_grad():
         stage.discriminator.layers[-1].weight.mul_(faint)
     torch.manual_seed(7)
@@ -194,6 +194,14 @@ def test_the_discriminator_waits_for_its_batch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, stage.discriminator.parameters(), strict=True))
     assert "adversarial" in run(state, 3)[0]
     assert not all(torch.equal(a, b) for a, b in zip(first, stage.discriminator.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_the_discriminator_waits_for_the_same_step_however_many_forwards_a_step_has(forwards: int) -> None:
+    budget, state = Budget(steps=4, checkpoint_every=4), fresh(VQ.but(disc_start=2))
+    steps = train(state, batches(), optimizer=OPTIMIZER, budget=budget, accumulate=forwards)
+    plays = [{"adversarial", "real"} <= report.read().keys() for report in steps]
+    assert plays == [False, False, True, True]
 
 
 def test_a_run_resumed_as_the_discriminator_enters_repeats_the_unbroken_one_bit_for_bit(
@@ -257,7 +265,7 @@ def test_the_gradient_of_a_codebook_passes_to_the_encoder_and_the_vectors_are_pu
 @pytest.mark.parametrize("form", ["fixed", "legacy"])
 def test_the_commitment_pulls_codebook_and_encoder_four_to_one_as_its_form_says(form: str) -> None:
     stage = AutoencoderStage(VQ.but(commitment=form))
-    stage.batches += 1  # the codebook has begun
+    stage.has_begun()  # the codebook, too
     image = images.to_unit(next(batches()).image)
     z = stage.model.unquantised(image).detach().requires_grad_()
     vectors = stage.model.quantiser(z).vectors

@@ -11,23 +11,32 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from dd_core.labels import UNLABELLED
 from dd_core.likelihood import TimestepSampler
 from dd_core.nets.autoencoder import Autoencoder, AutoencoderNetSpec
 from dd_core.ranks import gathered
 from dd_core.stage import Budget, OptimizerSpec, PairBatch, Stage, Trained
+from dd_core.stages.classifier import ClassifierStage
 from dd_core.stages.clip import ClipStage
 from dd_core.stages.noised_clip import NoisedClipSpec, NoisedClipStage
 from dd_core.text import tokens
 from dd_core.training import TrainState, train, wrapping
 from tests.ranks import run_ranks
+from tests.unit.dd_core.test_classifier_stage import SPEC as CLASSIFIER
 from tests.unit.dd_core.test_stages import CLIP
 
 OPTIMIZER = OptimizerSpec(learning_rate=1e-3, precision="fp32")
 PLAIN = CLIP.but(captioner_layers=0)  # the captioner's words compete on their own rank
 
+COMPARING = ("clip", "noised_clip", "classifier")
+LABELS = torch.tensor([0, 1, UNLABELLED, 1])
+"""One rank knows both of its pictures, the other one."""
+
 
 def stage_of(kind: str) -> Stage:
     torch.manual_seed(0)
+    if kind == "classifier":
+        return ClassifierStage(CLASSIFIER.but(log_sigma_mean=-20.0, log_sigma_std=1e-6))
     clip = ClipStage(PLAIN)
     if kind == "clip":
         return clip
@@ -40,13 +49,16 @@ def batch() -> PairBatch:
     image = torch.randint(
         0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
-    return PairBatch(image, torch.tensor(tokens(captions, 12)))
+    return PairBatch(image, torch.tensor(tokens(captions, 12)), LABELS)
 
 
 def learned(stage: Stage, net: torch.nn.Module, of: PairBatch) -> dict[str, Tensor]:
+    """Gradients, and what the loss tells where it is told of all ranks."""
     loss = net(of)
     loss.total.backward()
     found = {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
+    if isinstance(stage, ClassifierStage):
+        return found
     return found | {f"part.{name}": value for name, value in loss.parts.items()}
 
 
@@ -92,10 +104,10 @@ def rank_main(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
     mine = slice(2 * rank, 2 * rank + 2)
-    for kind in ("clip", "noised_clip"):
+    for kind in COMPARING:
         stage = stage_of(kind)
         net = DistributedDataParallel(stage, **wrapping(stage))
-        half = PairBatch(batch().image[mine], batch().tokens[mine])
+        half = PairBatch(batch().image[mine], batch().tokens[mine], LABELS[mine])
         torch.save(learned(stage, net, half), root / f"{kind}.{rank}.pt")
     torch.save(accumulated_by(rank), root / f"accumulated.{rank}.pt")
     levels = TimestepSampler(3, history=2)
@@ -110,7 +122,7 @@ def rank_main(rank: int, root: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
     run_ranks(rank_main, (tmp_path,), 2)
-    for kind in ("clip", "noised_clip"):
+    for kind in COMPARING:
         alone = stage_of(kind)
         expected = learned(alone, alone, batch())
         for rank in range(2):

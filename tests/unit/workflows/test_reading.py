@@ -187,6 +187,26 @@ def test_an_error_made_ahead_is_raised_where_its_item_is_due(at_a_time: int) -> 
         next(supply)
 
 
+def test_as_many_items_as_are_drawn_at_once_are_made_before_any_of_them_is_asked_for() -> None:
+    begun, enough = list[int](), threading.Event()
+
+    def made(number: int) -> int:
+        begun.append(number)
+        if number == 5:
+            enough.set()
+        return number
+
+    supply = ahead((partial(made, number) for number in range(9)), "test", ready=3)
+    assert [next(supply) for _ in range(3)] == [
+        0,
+        1,
+        2,
+    ]  # of one step; as many of the next are made meanwhile
+    assert enough.wait(20)
+    assert list(supply) == [3, 4, 5, 6, 7, 8]
+    assert begun == [*range(9)]
+
+
 def test_what_is_made_two_at_a_time_comes_in_order_and_no_further_ahead() -> None:
     begun, second = list[int](), threading.Event()
 

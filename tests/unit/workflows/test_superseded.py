@@ -206,6 +206,21 @@ def test_memory_is_no_reason_to_train_again_unless_the_loss_compares_samples() -
         assert one.fingerprint("d", {}) != other.fingerprint("d", {})
 
 
+def test_where_the_samples_of_all_workers_are_compared_as_many_at_a_time_are_the_same_training() -> None:
+    for stage in (ClipSpec(), NoisedClipSpec()):
+        four, also, eight = (
+            MadeOf(spec_of(stage, num_workers=workers, micro_batch_size=size), "d", {}, {})
+            for workers, size in ((1, 4), (2, 2), (2, 4))
+        )
+        assert four.fingerprint == also.fingerprint != eight.fingerprint
+        was = also.facts("as an older version calculated it")
+        assert same(was, four)
+        assert not same(was, eight)
+        assert differences(was, eight) == ["micro_batch_size is 8, was 4"]
+    one, other = (spec_of(num_workers=workers, micro_batch_size=4) for workers in (1, 2))
+    assert one.fingerprint("d", {}) == other.fingerprint("d", {})
+
+
 def test_a_noised_clip_of_before_it_could_have_a_schedule_goes_on(tmp_path: Path) -> None:
     """The demo's is not trained again; that of `guided`, which learns at other levels now, is."""
     stage = Home.of(tmp_path).at("noised_clip")
