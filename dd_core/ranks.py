@@ -1,11 +1,15 @@
 """Gathers values from all ranks of a training, for losses that compare the samples of a batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
+
+_imagined = 1
 
 
 class Gathered(torch.autograd.Function):
@@ -24,6 +28,17 @@ class Gathered(torch.autograd.Function):
         return gradient[first : first + ctx.count] * dist.get_world_size()
 
 
+@contextmanager
+def among(ranks: int) -> Iterator[None]:
+    """Inside, a process alone gathers its own values from so many ranks, to plan for them."""
+    global _imagined  # noqa: PLW0603 torch.compile reads a plain name, not a ContextVar
+    before, _imagined = _imagined, ranks
+    try:
+        yield
+    finally:
+        _imagined = before
+
+
 def gathered(values: Shaped[Tensor, " b *s"]) -> Shaped[Tensor, " n *s"]:
     """The values of all ranks, so that all compute the same loss of the same batch; alone: the values.
 
@@ -35,6 +50,6 @@ def gathered(values: Shaped[Tensor, " b *s"]) -> Shaped[Tensor, " n *s"]:
         values: The same number of rows on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return values
+        return values if _imagined == 1 else torch.cat([values] * _imagined)
     rows: Tensor = Gathered.apply(values)
     return rows

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dd_core import ranks
 from dd_core.devices import imagined
 from dd_core.precision import autocast
 from dd_core.stage import PairBatch, Stage, Trained
@@ -204,7 +205,8 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu:
 
     stage.train()
     kept_by = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with kept_by, numbers(spec, gpu=gpu), imagined("cuda" if gpu else "cpu"):
+    where = imagined("cuda" if gpu else "cpu")
+    with kept_by, numbers(spec, gpu=gpu), where, ranks.among(spec.num_workers):
         stage(batch, phase)
     return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)
 
