@@ -102,9 +102,10 @@ class ClassifierStage(Stage):
             "accuracy_clear": ((logits.argmax(1) == batch.label) & clear).sum() / clear.sum().clamp(min=1),
         }
         of_ranks = gathered(known.sum()[None]).float()
-        return Losses(
-            each.sum() / of_ranks.mean().clamp(min=1 / len(of_ranks)), parts
-        )  # whose mean DDP takes
+        share = of_ranks.mean().clamp(
+            min=1 / len(of_ranks)
+        )  # of the mean over all, for DDP takes that of ranks
+        return Losses(each.sum() / share, parts)
 
 
 def classifier_of(trained: Trained) -> NoisedClassifier:
