@@ -102,9 +102,7 @@ class ClassifierStage(Stage):
             "accuracy_clear": ((logits.argmax(1) == batch.label) & clear).sum() / clear.sum().clamp(min=1),
         }
         of_ranks = gathered(known.sum()[None]).float()
-        share = of_ranks.mean().clamp(
-            min=1 / len(of_ranks)
-        )  # of the mean over all, for DDP takes that of ranks
+        share = of_ranks.mean().clamp(min=1 / len(of_ranks))  # DDP then takes the mean of the ranks
         return Losses(each.sum() / share, parts)
 
 
