@@ -9,6 +9,7 @@ A cascade that is already running is replaced replica by replica.
 import asyncio
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray.serve
@@ -24,6 +25,8 @@ from dd_core.stages import StageSpec
 from serve import code
 from serve.admission import Door
 from serve.fetching import on_this_machine
+from serve.files import Files
+from serve.guard import Limits
 from serve.ingress import Api
 from serve.links import ReplicaLink
 from serve.metrics import RequestMetrics
@@ -64,9 +67,9 @@ class Ingress:
             painter,
             created=created,
             door=Door(spec.room(links), spec.replicas(links)),
-            timeout_s=spec.timeout_s,
-            max_body_bytes=spec.max_body_bytes,
-            body_s=spec.body_s,
+            limits=Limits(spec.timeout_s, spec.max_body_bytes, spec.body_s),
+            files=Files(spec.files),
+            public_url=spec.public_url,
         )
         self.api.tally = RequestMetrics()
 
@@ -97,6 +100,7 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     refuse_strangers(spec, cascade)
     stages = {hop.stage for hop in cascade.hops}
     place = spec.cascade if is_address(spec.cascade) else str(directory)  # each replica fetches its own copy
+    spec = spec.but(files=kept_in(spec, place))
     patience = spec.timeout_s + GRACE_S  # a replica that is replaced finishes what it has begun
     hops = {
         stage: deployment(
@@ -116,6 +120,13 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     judges = {hop.guides["classifier"] for hop in cascade.hops if "classifier" in hop.guides}
     specs = {stage: bundle.checked(bundle.SPEC, directory / stage / "spec.json") for stage in stages | judges}
     return ingress.bind(spec, cascade, digest, created, specs, hops)
+
+
+def kept_in(spec: ServeSpec, cascade: str) -> str:
+    """Where images that are answered by URL are kept: by default beside the cascade, which replicas reach."""
+    scheme, mark, path = cascade.rstrip("/").rpartition("://")
+    where = spec.files or f"{scheme}{mark}{path.rpartition('/')[0] or path}/files"
+    return where if is_address(where) else str(Path(where.removeprefix("file://")).resolve())
 
 
 def refuse_strangers(spec: ServeSpec, cascade: CascadeSpec) -> None:

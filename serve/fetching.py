@@ -111,11 +111,7 @@ def alone(place: Path) -> Iterator[None]:
 
 def fetch(address: str, digest: str, place: Path) -> None:
     """Every file that the manifest lists, verified, then renamed into place."""
-    try:
-        files, root = fsspec.url_to_fs(address, use_listings_cache=False)
-    except ImportError as error:
-        fix = "install ddiff[s3] for s3://, ddiff[gcs] for gs://"
-        raise ValueError(f"{address} cannot be opened: {error}; {fix}") from None
+    files, root = store(address)
     draft = place.with_suffix(DRAFT)
     try:
         copy(files, root, address, draft)
@@ -125,6 +121,20 @@ def fetch(address: str, digest: str, place: Path) -> None:
         draft.rename(place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def store(address: str) -> tuple[Any, str]:
+    """The file system of an address or a path, and the path in it.
+
+    Raises:
+        ValueError: It is of a kind of store that is not installed.
+    """
+    try:
+        files, root = fsspec.url_to_fs(address, use_listings_cache=False)
+    except ImportError as error:
+        fix = "install ddiff[s3] for s3://, ddiff[gcs] for gs://"
+        raise ValueError(f"{address} cannot be opened: {error}; {fix}") from None
+    return files, root
 
 
 def copy(files: Any, root: str, address: str, draft: Path) -> None:

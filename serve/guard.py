@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import traceback
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -14,17 +15,22 @@ from serve.openai_api import ApiError
 log = logging.getLogger(__name__)
 
 
+class Limits(NamedTuple):
+    """Of one request."""
+
+    timeout_s: float
+    """Longest time until it is answered."""
+    max_body_bytes: int
+    """A longer body is refused with 413, announced or not."""
+    body_s: float
+    """Seconds after which a body that is not complete is refused with 408."""
+
+
 class Guard:
-    """ASGI middleware round the whole application.
+    """ASGI middleware round the whole application `app`."""
 
-    Args:
-        app: What it guards.
-        max_body_bytes: A longer body is refused with 413, announced or not.
-        body_s: Seconds after which a body that is not complete is refused with 408.
-    """
-
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_s: float) -> None:
-        self.app, self.max_body_bytes, self.body_s = app, max_body_bytes, body_s
+    def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,8 +64,8 @@ class Guard:
             HTTPException: 413 or 408, out of the call that passes a limit.
         """
         read, announced = 0, headers.get("content-length", "0")
-        too_long = announced.isdecimal() and int(announced[:20]) > self.max_body_bytes
-        until: float | None = asyncio.get_running_loop().time() + self.body_s
+        too_long = announced.isdecimal() and int(announced[:20]) > self.limits.max_body_bytes
+        until: float | None = asyncio.get_running_loop().time() + self.limits.body_s
 
         async def limited() -> Message:
             nonlocal read, until
@@ -71,7 +77,7 @@ class Guard:
             except TimeoutError:
                 raise HTTPException(408) from None
             read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
+            if read > self.limits.max_body_bytes:
                 raise HTTPException(413)
             if not message.get("more_body"):  # later calls wait for the client to go
                 until = None

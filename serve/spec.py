@@ -80,6 +80,12 @@ class ServeSpec(Spec):
     max_body_bytes: int = Field(64_000, ge=1)
     body_s: float = Field(10, gt=0)
     """Longest time until the body of a request has arrived."""
+    files: str = ""
+    """Directory or address of a store in which images that are answered by URL are kept for an hour; every
+    replica of the ingress must reach it.  Empty: `files` beside the cascade."""
+    public_url: str = Field("", pattern="^(https?://.+)?$")
+    """Where clients reach the server, as https://images.example.com, for the URLs of images; empty: where a
+    request says that it was sent."""
     ingress_replicas: int = Field(1, ge=1)
     hop: ReplicaSpec = ReplicaSpec()
     """For the hops that `hops` does not name."""

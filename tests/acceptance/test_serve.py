@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -200,6 +201,19 @@ def test_the_official_client_gets_the_images_that_the_cascade_paints_offline(on_
     for item, seed in zip(answer.data or [], (5, 6), strict=True):
         assert np.array_equal(pixels(item), offline(on_air.directory, "a red circle", seed))
     assert answer.size == "64x64"
+
+
+def test_the_official_client_gets_a_url_that_leads_to_the_image(on_air: OnAir) -> None:
+    asked = {"prompt": "a red circle", "n": 2, "extra_body": {"seed": 5}}
+    files = on_air.client().images.generate(**asked).data or []
+    for item, same in zip(
+        on_air.client().images.generate(**asked, response_format="url").data or [], files, strict=True
+    ):
+        with urllib.request.urlopen(str(item.url), timeout=120) as answer:
+            assert answer.read() == base64.b64decode(str(same.b64_json))
+        assert (on_air.directory.parent / "files" / str(item.url).rpartition("/")[2]).exists()
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{on_air.url}/v1/images/files/other.png", timeout=120)
 
 
 def test_the_official_client_reads_models_headers_and_errors(on_air: OnAir) -> None:

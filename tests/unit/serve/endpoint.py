@@ -13,6 +13,8 @@ from dd_core.samplers import SamplingSpec
 from serve import painter as painting
 from serve.admission import Door
 from serve.engine import Engine
+from serve.files import Files
+from serve.guard import Limits
 from serve.ingress import Api
 from serve.painter import Painter
 from tests.unit.serve.gaussian import GaussianHop
@@ -82,12 +84,14 @@ class Served:
         body_s: float = 10,
         by_class: bool = False,
         cascade: CascadeSpec = CASCADE,
+        files: str = "memory://files",
         **more: Any,
     ) -> None:
         self.links = {"base": EngineLink(GaussianHop()), "upsampler": EngineLink(GaussianHop())}
         painter = Painter(cascade, DIGEST, self.links, precision="auto", by_class=by_class, **more)
-        limits = {"timeout_s": timeout_s, "max_body_bytes": 20_000, "body_s": body_s}
-        self.api = Api(painter, created=1_700_000_000, door=Door(room), **limits)
+        limits = Limits(timeout_s, max_body_bytes=20_000, body_s=body_s)
+        door = Door(room)
+        self.api = Api(painter, created=1_700_000_000, door=door, limits=limits, files=Files(files))
         self.app = self.api.app()
         self.client = TestClient(self.app, raise_server_exceptions=False)
 

@@ -17,6 +17,8 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.denoiser import Conditioning, Denoised
 from dd_core.samplers import SamplingSpec
 from serve.admission import Door
+from serve.files import Files
+from serve.guard import Limits
 from serve.ingress import Api
 from serve.openai_api import ApiError, GenerationRequest
 from serve.painter import Painter
@@ -28,6 +30,7 @@ CASCADE = CascadeSpec(
     name="one", hops=(HopSpec(stage="base", how=HOW, follows_request=True),), context_length=16, image_size=4
 )
 ROOM = 72
+NOWHERE = Files("memory://nowhere")
 SETTLED_S = 360.0
 
 
@@ -79,7 +82,7 @@ def simulated(step_s: float, scenario: Callable[[Api], Awaitable[Any]]) -> Any:
         loop = runner.get_loop()
         assert isinstance(loop, JumpingLoop)
         painter = Painter(CASCADE, DIGEST, {"base": EngineLink(SlowHop(loop, step_s))}, precision="auto")
-        api = Api(painter, created=0, door=Door(ROOM), timeout_s=120, max_body_bytes=20_000, body_s=10)
+        api = Api(painter, created=0, door=Door(ROOM), limits=Limits(120, 20_000, 10), files=NOWHERE)
         return runner.run(scenario(api))  # type: ignore[arg-type]
 
 

@@ -18,6 +18,8 @@ from dd_core.steering import GradientSpec
 from jobs.recipes import consistency, ddpm, guided
 from serve.admission import Door
 from serve.engine import RefusedError
+from serve.files import Files
+from serve.guard import Limits
 from serve.ingress import Api
 from serve.openai_api import EFFORT, GenerationRequest
 from serve.painter import Order, Painter, chosen
@@ -53,7 +55,7 @@ def test_effort_asks_for_no_more_steps_than_a_request_may_and_cuts_none_of_a_hop
     own: int, quality: Any, steps: int
 ) -> None:
     painter = Painter(CASCADE, DIGEST, {}, precision="auto")
-    order = Api(painter, created=0, door=Door(1), timeout_s=1, max_body_bytes=1, body_s=1).order(
+    order = Api(painter, created=0, door=Door(1), limits=Limits(1, 1, 1), files=Files("memory://")).order(
         GenerationRequest(prompt="a", quality=quality)
     )
     hop = HopSpec(stage="base", how=BASE.but(num_steps=own), follows_request=True)

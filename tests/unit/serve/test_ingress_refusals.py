@@ -13,7 +13,6 @@ from tests.unit.serve.endpoint import CASCADE, LAST, URL, Served, Told, pngs, re
 
 UNABLE: list[tuple[str, Any]] = [
     ("size", "1024x1024"),
-    ("response_format", "url"),
     ("background", "transparent"),
     ("output_format", "gif"),
     ("output_compression", 50),
