@@ -13,7 +13,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dd_core import images, losses
+from dd_core import images, losses, ranks
 from dd_core.layouts.clip import net_of
 from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec
@@ -90,10 +90,11 @@ class ClipStage(Stage):
     def forward(self, batch: PairBatch, phase: str = "model") -> Losses:
         image = self.model.embed_image(images.to_unit(batch.image))
         caption = self.model.read_packed(batch.tokens)
-        pictures, texts, tokens = map(gathered, (image, caption.embedding, batch.tokens))
-        same = losses.same_captions(tokens)
-        loss = losses.info_nce(pictures, texts, self.model.logit_scale(), same)
-        hit = losses.found(pictures, texts, same).mean()
+        text = caption.embedding
+        among = losses.Among(gathered(image), gathered(text), ranks.first(len(image)))
+        same = losses.same_captions(batch.tokens, gathered(batch.tokens))
+        loss = ranks.told(losses.info_nce(image, text, self.model.logit_scale(), same, among))
+        hit = gathered(losses.found(image, among.text, same)).mean()
         if self.captioner is None:
             return Losses(loss, {"retrieval": hit})
         words = self.model.towers.token_embedding.weight

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dd_core import images, losses
+from dd_core import images, losses, ranks
 from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec, Convolutions
 from dd_core.nets.layers import sinusoids
 from dd_core.ranks import gathered
@@ -177,12 +177,12 @@ class NoisedClipStage(Stage):
         sigma = self.levels(x0)
         x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
         image = self.model.embed_image(x, sigma)
-        image, target, tokens, clear = map(gathered, (image, self.target(batch), batch.tokens, sigma < 1))
-        same = torch.eye(len(image), dtype=torch.bool, device=image.device)
-        if self.spec.target == "caption":
-            same = losses.same_captions(tokens)
-        loss = losses.info_nce(image, target, self.model.logit_scale(), same)
-        hit = losses.found(image, target, same)
+        target, pairs = self.target(batch), torch.arange(len(image), device=image.device)[:, None]
+        among = losses.Among(gathered(image), gathered(target), ranks.first(len(image)))
+        named = batch.tokens if self.spec.target == "caption" else pairs + among.first
+        same = losses.same_captions(named, gathered(named))
+        loss = ranks.told(losses.info_nce(image, target, self.model.logit_scale(), same, among))
+        hit, clear = map(gathered, (losses.found(image, among.text, same), sigma < 1))
         parts = {"retrieval": hit.mean(), "retrieval_clear": hit[clear].sum() / clear.sum().clamp(min=1)}
         return Losses(loss, parts)
 

@@ -117,7 +117,9 @@ def test_it_learns_at_the_levels_of_its_chain_or_about_sigma_one(schedule: Sched
     clip = stage.frozen[0]
     assert isinstance(clip, Clip)
     model, target = stage.model, clip.read(batch.tokens).embedding
-    expected = info_nce(model.embed_image(x, sigma), target, model.logit_scale(), same_captions(batch.tokens))
+    expected = info_nce(
+        model.embed_image(x, sigma), target, model.logit_scale(), same_captions(batch.tokens, batch.tokens)
+    )
     torch.testing.assert_close(loss, expected)
 
 
@@ -167,7 +169,7 @@ def test_equal_captions_are_found_without_comparing_token_by_token() -> None:
     tokens = torch.randint(3, (64, 77))
     tokens[:, 2:] = 0
     with Largest() as largest:
-        found = same_captions(tokens)
+        found = same_captions(tokens, tokens)
     assert torch.equal(found, (tokens[:, None] == tokens[None]).all(-1))
     assert 64 < found.sum() < 64 * 64
     assert largest.numel <= max(64 * 64, tokens.numel())

@@ -59,7 +59,9 @@ def learned(stage: Stage, net: torch.nn.Module, of: PairBatch) -> dict[str, Tens
     found = {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
     if isinstance(stage, ClassifierStage):
         return found
-    return found | {f"part.{name}": value for name, value in loss.parts.items()}
+    return (
+        found | {"total": loss.total.detach()} | {f"part.{name}": value for name, value in loss.parts.items()}
+    )
 
 
 def norm_of_accumulated(net: torch.nn.Module, parts: list[list[int]], *, ranks: int, rank: int = 0) -> float:

@@ -105,18 +105,19 @@ def test_a_stage_that_looks_before_it_learns_is_planned_as_it_learns(needed: dic
     assert planned["autoencoder"].activations > needed["autoencoder"].activations
 
 
-def test_each_worker_compares_the_captions_of_all() -> None:
+def test_each_worker_compares_its_captions_with_those_of_all() -> None:
     (clip, *_) = SPECS
-    alone, of_eight = (
+    kept = [
         needs(
             [clip.but(batch_size=32 * workers, num_workers=workers)],
             context_length=smoke.CONTEXT,
             run=Path("nowhere"),
         )["clip"].activations
-        for workers in (1, 8)
-    )
-    more = (of_eight - alone) / (256**2 - 32**2)
-    assert 12 < more < 18  # bytes a pair: what two softmaxes keep, logits, masks
+        for workers in (8, 16, 32)
+    ]
+    more = (kept[1] - kept[0]) / (8 * 32)  # bytes for one more among all: logits and softmaxes, embeddings
+    assert 32 * 12 < more < 32 * 18 + 2 * 4 * clip.stage.net.embedding_width
+    assert (kept[2] - kept[1]) / (16 * 32) == more
 
 
 def test_several_workers_share_the_batch_alone(needed: dict[str, Need]) -> None:
