@@ -20,9 +20,10 @@ from jobs import environment
 from jobs.dashboard import Dashboard, DashboardError, is_dashboard, without_token
 from jobs.endpoint import Address, refuse_taken
 from jobs.failures import PortTakenError, line_of, trace_of
+from jobs.fit import refusals
 from jobs.machines import SPARE_BYTES, Finding, State, gpu, seen_everywhere, skewed, told_of
 from jobs.nodes import UNSTARTED, Node, amount, free_disk, node_text, nodes_of, unstarted
-from jobs.plan import Plan, on, plan_of, refusals
+from jobs.plan import Plan, on, plan_of
 from jobs.ray_session import ray_cluster
 from workflows.addresses import redacted
 from workflows.registry import DELETES, Registry, RegistryError

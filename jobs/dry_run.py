@@ -23,8 +23,9 @@ def show_plan(plan: Plan) -> None:
     Raises:
         PlanError: It cannot fit on the nodes that are known, or on the disk.
     """
+    from jobs.fit import refusals, refuse  # noqa: PLC0415
     from jobs.nodes import UNSTARTED, unstarted  # noqa: PLC0415 not needed without --dry-run
-    from jobs.plan import refusals, refuse, told  # noqa: PLC0415
+    from jobs.plan import told  # noqa: PLC0415
 
     judged = plan
     if unstarted(plan.nodes):

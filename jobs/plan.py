@@ -1,4 +1,4 @@
-"""The plan of a run, shown before anything starts, and refused with its arithmetic if it cannot fit."""
+"""The plan of a run, shown before anything starts: what it needs, in memory, devices and disk."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dd_core.addresses import is_address
 from jobs.disk import data_on_disk, written
-from jobs.nodes import Node, Room, amount, free_disk, has_labels, left_on, node_text, places, taken
+from jobs.nodes import Node, Room, amount, free_disk, has_labels, node_text, places, taken
 from workflows.estimate import Need, needs
 from workflows.run_spec import RunSpec, in_order
 from workflows.standing import Standing
@@ -17,15 +17,9 @@ from workflows.train_spec import TrainSpec, cpu_share
 PROCESS_BYTES = 1_220_000_000
 """Of a worker before it has a model: Python, torch, Ray.  Measured on four stages of the smoke and the
 demo recipe: 1.10e9 to 1.22e9 bytes resident beside what workflows.estimate adds up (torch 2.15, CPU)."""
-READER_CPUS = 0.25
-"""CPUs of a task that reads data; stages that hold all CPUs would wait for it for ever."""
 SENT_COPIES = 3
 """Of its share of a checkpoint, in the machine's memory while a worker on a GPU writes it: the tensors, and
 twice the file that safetensors makes of them."""
-
-
-class PlanError(ValueError):
-    """The run cannot fit; the message holds the arithmetic."""
 
 
 class StagePlan(NamedTuple):
@@ -196,66 +190,6 @@ def stage_plan(spec: TrainSpec, need: Need, nodes: Sequence[Node], *, at_once: i
     return StagePlan(spec, need, gpu, spec.resources.cpus or share)
 
 
-def refusals(plan: Plan) -> list[str]:
-    """Why the plan cannot be carried out, one line each; none if it can.  What is done needs nothing."""
-    alone = [line for stage in plan.left for line in stage_refusals(stage, plan.nodes)]
-    found = alone or list(group_refusals(plan))
-    total = sum(plan.disk.values())
-    if plan.free is not None and total > plan.free:
-        parts = " + ".join(f"{amount(size)} {name}" for name, size in plan.disk.items() if size)
-        found.append(
-            f"disk: {plan.run} will hold {amount(total)} = {parts}, and {amount(plan.free)} are free; "
-            "free some, keep fewer checkpoints (checkpoints_kept), set DDIFF_STORAGE or, where it lies on a "
-            "claim of Kubernetes, raise claim_gib"
-        )
-    return [*found, *room_refusals(plan)]
-
-
-def room_refusals(plan: Plan) -> Iterator[str]:
-    """Which machines have no room for the files of a run in a store."""
-    for node, free in plan.rooms:
-        parts = plan.scratch(node)
-        if (needed := sum(parts.values())) > free:
-            what = " + ".join(f"{amount(size)} {name}" for name, size in parts.items())
-            yield (
-                f"disk: {node.name} has {amount(free)} free in its TMPDIR, and {plan.run} may need "
-                f"{amount(needed)} there = {what}; free some, or set its TMPDIR to a larger disk"
-            )
-
-
-def stage_refusals(plan: StagePlan, nodes: Sequence[Node]) -> Iterator[str]:
-    """Why a stage cannot run."""
-    name, asked = plan.spec.name, plan.spec.resources
-    if asked.memory_gib and plan.memory_bytes > asked.memory_gib * 2**30:
-        what = "process and copies of weights" if plan.gpu else plan.arithmetic()
-        yield (
-            f"{name}: a worker needs {amount(plan.memory_bytes)} = {what}, more than "
-            f"resources.memory_gib {asked.memory_gib:g}; raise it or set micro_batch_size"
-        )
-        return
-    if asked.gpu_memory_gib and plan.gpu_bytes > asked.gpu_memory_gib * 2**30:
-        yield (
-            f"{name}: a worker needs {amount(plan.gpu_bytes)} of its GPU = {plan.arithmetic()}, more than "
-            f"resources.gpu_memory_gib {asked.gpu_memory_gib:g}; set micro_batch_size or more num_workers"
-        )
-        return
-    fitting = [node for node in nodes if has_labels(node, asked.labels)]
-    if (room := places(fitting, **plan.size)) < plan.spec.num_workers:
-        each = f"{plan.cpus:g} CPU{', 1 GPU' if plan.gpu else ''} and {amount(plan.reserved_bytes)}"
-        reason = "" if plan.gpu or plan.reserved_bytes > plan.memory_bytes else f" = {plan.arithmetic()}"
-        found = f"no node of {len(nodes)} has the labels {asked.labels}; set resources.labels, or bring such"
-        if there := "; ".join(map(node_text, fitting[:4])):
-            found = f"there is room for {room} on {there}; "
-            found += "lower num_workers, set micro_batch_size, or bring larger"
-        yield f"{name}: {plan.spec.num_workers} workers of {each} each{reason}; {found} nodes"
-    elif not fit_together([plan], nodes):
-        yield (
-            f"{name}: {plan.spec.num_workers} workers of {plan.cpus:g} CPU each leave no {READER_CPUS:g} CPU "
-            f"for the data reader on {'; '.join(map(node_text, nodes[:4]))}; lower resources.cpus or "
-            "num_workers, or bring larger nodes"
-        )
-
-
 def groups(plans: Sequence[StagePlan], at_once: int) -> Iterator[tuple[StagePlan, ...]]:
     """Every set of 2 to at_once stages that may train side by side: none is an ancestor of another."""
     below: dict[str, set[str]] = {}
@@ -269,54 +203,9 @@ def groups(plans: Sequence[StagePlan], at_once: int) -> Iterator[tuple[StagePlan
                 yield group
 
 
-def group_refusals(plan: Plan) -> Iterator[str]:
-    """Why stages that may train side by side do not fit together; told of the set that needs most memory.
-
-    Too few GPUs are no reason: those stages take turns.
-    """
-    bad = [group for group in groups(plan.left, plan.at_once) if not fit_together(group, plan.nodes)]
-    if not bad:
-        return
-    worst = max(bad, key=reserved)
-    parts = " + ".join(
-        f"{one.spec.num_workers} x {amount(one.reserved_bytes)} and {one.cpus:g} CPU {one.spec.name}"
-        for one in worst
-    )
-    there = "; ".join(map(node_text, plan.nodes[:4]))
-    yield (
-        f"at_once {plan.at_once}: {amount(reserved(worst))} = {parts} may be needed at a time, with "
-        f"{READER_CPUS:g} CPU for the data reader, and there is not so much room on {there}; lower at_once, "
-        "num_workers or resources, or bring larger nodes"
-    )
-
-
 def reserved(group: Sequence[StagePlan]) -> int:
     """Memory of all their workers."""
     return sum(plan.spec.num_workers * plan.reserved_bytes for plan in group)
-
-
-def fit_together(group: Sequence[StagePlan], nodes: Sequence[Node]) -> bool:
-    """Whether all workers fit at once, placed largest first, and a reading task after them."""
-    if sum(plan.spec.num_workers * plan.gpu for plan in group) > sum(node.gpus for node in nodes):
-        return True  # they wait for each other's GPUs
-    left = list(nodes)
-    for plan in sorted(group, key=lambda plan: plan.reserved_bytes, reverse=True):
-        for _ in range(plan.spec.num_workers):
-            place = next((n for n, node in enumerate(left) if plan.may_lie_on(node)), None)
-            if place is None:
-                return False
-            left[place] = left_on(left[place], **plan.size)
-    return places(left, cpus=READER_CPUS, gpus=0, memory_bytes=0) > 0
-
-
-def refuse(plan: Plan) -> None:
-    """Refuse a plan that cannot be carried out.
-
-    Raises:
-        PlanError: Every reason, with its arithmetic.
-    """
-    if found := refusals(plan):
-        raise PlanError("the plan does not fit: " + " | ".join(found))
 
 
 def stage_facts(plan: StagePlan) -> dict[str, Any]:

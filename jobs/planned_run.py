@@ -5,9 +5,10 @@ import logging
 from dd_core.addresses import is_address
 from jobs.disk import written
 from jobs.environment import joins_cluster, node_groups, runs
+from jobs.fit import refuse
 from jobs.machines import free_for, rooms_everywhere
 from jobs.nodes import Node, Room, nodes_of
-from jobs.plan import Plan, plan_of, refuse, told
+from jobs.plan import Plan, plan_of, told
 from workflows.prepare import located_or_done
 from workflows.run_spec import RunSpec
 from workflows.standing import standings

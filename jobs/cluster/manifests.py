@@ -15,8 +15,9 @@ from jobs.cluster.spec import ClusterSpec, PodSpec, pod_for
 from jobs.config import ConfigError, loaded
 from jobs.deploy import Config, serve_fields
 from jobs.failures import words_of
+from jobs.fit import refuse
 from jobs.inputs import refuse_local
-from jobs.plan import StagePlan, groups, plan_of, refuse, stage_plan
+from jobs.plan import StagePlan, groups, plan_of, stage_plan
 from jobs.secrecy import refuse_secrets, texts
 from serve.spec import ReplicaSpec, ServeSpec
 from workflows.run_spec import RunSpec

@@ -24,9 +24,10 @@ from jobs.cluster.manifests import hop_groups, job, object_name, said, service, 
 from jobs.cluster.spec import ClusterSpec, pod_for
 from jobs.config import AnySpec
 from jobs.deploy import Config, serve_fields
+from jobs.fit import PlanError, refusals
 from jobs.following import facts_of
 from jobs.nodes import Node
-from jobs.plan import PlanError, plan_of, refusals
+from jobs.plan import plan_of
 from jobs.recipes import smoke
 from serve.spec import ServeSpec
 from tests.unit.jobs.kuberay import CLUSTER_IN, errors, strict, vendored

@@ -12,18 +12,9 @@ from dd_core.stages.base import BaseSpec
 from jobs.cli import main
 from jobs.config import recipe_spec, resolve
 from jobs.disk import embedding_bytes, written
+from jobs.fit import PlanError, refusals, refuse
 from jobs.nodes import Node, Room, amount, grown, has_labels, places, taken
-from jobs.plan import (
-    PROCESS_BYTES,
-    Plan,
-    PlanError,
-    groups,
-    on,
-    plan_of,
-    refusals,
-    refuse,
-    told,
-)
+from jobs.plan import PROCESS_BYTES, Plan, groups, on, plan_of, told
 from jobs.recipes import smoke
 from workflows.estimate import needs
 from workflows.made_of import MadeOf
@@ -111,6 +102,21 @@ def test_workers_without_their_gpu_or_their_labels_are_refused(small: Plan) -> N
     assert "no node of 2 has the labels {'ray.io/accelerator-type': 'A100'}" in line
     (line,) = refusals(otherwise(small, both, use_gpu=True, resources=ResourcesSpec(gpu_memory_gib=0.01)))
     assert "of its GPU = 4.3 MiB weights, optimizer and averages" in line
+
+
+def test_a_network_that_no_batch_lets_into_a_gpu_is_not_told_to_take_smaller_batches(small: Plan) -> None:
+    stage = next(one for one in otherwise(small, [GPU], use_gpu=True).left if one.spec.name == "base")
+    batchless = stage.gpu_bytes - stage.need.activations_on_gpu
+    for limit, fix in (
+        ((batchless + stage.gpu_bytes) / 2, "; set micro_batch_size or more num_workers"),
+        (
+            batchless / 2,
+            "; no batch is small enough, as each worker holds the whole network: make it smaller",
+        ),
+    ):
+        asked = ResourcesSpec(gpu_memory_gib=limit / 2**30)
+        (line,) = refusals(otherwise(small, [GPU], use_gpu=True, resources=asked))
+        assert fix in line
 
 
 def test_stages_side_by_side_are_refused_where_those_that_need_most_do_not_fit_together(plan: Plan) -> None:

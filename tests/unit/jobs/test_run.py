@@ -19,8 +19,9 @@ from jobs.cli import main
 from jobs.endpoint import Address, Endpoint, alive, started_at
 from jobs.evaluate import UnjudgedError, Way, look_ahead, way_of
 from jobs.failures import PortTakenError
+from jobs.fit import PlanError
 from jobs.nodes import Node, Room
-from jobs.plan import PlanError, plan_of
+from jobs.plan import plan_of
 from jobs.recipes import ddpm, smoke
 from jobs.source_tags import source_tags
 from serve import code
