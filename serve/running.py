@@ -15,6 +15,7 @@ import uuid
 import ray.serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.handle import DeploymentHandle
 
 from dd_core import bundle
 from dd_core.cascade import CascadeSpec
@@ -28,6 +29,8 @@ OWNER = b"ddiff-serve-owner"
 """Key under which Ray keeps who deployed what is running."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens what is served here without the environment's proxies, to which its address is another machine's."""
+ASKED, ANSWER_S = 6, 10.0
+"""How often an ingress that has images in progress is asked for them, and how long each answer may take."""
 SENDING_S = 1.0
 """Time for the last images to pass Serve's proxy after all have been drawn."""
 
@@ -153,13 +156,28 @@ def drain(limit_s: float, *, hurried: threading.Event) -> None:
     until = time.monotonic() + limit_s
     try:
         ingress = ray.serve.get_deployment_handle("Ingress", APPLICATION)
-        while sum(ingress.broadcast("drain").results(timeout_s=10)) and time.monotonic() < until:
+        while drained(ingress, hurried) and time.monotonic() < until:
             if hurried.wait(0.2):
                 return
     except Exception as error:  # noqa: BLE001 - whatever has gone wrong with it, serving must stop
         log.warning("stopping at once: %s", type(error).__name__)
     else:
         hurried.wait(SENDING_S)
+
+
+def drained(ingress: DeploymentHandle, hurried: threading.Event) -> int:
+    """Tell each replica of the ingress to begin no more images; how many are in progress.
+
+    Raises:
+        TimeoutError: Not all have answered, however often they were asked, or it is to be hurried.
+    """
+    for left in reversed(range(ASKED)):
+        try:
+            return sum(ingress.broadcast("drain").results(timeout_s=ANSWER_S))
+        except TimeoutError:  # its images are worth some patience with a busy machine
+            if not left or hurried.is_set():
+                raise
+    raise AssertionError
 
 
 def leave() -> None:
@@ -215,8 +233,9 @@ def await_ready(url: str, digest: str, spec: ServeSpec) -> None:
         if state.status == "DEPLOY_FAILED":
             raise ServeError(f"the cascade cannot be served: {cause(state.message)}")
         time.sleep(0.2)
-    reason = reason or next(filter(None, (one.message for one in state.deployments.values())), state.status)
-    raise ServeError(f"{url} is not ready after {spec.startup_s:g} s: {reason}; `serve status` says more")
+    whys = filter(None, (reason, *(one.message for one in state.deployments.values())))
+    why = "; ".join(dict.fromkeys(whys)) or state.status
+    raise ServeError(f"{url} is not ready after {spec.startup_s:g} s: {why}; `serve status` says more")
 
 
 def missing(url: str, digest: str, precision: Precision | None = None) -> str:

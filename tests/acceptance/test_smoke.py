@@ -24,6 +24,7 @@ from dd_core import bundle, sealed
 from jobs.cli import main
 from tests.benchmarks.data import family
 from tests.ray_head import free_ports
+from tests.s3 import until
 from workflows.journal import curves, entries
 from workflows.report import SHEETS
 
@@ -140,7 +141,7 @@ def test_no_file_of_the_cascade_can_run_code(run: Finished) -> None:
 
 
 def test_the_endpoint_paints_the_prompt_and_repeats_a_seed_to_the_byte(run: Finished) -> None:
-    assert httpx.get(f"{run.url}/health/ready", timeout=30).status_code == 200
+    until(lambda: httpx.get(f"{run.url}/health/ready", timeout=120).status_code == 200)
     body = {"prompt": "a red circle", "seed": 5, "response_format": "b64_json"}
     replies = [httpx.post(f"{run.url}/v1/images/generations", json=body, timeout=120) for _ in range(2)]
     first, second = (base64.b64decode(reply.json()["data"][0]["b64_json"]) for reply in replies)

@@ -361,3 +361,11 @@ def test_an_address_with_a_sign_missing_is_no_folder(place: str, monkeypatch: py
 def test_every_other_place_is_taken_as_it_is(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDIFF_STORAGE", place)
     assert environment.runs() == place
+
+
+def test_only_the_store_of_a_ray_of_our_own_is_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, waits in (("", "120"), ("10.0.0.1:6379", None)):  # one that does not answer is told of soon
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.delenv(environment.STORE_WAIT, raising=False)
+        environment.prepare_environment()
+        assert os.environ.get(environment.STORE_WAIT) == waits

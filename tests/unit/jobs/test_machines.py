@@ -10,7 +10,7 @@ from jobs import environment
 from jobs import nodes as there
 from jobs.doctor import nodes, on_the_air
 from jobs.endpoint import Address
-from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, free_for, gpu, told_of
+from jobs.machines import SPARE_BYTES, Finding, Machine, Seen, free_for, gpu, skew, told_of
 from jobs.nodes import available_memory
 from workflows.storage import Home
 
@@ -160,3 +160,10 @@ def test_what_a_container_has_taken_of_its_memory_is_not_free(
     assert available_memory(own, tmp_path) == 400_000
     (older / "memory.usage_in_bytes").write_text("1400000\n")
     assert available_memory(own, tmp_path) == 0
+
+
+def test_a_clock_is_compared_by_the_fastest_of_three_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = iter([100.0, 104.0, 200.0, 200.2, 300.0, 301.0])
+    theirs = iter([110.0, 207.1, 309.0])
+    monkeypatch.setattr("jobs.machines.time.time", lambda: next(ours))
+    assert skew(lambda: next(theirs)) == pytest.approx(7.0)

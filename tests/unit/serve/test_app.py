@@ -168,7 +168,7 @@ def test_who_fails_to_replace_a_cascade_is_told_that_it_may_be_half_replaced(
 
 
 class Ingress:
-    """One whose replicas have these many images in progress, asked one time after another."""
+    """One whose replicas have these many images in progress when they are asked; none: no answer."""
 
     def __init__(self, *counts: list[int]) -> None:
         self.counts = list(counts)
@@ -178,9 +178,9 @@ class Ingress:
         return self
 
     def results(self, *, timeout_s: float) -> list[int]:
-        if not self.counts:
+        if not self.counts or not (now := self.counts.pop(0)):
             raise TimeoutError
-        return self.counts.pop(0)
+        return now
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,9 @@ class Ingress:
         ([[2, 0], [1, 0], [0, 0], [9]], 60, False, [[9]]),  # asked until it has finished
         ([[1], [1], [9]], 0, False, [[1], [9]]),
         ([[1], [1], [9]], 60, True, [[1], [9]]),
-        ([[1]], 60, False, []),  # it answers no more
+        ([[1], *[[]] * 5, [0], [9]], 60, False, [[9]]),  # it did not answer for a while
+        ([[1], *[[]] * 6, [9]], 60, False, [[9]]),  # it answers no more
+        ([[], [9]], 60, True, [[9]]),
     ],
 )
 def test_images_in_progress_are_waited_for(
