@@ -90,7 +90,7 @@ def paint(order: Order, cascade: Path, out: Path) -> list[Painted]:
         order = order._replace(precision="fp32")  # the noise of a picture is found by exact inversion
     round_products(nearest(), order.precision)
     opened = bundle.load_cascade(cascade, device=nearest(), precision=order.precision)
-    specs = changed(remake.specs_of(opened, order), order.changes)
+    specs = changed(remake.specs_of(opened, order), order.changes, order.steps)
     how = [how_of(hop, order) for hop in specs]
     refuse_overruled(order.changes, specs, remake.final(opened, order, how))
     asked = state_of(order, opened.spec)

@@ -10,13 +10,19 @@ from dd_core.samplers import SamplingSpec
 from jobs.config import ConfigError, apply
 from jobs.failures import words_of
 
+OF = {"variance": "ddpm", "eta": "ddim", "churn": "heun", "clip": "ddim"}
+"""Field -> the one sampler that hears it; of clip, the clipping of the image alone."""
 
-def changed(hops: Sequence[HopSpec], changes: Sequence[str]) -> list[HopSpec]:
+
+def changed(hops: Sequence[HopSpec], changes: Sequence[str], steps: int | None = None) -> list[HopSpec]:
     """The hops with these changes, which count as if the cascade itself said so.
+
+    What the cascade says of the sampler that a change replaces is left out.
 
     Args:
         hops: Of the cascade.
         changes: Such as base.sampler=heun, base.churn.amount=40, prior.draws=4.
+        steps: Asked of the hops that follow the request, so that a change is judged beside them.
 
     Raises:
         ConfigError: There is no such hop or field, or the values do not go together.
@@ -29,6 +35,11 @@ def changed(hops: Sequence[HopSpec], changes: Sequence[str]) -> list[HopSpec]:
             raise ConfigError(f"--set {change}: no hop {name!r}; there are {', '.join(dict.fromkeys(names))}")
         apply(fields, change)
     touched = {name_in(change) for change in changes}
+    for hop in hops:
+        named = [path_in(change)[0] for change in changes if name_in(change) == hop.stage]
+        leave_foreign_out(fields[hop.stage], named)
+        if named and steps is not None and hop.follows_request and "num_steps" not in named:
+            fields[hop.stage]["num_steps"] = steps
     return [settled(hop, fields[hop.stage]) if hop.stage in touched else hop for hop in hops]
 
 
@@ -43,6 +54,24 @@ def name_in(change: str) -> str:
     if not (equals and dot and name and field):
         raise ConfigError(f"--set {change}: write it as HOP.FIELD=VALUE, such as base.num_steps=50")
     return name
+
+
+def path_in(change: str) -> list[str]:
+    """The fields that a change goes through within its hop."""
+    return change.partition("=")[0].split(".")[1:]
+
+
+def leave_foreign_out(fields: dict[str, Any], named: Sequence[str]) -> None:
+    """Drop what belongs to another sampler than the one that was chosen, unless it was named, too."""
+    if "sampler" not in named:
+        return
+    for field, sampler in OF.items():
+        if (
+            sampler != fields["sampler"]
+            and field not in named
+            and (field != "clip" or fields.get(field) == "image")
+        ):
+            fields.pop(field, None)
 
 
 def said(how: SamplingSpec) -> dict[str, Any]:
@@ -85,7 +114,7 @@ def refuse_overruled(
                 continue
             if how is None:
                 raise ConfigError(f"--set {change}: a picture takes the place of this hop here; leave it out")
-            path = change.partition("=")[0].split(".")[1:]
+            path = path_in(change)
             if (other := at(how, path)) != at(hop.how, path):
                 raise ConfigError(f"--set {change}: another option makes it {other}; leave one of them out")
 

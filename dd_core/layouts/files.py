@@ -105,6 +105,6 @@ def unpickled(path: Path, target: Path) -> None:
         said = done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"]
         reason = next((line for line in reversed(said) if "Error" in line), said[-1])
         raise LayoutError(
-            f"{path} is not safe to read, or no file of weights: {reason:.300}; convert it to safetensors "
-            "where it comes from"
+            f"{path} is not safe to read, or no file of weights: {reason.removeprefix('Error: '):.300}; "
+            "convert it to safetensors where it comes from"
         )

@@ -5,6 +5,9 @@ containers only, so nothing in the file can run code; the process also has limit
 and writes safetensors.
 """
 
+import errno
+import pickle
+import re
 import resource
 import sys
 import zipfile
@@ -23,6 +26,14 @@ ADDRESS_BYTES = 16 * 2**30
 CPU_SECONDS = 900
 FOREIGN = "pytorch_lightning."
 """Classes of this package, such as callbacks, are named in checkpoints; `Nothing` stands for each."""
+
+
+TORN = "PytorchStreamReader"
+"""How torch's RuntimeError of a cut file begins."""
+
+
+class UnsafeError(ValueError):
+    """It is no file that is read; the message says why."""
 
 
 class Nothing:
@@ -54,14 +65,42 @@ def main(source: Path, target: Path) -> None:
 
 
 def pickled(source: Path) -> Any:
-    """The content of a file of torch.save; of a training checkpoint only its `state_dict`."""
+    """The content of a file of torch.save; of a training checkpoint only its `state_dict`.
+
+    Raises:
+        UnsafeError: It holds what is no weight, or was not written by torch.save, or not to its end.
+    """
+    try:
+        content = restricted(source)
+    except pickle.UnpicklingError as error:  # which advises to read it without care
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it names {named[1]}, which is no weight" if named else "torch.save has not written it"
+        raise UnsafeError(why) from None
+    except (KeyError, EOFError, OSError, RuntimeError) as error:
+        if not torn(error):
+            raise
+        raise UnsafeError("it is cut or damaged, or torch.save has not written it") from None
+    return content.get("state_dict", content) if isinstance(content, Mapping) else content
+
+
+def torn(error: Exception) -> bool:
+    """Whether torch raises this of a file that is cut or none of its own, and not of memory or a disk."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # it looks before the beginning
+    return isinstance(error, KeyError | EOFError) or str(error).startswith(TORN)
+
+
+def restricted(source: Path) -> Any:
+    """What PyTorch's restricted unpickler makes of a file."""
     listed = zipfile.is_zipfile(source)  # files of torch before 1.6 are not, and what they name is not listed
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(source)) if listed else []
     safe: list[Any] = [(Nothing, known) for known in foreign if known.startswith(FOREIGN)]
     with torch.serialization.safe_globals(safe):
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=False)
-    return content.get("state_dict", content) if isinstance(content, Mapping) else content
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=False)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UnsafeError as unsafe:
+        sys.exit(f"Error: {unsafe}")

@@ -11,10 +11,13 @@ from PIL import Image
 
 from dd_core import bundle, edits
 from dd_core.cascade import CascadeSpec, HopSpec
+from dd_core.churn import ChurnSpec
 from dd_core.consistency import FixedLevels
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.consistency import ConsistencySpec
 from jobs.cli import main
+from jobs.config import ConfigError
+from jobs.sample_changes import changed
 from tests.unit.dd_core.test_chain import INPAINTING, trained
 from tests.unit.serve.tiny import STAGES, tiny_cascade
 
@@ -125,6 +128,38 @@ def test_what_no_hop_can_do_is_refused_and_nothing_is_painted(
     assert done.exit_code == 2, done.output
     assert said in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+ANCESTRAL = HopSpec(
+    stage="base",
+    how=SamplingSpec(sampler="ddpm", num_steps=100, spacing="linspace", variance="fixed_small"),
+    follows_request=True,
+)
+
+
+def test_a_sampler_that_is_chosen_takes_over_nothing_that_only_the_former_one_hears() -> None:
+    (hop,) = changed([ANCESTRAL], ["base.sampler=heun"])
+    assert (hop.how.sampler, hop.how.variance, hop.how.num_steps) == ("heun", "learned", 100)
+    stirred = ANCESTRAL.but(how=SamplingSpec(sampler="heun", churn=ChurnSpec(amount=3)))
+    (hop,) = changed([stirred], ["base.sampler=ddim", "base.eta=1"])
+    assert (hop.how.churn, hop.how.eta) == (None, 1)
+    with pytest.raises(ConfigError, match="variance is for sampler ddpm, not heun; leave it out"):
+        changed([ANCESTRAL], ["base.sampler=heun", "base.variance=fixed_small"])
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [("base.spacing=fast27", 27), ("base.variance=fixed_large", 300)],
+)
+def test_a_change_is_judged_beside_the_steps_that_are_asked_for(change: str, steps: int) -> None:
+    (hop,) = changed([ANCESTRAL], [change], steps)
+    assert hop.how.num_steps == steps
+    with pytest.raises(ConfigError):
+        changed([ANCESTRAL], [change])
+    with pytest.raises(ConfigError):  # its own number counts
+        changed([ANCESTRAL], [change, "base.num_steps=100"], steps)
+    with pytest.raises(ConfigError):
+        changed([ANCESTRAL.but(follows_request=False)], [change], steps)
 
 
 def test_a_negative_prompt_leads_away_and_a_cascade_that_reads_nothing_refuses_it(

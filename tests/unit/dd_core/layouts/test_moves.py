@@ -13,6 +13,7 @@ from dd_core.layouts.files import weights_in
 from dd_core.layouts.importing import imported, moves_of, scaled
 from dd_core.layouts.moves import LayoutError, fitted, folded, inward, outward, regrouped, unfolded
 from dd_core.layouts.published import published
+from dd_core.layouts.unpickle import UnsafeError, pickled
 from dd_core.nets.network import build
 from dd_core.nets.unet import UNet, UNetSpec
 
@@ -155,7 +156,8 @@ def test_pickled_files_are_read_and_those_that_run_code_are_not(tmp_path: Path) 
     assert found.keys() == {"weight", "bias"}
     assert torch.equal(found["weight"], linear.weight)
     torch.save({"weight": torch.ones(2), "more": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(LayoutError, match=r"evil\.pt is not safe to read.*convert it to safetensors"):
+    names_it = r"evil\.pt is not safe to read, or no file of weights: it names eval, which is no weight; conv"
+    with pytest.raises(LayoutError, match=names_it):
         weights_in(tmp_path / "evil.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(LayoutError, match="is damaged or no safetensors file"):
@@ -169,8 +171,27 @@ def test_a_pickled_file_of_torch_before_1_6_is_read_with_the_same_care(tmp_path:
     torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(weights_in(tmp_path / "old.pt")["weight"], weights["weight"])
     torch.save(weights | {"more": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(LayoutError, match=r"evil\.pt is not safe to read"):
+    with pytest.raises(LayoutError, match=r"evil\.pt is not safe to read.*it names eval, which is no weight"):
         weights_in(tmp_path / "evil.pt")
+
+
+def test_what_is_no_file_of_weights_is_called_that_and_nobody_is_advised_to_read_it_all_the_same(
+    tmp_path: Path,
+) -> None:
+    torch.save({"weight": torch.ones(2000)}, tmp_path / "cut.pt")
+    files = {
+        "cut.pt": (tmp_path / "cut.pt").read_bytes()[:-2000],
+        "text.pt": b"<html>not found</html>",
+        "picture.pt": b"\x89PNG\r\n\x1a\n" + bytes(99),
+        "empty.pt": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnsafeError, match=r"torch\.save has not written it") as told:
+            pickled(tmp_path / name)
+        assert "weights_only" not in str(told.value)
+    with pytest.raises(LayoutError, match=r"text\.pt is not safe .*: torch\.save has not"):
+        weights_in(tmp_path / "text.pt")
 
 
 def test_what_lies_beside_a_pickled_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
