@@ -17,7 +17,7 @@ CASCADE = click.option("--cascade", required=True, type=SEALED, help="A cascade,
 
 
 @painting.command()
-@click.argument("prompt")
+@click.argument("prompt", default="")
 @CASCADE
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the first image.")
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1), help="How many images.")
@@ -92,8 +92,8 @@ def sample(
     Another kind of CPU or GPU may compute in other numbers (--precision says in which), or add in another
     order.
 
-    With --vary and --between PROMPT may be empty: the pictures say what to paint.  --colourise and --enlarge
-    are for cascades whose base is a consistency model.
+    PROMPT may be left out where no hop reads captions, and with --vary and --between, whose pictures say what
+    to paint.  --colourise and --enlarge are for cascades whose base is a consistency model.
     """
     from jobs.order import Order
     from jobs.sample import paint

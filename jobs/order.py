@@ -7,6 +7,7 @@ from typing import NamedTuple
 from dd_core.precision import Precision
 from dd_core.text import is_empty
 
+SILENT = "the prompt is empty; say what to paint, such as 'a red circle'"
 SEEDS = 2**32
 """A CPU generator uses no more of a seed than 32 bits: from here on pictures would repeat."""
 
@@ -68,9 +69,8 @@ def refuse_order(order: Order) -> None:
         ValueError: With what to do about it.
     """
     refuse_clashes(order)
-    described = order.vary is not None or order.between is not None  # by the picture; a prompt is optional
-    if is_empty(order.prompt) and (order.keep is not None or not described):
-        raise ValueError("the prompt is empty; say what to paint, such as 'a red circle'")
+    if is_empty(order.prompt) and (order.keep is not None or order.instead_of is not None):
+        raise ValueError(SILENT)
     for text in (order.prompt, order.negative, order.instead_of or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{text!r} is no text in UTF-8; write it anew")
@@ -82,6 +82,16 @@ def refuse_order(order: Order) -> None:
         raise ValueError(f"--seed {order.seed}: pictures come again from {SEEDS} on; take a smaller one")
     if order.training_free and order.mask is None:
         raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
+
+
+def refuse_silence(order: Order) -> None:
+    """Refuse an empty prompt, which a hop reads, where no picture says what to paint.
+
+    Raises:
+        ValueError: With an example.
+    """
+    if is_empty(order.prompt) and order.vary is None and order.between is None:
+        raise ValueError(SILENT)
 
 
 def refuse_clashes(order: Order) -> None:

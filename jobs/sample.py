@@ -21,7 +21,7 @@ from dd_core.precision import round_products
 from dd_core.samplers import SamplingSpec
 from dd_core.stage import LearnsEmbeddings
 from dd_core.stages import StageSpec
-from dd_core.stages.asking import hears_negative, led_away
+from dd_core.stages.asking import hears_negative, led_away, reads_caption
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
@@ -30,7 +30,7 @@ from dd_core.stages.consistency_hop import ConsistencyHop
 from dd_core.text import too_long
 from jobs import remake
 from jobs.given_pictures import gray, hole, rgb
-from jobs.order import Order, refuse_order
+from jobs.order import Order, refuse_order, refuse_silence
 from jobs.provenance import facts_of, text_of
 from jobs.sample_changes import changed, refuse_overruled
 
@@ -143,6 +143,10 @@ def refuse(order: Order, cascade: Cascade, asked: CascadeState, how: Sequence[Sa
     work = list(zip(specs, cascade.stages, remake.final(cascade, order, how), strict=True))
     readers = [hop.stage for hop, stage, last in work if last is not None and hears_negative(stage)]
     gradients = [chosen.gradient for chosen in how if chosen.gradient is not None]
+    if any(last is not None and reads_caption(stage) for _, stage, last in work) or any(
+        gradient.caption for gradient in gradients
+    ):
+        refuse_silence(order)
     classes = any(gradient.classes for gradient in gradients)
     painters = (hop.base if isinstance(hop, ConsistencyHop) else hop for hop in cascade.hops)
     told = any(isinstance(hop, ChainHop) and hop.spec.labels for hop in painters)

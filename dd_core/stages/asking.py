@@ -134,16 +134,23 @@ def can_take(spec: StageSpec, how: SamplingSpec, steps: int) -> bool:
     return True
 
 
-def hears_negative(spec: StageSpec) -> bool:
-    """Whether a hop of this stage, where it is guided, uses a negative caption."""
+def reads_caption(spec: StageSpec) -> bool:
+    """Whether a hop of this stage is told the caption."""
     match spec:
         case ChainSpec():
-            return spec.guides_itself and spec.text_width > 0
+            return spec.text_width > 0
         case ConsistencySpec():
-            return hears_negative(spec.base)
+            return reads_caption(spec.base)
         case _:
             priors = PriorSpec | CausalPriorStageSpec | AutoregressivePriorSpec
             return isinstance(spec, BaseSpec | priors)
+
+
+def hears_negative(spec: StageSpec) -> bool:
+    """Whether a hop of this stage, where it is guided, uses a negative caption."""
+    chain = spec.base if isinstance(spec, ConsistencySpec) else spec
+    learned = not isinstance(chain, ChainSpec) or chain.guides_itself
+    return learned and reads_caption(chain)
 
 
 def led_away(spec: StageSpec, how: SamplingSpec) -> bool:

@@ -40,7 +40,7 @@ def run() -> RunSpec:
 
 
 def classes() -> RunSpec:
-    """An unconditional base guided to classes: `ddiff sample x --label 4` asks for something purple.
+    """An unconditional base guided to classes: `ddiff sample --label 4` asks for something purple.
 
     Two CPUs, no GPU, up to 8 GB.
     """

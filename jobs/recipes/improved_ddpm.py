@@ -2,7 +2,7 @@
 
 `bound` trains the same network on the variational bound; importance sampling of timesteps would begin when
 each of them has ten losses, which takes more steps.  `inpainting` finetunes it to fill holes.  The class is
-the colour of the first thing in a scene: `ddiff sample x --label 4` paints something purple.
+the colour of the first thing in a scene: `ddiff sample --label 4` paints something purple.
 Source: Nichol & Dhariwal 2021 (arXiv:2102.09672); sizes are ours.
 """
 

@@ -18,7 +18,7 @@ from dd_core.stages.consistency import ConsistencySpec
 from jobs.cli import main
 from jobs.config import ConfigError
 from jobs.sample_changes import changed
-from tests.unit.dd_core.test_chain import INPAINTING, trained
+from tests.unit.dd_core.test_chain import DDPM, INPAINTING, trained
 from tests.unit.serve.tiny import STAGES, tiny_cascade
 
 
@@ -184,6 +184,18 @@ def test_a_negative_prompt_leads_away_and_a_cascade_that_reads_nothing_refuses_i
     done = ddiff(tmp_path, "blind", tmp_path / "none", "a star", "--negative", "a box")
     assert done.exit_code == 2
     assert "no hop uses --negative; leave it out, or take one with a hop that reads captions" in done.stderr
+
+
+def test_a_prompt_is_needed_where_it_is_read_and_nowhere_else(place: Path, tmp_path: Path) -> None:
+    done = ddiff(place, "cascade", tmp_path / "none", "--set", "base.num_steps=1")
+    assert (done.exit_code, "the prompt is empty; say what to paint" in done.stderr) == (2, True)
+    chain = trained(DDPM)
+    bundle.save(tmp_path / "base", chain.spec, chain.weights, parents={}, facts={})
+    hops = (HopSpec(stage="base", how=SamplingSpec(num_steps=1, guidance_scale=1.0)),)
+    spec = CascadeSpec(name="deaf", hops=hops, context_length=12, image_size=16)
+    bundle.save_cascade(tmp_path / "deaf", spec, {"base": tmp_path / "base"}, card="")
+    picture = painted(tmp_path, "deaf", tmp_path / "a")
+    assert np.array_equal(picture, painted(tmp_path, "deaf", tmp_path / "b", "whatever"))
 
 
 def test_a_grey_picture_is_colourised_and_a_small_one_enlarged_by_a_consistency_model(
