@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dd_core.denoiser import Denoised, Denoiser
-from dd_core.noise import karras_sigmas, spread
+from dd_core.noise import Noise, karras_sigmas, spread
 from dd_core.samplers import Query, Sampling, sample
 from dd_core.spec import Spec
 
@@ -135,6 +135,12 @@ class Cut(NamedTuple):
         levels = karras_sigmas(fine + (not self.to_zero), sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         return levels[: fine + 1]
 
+    def ends(self) -> Float[Tensor, " s"]:
+        """Where each segment ends; the last at 0."""
+        grid = self.grid()
+        each = (len(grid) - 1) // self.segments
+        return torch.cat([grid[each:-1:each], grid.new_zeros(1)])
+
 
 class Pair(NamedTuple):
     """Neighbouring levels for each sample, and the end of the segment that they lie in."""
@@ -153,8 +159,33 @@ def draw_pair(like: Float[Tensor, " b *s"], cut: Cut) -> Pair:
     place = torch.randint(cut.num_levels - 1, (len(like),), device=like.device)
     path = grid[steps * place[:, None] + torch.arange(steps + 1, device=like.device)]
     each = (len(grid) - 1) // cut.segments
-    ends = torch.cat([grid[each:-1:each], grid.new_zeros(1)])
-    return Pair(path[:, 0], path[:, -1], ends[steps * place // each], path)
+    return Pair(path[:, 0], path[:, -1], cut.ends().to(like)[steps * place // each], path)
+
+
+def segmented(
+    x: Float[Tensor, " b *s"], sigmas: Float[Tensor, " n"], ends: Float[Tensor, " s"], noise: Noise
+) -> Sampling:
+    """Multistep sampling of a path in segments: each jump lands on the end of the segment that it begins in.
+
+    From there fresh noise leads up again to the next level of that segment, if there is one: on the way to an
+    end the answer, which is where DDIM would have to go to arrive there, is not on the path.
+
+    Args:
+        x: Noise at level sigmas[0].
+        sigmas: Decreasing noise levels, all ends among them.
+        ends: The last level of each segment.
+        noise: Source of fresh noise; not called where each segment has one level.
+
+    Source: Song et al. 2023, algorithm 1, for each segment of Heek et al. 2024, algorithm 2.
+    """
+    stops = ends.tolist()
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        end = max(stop for stop in stops if stop < sigma)
+        x0 = (yield Query(x, sigma)).x0
+        x = x0 + end * ((x - x0) / sigma)
+        if sigma_next > end:
+            x = x + math.sqrt(sigma_next**2 - end**2) * noise(x)
+    return x
 
 
 def ended(denoise: Denoiser) -> Denoiser:

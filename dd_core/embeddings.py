@@ -24,10 +24,10 @@ def slerp(
     left, right = a.flatten(1), b.flatten(1)
     part = torch.as_tensor(share, dtype=a.dtype, device=a.device).expand(len(a))[:, None]
     straight = F.normalize(left, dim=1), F.normalize(right, dim=1)
-    chord = (straight[0] - straight[1]).norm(dim=1, keepdim=True)
-    omega = 2 * torch.asin((chord / 2).clamp(max=1))  # exact for small angles, where acos is not
+    apart, along = ((straight[0] + sign * straight[1]).norm(dim=1, keepdim=True) for sign in (-1, 1))
+    omega = 2 * torch.atan2(apart, along)  # exact for the smallest and the largest angles, as acos is not
     parallel = omega < 1e-6
-    sine = torch.where(parallel, 1.0, torch.where(chord < 2, omega.sin(), torch.nan))
+    sine = torch.where(parallel, 1.0, torch.where(along > 0, omega.sin(), torch.nan))
     weight_a = torch.where(parallel, 1 - part, ((1 - part) * omega).sin() / sine)
     weight_b = torch.where(parallel, part, (part * omega).sin() / sine)
     return (weight_a * left + weight_b * right).view_as(a)

@@ -13,7 +13,7 @@ from dd_core import bundle, sealed
 from dd_core.bundle import Bundle
 from dd_core.layouts import diffusers_autoencoder, diffusers_config, diffusers_scheduler, diffusers_unet
 from dd_core.layouts.files import WEIGHTS
-from dd_core.layouts.moves import outward
+from dd_core.layouts.moves import LayoutError, outward
 from dd_core.nets.autoencoder import Autoencoder
 from dd_core.nets.network import PlainSpec
 from dd_core.nets.unet import UNet
@@ -25,6 +25,7 @@ from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
 
 Facts = dict[str, Any]
+EXPORTED = "chains whose net is of kind unet, UNets that were imported and autoencoders can be exported"
 
 
 def export_diffusers(directory: Path, out: Path) -> Facts:
@@ -37,6 +38,18 @@ def export_diffusers(directory: Path, out: Path) -> Facts:
     if out.exists():
         raise ValueError(f"{out} exists; name another --out")
     found = bundle.load(directory)
+    try:
+        return exported(found, directory, out)
+    except LayoutError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def exported(found: Bundle, directory: Path, out: Path) -> Facts:
+    """As `export_diffusers`.
+
+    Raises:
+        LayoutError, ValueError: There is nothing in diffusers that computes the same.
+    """
     match found.trained.spec:
         case NetworkSpec(net=PlainSpec() as net, process=process):
             side = process.image_size if process else 64
@@ -55,11 +68,11 @@ def export_diffusers(directory: Path, out: Path) -> Facts:
             }
             moves = diffusers_autoencoder.autoencoder_moves(whole)
             return component(out / "vae", config, outward(weights, moves))
+        case ChainSpec(net=net) | ConsistencySpec(base=ChainSpec(net=net)):
+            raise ValueError(f"{directory}: diffusers has no network of kind {net.kind}; {EXPORTED}")
         case other:
-            raise ValueError(
-                f"{directory}: diffusers has nothing that computes what a {type(other).__name__} does; "
-                "chains whose net is of kind unet, UNets that were imported and autoencoders can be exported"
-            )
+            kind = other.model_dump()["kind"]
+            raise ValueError(f"{directory}: diffusers has nothing like a stage of kind {kind}; {EXPORTED}")
 
 
 def export_chain(spec: ChainSpec | ConsistencySpec, found: Bundle, directory: Path, out: Path) -> Facts:

@@ -4,9 +4,12 @@ import errno
 import logging
 import traceback
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflows.addresses import redacted
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 DISK = "the disk"
 """Named where a library does not say which file."""
@@ -159,9 +162,23 @@ def words_of(error: BaseException, fields: Any = None, within: str = "") -> str:
     told = []
     for one in error.errors():
         where = ".".join(filter(None, (within, place(fields, one["loc"]))))
-        why = one["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
+        why = why_of(one)
         told.append(f"{where}: {why}" if where else why)
     return "; ".join(dict.fromkeys(told))
+
+
+def why_of(error: "ErrorDetails") -> str:
+    """What pydantic says of one value, as the user would; of fields that may be of several kinds, which."""
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "union_tag_not_found":
+            return f"field {context['discriminator']} is missing, which says what it is"
+        case "union_tag_invalid":
+            return f"{context['discriminator']} is {context['tag']!r}, and may be {context['expected_tags']}"
+        case _:
+            return (
+                error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
+            )
 
 
 def label(item: Any, number: int) -> str:

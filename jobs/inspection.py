@@ -14,12 +14,13 @@ from jobs.environment import colours
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What a directory is and what is in it, by its manifest; nothing is verified.
+    """What a directory is and what is in it, by its manifest; only specs are checked, no byte is compared.
 
     Raises:
-        sealed.SealError: It has no readable manifest.
+        sealed.SealError: It has no readable manifest, or a spec that this version does not know.
     """
     body = manifest(path)
+    check_specs(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return {
         "path": str(path),
@@ -42,20 +43,30 @@ def verified(path: Path) -> dict[str, Any]:
     """
     has_parts = any(path.glob("*.parquet")) and kind_of(path) == "prepared data"
     seal = sealed.verify(path, listed_only=has_parts)
-    inner = sorted(found.parent for found in path.glob(f"*/{sealed.MANIFEST}"))
-    for stage in (path, *inner):
-        if stage != path:
-            sealed.verify(stage)
-        if (stage / "spec.json").exists():
-            bundle.checked(bundle.SPEC, stage / "spec.json")
-    if (path / "cascade.json").exists():
-        bundle.checked(TypeAdapter(CascadeSpec), path / "cascade.json")
+    inner = nested(path)
+    for stage in inner:
+        sealed.verify(stage)
+    check_specs(path)
     return {
         "path": str(path),
         "kind": kind_of(path),
         "digest": seal.digest,
         "stages": [s.name for s in inner],
     }
+
+
+def nested(path: Path) -> list[Path]:
+    """The bundles in a cascade."""
+    return sorted(found.parent for found in path.glob(f"*/{sealed.MANIFEST}"))
+
+
+def check_specs(path: Path) -> None:
+    """Raises sealed.SealError for a spec of a bundle or cascade that is damaged or has an unknown field."""
+    for stage in (path, *nested(path)):
+        if (stage / "spec.json").exists():
+            bundle.checked(bundle.SPEC, stage / "spec.json")
+    if (path / "cascade.json").exists():
+        bundle.checked(TypeAdapter(CascadeSpec), path / "cascade.json")
 
 
 def manifest(path: Path) -> dict[str, Any]:

@@ -198,6 +198,10 @@ def refused(spec: ChainSpec) -> list[tuple[bool, str]]:
             "rescaled_time is for networks that are told timesteps; leave it out",
         ),
         (latent and spec.learns_variance, f"loss {spec.loss} counts the bits of pixels; use simple"),
+        (
+            latent and spec.predicts == "edm",
+            "predicts edm scales for pixels, whose deviation is about .5, and that of latents is 1; use v",
+        ),
         (latent and spec.factor > 1, "an enlarging model paints pixels; set latent_channels: 0 or factor: 1"),
         (spec.image_size % spec.factor > 0, f"image_size {spec.image_size} must divide by {spec.factor}"),
         (

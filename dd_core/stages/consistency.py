@@ -72,7 +72,8 @@ class ConsistencySpec(LearnedSpec):
     """Safetensors file with the state of lpips.LPIPS(net="vgg")."""
     segments: int = Field(1, ge=1)
     """Equal parts of its fixed levels; a jump goes to the end of the part that it begins in, so a picture
-    takes as many jumps as there are parts, or a multiple, which is easier to learn than a single jump."""
+    takes as many jumps as there are parts, which are easier to learn than a single one; or a multiple, for
+    which noise is drawn anew within the parts."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ConsistencySpec":

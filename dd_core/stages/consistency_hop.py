@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dd_core import edits
 from dd_core.cascade import CascadeState, Draw
-from dd_core.consistency import FixedLevels
+from dd_core.consistency import FixedLevels, segmented
 from dd_core.denoiser import Denoiser
 from dd_core.guidance import UNLIMITED, Rows
 from dd_core.noise import SeededNoise
-from dd_core.samplers import SamplingSpec, begin, ddim, sigmas_of
+from dd_core.samplers import SamplingSpec, begin, sigmas_of
 from dd_core.stage import Trained
 from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_hop import ChainHop, kept_in_range, refuse_told
@@ -30,10 +30,9 @@ class ConsistencyHop:
     """What its base is told -> an image in how.num_steps jumps; or an edit of an image.
 
     Jumps start at training levels: those of taus, or without them num_steps spaced as evenly as possible.
-    New noise is drawn after each jump.  If the path is cut into segments, jumps are DDIM steps that stop at
-    each segment's end, and no noise is drawn.  Published models end at their lowest level: without taus their
-    jumps start at the first num_steps of num_steps + 1 Karras levels.  A guidance scale other than 1 comes on
-    top of the distilled one.
+    New noise is drawn after each jump; where the path is cut into segments, only if another jump of the same
+    segment follows.  Published models end at their lowest level: without taus their jumps start at the first
+    num_steps of num_steps + 1 Karras levels.  A guidance scale other than 1 is on top of the distilled one.
 
     Args:
         trained: The consistency model.
@@ -88,10 +87,10 @@ class ConsistencyHop:
         known = known_of(state, self.base.spec.image_size, self.base.device)
         if known is not None:
             x = x + known.image
-        sampling = ddim(x, sigmas, noise)
-        if self.spec.segments == 1:
-            lowest = self.spec.sigma_range[0] if self.spec.ends_at_lowest else 0.0
-            sampling = begin(how, x, sigmas, noise, sigma_min=lowest)
+        lowest = self.spec.sigma_range[0] if self.spec.ends_at_lowest else 0.0
+        sampling = begin(how, x, sigmas, noise, sigma_min=lowest)
+        if self.spec.segments > 1:
+            sampling = segmented(x, sigmas, self.spec.cut(self.spec.levels.final).ends(), noise)
         rows = self.base.rows(state, how)
         if self.spec.segments > 1 and how.clip is None:  # an estimate of a segment's end is no picture
             rows = rows._replace(limits=torch.tensor([UNLIMITED] * len(state.seeds)))

@@ -108,7 +108,7 @@ def test_a_wrong_configuration_ends_before_anything_is_started(
     [
         (["paint"], ["No such command 'paint'", "`main --help`"]),
         (["data", "chek"], ["Did you mean 'check'?", "`main data --help`"]),
-        (["sample"], ["Missing argument 'PROMPT'", "`main sample --help`"]),
+        (["sample"], ["Missing option '--cascade'", "`main sample --help`"]),
         (["run", "--recip", "demo"], ["--recipe", "`main run --help`"]),
         (["serve", "--cascade", "x", "--port", "0"], ["--port", "1<=x<=65535"]),
         (["data", "check"], ["name --shards", "`main data check --help`"]),
@@ -192,6 +192,15 @@ def test_a_damaged_spec_is_named_by_who_only_looks(name: str, tmp_path: Path) ->
     for harmed in (b"{", b"\xfb}"):
         (tmp_path / "mine" / name).write_bytes(harmed)
         refused(ddiff("inspect", "mine"), 4, f"mine/{name} is damaged: ")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_spec_within_a_cascade_that_has_an_unknown_field_is_named(command: str, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    (tmp_path / "mine" / "base" / "spec.json").write_text('{"kind": "clip", "nonsense": 1}')
+    for place in (tmp_path / "mine" / "base", tmp_path / "mine"):
+        sealed.seal(place, sealed.digests(place), {})
+    refused(ddiff(command, "mine"), 4, "mine/base/spec.json", "nonsense")
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,23 @@ def test_jumps_from_end_to_end_of_segments_follow_the_exact_path() -> None:
     torch.testing.assert_close(found, flow_end(x, ends[:1].expand(5)).x0)
 
 
+@pytest.mark.parametrize(("segments", "jumps"), [(4, 4), (4, 8), (4, 16), (2, 8)])
+def test_several_jumps_in_a_segment_draw_from_the_data_too(segments: int, jumps: int) -> None:
+    """A perfect model gives a Gaussian its own width, in however many jumps."""
+    cut = Cut(17, sigma_min=0.02, sigma_max=80.0, to_zero=True, segments=segments)
+    ends, levels = cut.ends(), cut.grid()[:: 16 // jumps]
+
+    def perfect(x: Tensor, sigma: Tensor) -> Denoised:
+        end, sigma = ends[ends < sigma[0]].max(), spread(sigma, x)
+        passing = x * ((STD**2 + end**2) / (STD**2 + sigma**2)).sqrt()
+        return Denoised((passing - x * end / sigma) / (1 - end / sigma))
+
+    noise = SeededNoise(range(2))
+    x = math.sqrt(STD**2 + 80.0**2) * noise(torch.empty(2, 50_000, dtype=torch.float64))
+    found = sample(consistency.segmented(x, levels, ends, noise), perfect)
+    assert found.std().item() == pytest.approx(STD, rel=0.01)
+
+
 class Gains(nn.Module):
     """A network that can do nothing but multiply what has unit variance, by another number at every level."""
 

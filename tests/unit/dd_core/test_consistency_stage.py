@@ -379,7 +379,9 @@ def test_a_student_of_a_chain_may_leave_its_dropout_out_and_nothing_else(edm: di
         (
             {
                 "base": EDM.but(
-                    net=PlainSpec(unet=UNET.but(labels=2), in_channels=4, out_channels=4), latent_channels=4
+                    net=PlainSpec(unet=UNET.but(labels=2), in_channels=4, out_channels=4),
+                    latent_channels=4,
+                    predicts="v",
                 ),
                 "distance": "clip",
             },

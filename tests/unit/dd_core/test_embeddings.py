@@ -37,6 +37,15 @@ def test_slerp_begins_and_ends_at_its_ends_whatever_their_length(shape: tuple[in
     torch.testing.assert_close(mixed[1::2], b[1::2])
 
 
+@pytest.mark.parametrize("gap", [1e-3, 3e-3, 1e-2])
+def test_slerp_keeps_the_length_of_vectors_that_are_nearly_opposite(gap: float) -> None:
+    a = F.normalize(drawn(500, 512), dim=1)
+    aside = F.normalize(torch.linalg.cross(a[:, :3], drawn(500, 3, seed=1)), dim=1)  # at right angles to a
+    b = math.cos(math.pi - gap) * a + math.sin(math.pi - gap) * F.pad(aside, (0, 509))
+    between = embeddings.slerp(a.float(), F.normalize(b, dim=1).float(), 0.5)
+    torch.testing.assert_close(between.norm(dim=1), torch.ones(500), atol=1e-3, rtol=0)
+
+
 def test_slerp_of_equal_vectors_stays_and_of_opposite_ones_says_that_it_cannot() -> None:
     a = F.normalize(drawn(2, 6), dim=-1)
     for near in (a, F.normalize(a + 1e-9, dim=-1)):

@@ -173,6 +173,7 @@ def test_a_hole_in_a_base_is_filled_from_as_far_as_asked() -> None:
         (DDPM, {"inpaints": True}, "image_channels is 0, set it to 4"),
         (DDPM, {"factor": 3, "image_size": 16}, "must divide by 3"),
         (LATENT, {"loss": "vlb"}, "counts the bits of pixels; use simple"),
+        (LATENT, {"predicts": "edm"}, "predicts edm scales for pixels"),
         (LATENT, {"factor": 2}, "an enlarging model paints pixels"),
         (DDPM, {"degrades": "bsr"}, "is for a model that enlarges; set factor"),
         (ENLARGING, {"crop": 32}, "crop 32 is larger than image_size 16"),

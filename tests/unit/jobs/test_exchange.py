@@ -38,6 +38,7 @@ from jobs.recipes import glide
 from tests.conftest import room_for
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core import test_vocabulary
+from tests.unit.serve.tiny import tiny_cascade
 
 WHERE = "diffusion_pytorch_model-00002-of-00003.safetensors"
 UNET = UNetSpec(
@@ -356,6 +357,14 @@ def test_a_chain_of_another_length_says_its_own_betas_and_rescaled_time_is_refus
     assert diffusers_scheduler.process_of(config, image_size=64) == squares
     with pytest.raises(LayoutError, match="diffusers tells t; it cannot be exported"):
         diffusers_scheduler.config_of(published.published()["improved-imagenet64"].process)
+
+
+@pytest.mark.parametrize("name", ["upsampler", "prior"])
+def test_what_diffusers_has_nothing_like_is_named_by_its_kind(name: str, tmp_path: Path) -> None:
+    tiny_cascade(tmp_path)
+    with pytest.raises(ValueError, match=rf"/{name}: diffusers has nothing like a stage of kind {name}; "):
+        export.export_diffusers(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_consistency_model_that_was_exported_is_asked_as_one_when_it_comes_back(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_a_set_field_changes_that_hop_alone_and_the_picture(place: Path, tmp_pat
         (("--set", "num_steps=5"), "write it as HOP.FIELD=VALUE"),
         (("--set", "base.etta=1"), "SamplingSpec has no field 'etta'; did you mean 'eta'?"),
         (("--set", "base.sampler=hein"), "base.sampler: Input should be 'ddim', 'ddpm'"),
+        (("--set", "base.spacing=leading"), "base.spacing: Input should be 'linspace', 'ddim_leading'"),
         (("--set", "base.eta=1"), "eta is for sampler ddim, not dpmpp_2m; leave it out"),
         (("--set", "base.churn.amont=1", "--set", "base.sampler=heun"), "did you mean 'amount'?"),
         (("--set", "base.gradient.caption=5"), "guides names none"),
