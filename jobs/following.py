@@ -18,6 +18,9 @@ from jobs.job_log import merged
 T = TypeVar("T")
 CUTS, PAUSE_S = 20, 3.0
 """How many connections to a log may fail in a row, and the pause before the next."""
+TRIES, LATER = 12, "try again later"
+"""How often a job is handed over, and what the answer contains when the head's agent, which takes jobs, was
+not heard by the dashboard within 10 s (Ray 2.60)."""
 TAKEN = re.compile(r"Job with submission_id \S+ already exists")
 
 
@@ -108,11 +111,14 @@ class Cluster:
     ) -> str:
         """Start a new job in a copy of a directory; return its id.
 
+        A cluster that is too busy to take it is asked again, TRIES times in all.
+
         Raises:
             NameTakenError: There is one of this name, perhaps since a moment ago.
         """
-        return self.ask(
-            lambda client: str(
+
+        def submitted(client: Any) -> str:
+            return str(
                 client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=name,
@@ -120,7 +126,14 @@ class Cluster:
                     metadata=marks,
                 )
             )
-        )
+
+        for _ in range(TRIES - 1):
+            try:
+                return self.ask(submitted)
+            except ClusterError as error:
+                if LATER not in str(error):
+                    raise
+        return self.ask(submitted)
 
     def jobs(self) -> list[JobFacts]:
         """Every job that was submitted, the newest first."""

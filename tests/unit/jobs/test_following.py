@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,39 @@ def test_a_job_that_says_it_is_at_work_is_followed_however_often_it_is_cut(
     ):
         with pytest.raises(ClusterError, match=r"cut|does not answer"):
             list(lost.follow(JOB))
+
+
+class Busy:
+    """Ray's client, of a cluster whose head takes no job for so many questions."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> str:
+        if self.answers:
+            raise RuntimeError(f"Request failed with status code 500: {self.answers.pop(0)}.")
+        return submission_id
+
+
+LATER = "No available agent to submit job, please try again later."
+
+
+@pytest.mark.parametrize(
+    ("answers", "said", "left"),
+    [
+        ([LATER] * (following.TRIES - 1), "", 0),
+        ([LATER] * (following.TRIES + 1), "try again later", 1),
+        ([LATER, "no room", LATER], "no room", 1),
+    ],
+)
+def test_a_job_is_handed_again_to_a_head_that_is_too_busy_to_take_it(
+    answers: list[str], said: str, left: int
+) -> None:
+    cluster = Cluster("http://head:8265")
+    cluster.client = Busy(*answers)
+    with pytest.raises(ClusterError, match=said) if said else nullcontext():
+        assert cluster.start("smoke.1", "true", Path(), environment={}, marks={}) == "smoke.1"
+    assert len(cluster.client.answers) == left
 
 
 class Silent:
