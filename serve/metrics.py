@@ -1,8 +1,10 @@
 """What Prometheus is told beside Ray Serve's own metrics; every node of Ray exports it, as ray_ddiff_...
 
 Ray Serve adds the tags deployment (of a hop its stage), replica and application.  The sums of histograms are
-Ray's estimates from their buckets, their counts are exact (Ray 2.60) but for what a node's agent, held up by
-a busy machine, does not hear: processes tell it what is new since the last time, and once.
+Ray's estimates from their buckets, their counts are exact (Ray 2.60) but for what a busy machine loses: every
+RAY_metrics_report_interval_ms, 10 s unless set, a process collects what is new since the last time and tells
+its node's agent, once; what it does not collect within half an interval, or the agent does not take within
+OTEL_EXPORTER_OTLP_METRICS_TIMEOUT, 10 s unless set, is lost.
 """
 
 from ray.serve.metrics import Counter, Histogram
