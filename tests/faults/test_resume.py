@@ -45,7 +45,7 @@ SPEC = TrainSpec(
     ),  # looks, then draws noise
     parents={"clip": "clip"},
     optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
-    budget=Budget(steps=120, checkpoint_every=7, report_every=1),
+    budget=Budget(steps=240, checkpoint_every=14, report_every=1),
     batch_size=8,
     micro_batch_size=4,
 )
@@ -141,8 +141,8 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
 ) -> None:
     spec = SPEC.but(name="cut")
     stage = run / "cut"
-    ctrl_c = when(reached(stage, 10), lambda: os.kill(os.getpid(), signal.SIGINT))  # Ray would hear it first
-    with ctrl_c, pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 120; run the same "):
+    ctrl_c = when(reached(stage, 20), lambda: os.kill(os.getpid(), signal.SIGINT))  # Ray would hear it first
+    with ctrl_c, pytest.raises(PreemptedError, match=r"cut: stopped at step \d+ of 240; run the same "):
         train_stage(spec, run=run, data=data)
     stopped = max(steps_of(stage))
     newest = max((stage / "checkpoints").iterdir())
@@ -151,10 +151,10 @@ def test_stopped_its_newest_checkpoint_damaged_killed_and_continued_is_bit_for_b
     bytes_[-1] ^= 1
     (newest / SHARD).write_bytes(bytes_)  # so that it is stepped over
     killed: list[int] = []
-    with when(reached(stage, stopped + 12), lambda: killed.append(signal_a_worker())):
+    with when(reached(stage, stopped + 24), lambda: killed.append(signal_a_worker())):
         train_stage(spec, run=run, data=data)
     assert any(killed)
-    for name in (f"checkpoints/step-00000120/{SHARD}", "bundle/weights.safetensors"):
+    for name in (f"checkpoints/step-00000240/{SHARD}", "bundle/weights.safetensors"):
         assert_same(stage / name, whole / name)
     ours, theirs = (curves(path / "metrics.jsonl")["train/loss"] for path in (stage, whole))
     assert ours == theirs
