@@ -80,6 +80,9 @@ def refuse_order(order: Order) -> None:
         )
     if order.seed + order.images > SEEDS:
         raise ValueError(f"--seed {order.seed}: pictures come again from {SEEDS} on; take a smaller one")
+    for option, given in (("--mask", order.mask), ("--strength", order.strength)):
+        if given is not None and order.image is None:
+            raise ValueError(f"{option} needs the picture; give it with --image")
     if order.training_free and order.mask is None:
         raise ValueError("--training-free fills the hole of --mask; give that, or leave it out")
 

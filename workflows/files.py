@@ -151,7 +151,8 @@ def opened(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise unopened(redacted(url), error) from None
     except ValueError as error:
-        raise MissingShardError(f"{redacted(url)} cannot be opened: {one_line(error)}") from None
+        why = f"{redacted(url)} cannot be opened: {one_line(error)}"
+        raise MissingShardError(f"{why}; see that it is the address of a store, or a path") from None
     return fs, str(path)
 
 

@@ -75,8 +75,8 @@ SAMPLE = {
     "a mask in colours": (("--image", "image.png", "--mask", "image.png"), "convert it to greyscale"),
     "a picture of another size": (("--image", "small.png"), "32 x 32, but the cascade paints 64 x 64"),
     "a picture that is not RGB": (("--image", "clear.png"), "its mode is RGBA; convert it to RGB"),
-    "a mask of no picture": (("--mask", "mask.png"), "a hole needs the picture that it is of; give one"),
-    "a strength of no picture": (("--strength", "0.5"), "needs the picture that it is of; give one"),
+    "a mask of no picture": (("--mask", "mask.png"), "--mask needs the picture; give it with --image"),
+    "a strength of no picture": (("--strength", "0.5"), "--strength needs the picture; give it with --image"),
     "a strength of no step": (
         ("--image", "image.png", "--strength", "0.01"),
         "strength 0.01 of 4 steps is no step; raise either",
