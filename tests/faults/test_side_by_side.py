@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's, of itself
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-STEPS = 60
+STEPS = 150
 UNGUIDED = SamplingSpec(guidance_scale=1.0)
 
 
@@ -48,7 +48,7 @@ def stage(name: str, seed: int, **more: object) -> TrainSpec:
         name=name,
         stage=ChainSpec(net=PlainSpec(unet=NET.but(image_channels=0)), image_size=32, crop=16),
         optimizer=OptimizerSpec(learning_rate=1e-3, precision="fp32"),
-        budget=Budget(steps=STEPS, checkpoint_every=20, report_every=1),
+        budget=Budget(steps=STEPS, checkpoint_every=50, report_every=1),
         batch_size=8,
         seed=seed,
     ).but(**more)
