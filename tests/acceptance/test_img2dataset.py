@@ -80,7 +80,7 @@ def img2dataset_shards(
             "thread_count": 4,
             "number_sample_per_shard": 16,
             "retries": 0,
-            "timeout": 20,
+            "timeout": 300,  # of a busy machine
         }
         command = [
             str(Path(sys.executable).parent / "img2dataset"),
