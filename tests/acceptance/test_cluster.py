@@ -283,8 +283,8 @@ def test_two_workers_were_on_two_nodes(run: Done) -> None:
     both, left = {node.ip for node in run.on.nodes}, {run.on.nodes[0].ip}
     assert nodes[-1] == left  # what was hit goes on with what is left
     alone = [placed for placed in nodes[:-1] if placed != both]
-    assert len(alone) <= 1  # to Ray a node seems full, just after a stage has ended there
-    assert len(nodes) - len(alone) > len(STAGES)
+    assert len(alone) <= 2  # to Ray a node seems full, just after a stage has ended there
+    assert len(nodes) - len(alone) >= len(STAGES)
 
 
 def tracked(run: Done) -> list[Any]:
