@@ -318,6 +318,7 @@ def test_a_stop_lets_what_is_in_work_finish_and_takes_in_no_more(
     with ThreadPoolExecutor(2) as pool:
         working = pool.submit(client.images.generate, prompt="a", n=8, extra_body=LONG)
         until(lambda: load("base") > 0 or working.done(), True)
+        assert not working.done()
         draining = pool.submit(running.drain, 600, hurried=threading.Event())
         until(lambda: httpx.get(f"{on_air.url}/health/ready", timeout=120).status_code, 503)
         with pytest.raises(openai.InternalServerError, match="the server is stopping"):

@@ -137,7 +137,7 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_unbroken_run(
     assert [name for name in stage.names() if name in ("checkpoints", "stop")] == ["checkpoints"]
     forgotten(run)
     killed: list[int] = []
-    with when(reached(stage.here, stopped_at + 20), lambda: killed.append(signal_a_worker())):
+    with when(reached(stage.here, stopped_at + 70), lambda: killed.append(signal_a_worker())):
         made = train_stage(spec, run=run, data=data)
     assert any(killed)
     assert_same(made / "weights.safetensors", whole / "weights.safetensors")
