@@ -1,7 +1,7 @@
 """The memory that a worker of a stage will need, found by running the real stage on fake tensors.
 
 Nothing is allocated and nothing computed: PyTorch carries only shapes and types through the
-training's own modules, optimizers and forward (torch.FakeTensorMode), and the bytes that it would
+training's own modules, optimizers and forward (workflows.hollow), and the bytes that it would
 keep are added up.  Where a value would decide (a random crop, a mask), the case that needs most is
 taken.  The check costs a second, and there is no formula for memory to keep up to date by hand.
 """
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dd_core import ranks
@@ -23,6 +22,7 @@ from dd_core.stage import PairBatch, Stage, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.clip import ClipSpec, sized
 from dd_core.training import TrainState
+from workflows.hollow import Hollowing, storage
 from workflows.parents import outline, parent_home
 from workflows.storage import Home
 from workflows.train_spec import TrainSpec
@@ -127,7 +127,7 @@ def needs(
     """
     trained: dict[str, Trained] = {}
     found: dict[str, Need] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), Content():
+    with Hollowing(), Content():
         for spec in stages:
             parents = {role: parent(spec, role, trained, run) for role in spec.parents}
             refuse_length(spec, parents, context_length)
@@ -196,11 +196,12 @@ def need(
 def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu: bool) -> int:
     """Bytes that one forward keeps for backward beside the parameters."""
     batch = nothing(spec, spec.micro_batch_size or spec.batch_size // spec.num_workers, context_length)
-    own = {id(tensor.untyped_storage()) for tensor in stage.state_dict(keep_vars=True).values()}
-    seen: dict[int, Tensor] = {}
+    own = {id(storage(tensor)) for tensor in stage.state_dict(keep_vars=True).values()}
+    seen: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        seen[id(tensor.untyped_storage())] = tensor  # holding it, so that no other gets its id
+        there = storage(tensor)
+        seen[id(there)] = there  # holding it, so that no other gets its id
         return tensor
 
     stage.train()
@@ -208,7 +209,7 @@ def kept(spec: TrainSpec, stage: Stage, phase: str, context_length: int, *, gpu:
     where = imagined("cuda" if gpu else "cpu")
     with kept_by, numbers(spec, gpu=gpu), where, ranks.among(spec.num_workers):
         stage(batch, phase)
-    return sum(tensor.untyped_storage().nbytes() for number, tensor in seen.items() if number not in own)
+    return sum(there.nbytes() for number, there in seen.items() if number not in own)
 
 
 def nothing(spec: TrainSpec, rows: int, context_length: int) -> PairBatch:
