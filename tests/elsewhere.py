@@ -1,7 +1,7 @@
 """A device that is not the CPU, on machines without one: what is left behind on the CPU is an error there.
 
 What is on the CPU is computed.  Tensors elsewhere have a shape, a type and a device but no content
-(torch.FakeTensorMode), and PyTorch refuses to mix them with tensors of the CPU, as it does with a GPU's.
+(workflows.hollow), and PyTorch refuses to mix them with tensors of the CPU, as it does with a GPU's.
 Code that reads one of their values gets one of `workflows.estimate.Content`.
 
 PyTorch cannot forget a kind of device, so all of this is for a process of its own.
@@ -14,12 +14,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves
 
 from workflows.estimate import Content
+from workflows.hollow import Hollow, Hollowing
 
 ATEN = torch.ops.aten
 KIND = "elsewhere"
@@ -50,25 +50,22 @@ class MadeHere(TorchFunctionMode):
 
 
 class Elsewhere(Content):
-    """Hands what concerns the other device to FakeTensorMode; the rest is computed."""
+    """Hands what concerns the other device to Hollowing; the rest is computed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.hollowing = Hollowing()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
         goes = getattr(named.get("device"), "type", "cpu") == KIND
-        if not goes and not any(isinstance(one, FakeTensor) for one in tree_leaves((args, named))):
+        if not goes and not any(isinstance(one, Hollow) for one in tree_leaves((args, named))):
             return func(*args, **named)
         if func is ATEN.equal.default:
             return False
-        if func is ATEN._to_copy.default:
-            fake = args[0] if isinstance(args[0], FakeTensor) else self.fake.from_tensor(args[0])
-            fake.constant, args = None, (fake,)  # of what has one, PyTorch would make a real copy
-        with self.fake:
+        with self.hollowing:
             return super().__torch_dispatch__(func, types, args, named)
 
 

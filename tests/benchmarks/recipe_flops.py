@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.recipe_flops [adm.run glide.paper ...]
 
-The real stages are built and run forwards and backwards on tensors without content (FakeTensorMode), and
+The real stages are built and run forwards and backwards on tensors without content (workflows.hollow), and
 PyTorch counts the operations of their matrix products and convolutions: two for a multiply-add.  Frozen
 parents are counted where a step calls them (CLIP's states, latents); embeddings of images are not, as they
 are computed once, with the data.  The days are an estimate, not a measurement: all GPUs of the recipe, or
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
@@ -29,6 +28,7 @@ from dd_core.stages.clip import ClipSpec
 from dd_core.stages.consistency import ConsistencySpec
 from jobs.config import run_spec
 from workflows.estimate import OPS, Content, nothing, numbers
+from workflows.hollow import Hollowing
 from workflows.run_spec import RunSpec, in_order
 from workflows.train_spec import TrainSpec
 
@@ -97,7 +97,7 @@ def costs(run: RunSpec, known: dict[str, float]) -> dict[str, Cost]:
     """
     trained: dict[str, Trained] = {}
     found: dict[str, Cost] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), Counting() as counting:
+    with Hollowing(), Counting() as counting:
         for spec in in_order(run.stages):
             parents = {role: trained[name] for role, name in spec.parents.items()}
             stage = build_stage(at_last(spec.stage), parents)

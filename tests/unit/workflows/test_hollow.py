@@ -87,6 +87,7 @@ def same_place(tensors: list[Tensor]) -> list[tuple[int, int]]:
 
 
 def test_of_equal_operations_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hollowing, "known", {})
     with Hollowing() as mode:
         asked, ask = list[str](), mode.asked
         monkeypatch.setattr(
@@ -107,6 +108,18 @@ def test_what_changes_a_tensor_in_place_returns_it() -> None:
         assert (x.shape, x.stride()) == ((1, 3, 2), (6, 1, 3))
         assert storage(x.squeeze_()) is storage(x[0])
         assert (x.sum(0).shape, x.t().is_contiguous()) == ((2,), True)
+
+
+def test_what_does_not_go_together_is_refused_each_time() -> None:
+    with Hollowing():
+        x = torch.ones(2, 3)
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                x + torch.ones(5)
+            with pytest.raises(RuntimeError):
+                x.add_(torch.ones(5))
+            with pytest.raises(RuntimeError):
+                torch._foreach_add_([x], [torch.ones(5)])
 
 
 def test_content_is_not_made_up() -> None:
