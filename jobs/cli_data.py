@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from jobs.shell import DIRECTORY, FILE, Directory, Group, answer, given, verbose
+from jobs.shell import DIRECTORY, FILE, Directory, Group, Manner, answer, given, verbose
 
 SHARDS = click.option("--shards", multiple=True, help="Tars: paths, globs, {000..099}, s3://, http://.")
 MAX_REJECTED = click.option("--max-rejected", default=0.05, show_default=True, type=click.FloatRange(0, 1))
@@ -113,7 +113,7 @@ def prepare(
 def refuse_beside_config() -> None:
     """Refuse options that --config would silently overrule."""
     own = {option.name or "" for option in click.get_current_context().command.params}
-    if others := given(*own - {"file", "as_json", "verbose", "quiet"}):
+    if others := given(*own - {"file", *Manner._fields}):
         raise click.UsageError(f"the file of --config says all; leave out {', '.join(others)}")
 
 

@@ -94,6 +94,7 @@ class Manner(NamedTuple):
     verbose: bool
     quiet: bool
     as_json: bool
+    no_color: bool = False
 
 
 class MisusedError(click.ClickException):
@@ -126,7 +127,7 @@ class Read(click.Command):
 
 
 class Command(Read):
-    """A command with --json, -v and -q, whose every error is one line and an exit code."""
+    """A command with --json, -v, -q and the like, whose every error is one line and an exit code."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [
@@ -134,14 +135,17 @@ class Command(Read):
             click.Option(["--json", "as_json"], is_flag=True, help="Print JSON."),
             click.Option(["-v", "--verbose"], is_flag=True, help="Say more; tracebacks."),
             click.Option(["-q", "--quiet"], is_flag=True, help="Say only what is wrong."),
+            click.Option(["--no-color"], is_flag=True, help="No colours, as with NO_COLOR=1."),
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run, and turn an error into a line and an exit code."""
         manner = ctx.obj = Manner(**{name: ctx.params.pop(name) for name in Manner._fields})
-        from jobs.environment import prepare_environment
+        from jobs.environment import forbid_colours, prepare_environment
         from jobs.failures import StoppedError
 
+        if manner.no_color:
+            forbid_colours()
         prepare_environment()
         listen(manner)
         signal.signal(signal.SIGTERM, Stop())
