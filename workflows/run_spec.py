@@ -36,6 +36,7 @@ class RunSpec(Spec):
 
     kind: Literal["run"] = "run"
     name: SafeName
+    """Its directory under DDIFF_STORAGE (`runs`), and what MLflow calls it."""
     shapes: ShapesSpec | None = None
     """The embedded world to write first; the run then knows its shards, and sets pairs.destination."""
     pairs: PairsSpec

@@ -40,9 +40,11 @@ class ShapesSpec(Spec):
 
     kind: Literal["shapes"] = "shapes"
     pairs: int = Field(10_000, ge=1)
+    """Pictures, each with its caption."""
     seed: int = Field(0, ge=0)
     pairs_per_shard: int = Field(500, ge=1)
     image_size: int = Field(256, ge=32)
+    """Side in pixels."""
     image_format: Literal["png", "jpg"] = "png"
 
 
