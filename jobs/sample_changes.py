@@ -6,12 +6,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from dd_core.cascade import HopSpec
-from dd_core.samplers import SamplingSpec
+from dd_core.samplers import HEARD_BY, SamplingSpec
 from jobs.config import ConfigError, apply
 from jobs.failures import words_of
-
-OF = {"variance": "ddpm", "eta": "ddim", "churn": "heun", "clip": "ddim"}
-"""Field -> the one sampler that hears it; of clip, the clipping of the image alone."""
 
 
 def changed(hops: Sequence[HopSpec], changes: Sequence[str], steps: int | None = None) -> list[HopSpec]:
@@ -65,12 +62,9 @@ def leave_foreign_out(fields: dict[str, Any], named: Sequence[str]) -> None:
     """Drop what belongs to another sampler than the one that was chosen, unless it was named, too."""
     if "sampler" not in named:
         return
-    for field, sampler in OF.items():
-        if (
-            sampler != fields["sampler"]
-            and field not in named
-            and (field != "clip" or fields.get(field) == "image")
-        ):
+    image = {"clip": "ddim"} if fields.get("clip") == "image" else {}
+    for field, sampler in (HEARD_BY | image).items():
+        if sampler != fields["sampler"] and field not in named:
             fields.pop(field, None)
 
 

@@ -26,8 +26,6 @@ ADDRESS_BYTES = 16 * 2**30
 CPU_SECONDS = 900
 FOREIGN = "pytorch_lightning."
 """Classes of this package, such as callbacks, are named in checkpoints; `Nothing` stands for each."""
-
-
 TORN = "PytorchStreamReader"
 """How torch's RuntimeError of a cut file begins."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dd_core import images, losses, ranks
 from dd_core.layouts.clip import net_of
+from dd_core.layouts.unpickle import TORN
 from dd_core.nets.captioner import Captioner
 from dd_core.nets.clip import MOST_LOG_SCALE, Clip, ClipNetSpec
 from dd_core.ranks import gathered
@@ -23,8 +24,6 @@ from dd_core.towers import open_clip
 
 UNREADABLE = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, SafetensorError)
 """What reading a file raises that is cut, empty or no file of weights, such as a web page saved as one."""
-TORN = "PytorchStreamReader"
-"""How torch's RuntimeError of a cut file begins."""
 
 
 class ClipSpec(LearnedSpec):
