@@ -7,7 +7,8 @@ cut into segments: then the network jumps to the end of the segment it is in, so
 as there are segments, and each is far easier to learn.
 
 Sources: Song et al. 2023 (arXiv:2303.01469), algorithms 2 and 3; Song & Dhariwal 2023 (arXiv:2310.14189,
-pseudo-Huber distance); Heek et al. 2024 (arXiv:2403.06807, segments).
+pseudo-Huber distance); Heek et al. 2024 (arXiv:2403.06807, segments); Luhman & Luhman 2021 (arXiv:2101.02388,
+paths that a teacher walks from noise).
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -155,8 +156,12 @@ class Pair(NamedTuple):
 
 def draw_pair(like: Float[Tensor, " b *s"], cut: Cut) -> Pair:
     """Uniform neighbours among the levels: one pair for each sample of `like`, on its device."""
+    return pairs_at(torch.randint(cut.num_levels - 1, (len(like),), device=like.device), like, cut)
+
+
+def pairs_at(place: Int[Tensor, " b"], like: Tensor, cut: Cut) -> Pair:
+    """The neighbours in each of these intervals, counted from the noise; in the dtype of `like`."""
     grid, steps = cut.grid().to(like), cut.steps
-    place = torch.randint(cut.num_levels - 1, (len(like),), device=like.device)
     path = grid[steps * place[:, None] + torch.arange(steps + 1, device=like.device)]
     each = (len(grid) - 1) // cut.segments
     return Pair(path[:, 0], path[:, -1], cut.ends().to(like)[steps * place // each], path)
@@ -243,6 +248,39 @@ def heun_down(x: Float[Tensor, " b *s"], high: Tensor, low: Tensor) -> Sampling:
     return torch.where(last, x0, x + (low - high) * slope)
 
 
+Both = tuple[Float[Tensor, " b *s"], Float[Tensor, " b *s"]]
+"""Images at the higher and at the lower level of each pair."""
+
+
+def rollout(
+    teacher: Follow, noise: Float[Tensor, " b *s"], cut: Cut
+) -> tuple[tuple[Float[Tensor, " r *s"], Float[Tensor, " r *s"]], Pair]:
+    """The paths that a teacher walks from noise to its pictures, which are those that its student will meet.
+
+    Noised images are other than what a teacher meets between noise and picture, above all a guided one.
+
+    Args:
+        teacher: Follows its path.
+        noise: Standard normal.
+        cut: How the path is cut.
+
+    Returns:
+        Images at the higher and at the lower level of every interval, and the levels: those of a path after
+        each other, so n intervals of b paths are r = b n rows.
+
+    Source: Luhman & Luhman 2021 (arXiv:2101.02388), section 3, for whole paths.
+    """
+    intervals = cut.num_levels - 1
+    path = cut.grid().to(noise)
+    walked = [path[0] * noise]
+    for number in range(intervals):
+        levels = path[cut.steps * number : cut.steps * (number + 1) + 1]
+        walked.append(teacher(walked[-1], levels.expand(len(noise), -1)))
+    high, low = (torch.stack(part, 1).flatten(0, 1) for part in (walked[:-1], walked[1:]))
+    place = torch.arange(intervals, device=noise.device).repeat(len(noise))
+    return (high, low), pairs_at(place, noise, cut)
+
+
 def distillation(
     student: Denoiser,
     target: Denoiser,
@@ -282,7 +320,7 @@ def training(
 def gap(
     student: Denoiser,
     target: Denoiser,
-    noisy: tuple[Float[Tensor, " b *s"], Float[Tensor, " b *s"]],
+    noisy: Both,
     pair: Pair,
     distance: Distance,
 ) -> Float[Tensor, " b"]:
@@ -296,9 +334,7 @@ def gap(
     return distance(student(noisy[0], pair.high).x0, wanted)
 
 
-def landing_alike(
-    found: Float[Tensor, " b *s"], noisy: tuple[Float[Tensor, " b *s"], Float[Tensor, " b *s"]], pair: Pair
-) -> Float[Tensor, " b *s"]:
+def landing_alike(found: Float[Tensor, " b *s"], noisy: Both, pair: Pair) -> Float[Tensor, " b *s"]:
     """The estimate at the higher level from which DDIM reaches the same segment end as from `found`.
 
     Args:

@@ -30,7 +30,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.stages import published as published_stages
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
 from jobs.imported import Facts, Part, assembled, inner, stage_of, written
 from jobs.published_cascades import card_of, cascade_of

@@ -14,7 +14,7 @@ from dd_core.nets.text import CaptionedSpec
 from dd_core.stages import published as published_stages
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
 from dd_core.vocabulary import read_vocabulary
 from jobs.diffusers_folders import import_folder

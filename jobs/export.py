@@ -21,7 +21,7 @@ from dd_core.schedules import LogNormalSpec
 from dd_core.stages import published
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.network import NetworkSpec
 
 Facts = dict[str, Any]

@@ -9,7 +9,7 @@ code.
 from dd_core.cascade import CascadeSpec, HopSpec, Role
 from dd_core.samplers import SamplingSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.steering import GradientSpec
 
 ANCESTRAL = SamplingSpec(sampler="ddpm", num_steps=250, spacing="linspace", guidance_scale=1.0)

@@ -25,8 +25,8 @@ from dd_core.stages.asking import hears_negative, led_away, reads_caption
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
-from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import ConsistencyHop
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.text import too_long
 from jobs import remake
 from jobs.given_pictures import gray, hole, rgb

@@ -9,7 +9,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.spec import SafeName, Spec
 from dd_core.stage import LearnsEmbeddings
 from dd_core.stages.asking import refuse_cascade, refuse_guides, refuse_sampling
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from workflows.addresses import redacted
 from workflows.evaluation_spec import EvaluationSpec
 from workflows.labels import LabelSpec

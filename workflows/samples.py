@@ -19,7 +19,7 @@ from dd_core.stages.autoencoder import AutoencoderSpec, autoencoder_of
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import ClipSpec, clip_of, embedding_of
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.draft import DraftSpec, draft_of
 from dd_core.stages.draft import drawn as decoded
 from dd_core.stages.upsampler import UpsamplerSpec

@@ -14,7 +14,7 @@ from dd_core.stages import StageSpec
 from dd_core.stages.chain_hop import refuse
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from workflows import feed
 from workflows.labels import LabelSpec
 

@@ -13,8 +13,8 @@ from dd_core.stages.base import BaseSpec
 from dd_core.stages.causal_prior import CausalPriorStageSpec
 from dd_core.stages.chain_hop import refuse, refuse_label
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec
 from dd_core.stages.consistency_hop import refuse_jumps
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.guides import ROLES, refuse_aim, refuse_sizes
 from dd_core.stages.prior import PriorSpec
 from dd_core.stages.refusals import refuse_unheard, refuse_unlearned, refuse_unlinked

@@ -21,7 +21,7 @@ from dd_core.stage import Trained
 from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_hop import ChainHop, kept_in_range, refuse_told
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.known import known_of, refuse_known
 from dd_core.stages.refusals import needed, refuse_edit, refuse_unheard, refuse_unlearned
 

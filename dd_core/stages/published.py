@@ -7,7 +7,7 @@ from dd_core.nets.network import PlainSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.classifier import ClassifierSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.start import BETAS, levels_of
 
 ENLARGED = 4

@@ -16,7 +16,7 @@ from dd_core.schedules import LogNormalSpec
 from dd_core.stage import Budget, OptimizerSpec
 from dd_core.stages.base import BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from jobs.recipes import demo, improved_ddpm
 from jobs.recipes._hardware import PAPER_WORKERS, gpus_80gb
 from jobs.recipes.adm import CLASSES
@@ -48,11 +48,14 @@ def classes() -> RunSpec:
 
 
 def student_of_classes(teacher: TrainSpec) -> TrainSpec:
-    """Distils sixteen guided teacher steps into four jumps: eight teacher evaluations for an image."""
+    """Distils sixteen guided teacher steps into four jumps, on the paths that the teacher walks from noise.
+
+    A batch is four such paths, each of four jumps; a path costs 32 evaluations of the teacher.
+    """
     assert isinstance(teacher.stage, ChainSpec)
     stage = ConsistencySpec(
         base=teacher.stage,
-        teacher=TeacherSpec(guidance_scale=4.0, solver="ddim", steps=4),
+        teacher=TeacherSpec(guidance_scale=4.0, solver="ddim", steps=4, paths_from="noise"),
         levels=FixedLevels(num_levels=5),
         segments=4,
         sigma_max=80.0,
@@ -63,8 +66,9 @@ def student_of_classes(teacher: TrainSpec) -> TrainSpec:
         name="consistency",
         stage=stage,
         parents={"base": teacher.name},
-        optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=2e-3, warmup_steps=20, ema_images=1_500),
-        budget=Budget(steps=1_500, checkpoint_every=250, report_every=20, sample_every=500),
+        optimizer=OptimizerSpec(algorithm="muon_unet", learning_rate=2e-3, warmup_steps=20, ema_images=400),
+        budget=Budget(steps=3_000, checkpoint_every=500, report_every=50, sample_every=1_000),
+        batch_size=4,
         samples=SamplesSpec(prompts=("",) * 8, how=JUMPS),
     )
 

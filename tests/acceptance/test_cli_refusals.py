@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from dd_core import bundle
 from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.samplers import SamplingSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from jobs.cli import main
 from tests.unit.serve import tiny
 

@@ -25,7 +25,7 @@ from dd_core.devices import imagined
 from dd_core.stage import Stage, Trained
 from dd_core.stages import StageSpec, build_stage
 from dd_core.stages.clip import ClipSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from jobs.config import run_spec
 from workflows.estimate import OPS, Content, nothing, numbers
 from workflows.hollow import Hollowing

@@ -18,7 +18,7 @@ from dd_core.spec import Spec
 from dd_core.stages import build_stage
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.chain_spec import ChainSpec, denoiser_of
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.published import process_of
 from dd_core.stages.start import levels_of
 from jobs import export

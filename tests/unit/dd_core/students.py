@@ -5,19 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dd_core.consistency import FixedLevels, GrowingLevels
 from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.schedules import ScheduleSpec
 from dd_core.stage import OptimizerSpec, PairBatch, Trained
 from dd_core.stages import build_stage
 from dd_core.stages.base import BaseSpec
-from dd_core.stages.consistency import (
-    ConsistencySpec,
-    ConsistencyStage,
-    FixedLevels,
-    GrowingLevels,
-    TeacherSpec,
-)
+from dd_core.stages.consistency import ConsistencyStage
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from dd_core.text import tokens
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core.test_stages import CLIP

@@ -15,7 +15,7 @@ from dd_core.stages import StageSpec, load_hop
 from dd_core.stages.asking import hears_negative, led_away, refuse_guides, refuse_request, refuse_sampling
 from dd_core.stages.chain_hop import ChainHop
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from dd_core.stages.refusals import HEARS
 from dd_core.steering import GradientSpec
 from tests.unit.dd_core import test_causal_prior as causal

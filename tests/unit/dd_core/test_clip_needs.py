@@ -10,7 +10,7 @@ from dd_core.stage import PairBatch, Trained
 from dd_core.stages import StageSpec, build_stage, load_hop
 from dd_core.stages.autoencoder import AutoencoderSpec
 from dd_core.stages.clip import ClipSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.stages.guides import leaders_of
 from dd_core.stages.noised_clip import NoisedClipSpec
 from tests.unit.dd_core import test_autoregressive_prior, test_causal_prior, test_chain, test_stages

@@ -261,6 +261,47 @@ def test_a_teacher_of_several_steps_walks_them_as_its_sampler(solver: consistenc
     torch.testing.assert_close(walked, sample(sampler, posterior))
 
 
+@pytest.mark.parametrize(("intervals", "segments"), [(6, 1), (6, 2), (4, 4)])
+def test_paths_from_noise_are_those_on_which_the_teacher_paints(intervals: int, segments: int) -> None:
+    cut = Cut(intervals + 1, sigma_min=0.1, sigma_max=10.0, to_zero=True, segments=segments, steps=2)
+    noise = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = cut.grid()
+    (high, low), pair = consistency.rollout(following(posterior, "ddim"), noise, cut)
+    painted = sample(ddim(grid[0] * noise, grid, SeededNoise([0, 1, 2])), posterior)
+    paths = low.unflatten(0, (3, intervals))
+    torch.testing.assert_close(paths[:, -1], painted)
+    starts = high.unflatten(0, (3, intervals))
+    assert torch.equal(starts[:, 1:], paths[:, :-1])
+    torch.testing.assert_close(starts[:, 0], grid[0] * noise)
+    assert pair.path[:intervals].tolist() == [grid[2 * i : 2 * i + 3].tolist() for i in range(intervals)]
+    assert torch.equal(pair.path[:intervals], pair.path[-intervals:])
+    each = intervals // segments
+    ends = [float(cut.ends()[i // each]) for i in range(intervals)]
+    assert pair.end.tolist() == pytest.approx(3 * ends)
+
+
+def test_what_a_student_learns_of_paths_from_noise_is_where_its_own_jumps_lead() -> None:
+    """The teacher draws to one of two points; in two segments it is followed from noise to the nearest."""
+
+    def choice(x: Tensor, sigma: Tensor) -> Denoised:
+        return Denoised(torch.tanh(8 * x / (1 + spread(sigma, x) ** 2)))
+
+    cut = Cut(3, sigma_min=0.3, sigma_max=10.0, to_zero=True, segments=2, steps=6)
+    noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (high, low), pair = consistency.rollout(following(choice, "ddim"), noise, cut)
+    reached = consistency.landing_alike(low, (high, low), pair)
+
+    def student(x: Tensor, sigma: Tensor) -> Denoised:
+        """By heart: the answer at the nearest start that it was shown."""
+        known = pair.high == sigma[0]
+        nearest = (x - high[known].T).abs().argmin(1)
+        return Denoised(reached[known][nearest])
+
+    grid = torch.stack([pair.high[0], pair.high[1], torch.zeros((), dtype=torch.float64)])
+    landed = sample(consistency.segmented(cut.grid()[0] * noise, grid, cut.ends(), SeededNoise([])), student)
+    torch.testing.assert_close(landed, low[1::2], atol=1e-9, rtol=0)
+
+
 def test_levels_to_zero_are_as_many_and_their_last_is_zero() -> None:
     x = torch.zeros(500, 1, dtype=torch.float64)
     pair = consistency.draw_pair(x, Cut(5, sigma_min=0.1, sigma_max=10.0, to_zero=True))

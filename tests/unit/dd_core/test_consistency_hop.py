@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from dd_core import edits
 from dd_core.cascade import CascadeState, Draw, run
-from dd_core.consistency import draw_pair
+from dd_core.consistency import FixedLevels, GrowingLevels, draw_pair
 from dd_core.denoiser import Denoised
 from dd_core.nets.network import PlainSpec
 from dd_core.noise import SeededNoise, karras_sigmas
 from dd_core.samplers import SamplingSpec, ddim, sample
 from dd_core.stage import Budget, PairBatch, Trained
 from dd_core.stages import build_stage, load_hop
-from dd_core.stages.consistency import ConsistencySpec, FixedLevels, GrowingLevels
 from dd_core.stages.consistency_hop import ConsistencyHop, refuse_jumps
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.training import TrainState, train
 from tests.unit.dd_core import students
 from tests.unit.dd_core import test_chain as chains

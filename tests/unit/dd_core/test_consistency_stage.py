@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dd_core import checkpoint, consistency
 from dd_core.cascade import CascadeState, run
-from dd_core.consistency import Cut, draw_pair, ended, following
+from dd_core.consistency import Cut, FixedLevels, draw_pair, ended, following
 from dd_core.denoiser import Denoised, Parameterization
 from dd_core.guidance import clip_x0, rows_of
 from dd_core.nets.clip import Clip, ReadCaption
@@ -23,8 +23,9 @@ from dd_core.stages import build_stage, load_hop
 from dd_core.stages.base import BaseHop, BaseSpec
 from dd_core.stages.chain_spec import ChainSpec
 from dd_core.stages.clip import clip_of
-from dd_core.stages.consistency import ConsistencySpec, ConsistencyStage, FixedLevels, TeacherSpec, bound
+from dd_core.stages.consistency import ConsistencyStage, bound
 from dd_core.stages.consistency_hop import levels_of
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from dd_core.text import null_tokens
 from dd_core.training import TrainState, train
 from tests.unit.dd_core import students
@@ -299,6 +300,68 @@ def test_where_every_interval_ends_a_segment_the_average_is_not_heard(edm: dict[
     assert stage(next(squares())).total.isfinite()
     stage.spec = spec.but(segments=2)
     assert not stage(next(squares())).total.isfinite()
+
+
+@pytest.mark.parametrize(("levels", "segments"), [(5, 4), (5, 2)])
+def test_from_noise_a_batch_is_whole_paths_of_its_teacher_whatever_the_images(
+    levels: int, segments: int, edm: dict[str, Trained]
+) -> None:
+    """Both classes are followed to their ends, and the loss is the mean over all intervals."""
+    teacher = TeacherSpec(guidance_scale=1.0, solver="ddim", steps=2, paths_from="noise")
+    spec = JUMPING.but(levels=FixedLevels(num_levels=levels), segments=segments, teacher=teacher)
+    stage, batch = made(spec, edm), next(squares(3))
+    torch.manual_seed(7)
+    found = stage(batch).total
+    torch.manual_seed(7)
+    assert torch.equal(stage(batch._replace(image=255 - batch.image)).total, found)
+    torch.manual_seed(7)
+    example, cut = stage.example(batch), spec.cut(levels)
+    noise, walker = torch.randn_like(example.x0), stage.walker(teacher, example)
+    told_once = example.told(stage.model.network)
+    gaps = []
+    for row in range(3):
+        cond = told_once.pick(torch.tensor([row]))
+        grid = cut.grid().float()
+        x = grid[0] * noise
+        for place in range(levels - 1):
+            pair = consistency.pairs_at(torch.tensor([place]), noise, cut)
+            path = grid[2 * place : 2 * place + 3]
+            below = following(walker, "ddim")(x, path.expand(3, -1))
+            target = ended(bound(stage.target, cond))
+            noisy = (x[row : row + 1], below[row : row + 1])
+            gaps.append(
+                consistency.gap(bound(stage.model, cond), target, noisy, pair, consistency.pseudo_huber)
+            )
+            x = below
+    torch.testing.assert_close(found, torch.cat(gaps).mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_student_of_paths_from_noise_comes_nearer_to_where_its_teacher_paints(
+    edm: dict[str, Trained],
+) -> None:
+    teacher = TeacherSpec(guidance_scale=1.0, solver="ddim", steps=4, paths_from="noise")
+    spec = JUMPING.but(
+        levels=FixedLevels(num_levels=3), segments=2, teacher=teacher, distance="l2", sigma_min=0.1
+    )
+    stage = made(spec, edm)
+    asked = CascadeState(seeds=[*range(16)], tokens=told(*[""] * 16), label=torch.arange(16) % 2)
+    # the student begins with the teacher's weights, so its noise is the teacher's: the same seeds
+    grid = spec.cut(3).grid().float()
+    hop = load_hop(Trained(spec, edm["base"].weights), {}, device="cpu")
+    start = next(hop.start(asked, JUMPS).sampling).x
+    rows = hop.start(asked, JUMPS).rows
+    painted = following(clip_x0(hop.denoiser(rows)), "ddim")(start, grid.expand(16, -1))
+
+    def away() -> float:
+        shown = load_hop(Trained(spec, stage.model.state_dict()), {}, device="cpu")
+        image = run(shown, asked, JUMPS).image
+        assert image is not None
+        return float((image - painted.clamp(-1, 1)).square().mean())
+
+    before = away()
+    state = TrainState(stage, OPTIMIZER)
+    list(train(state, squares(), optimizer=OPTIMIZER, budget=Budget(steps=60, checkpoint_every=99)))
+    assert away() < before / 2
 
 
 def test_paths_may_begin_below_the_highest_level_of_the_base(

@@ -12,8 +12,8 @@ from dd_core.stage import Trained
 from dd_core.stages import StageSpec, load_hop
 from dd_core.stages.base import BaseHop
 from dd_core.stages.chain_hop import ChainHop
-from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
 from dd_core.stages.consistency_hop import ConsistencyHop
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from dd_core.stages.upsampler import UpsamplerHop
 from tests.unit.dd_core import test_chain as chains
 from tests.unit.dd_core import test_guides as guides

@@ -14,7 +14,7 @@ from dd_core.cascade import CascadeSpec, HopSpec
 from dd_core.churn import ChurnSpec
 from dd_core.consistency import FixedLevels
 from dd_core.samplers import SamplingSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from jobs.cli import main
 from jobs.config import ConfigError
 from jobs.sample_changes import changed

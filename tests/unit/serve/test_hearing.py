@@ -13,7 +13,7 @@ from dd_core.nets.network import PlainSpec
 from dd_core.samplers import SamplingSpec
 from dd_core.stages import StageSpec
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec
+from dd_core.stages.consistency_spec import ConsistencySpec
 from dd_core.steering import GradientSpec
 from jobs.recipes import consistency, ddpm, guided
 from serve.admission import Door

@@ -14,7 +14,7 @@ from dd_core.stage import Trained
 from dd_core.stages import StageSpec, build_stage
 from dd_core.stages.autoregressive_prior import AutoregressivePriorSpec
 from dd_core.stages.base import BaseSpec
-from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from jobs.order import Order
 from jobs.sample import paint
 from tests.unit.dd_core.test_chain import EDM, trained

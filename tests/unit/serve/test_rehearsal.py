@@ -9,7 +9,7 @@ from dd_core.samplers import SamplingSpec
 from dd_core.stage import Trained
 from dd_core.stages import load_hop
 from dd_core.stages.chain_spec import ChainSpec
-from dd_core.stages.consistency import ConsistencySpec, TeacherSpec
+from dd_core.stages.consistency_spec import ConsistencySpec, TeacherSpec
 from dd_core.steering import GradientSpec
 from serve.replicas import rehearsal, shortest
 from tests.unit.dd_core.test_chain import (
